@@ -1,0 +1,1 @@
+"""Weights and vocabularies in and out, one file a format."""

@@ -1,0 +1,165 @@
+"""OpenAI's TensorFlow checkpoints: `hparams.json` and the variables, under their own names.
+
+TensorFlow is imported inside the functions that need it, on the CPU alone, and only its checkpoint reader and writer run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import abstract_params
+from gpt2_jax.params import Params, differences, flatten, unflatten
+
+PREFIX = "model/"
+
+
+def read(directory: str | os.PathLike) -> tuple[GPT2Config, Params]:
+    """Read the config and every variable of a directory in OpenAI's layout; the graph (`.meta`) is not needed.
+
+    Every variable is visited once and names, shapes and dtypes are checked both ways; TensorFlow verifies the checksum of
+    each. Nothing is transposed: the leading 1 of a width-1 convolution's `w` (1, in, out) is dropped.
+
+    Returns:
+      config, and params as jax arrays on the default device: `params["h0"]["attn"]["c_attn"]["w"]` is (D, 3D) float32.
+
+    Raises:
+      FileNotFoundError: the directory or one of its files is not there.
+      ValueError: hparams.json is malformed, the files are damaged, or the variables are not those of its GPT-2.
+
+    """
+    directory = Path(directory).expanduser()
+    config = read_hparams(directory)
+    prefix = find_checkpoint(directory)
+    expected = flatten(abstract_params(config))
+    tf = _import_tensorflow()
+    try:
+        reader = tf.train.load_checkpoint(str(prefix))
+        shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+        found = {name: SimpleNamespace(shape=shapes[name], dtype=dtypes[name]) for name in shapes}
+        if wrong := differences(found, _variables(expected)):
+            raise ValueError(f"{prefix} does not hold the GPT-2 that hparams.json describes:\n  " + "\n  ".join(wrong))
+        flat = {
+            name: jnp.asarray(reader.get_tensor(PREFIX + name).reshape(leaf.shape)) for name, leaf in expected.items()
+        }
+    except (tf.errors.OpError, RuntimeError) as error:  # the reader raises either for a damaged file
+        raise ValueError(f"{prefix} is damaged and must be fetched again: {' '.join(str(error).split())}") from error
+    return config, unflatten(flat)
+
+
+def write(directory: str | os.PathLike, config: GPT2Config, params: Params) -> None:
+    """Write `hparams.json` and the variables, under the original names and shapes, as a new directory.
+
+    Written beside under a temporary name and renamed: a kill leaves all of it or nothing.
+
+    Raises:
+      FileExistsError: the directory exists.
+      ValueError: params are not those of a GPT-2 with this config.
+
+    """
+    directory = Path(directory).expanduser()
+    flat = flatten(params)
+    if wrong := differences(flat, flatten(abstract_params(config))):
+        raise ValueError("params are not those of this config:\n  " + "\n  ".join(wrong))
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists already: choose another name or remove it")
+    tf = _import_tensorflow()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        variables = _variables(flat)
+        with tf.device("CPU"):
+            tf.raw_ops.SaveV2(
+                prefix=str(temporary / "model.ckpt"),
+                tensor_names=list(variables),
+                shape_and_slices=[""] * len(variables),
+                tensors=[np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()],
+            )
+        pointer = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
+        (temporary / "checkpoint").write_text(pointer, encoding="utf-8")
+        (temporary / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp's own mode shuts others out
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_hparams(directory: Path) -> GPT2Config:
+    """Read `hparams.json`.
+
+    Raises:
+      FileNotFoundError: the directory or the file is not there.
+      ValueError: not JSON, or not exactly GPT-2's hyperparameters; the message names the file.
+
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no such model directory: {directory}")
+    path = directory / "hparams.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no hparams.json: it is not a checkpoint in OpenAI's layout")
+    try:
+        return GPT2Config.from_hparams(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # json's and unicode's errors are ValueErrors too
+        raise ValueError(f"{path}: {error}") from error
+
+
+def find_checkpoint(directory: Path) -> Path:
+    """Return the checkpoint's prefix: what the `checkpoint` file points to, or else the only `*.index` there is.
+
+    Only the name that the pointer gives counts: the folder in it is that of the machine that wrote it.
+
+    Raises:
+      FileNotFoundError: the index or the data file is not there.
+      ValueError: no pointer, and more than one index to choose from; or an unreadable pointer.
+
+    """
+    pointer = directory / "checkpoint"
+    if pointer.is_file():
+        match = re.search(r'^model_checkpoint_path: "(.+)"', pointer.read_text("utf-8", errors="replace"), re.MULTILINE)
+        if match is None:
+            raise ValueError(f'{pointer} names no checkpoint: its first line should be model_checkpoint_path: "…"')
+        prefix = directory / re.split(r"[/\\]", match[1])[-1]
+    else:
+        prefixes = sorted(path.with_suffix("") for path in directory.glob("*.index"))
+        if len(prefixes) > 1:
+            names = ", ".join(path.name for path in prefixes)
+            raise ValueError(f"{directory} holds several checkpoints ({names}) and no `checkpoint` file that picks one")
+        prefix = prefixes[0] if prefixes else directory / "model.ckpt"
+    for pattern in (f"{prefix.name}.index", f"{prefix.name}.data-*-of-*"):
+        if not any(directory.glob(pattern)):
+            raise FileNotFoundError(f"{directory} holds no {pattern}: the checkpoint is not complete")
+    return prefix
+
+
+def _variables(flat: Mapping[str, Any]) -> dict[str, SimpleNamespace]:
+    """Return the variables that hold a flat tree: a dense layer's `w` is a convolution of width 1, (1, in, out)."""
+    return {
+        PREFIX + name: SimpleNamespace(shape=((1, *leaf.shape) if name.endswith("/w") else leaf.shape), dtype=leaf.dtype)
+        for name, leaf in flat.items()
+    }
+
+
+def _import_tensorflow() -> ModuleType:
+    """Import TensorFlow with the accelerators hidden from it and its banner off; leave it be where it is in use already."""
+    if "tensorflow" in sys.modules:
+        return sys.modules["tensorflow"]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no arithmetic is done here, and it announces itself on stderr
+    import tensorflow as tf
+
+    for kind in ("GPU", "TPU"):
+        tf.config.set_visible_devices([], kind)
+    return tf

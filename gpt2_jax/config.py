@@ -1,0 +1,149 @@
+"""The hyperparameters of a GPT-2, and what follows from them: exact parameter counts and bytes of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Hyperparameters under the names of OpenAI's hparams.json, dropout rates and dtypes.
+
+    Frozen and hashable, so that it can be a static argument of a jitted function.
+
+    Attributes:
+      n_vocab: number of token ids (50,257 for the released vocabulary).
+      n_ctx: longest sequence, in tokens: the number of rows of `wpe`.
+      n_embd: width of the residual stream; a multiple of n_head.
+      n_head: attention heads a layer.
+      n_layer: number of blocks.
+      embd_pdrop, attn_pdrop, resid_pdrop: dropout rates in [0, 1) after the embeddings, on the attention weights, and
+        on what a block adds to the residual stream. Used only where a caller passes `deterministic=False`.
+      param_dtype: dtype the parameters are stored in.
+      compute_dtype: dtype of the matrix products' inputs; LayerNorm, softmax and logits are float32 at least.
+
+    Raises:
+      ValueError: a value of the wrong type or out of range.
+
+    """
+
+    n_vocab: int
+    n_ctx: int
+    n_embd: int
+    n_head: int
+    n_layer: int
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    param_dtype: Any = "float32"
+    compute_dtype: Any = "float32"
+
+    def __post_init__(self):
+        for name in HPARAMS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+            object.__setattr__(self, name, int(value))
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            rate = getattr(self, name)
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+                raise ValueError(f"{name} must be a rate in [0, 1), not {rate!r}")
+        for name in ("param_dtype", "compute_dtype"):
+            object.__setattr__(self, name, _float_dtype(name, getattr(self, name)))
+
+    @classmethod
+    def from_hparams(cls, hparams: Mapping[str, int]) -> GPT2Config:
+        """Build a config from the contents of an hparams.json: exactly its five names.
+
+        Raises:
+          ValueError: a name is unknown or missing, or a value is not a positive whole number.
+
+        """
+        if not isinstance(hparams, Mapping):
+            raise ValueError(f"hparams must map names to numbers, not be a {type(hparams).__name__}")
+        unknown, missing = sorted(set(hparams) - set(HPARAMS)), [name for name in HPARAMS if name not in hparams]
+        if unknown:
+            raise ValueError(f"unknown hyperparameters {', '.join(unknown)}: GPT-2 has {', '.join(HPARAMS)}")
+        if missing:
+            raise ValueError(f"missing hyperparameters {', '.join(missing)}")
+        return cls(**hparams)
+
+    def to_hparams(self) -> dict[str, int]:
+        """Return the contents of OpenAI's hparams.json."""
+        return {name: getattr(self, name) for name in HPARAMS}
+
+    def replace(self, **changes: Any) -> GPT2Config:
+        """Return a copy with some fields changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def param_counts(self) -> dict[str, int]:
+        """Exact number of parameters by part, over all layers; the tied output head is `wte` and counts once."""
+        d, n = self.n_embd, self.n_layer
+        return {
+            "wte": self.n_vocab * d,
+            "wpe": self.n_ctx * d,
+            "attn": n * (4 * d * d + 4 * d),
+            "mlp": n * (8 * d * d + 5 * d),
+            "ln": (2 * n + 1) * 2 * d,
+        }
+
+    @property
+    def n_params(self) -> int:
+        """Exact number of parameters."""
+        return sum(self.param_counts.values())
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes the parameters take in `param_dtype`."""
+        return self.n_params * self.param_dtype.itemsize
+
+    def cache_bytes(self, batch_size: int, length: int) -> int:
+        """Bytes of the keys and values of `batch_size` rows of `length` slots, in `compute_dtype`."""
+        return 2 * self.n_layer * batch_size * length * self.n_embd * self.compute_dtype.itemsize
+
+    @property
+    def adam_bytes(self) -> int:
+        """Bytes of float32 training state under Adam: parameters, gradients and two moments (no activations)."""
+        return 4 * 4 * self.n_params
+
+
+def _float_dtype(name: str, value: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(FLOAT_DTYPES)}, not {value!r}")
+    return dtype
+
+
+def _released(n_embd: int, n_head: int, n_layer: int) -> GPT2Config:
+    return GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
+
+
+SIZES: Mapping[str, GPT2Config] = MappingProxyType(
+    {
+        "124M": _released(n_embd=768, n_head=12, n_layer=12),
+        "355M": _released(n_embd=1024, n_head=16, n_layer=24),
+        "774M": _released(n_embd=1280, n_head=20, n_layer=36),
+        "1558M": _released(n_embd=1600, n_head=25, n_layer=48),
+    }
+)
+"""The released sizes, by the names of the release."""

@@ -1,0 +1,63 @@
+"""The keys and values of the tokens seen so far: a plain pytree, an argument and a result, never module state.
+
+Shape letters: B batch, T query, S cache slot, N heads, H head width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from gpt2_jax.config import GPT2Config
+
+
+@struct.dataclass
+class KVCache:
+    """One K and one V array a layer (a stack of layers would make XLA copy the lot at every step).
+
+    Every row writes the same slots, so that one step is one slice; what a row pads is False in `mask_BS`.
+
+    Attributes:
+      k_BNHS: keys, one array a layer, in `compute_dtype`.
+      v_BNSH: values, one array a layer, in `compute_dtype`.
+      mask_BS: bool, True where a slot holds a real token.
+      length: int32 scalar, slots written so far.
+
+    """
+
+    k_BNHS: tuple[jax.Array, ...]
+    v_BNSH: tuple[jax.Array, ...]
+    mask_BS: jax.Array
+    length: jax.Array
+
+    @property
+    def n_slots(self) -> int:
+        """Number of slots, written or not."""
+        return self.mask_BS.shape[1]
+
+
+def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
+    """Return an empty cache of `length` slots for `batch_size` rows: `config.cache_bytes(batch_size, length)` bytes.
+
+    `length` counts padding too, so it may exceed n_ctx where rows are padded.
+
+    Raises:
+      ValueError: batch_size or length is not positive.
+
+    """
+    if batch_size < 1 or length < 1:
+        raise ValueError(f"a cache needs at least one row and one slot, not batch_size={batch_size}, length={length}")
+    shape = (batch_size, config.n_head, config.head_dim, length)
+    return KVCache(
+        k_BNHS=tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layer)),
+        v_BNSH=tuple(jnp.zeros((*shape[:2], *shape[:1:-1]), config.compute_dtype) for _ in range(config.n_layer)),
+        mask_BS=jnp.zeros((batch_size, length), bool),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def write_slots(array: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    """Return `array` with `new` written from slot `start` on along `axis` (clamped at the end: callers check)."""
+    return lax.dynamic_update_slice_in_dim(array, new.astype(array.dtype), start, axis)

