@@ -1,4 +1,24 @@
 """GPT-2 in JAX: the params pytree is OpenAI's checkpoint, and everything else is a pure function over it."""
 
+from gpt2_jax.checkpoints import embedded_model, load, load_tokenizer
 from gpt2_jax.config import SIZES, GPT2Config
-from gpt2_jax.model import GPT2, abstract_params, init_params
+from gpt2_jax.generate import generate
+from gpt2_jax.kv_cache import KVCache, init_cache
+from gpt2_jax.model import GPT2, Output, abstract_params, init_params
+from gpt2_jax.tokenizer import Tokenizer
+
+__all__ = [
+    "GPT2",
+    "SIZES",
+    "GPT2Config",
+    "KVCache",
+    "Output",
+    "Tokenizer",
+    "abstract_params",
+    "embedded_model",
+    "generate",
+    "init_cache",
+    "init_params",
+    "load",
+    "load_tokenizer",
+]

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-MASKED_SCORE = -1e10  # what the original writes over a masked score; finite, so that a row with nothing to see has no NaN
+# What the original writes over a masked score. Finite, so that a query with nothing to see has no NaN.
+MASKED_SCORE = -1e10
 
 
 def attention(
@@ -24,14 +25,15 @@ def attention(
 
     Args:
       q_BTNH: queries.
-      k_BNHS: keys. This order and the values' let one new token read a cache as two plain matrix-vector products: on two
-        CPU cores a layer of 12 heads of 64 over 1,024 slots takes 0.3 ms, against 2.7 ms with both as [B, S, N, H].
+      k_BNHS: keys. This order and the values' let a new token read the cache as two plain matrix-vector products: on
+        two CPU cores a layer of 12 heads of 64 over 1,024 slots takes 0.3 ms, against 2.7 ms with both as [B, S, N, H].
       v_BNSH: values.
       mask_BTS: bool, True where query t may see slot s; a leading 1 broadcasts over the batch.
       dropout: applied to the attention weights [B, N, T, S].
 
     Returns:
-      z_BTNH in the dtype of the queries. A query that may see nothing gets the mean of all values: finite, without meaning.
+      z_BTNH in the dtype of the queries. A query that may see nothing gets the mean of all values: finite, and without
+      meaning.
 
     """
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)

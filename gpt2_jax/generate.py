@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.kv_cache import KVCache, init_cache
+from gpt2_jax.kv_cache import KVCache, extend_cache, init_cache
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.sampling import Sampling, pick
@@ -54,46 +52,78 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    tokens_BP, mask_BP = pad_left(prompts)
-    n_slots = tokens_BP.shape[1] + bucket(max_new_tokens)
-    sampling = Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+    """Continue each prompt by `max_new_tokens` tokens; as in the original, not even `<|endoftext|>` stops earlier.
+
+    Row i's ids depend on the seed, on i and on its prompt alone: not on the other rows, their number, padding or
+    earlier calls. Compiles once for each bucket of prompt length and of new tokens; the other settings are traced.
+
+    Args:
+      config: the model's hyperparameters.
+      params: its parameters, as `load` gives them.
+      prompts: a list of token-id sequences, each of at least one id, of any lengths.
+      max_new_tokens: tokens to add to every prompt; prompt and new tokens must fit in n_ctx together.
+      temperature: the logits are divided by it; 0 always takes the most likely token (greedy).
+      top_k: draw from the k most likely tokens and all ties with the k-th; 0 means all.
+      top_p: of those, draw from the longest prefix, most likely first, whose probabilities add up to at most p, at
+        least one token, and all ties with the last; 1 means all.
+      seed: in [0, 2**32).
+
+    Returns:
+      The new ids, one list for each prompt.
+
+    Raises:
+      ValueError: a bad argument; nothing has been traced yet.
+      FloatingPointError: the logits of a row are not numbers (NaN in the params, or an overflow).
+
+    """
+    max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, 0, None)
+    seed = _whole_number("seed", seed, 0, 2**32 - 1)
+    sampling = _check_sampling(temperature, top_k, top_p)
+    rows = _check_prompts(config, prompts, max_new_tokens)
+    if max_new_tokens == 0:
+        return [[] for _ in rows]
+    tokens_BP, mask_BP = _pad_left(rows)
     model = GPT2(config)
-    state = prefill(model, params, tokens_BP, mask_BP, n_slots, sampling, seed)
-    new_BM = decode(model, params, state, sampling, max_new_tokens)
-    return np.asarray(new_BM)[:, :max_new_tokens].tolist()
+    state = prefill(model, params, tokens_BP, mask_BP, sampling, np.uint32(seed), n_new_slots=_bucket(max_new_tokens))
+    state = decode(model, params, state, sampling, np.int32(max_new_tokens))
+    new_BM = np.asarray(state.new_BM)[:, :max_new_tokens]
+    if (new_BM < 0).any():
+        row, step = np.argwhere(new_BM < 0)[0]
+        raise FloatingPointError(f"prompts[{row}] got logits that are NaN at its new token {step}: check the params")
+    return new_BM.tolist()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "n_slots"))
+@functools.partial(jax.jit, static_argnames=("model", "n_new_slots"))
 def prefill(
-    model: Any,
+    model: GPT2,
     params: Params,
     tokens_BP: jax.Array,
     mask_BP: jax.Array,
-    n_slots: int,
     sampling: Sampling,
     seed: jax.Array,
+    n_new_slots: int,
 ) -> DecodeState:
-    """Run the prompts through the model and pick each row's first new token."""
+    """Run the prompts through the model, pick each row's first new token, and make room for `n_new_slots` tokens."""
     n_rows, n_prompt = tokens_BP.shape
     key = jax.random.key(seed, impl="threefry2x32")
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n_rows))
-    cache = init_cache(model.config, n_rows, n_slots)
-    h_BTD, cache = model.apply({"params": params}, tokens_BP, mask_BP, cache, method="hidden")
-    logits_BV = model.apply({"params": params}, h_BTD[:, -1], method="unembed")
-    state = DecodeState(jnp.int32(0), jnp.zeros((n_rows, n_slots - n_prompt), jnp.int32), key_B, cache)
-    return _append(state, logits_BV, sampling)
+    cache = init_cache(model.config, n_rows, n_prompt)
+    h_BPD, cache = model.apply({"params": params}, tokens_BP, mask_BP, cache, method="hidden")
+    logits_BV = model.apply({"params": params}, h_BPD[:, -1], method="unembed")
+    new_BM = jnp.zeros((n_rows, n_new_slots), jnp.int32)
+    return _append(DecodeState(jnp.int32(0), new_BM, key_B, extend_cache(cache, n_new_slots)), logits_BV, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def decode(model: Any, params: Params, state: DecodeState, sampling: Sampling, n_new: jax.Array) -> jax.Array:
-    """Take steps until every row has `n_new` new tokens; return new_BM."""
+def decode(model: GPT2, params: Params, state: DecodeState, sampling: Sampling, n_new: jax.Array) -> DecodeState:
+    """Take steps until every row has `n_new` new tokens."""
 
     def step(state: DecodeState) -> DecodeState:
         tokens_B1 = lax.dynamic_slice_in_dim(state.new_BM, state.step - 1, 1, axis=1)
         out = model.apply({"params": params}, tokens_B1, cache=state.cache)
         return _append(state.replace(cache=out.cache), out.logits[:, -1], sampling)
 
-    return lax.while_loop(lambda state: state.step < n_new, step, state).new_BM
+    return lax.while_loop(lambda state: state.step < n_new, step, state)
 
 
 def _append(state: DecodeState, logits_BV: jax.Array, sampling: Sampling) -> DecodeState:
@@ -103,15 +133,67 @@ def _append(state: DecodeState, logits_BV: jax.Array, sampling: Sampling) -> Dec
     return state.replace(step=state.step + 1, new_BM=new_BM)
 
 
-def pad_left(prompts):
-    n_prompt = bucket(max(len(prompt) for prompt in prompts))
-    tokens_BP = np.zeros((len(prompts), n_prompt), np.int32)
-    mask_BP = np.zeros((len(prompts), n_prompt), bool)
-    for row, prompt in enumerate(prompts):
-        tokens_BP[row, n_prompt - len(prompt) :] = prompt
-        mask_BP[row, n_prompt - len(prompt) :] = True
+def _pad_left(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens_BP and mask_BP: prompts end in the last column, so that all rows write the same slot at a step."""
+    n_prompt = _bucket(max(len(row) for row in rows))
+    tokens_BP = np.zeros((len(rows), n_prompt), np.int32)
+    mask_BP = np.zeros((len(rows), n_prompt), bool)
+    for b, row in enumerate(rows):
+        tokens_BP[b, n_prompt - len(row) :] = row
+        mask_BP[b, n_prompt - len(row) :] = True
     return tokens_BP, mask_BP
 
 
-def bucket(n: int) -> int:
-    return max(SMALLEST_BUCKET, 1 << math.ceil(math.log2(max(n, 1))))
+def _bucket(n: int) -> int:
+    """Round a length up to one of a few: a power of two."""
+    return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
+
+
+def _check_prompts(config: GPT2Config, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[np.ndarray]:
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__") or not hasattr(prompts, "__getitem__"):
+        raise ValueError(f"prompts must be a list of token-id lists, not {prompts!r}")
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty: give at least one list of token ids")
+    rows = [_check_prompt(config, f"prompts[{b}]", prompt) for b, prompt in enumerate(prompts)]
+    for b, row in enumerate(rows):
+        if len(row) + max_new_tokens > config.n_ctx:
+            raise ValueError(
+                f"prompts[{b}] has {len(row)} tokens, and max_new_tokens={max_new_tokens} more make "
+                f"{len(row) + max_new_tokens}: the model's n_ctx is {config.n_ctx}"
+            )
+    return rows
+
+
+def _check_prompt(config: GPT2Config, name: str, prompt: Sequence[int]) -> np.ndarray:
+    try:
+        row = np.asarray(prompt)
+    except ValueError:  # a list of lists of several lengths
+        row = np.asarray(None)
+    if row.ndim == 1 and row.size == 0:
+        raise ValueError(f"{name} is empty: a prompt needs at least one token id")
+    if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(f"{name} must be a list of token ids, not {prompt!r}")
+    wrong = row[(row < 0) | (row >= config.n_vocab)]
+    if wrong.size:
+        raise ValueError(f"{name} holds the id {wrong[0]}, outside the vocabulary of {config.n_vocab} ids")
+    return row
+
+
+def _check_sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
+    top_k = _whole_number("top_k", top_k, 0, None)
+    if not _is_real(temperature) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number, 0 (greedy) or more, not {temperature!r}")
+    if not _is_real(top_p) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a number above 0 and at most 1 (all), not {top_p!r}")
+    return Sampling(np.float32(temperature), np.int32(min(top_k, 2**31 - 1)), np.float32(top_p))
+
+
+def _whole_number(name: str, value: int, low: int, high: int | None) -> int:
+    limits = f"{low} or more" if high is None else f"in {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low or value > (high or value):
+        raise ValueError(f"{name} must be a whole number, {limits}, not {value!r}")
+    return int(value)
+
+
+def _is_real(value: float) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

@@ -58,6 +58,21 @@ def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
     )
 
 
+def extend_cache(cache: KVCache, n_more: int) -> KVCache:
+    """Return the cache with `n_more` empty slots added at the end."""
+
+    def pad(array: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * array.ndim
+        widths[axis] = (0, n_more)
+        return jnp.pad(array, widths)
+
+    return cache.replace(
+        k_BNHS=tuple(pad(k_BNHS, 3) for k_BNHS in cache.k_BNHS),
+        v_BNSH=tuple(pad(v_BNSH, 2) for v_BNSH in cache.v_BNSH),
+        mask_BS=pad(cache.mask_BS, 1),
+    )
+
+
 def write_slots(array: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
     """Return `array` with `new` written from slot `start` on along `axis` (clamped at the end: callers check)."""
     return lax.dynamic_update_slice_in_dim(array, new.astype(array.dtype), start, axis)

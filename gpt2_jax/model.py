@@ -1,6 +1,7 @@
 """GPT-2 as Flax linen modules that declare their parameters under OpenAI's names and shapes, and do the arithmetic.
 
-Shape letters, here and everywhere: B batch, T query, S cache slot, D n_embd, N heads, H head width, F mlp width, V vocab.
+Shape letters, here and everywhere: B batch, T query, S cache slot, D n_embd, N heads, H head width, F mlp width,
+V vocab.
 Source: openai/gpt-2, src/model.py.
 """
 
@@ -133,7 +134,7 @@ class Block(nn.Module):
         start: jax.Array | int = 0,
         deterministic: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Return the residual stream after this layer and the layer's new (k_BNHS, v_BNSH); arguments as Attention's."""
+        """Return the residual stream after this layer, and its new (k_BNHS, v_BNSH); arguments as Attention's."""
         h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD)
         h_BTD, kv = Attention(self.config, name="attn")(h_BTD, mask_BTS, kv, start, deterministic)
         x_BTD = x_BTD + h_BTD

@@ -38,26 +38,29 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Arra
       sampling: the knobs.
 
     Returns:
-      token_B int32. A tie of the greedy choice goes to the lowest id.
+      token_B int32; -1 where the logits hold a NaN. A tie of the greedy choice goes to the lowest id.
 
     """
+    largest_B1 = logits_BV.max(axis=-1, keepdims=True)
 
     def greedy() -> jax.Array:
         return jnp.argmax(logits_BV, axis=-1)
 
     def draw() -> jax.Array:
-        scaled_BV = filter_logits(logits_BV / sampling.temperature, sampling.top_k, sampling.top_p)
+        scaled_BV = (logits_BV - largest_B1) / sampling.temperature  # the largest is 0: no temperature overflows it
+        scaled_BV = filter_logits(scaled_BV, sampling.top_k, sampling.top_p)
         return jax.vmap(jax.random.categorical)(key_B, scaled_BV)
 
-    return lax.cond(sampling.temperature == 0, greedy, draw).astype(jnp.int32)
+    token_B = lax.cond(sampling.temperature == 0, greedy, draw)
+    return jnp.where(jnp.isnan(largest_B1[:, 0]), -1, token_B).astype(jnp.int32)
 
 
 def filter_logits(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Drop (set to -1e10) what top-k and then top-p leave out.
 
-    Top-k keeps the k largest logits and all ties with the k-th. Top-p sorts what top-k left and keeps the longest prefix
-    whose cumulative probability is at most p, at least one token, and all ties with the last kept: the original's rule
-    (most libraries also keep the token that crosses p).
+    Top-k keeps the k largest logits and all ties with the k-th. Top-p sorts what top-k left and keeps the longest
+    prefix whose cumulative probability is at most p, at least one token, and all ties with the last kept: the
+    original's rule (most libraries also keep the token that crosses p).
 
     Args:
       logits_BV: float32, already divided by the temperature.

@@ -58,7 +58,7 @@ def _tokens(config, batch, length, seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-    return numpy_reference.random_params(CONFIG, np.random.default_rng(3))
+    return jax.tree.map(jnp.asarray, numpy_reference.random_params(CONFIG, np.random.default_rng(3)))
 
 
 # --- the original's logits, and what the bound would miss ------------------------------------------------------------
@@ -117,7 +117,7 @@ def _cases(draw):
     config = gpt2_jax.GPT2Config(
         n_vocab=draw(st.sampled_from([2, 13, 29, 53])),
         n_ctx=draw(st.sampled_from([1, 7, 11, 17])),
-        n_embd=n_head * draw(st.sampled_from([3, 5, 7, 11])),
+        n_embd=n_head * draw(st.sampled_from([5, 7, 11])),
         n_head=n_head,
         n_layer=draw(st.integers(1, 3)),
     )
@@ -140,12 +140,12 @@ def test_odd_shapes_agree_with_numpy(case):
     logits = _logits(config, weights, tokens_BT, mask_BT)
     assert logits.dtype == np.float32
     assert np.isfinite(logits).all()
-    assert _error(logits[real_BT], expected[real_BT]) < 1e-5
+    assert _error(logits[real_BT], expected[real_BT]) < 2e-5  # worst of 200 cases: 2.6e-6
 
     with jax.enable_x64(True):  # rounding gone: what is left is a bug
         double = dataclasses.replace(config, param_dtype="float64", compute_dtype="float64")
         logits = _logits(double, numpy_reference.as_float64(weights), tokens_BT, mask_BT)
-    assert _error(logits[real_BT], expected[real_BT]) < 1e-12
+    assert _error(logits[real_BT], expected[real_BT]) < 1e-12  # worst of 200 cases: 6.2e-15
 
 
 # --- padding ---------------------------------------------------------------------------------------------------------
@@ -173,13 +173,14 @@ def test_a_padded_row_equals_the_row_alone(params, side):
 
 
 def test_the_token_under_the_padding_does_not_matter(params):
-    """Exactly: a padded key's weight is zero, not small."""
+    """Exactly: a padded key's weight is zero, not small; and -1, a usual filler, is no worse than any other id."""
     mask_BT = _masks(19)["holes"]
-    one, other = _tokens(CONFIG, 3, 19, seed=0), _tokens(CONFIG, 3, 19, seed=1)
-    other = np.where(mask_BT, one, other)
-    assert (one != other).any()
-    a, b = _logits(CONFIG, params, one, mask_BT), _logits(CONFIG, params, other, mask_BT)
-    np.testing.assert_array_equal(a[mask_BT], b[mask_BT])
+    tokens_BT = _tokens(CONFIG, 3, 19)
+    logits = _logits(CONFIG, params, tokens_BT, mask_BT)
+    for filler in (_tokens(CONFIG, 3, 19, seed=1), -1):
+        filled = _logits(CONFIG, params, np.where(mask_BT, tokens_BT, filler), mask_BT)
+        assert np.isfinite(filled).all()
+        np.testing.assert_array_equal(filled[mask_BT], logits[mask_BT])
 
 
 def test_a_mask_of_ones_is_no_mask(params):
@@ -354,7 +355,7 @@ def _passing_through(config, wte_VD, wpe_TD):
 
 @pytest.mark.parametrize(
     ("compute_dtype", "offset", "step", "bound"),
-    [("float32", 1024.0, 2.0**-8, 2e-3), ("bfloat16", 96.0, 0.5, 2e-2)],
+    [("float32", 256.0, 2.0**-8, 2e-3), ("bfloat16", 96.0, 0.5, 1e-2)],
 )
 def test_layer_norm_survives_a_large_offset(compute_dtype, offset, step, bound):
     """Mean and variance in float32, the variance around the mean: E[x^2] - E[x]^2 has no digit left here.

@@ -1,6 +1,7 @@
 """OpenAI's TensorFlow checkpoints: `hparams.json` and the variables, under their own names.
 
-TensorFlow is imported inside the functions that need it, on the CPU alone, and only its checkpoint reader and writer run.
+TensorFlow is imported inside the functions that need it, with the accelerators hidden from it, and only its checkpoint
+reader and writer run.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ PREFIX = "model/"
 def read(directory: str | os.PathLike) -> tuple[GPT2Config, Params]:
     """Read the config and every variable of a directory in OpenAI's layout; the graph (`.meta`) is not needed.
 
-    Every variable is visited once and names, shapes and dtypes are checked both ways; TensorFlow verifies the checksum of
-    each. Nothing is transposed: the leading 1 of a width-1 convolution's `w` (1, in, out) is dropped.
+    Every variable is visited once and names, shapes and dtypes are checked both ways; TensorFlow verifies the checksum
+    of each. Nothing is transposed: the leading 1 of a width-1 convolution's `w` (1, in, out) is dropped.
 
     Returns:
       config, and params as jax arrays on the default device: `params["h0"]["attn"]["c_attn"]["w"]` is (D, 3D) float32.
@@ -146,14 +147,15 @@ def find_checkpoint(directory: Path) -> Path:
 
 def _variables(flat: Mapping[str, Any]) -> dict[str, SimpleNamespace]:
     """Return the variables that hold a flat tree: a dense layer's `w` is a convolution of width 1, (1, in, out)."""
-    return {
-        PREFIX + name: SimpleNamespace(shape=((1, *leaf.shape) if name.endswith("/w") else leaf.shape), dtype=leaf.dtype)
-        for name, leaf in flat.items()
-    }
+
+    def shape(name: str, leaf: Any) -> tuple[int, ...]:
+        return (1, *leaf.shape) if name.endswith("/w") else leaf.shape
+
+    return {PREFIX + name: SimpleNamespace(shape=shape(name, leaf), dtype=leaf.dtype) for name, leaf in flat.items()}
 
 
 def _import_tensorflow() -> ModuleType:
-    """Import TensorFlow with the accelerators hidden from it and its banner off; leave it be where it is in use already."""
+    """Import TensorFlow without its banner and with the accelerators hidden; leave it be where it is in use already."""
     if "tensorflow" in sys.modules:
         return sys.modules["tensorflow"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,0 +1,164 @@
+"""Byte-level BPE: a `tiktoken.Encoding` built from a model's own encoder.json and vocab.bpe; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+
+# How the original (openai/gpt-2, src/encoder.py) splits text before merging, possessive where that changes nothing:
+# contractions, letters, numbers, the rest, and whitespace less the last character before a word.
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# `\s+(?!\S)` backtracks, and tiktoken gives up on a run of a million characters: longer runs than this are cut out.
+LONGEST_RUN = 2**16
+_LONG_RUN = re.compile(  # Unicode's White_Space, which is not Python's \s
+    rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{LONGEST_RUN},}}"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      eot: the id of `<|endoftext|>`, which stands between documents.
+      n_vocab: number of ids; every id is in [0, n_vocab).
+
+    """
+
+    eot: int
+    n_vocab: int
+
+    def __init__(self, ids: dict[bytes, int], eot: int):
+        """Take the id of every byte sequence, later merges having higher ids, and the id of `<|endoftext|>`."""
+        self.eot = eot
+        self.n_vocab = len(ids) + 1
+        self._encoding = tiktoken.Encoding(
+            "gpt2", pat_str=SPLIT, mergeable_ranks=ids, special_tokens={END_OF_TEXT: eot}
+        )
+
+    @classmethod
+    def from_files(cls, encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike) -> Tokenizer:
+        """Read a vocabulary in OpenAI's two files.
+
+        Raises:
+          FileNotFoundError: a file is not there.
+          ValueError: a file is malformed, or the two do not belong together; the message names the file.
+
+        """
+        encoder = _read_encoder(Path(encoder_json))
+        ids = _match_merges(encoder, Path(vocab_bpe), Path(encoder_json))
+        return cls(ids, encoder[END_OF_TEXT])
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Return the ids of a text of any length.
+
+        Args:
+          text: any str; a lone surrogate is read as U+FFFD.
+          allow_special: let `<|endoftext|>` in the text become the id `eot`; by default it is text like any other.
+
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a str, not {type(text).__name__}")
+        ids: list[int] = []
+        for i, part in enumerate(text.split(END_OF_TEXT) if allow_special else [text]):
+            if i:
+                ids.append(self.eot)
+            for piece in _cut_long_runs(part):
+                ids += self._encoding.encode(piece, disallowed_special=())
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of any sequence of ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: an id is not a whole number in [0, n_vocab).
+
+        """
+        array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+        if array.size == 0:
+            return ""
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"ids must be a sequence of whole numbers, not {array.dtype} of shape {array.shape}")
+        wrong = array[(array < 0) | (array >= self.n_vocab)]
+        if wrong.size:
+            raise ValueError(f"id {wrong[0]} is outside the vocabulary of {self.n_vocab} ids")
+        return self._encoding.decode(array.tolist(), errors="replace")
+
+
+def _cut_long_runs(text: str) -> Iterable[str]:
+    """Cut a text where a token ends in any case: around long runs of whitespace, before their last character.
+
+    The pattern ends a token before every run of whitespace, and takes a run whole, less the character before a word.
+    """
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        end = run.end() if run.end() == len(text) else run.end() - 1
+        yield from (text[start : run.start()], text[run.start() : end])
+        start = end
+    yield text[start:]
+
+
+def _read_encoder(path: Path) -> dict[str, int]:
+    try:
+        encoder = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(encoder, dict) or not all(type(i) is int for i in encoder.values()):
+        raise ValueError(f"{path} must map each token to its id")
+    if sorted(encoder.values()) != list(range(len(encoder))):
+        raise ValueError(f"{path} must give its {len(encoder)} tokens the ids 0 to {len(encoder) - 1}, each once")
+    if END_OF_TEXT not in encoder:
+        raise ValueError(f"{path} has no {END_OF_TEXT}")
+    return encoder
+
+
+def _match_merges(encoder: dict[str, int], vocab_bpe: Path, encoder_json: Path) -> dict[bytes, int]:
+    """Return the id of each byte sequence, having checked that ids follow the order of the merges."""
+    byte_of = _byte_characters()
+    missing = [character for character in byte_of if character not in encoder]
+    if missing:
+        raise ValueError(f"{encoder_json} has no token for the byte {byte_of[missing[0]]:#04x} ({missing[0]!r})")
+    names = list(byte_of)
+    last = -1
+    for number, line in enumerate(_read_text(vocab_bpe).splitlines(), start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        parts = line.split(" ")
+        if len(parts) != 2 or any(part not in encoder for part in parts):
+            raise ValueError(f"{vocab_bpe}, line {number}: {line!r} is not a pair of tokens of {encoder_json.name}")
+        merged = "".join(parts)
+        if encoder.get(merged, -1) <= last:
+            raise ValueError(
+                f"{vocab_bpe}, line {number}: {merged!r} has id {encoder.get(merged)} in {encoder_json.name}, "
+                f"which does not follow the {last} of the merge before: the two files do not belong together"
+            )
+        last = encoder[merged]
+        names.append(merged)
+    if len(names) + 1 != len(encoder):
+        extra = next(token for token in encoder if token not in {*names, END_OF_TEXT})
+        raise ValueError(f"{encoder_json} holds {extra!r}, id {encoder[extra]}, which no line of {vocab_bpe} makes")
+    return {bytes(byte_of[character] for character in name): encoder[name] for name in names}
+
+
+def _byte_characters() -> dict[str, int]:
+    """Return the printable character that stands for each byte in both files: itself, or one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such vocabulary file: {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

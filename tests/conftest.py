@@ -1,0 +1,39 @@
+"""Fixtures every test may use: the embedded model, its tokenizer, and what the original code computed with it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import gpt2_jax
+
+
+@pytest.fixture(autouse=True)
+def _exact_matmuls():
+    """Keep float32 products in float32 where the device's default is less (TF32 on GPUs, bfloat16 on TPUs)."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    return gpt2_jax.embedded_model()
+
+
+@pytest.fixture(scope="session")
+def shakespeare(model_dir):
+    """(config, params) of the embedded model."""
+    return gpt2_jax.load(model_dir)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir):
+    return gpt2_jax.load_tokenizer(model_dir)
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, np.ndarray]:
+    """Return tokens [4, 97], their logits [4, 97, 1281] and greedy [2, 129], computed by OpenAI's TensorFlow graph."""
+    with np.load(Path(__file__).parent / "data" / "shakespeare_reference.npz") as arrays:
+        return dict(arrays)

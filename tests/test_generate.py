@@ -1,0 +1,469 @@
+"""generate: greedy equals the original id for id, sampling follows its rules, a row depends on nothing but itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import gpt2_jax
+
+CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=41, n_embd=12, n_head=3, n_layer=2)
+# Prompts of all lengths between which a row must not notice its place, with the ids at both ends of the vocabulary.
+PROMPTS = [
+    [5],
+    [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9],
+    [36, 0],
+    [7] * 19,
+    [2, 7, 1, 8, 2],
+    [0],
+    list(range(23)),
+    [11] * 8,
+]
+
+COMPILATIONS = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: COMPILATIONS.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def random_params(config, seed: int, scale: float = 0.4):
+    """Weights wide enough that the next token depends strongly on every token before it and on their order."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype), gpt2_jax.abstract_params(config)
+    )
+
+
+def chosen_logits(logits):
+    """A model that always gives exactly these logits: the final norm's gain is 0, its bias picks wte[:, 0]."""
+    config = gpt2_jax.GPT2Config(n_vocab=len(logits), n_ctx=7, n_embd=2, n_head=1, n_layer=1)
+    params = random_params(config, 3)
+    params["ln_f"] = {"g": jnp.zeros(2), "b": jnp.array([1.0, 0.0])}
+    params["wte"] = params["wte"].at[:, 0].set(jnp.array(logits, jnp.float32))
+    return config, params
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 0)
+
+
+def uncached(config, params, prompt, n):
+    """The argmax loop over whole prefixes, of one shape: no position sees the zeros in the slots after it."""
+    apply = jax.jit(lambda tokens_BT: gpt2_jax.GPT2(config).apply({"params": params}, tokens_BT).logits)
+    tokens = np.zeros((1, len(prompt) + n), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for at in range(len(prompt), len(prompt) + n):
+        tokens[0, at] = np.argmax(apply(tokens)[0, at - 1])
+    return tokens[0, len(prompt) :].tolist()
+
+
+# ---- greedy
+
+
+def test_greedy_equals_the_original(shakespeare, reference):
+    """120 tokens of the two reference rows, id for id."""
+    config, params = shakespeare
+    prompts = reference["tokens"][:2, :9].tolist()
+    assert gpt2_jax.generate(config, params, prompts, 120, temperature=0) == reference["greedy"][:, 9:].tolist()
+
+
+def test_greedy_uncached_equals_the_original(shakespeare, reference):
+    """The same from whole forward passes: the cache is not what makes the reference come out."""
+    config, params = shakespeare
+    for tokens, greedy in zip(reference["tokens"][:2, :9].tolist(), reference["greedy"], strict=True):
+        assert uncached(config, params, tokens, 120) == greedy[9:].tolist()
+
+
+def test_greedy_in_a_ragged_batch_equals_the_original(shakespeare, reference):
+    """The reference rows between longer, shorter and one-token prompts: the padding is never seen."""
+    config, params = shakespeare
+    rows = reference["tokens"]
+    prompts = [rows[3, :61], rows[0, :9], rows[2, :1], rows[1, :9], rows[2, :97], rows[3, :10]]
+    new_ids = gpt2_jax.generate(config, params, [row.tolist() for row in prompts], 120, temperature=0)
+    assert [new_ids[1], new_ids[3]] == reference["greedy"][:, 9:].tolist()
+    assert [len(row) for row in new_ids] == [120] * 6
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_greedy_up_to_the_last_position(params, prompt):
+    """Prompt plus new tokens fill n_ctx exactly, and the last token is as right as the first."""
+    n = CONFIG.n_ctx - len(prompt)
+    assert gpt2_jax.generate(CONFIG, params, [prompt], n, temperature=0) == [uncached(CONFIG, params, prompt, n)]
+
+
+def test_greedy_rows_equal_rows_alone(params):
+    alone = [gpt2_jax.generate(CONFIG, params, [prompt], 17, temperature=0)[0] for prompt in PROMPTS]
+    assert gpt2_jax.generate(CONFIG, params, PROMPTS, 17, temperature=0) == alone
+    assert gpt2_jax.generate(CONFIG, params, PROMPTS[::-1], 17, temperature=0) == alone[::-1]
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-30}, {"temperature": 1e-5}, {"temperature": 1e-38},
+     {"temperature": 0, "top_k": 5, "top_p": 0.5, "seed": 9}, {"temperature": 1e-38, "top_k": 3, "top_p": 0.9}],
+    ids=str,
+)  # fmt: skip
+def test_narrow_sampling_is_greedy(params, knobs):
+    """One token left to draw from is the most likely one, with no overflow where the temperature is next to zero."""
+    greedy = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, temperature=0)
+    assert gpt2_jax.generate(CONFIG, params, PROMPTS, 17, **knobs) == greedy
+
+
+# ---- a row depends on the seed, its index and its prompt
+
+
+@pytest.mark.parametrize("knobs", [{}, {"temperature": 1.7, "top_k": 11, "top_p": 0.9}], ids=str)
+def test_sampled_row_ignores_its_neighbours(params, knobs):
+    """Row i of a batch is row i of any other batch: other neighbours, other lengths and padding, other batch size."""
+    rows = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=5, **knobs)
+    for i in (0, 2):
+        fewer = [[1]] * i + [PROMPTS[i]]
+        assert gpt2_jax.generate(CONFIG, params, fewer, 17, seed=5, **knobs)[i] == rows[i]
+    for i, prompt in enumerate(PROMPTS):
+        others = [[30 - j] * (24 - 2 * j) for j in range(11)]
+        more = [*others[:i], prompt, *others[i + 1 :], [9] * 24]
+        assert gpt2_jax.generate(CONFIG, params, more, 17, seed=5, **knobs)[i] == rows[i]
+
+
+def test_sampled_row_of_the_embedded_model_ignores_its_neighbours(shakespeare, reference):
+    config, params = shakespeare
+    prompts = [row[: 9 + 17 * i].tolist() for i, row in enumerate(reference["tokens"])]
+    rows = gpt2_jax.generate(config, params, prompts, 60, seed=11)
+    others = [[1], [2] * 180, prompts[2], [4]]
+    assert gpt2_jax.generate(config, params, others, 60, seed=11)[2] == rows[2]
+
+
+def test_fewer_tokens_are_a_prefix_of_more(params):
+    """How many tokens are asked for changes none of them."""
+    long = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=3)
+    for n in (1, 2, 16):
+        assert gpt2_jax.generate(CONFIG, params, PROMPTS, n, seed=3) == [row[:n] for row in long]
+
+
+def test_earlier_calls_change_nothing(params):
+    """No state between calls: the same call gives the same ids after calls with other seeds, shapes and weights."""
+    first = gpt2_jax.generate(CONFIG, params, PROMPTS, 13, seed=7)
+    gpt2_jax.generate(CONFIG, params, [[1, 2]], 5, seed=8)
+    gpt2_jax.generate(CONFIG, random_params(CONFIG, 1), PROMPTS, 13, seed=7)
+    np.random.seed(0)  # noqa: NPY002
+    assert gpt2_jax.generate(CONFIG, params, PROMPTS, 13, seed=7) == first
+
+
+def test_seeds_and_rows_differ(params):
+    """Every seed and every row draws for itself, also two rows with one prompt and seeds beyond 32 signed bits."""
+    prompts = [[5, 6, 7]] * 5
+    draws = [gpt2_jax.generate(CONFIG, params, prompts, 19, seed=seed) for seed in (0, 1, 2, 2**31, 2**32 - 1)]
+    rows = [tuple(row) for rows in draws for row in rows]
+    assert len(set(rows)) == len(rows) == 25
+    assert gpt2_jax.generate(CONFIG, params, prompts, 19) == draws[0]
+
+
+def test_steps_of_a_row_draw_independently():
+    """Under equal logits no step repeats another's draw, and no row is another one shifted."""
+    config = gpt2_jax.GPT2Config(n_vocab=997, n_ctx=41, n_embd=2, n_head=1, n_layer=1)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), gpt2_jax.abstract_params(config))
+    rows = np.array(gpt2_jax.generate(config, params, [[0]] * 31, 40, seed=1))
+    for row in range(31):
+        for shift in range(1, 5):
+            assert np.mean(rows[row, shift:] == rows[row, :-shift]) < 0.2
+            assert np.mean(rows[(row + 1) % 31, shift:] == rows[row, :-shift]) < 0.2
+            assert np.mean(rows[(row + 1) % 31, :-shift] == rows[row, shift:]) < 0.2
+    assert len(np.unique(rows)) > 600  # 997 (1 - exp(-1240 / 997)) = 710 expected
+
+
+# ---- what comes back
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 17])
+def test_exactly_as_many_tokens_as_asked(params, n):
+    """`length` tokens for each row, as plain Python ints; zero is allowed and gives empty lists."""
+    rows = gpt2_jax.generate(CONFIG, params, PROMPTS, max_new_tokens=n)
+    assert isinstance(rows, list)
+    assert all(isinstance(row, list) for row in rows)
+    assert [len(row) for row in rows] == [n] * len(PROMPTS)
+    assert all(type(i) is int for row in rows for i in row)
+
+
+def test_default_length(params):
+    assert [len(row) for row in gpt2_jax.generate(CONFIG, params, [[1], [2, 3]])] == [32, 32]
+
+
+def test_never_stops_at_the_last_id():
+    """As the original: `<|endoftext|>`, the last id, is a token like others and does not end a row."""
+    config, params = chosen_logits([0.0, 0.0, 9.0])
+    assert gpt2_jax.generate(config, params, [[0], [2]], 5, temperature=0) == [[2] * 5] * 2
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    temperature=st.floats(0, 2.0**99, width=32),
+    top_k=st.integers(0, CONFIG.n_vocab),
+    top_p=st.floats(0, 1, exclude_min=True, width=32),
+)
+def test_ids_stay_in_the_vocabulary(params, seed, temperature, top_k, top_p):
+    """Whatever the knobs, every row comes back with ids of the vocabulary."""
+    rows = gpt2_jax.generate(CONFIG, params, PROMPTS, 5, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    assert all(len(row) == 5 and all(0 <= i < CONFIG.n_vocab for i in row) for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8, np.uint16])
+def test_arrays_are_prompts(params, dtype):
+    """NumPy and jax arrays of any integer type, tuples, and a 2-D array of equally long prompts."""
+    expected = gpt2_jax.generate(CONFIG, params, PROMPTS, 5)
+    assert gpt2_jax.generate(CONFIG, params, [np.array(prompt, dtype) for prompt in PROMPTS], 5) == expected
+    assert gpt2_jax.generate(CONFIG, params, tuple(map(tuple, PROMPTS)), 5) == expected
+    square = np.arange(15, dtype=dtype).reshape(3, 5)
+    assert gpt2_jax.generate(CONFIG, params, square, 5) == gpt2_jax.generate(CONFIG, params, square.tolist(), 5)
+
+
+def test_jax_arrays_are_prompts(params):
+    square = jnp.arange(15).reshape(3, 5)
+    expected = gpt2_jax.generate(CONFIG, params, square.tolist(), 5)
+    assert (
+        gpt2_jax.generate(CONFIG, params, square, 5) == gpt2_jax.generate(CONFIG, params, list(square), 5) == expected
+    )
+
+
+def test_numpy_scalars_are_numbers(params):
+    """What comes out of an array of settings works as what is typed."""
+    knobs = {"temperature": np.float32(0.5), "top_k": np.int64(7), "top_p": np.float64(0.75), "seed": np.uint32(3)}
+    plain = {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "seed": 3}
+    expected = gpt2_jax.generate(CONFIG, params, PROMPTS, 5, **plain)
+    assert gpt2_jax.generate(CONFIG, params, PROMPTS, np.int32(5), **knobs) == expected
+
+
+# ---- the distribution
+
+
+def openai_probabilities(logits, temperature, top_k, top_p):
+    """softmax after temperature, then top-k with ties kept, then the longest prefix with cumulative <= p."""
+    logits = np.asarray(logits, np.float64) / temperature
+    if top_k:
+        logits = np.where(logits < np.sort(logits)[-top_k], -np.inf, logits)
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    descending = np.sort(probs)[::-1]
+    if top_p < 1:
+        kept = max(np.sum(np.cumsum(descending) <= top_p), 1)
+        probs = np.where(probs < descending[kept - 1], 0, probs)
+    return probs / probs.sum()
+
+
+def chi_square_p(counts, expected) -> float:
+    """p-value of the counts, cells with fewer than five expected put together; 0 where a forbidden cell was drawn."""
+    if counts[expected == 0].any():
+        return 0.0
+    small = expected < 5
+    counts = np.append(counts[~small], counts[small].sum())
+    expected = np.append(expected[~small], expected[small].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    return stats.chi2.sf(np.sum((counts - expected) ** 2 / expected), max(len(counts) - 1, 1))
+
+
+KNOBS = [
+    (1.0, 0, 1.0),
+    (0.6, 0, 1.0),
+    (1.9, 0, 1.0),
+    (1.0, 3, 1.0),
+    (1.0, 0, 0.6),
+    (0.7, 5, 0.8),
+    (1.4, 2, 0.9),
+    (1.0, 7, 0.95),
+]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), KNOBS)
+def test_pairs_are_drawn_as_the_original_draws(temperature, top_k, top_p):
+    """The first two tokens of 5,003 rows, the prefill's draw and the loop's, against probabilities by hand."""
+    config = gpt2_jax.GPT2Config(n_vocab=7, n_ctx=5, n_embd=6, n_head=2, n_layer=2)
+    params = random_params(config, 4, scale=0.7)
+    prompt, rows = [3, 0, 6], 5003
+    logits = gpt2_jax.GPT2(config).apply({"params": params}, jnp.array([[*prompt, v] for v in range(7)])).logits
+    first = openai_probabilities(logits[0, 2], temperature, top_k, top_p)
+    second = np.stack([openai_probabilities(logits[v, 3], temperature, top_k, top_p) for v in range(7)])
+    drawn = np.array(
+        gpt2_jax.generate(config, params, [prompt] * rows, 2, temperature, top_k=top_k, top_p=top_p, seed=1)
+    )
+    counts = np.bincount(drawn[:, 0] * 7 + drawn[:, 1], minlength=49)
+    assert chi_square_p(counts, (first[:, None] * second).ravel() * rows) > 1e-3
+
+
+LOGITS = {
+    "halves": np.log([0.125, 0.5, 0.25, 0.0625, 0.0625]),
+    "ties": [1.0, 2.0, 0.5, 1.0, 1.0, -3.0],
+    "all equal": [0.25] * 5,
+    "far apart": [0.0, 1e4, 1e4, -1e9],
+    "far below": [-1e9, -2e9, -3e9],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "top_k", "top_p", "allowed"),
+    [
+        ("halves", 0, 0.70, {1}),  # the token that crosses p is left out: 0.5 + 0.25 > 0.7
+        ("halves", 0, 0.80, {1, 2}),
+        ("halves", 0, 0.40, {1}),  # at least one
+        ("halves", 0, 0.99, {0, 1, 2, 3, 4}),  # the last kept ties with the one that crosses
+        ("halves", 2, 0.70, {1}),  # after top-k the two weigh 2/3 and 1/3
+        ("halves", 2, 0.60, {1}),
+        ("halves", 3, 0.90, {1, 2}),  # 4/7 + 2/7 = 0.857
+        ("halves", 3, 0.85, {1}),
+        ("ties", 1, 1.0, {1}),
+        ("ties", 2, 1.0, {0, 1, 3, 4}),  # ties with the second stay
+        ("ties", 3, 1.0, {0, 1, 3, 4}),
+        ("ties", 5, 1.0, {0, 1, 2, 3, 4}),
+        ("ties", 6, 1.0, {0, 1, 2, 3, 4, 5}),
+        ("ties", 2, 0.70, {0, 1, 3, 4}),  # 0.475 + 0.175 <= 0.7: the kept one ties with two more
+        ("all equal", 1, 1.0, {0, 1, 2, 3, 4}),
+        ("all equal", 0, 0.1, {0, 1, 2, 3, 4}),
+        ("far apart", 0, 1.0, {1, 2}),
+        ("far apart", 0, 0.5, {1, 2}),
+        ("far below", 0, 1.0, {0}),
+    ],
+)
+def test_which_tokens_may_be_drawn(name, top_k, top_p, allowed):
+    """The exact set that top-k and top-p leave, on a model whose logits are chosen: boundaries and ties included."""
+    config, params = chosen_logits(LOGITS[name])
+    rows = gpt2_jax.generate(config, params, [[1]] * 2003, 3, top_k=top_k, top_p=top_p, seed=2)
+    assert {i for row in rows for i in row} == allowed
+
+
+def test_masked_tokens_stay_masked_at_any_temperature():
+    """What top-k removed stays below logits that a small temperature drives towards the end of float32."""
+    config, params = chosen_logits([-2.0, -1.0, -3.0, -4.0])
+    for temperature in (1e-5, 1e-20, 1e-37):
+        rows = gpt2_jax.generate(config, params, [[0]] * 97, 3, temperature=temperature, top_k=2, top_p=0.9)
+        assert rows == [[1] * 3] * 97
+
+
+# ---- compilation
+
+
+def test_values_compile_nothing_new(params):
+    """Sampling knobs, seeds, weights and prompt ids are data: after one call no other of the same shapes compiles."""
+    prompts = [[(3 * i + j) % CONFIG.n_vocab for j in range(i)] for i in (3, 7, 2)]
+    turned = [prompt[::-1] for prompt in prompts]
+    other = random_params(CONFIG, 2)
+    knobs = [{"temperature": 0.5}, {"temperature": 2}, {"temperature": 0}, {"top_k": 3}, {"top_k": 20}, {"top_p": 0.5},
+             {"top_p": 0.25}, {"seed": 1}, {"seed": 2**32 - 1},
+             {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 3}]  # fmt: skip
+    first = gpt2_jax.generate(CONFIG, params, prompts, 9)
+    compiled = {}
+    for knob in knobs:
+        before = len(COMPILATIONS)
+        gpt2_jax.generate(CONFIG, params, prompts, 9, **knob)
+        compiled[str(knob)] = len(COMPILATIONS) - before
+    for what, weights, ids in [("params", other, prompts), ("prompts", params, turned)]:
+        before = len(COMPILATIONS)
+        assert gpt2_jax.generate(CONFIG, weights, ids, 9) != first
+        compiled[what] = len(COMPILATIONS) - before
+    assert {what: n for what, n in compiled.items() if n} == {}
+
+
+def test_a_new_shape_is_counted(params):
+    """The counter that the test above trusts counts: a model of another shape does compile."""
+    before = len(COMPILATIONS)
+    config = gpt2_jax.GPT2Config(n_vocab=5, n_ctx=3, n_embd=2, n_head=1, n_layer=1)
+    gpt2_jax.generate(config, random_params(config, 0), [[1]], 2)
+    assert len(COMPILATIONS) > before
+
+
+# ---- refusals, all of them before a parameter is touched
+
+
+UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n"),
+    [
+        ([[1]], 41),
+        ([[1] * 41], 1),
+        ([[1] * 20, [2, 3]], 22),
+        ([[1], [2] * 30, [3]], 12),
+        ([[1] * 42], 0),
+        ([[1]], 10**9),
+    ],
+    ids=["one token", "full prompt", "first row", "middle row", "long prompt", "far beyond"],
+)
+def test_beyond_the_context_is_refused(prompts, n):
+    """Position n_ctx does not exist: refused before anything is traced, with the three numbers in the message."""
+    longest = max(map(len, prompts))
+    with pytest.raises(ValueError, match=r"n_ctx|context") as caught:
+        gpt2_jax.generate(CONFIG, UNTOUCHED, prompts, n)
+    message = str(caught.value).replace(",", "").replace("_", "")
+    assert "41" in message
+    assert str(longest) in message
+    assert str(n) in message
+    assert "\n" not in str(caught.value)
+
+
+BAD_PROMPTS = {
+    "no prompts": ([], ""),
+    "empty prompt": ([[]], ""),
+    "empty among others": ([[1, 2], [], [3]], "1"),
+    "flat list": ([1, 2, 3], ""),
+    "flat array": (np.arange(3), ""),
+    "text": ("ROMEO:", ""),
+    "texts": (["ROMEO:", "JULIET:"], ""),
+    "bytes": ([b"ROMEO:"], ""),
+    "none": (None, ""),
+    "number": (7, ""),
+    "three levels": ([[[1, 2]]], ""),
+    "float": ([[1, 2.5]], "2.5"),
+    "whole float": ([[1, 2.0]], "2.0"),
+    "float array": ([np.array([1.0, 2.0])], ""),
+    "bool array": ([np.array([True, False])], ""),
+    "none inside": ([[1, None]], "None"),
+    "beyond the vocabulary": ([[1], [36, 37]], "37"),
+    "far beyond": ([[1, 2**40]], str(2**40)),
+    "wraps to zero": ([[1, 2**32]], str(2**32)),
+    "no 64 bits": ([[1, 2**70]], str(2**70)),
+    "negative": ([[1, -1]], "-1"),
+    "beyond in an array": (np.array([[1, 37]]), "37"),
+    "negative in an array": ([np.array([1, -2])], "-2"),
+}
+
+
+@pytest.mark.parametrize(("prompts", "shown"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_bad_prompts_are_refused(prompts, shown):
+    with pytest.raises(ValueError, match="prompt") as caught:
+        gpt2_jax.generate(CONFIG, UNTOUCHED, prompts, 3)
+    message = str(caught.value)
+    assert shown in message
+    assert "\n" not in message
+
+
+BAD_ARGUMENTS = [
+    ("max_new_tokens", -1), ("max_new_tokens", 2.5), ("max_new_tokens", 3.0), ("max_new_tokens", "3"),
+    ("max_new_tokens", None),
+    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", float("-inf")),
+    ("temperature", "hot"), ("temperature", None),
+    ("top_k", -1), ("top_k", 2.5), ("top_k", "3"), ("top_k", None),
+    ("top_p", 0), ("top_p", 0.0), ("top_p", -0.1), ("top_p", 1.0001), ("top_p", float("nan")), ("top_p", float("inf")),
+    ("top_p", "most"), ("top_p", None),
+    ("seed", -1), ("seed", 1.5), ("seed", "3"), ("seed", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=lambda x: str(x))
+def test_bad_arguments_are_refused(name, value):
+    """One sentence with the argument's name and the value, before anything is traced."""
+    with pytest.raises(ValueError, match=name) as caught:
+        gpt2_jax.generate(CONFIG, UNTOUCHED, [[1, 2]], **{"max_new_tokens": 3} | {name: value})
+    message = str(caught.value)
+    assert str(value) in message
+    assert "\n" not in message
+
+
+def test_bad_arguments_are_refused_for_nothing_to_do_too():
+    """Zero new tokens do not switch the checks off."""
+    with pytest.raises(ValueError, match="top_p"):
+        gpt2_jax.generate(CONFIG, UNTOUCHED, [[1, 2]], 0, top_p=0)
+    with pytest.raises(ValueError, match="37"):
+        gpt2_jax.generate(CONFIG, UNTOUCHED, [[37]], 0)

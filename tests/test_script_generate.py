@@ -1,0 +1,327 @@
+"""scripts/generate.py: text on stdout and nothing else there, one clear sentence and exit code 2 for any mistake."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import gpt2_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "generate.py"
+OPTIONS = ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--num-samples"]
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def in_a_process(*args: str, cwd: Path, python: tuple[str, ...] = (), **env: str) -> Run:
+    """The command as a user types it, from a directory that is not the repository."""
+    done = subprocess.run(
+        [sys.executable, *python, str(SCRIPT), *args],
+        cwd=cwd,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"} | env,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def main():
+    """The script's entry point, loaded from its path as nothing in the package may import it."""
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where tyro and dataclasses look up the annotations
+    try:
+        spec.loader.exec_module(module)
+        yield module.main
+    finally:
+        del sys.modules[spec.name]
+
+
+@pytest.fixture
+def run(main, capfd):
+    """Call the entry point in this process; what it and TensorFlow's C++ write is caught at the file descriptors."""
+
+    def call(*args: str) -> Run:
+        capfd.readouterr()
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        return Run(code or 0, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def expected(shakespeare, tokenizer):
+    """expected(prompt, ...) -> the continuations the library gives."""
+
+    def continuations(prompt: str, *, num_samples: int = 1, **knobs) -> list[str]:
+        ids = tokenizer.encode(prompt) or [tokenizer.eot]
+        return [tokenizer.decode(row) for row in gpt2_jax.generate(*shakespeare, [ids] * num_samples, **knobs)]
+
+    return continuations
+
+
+def model_lines(err: str) -> list[str]:
+    """The lines that name the embedded model and say how to get the real ones."""
+    return [line for line in err.splitlines() if "shakespeare" in line and re.search("124M|download|README", line)]
+
+
+# ---- what is printed
+
+
+def test_the_first_command_of_a_newcomer(tmp_path):
+    """No arguments, another directory: text on stdout; on stderr one line with the model and the way to real ones."""
+    done = in_a_process(cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert len(done.out.strip()) > 20
+    assert len(model_lines(done.err)) == 1, done.err
+    assert "shakespeare" not in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_greedy_output_is_prompt_and_continuation(tmp_path, run, expected):
+    """Byte for byte what the library gives, as a process and in this one, whether the model is named or the default."""
+    args = ["--prompt", "ROMEO:\nWhat light", "--max-new-tokens", "29", "--temperature", "0"]
+    text = "ROMEO:\nWhat light" + expected("ROMEO:\nWhat light", max_new_tokens=29, temperature=0)[0] + "\n"
+    done = in_a_process(*args, cwd=tmp_path)
+    assert (done.code, done.out) == (0, text), done.err
+    for model in ([], ["--model", ROOT / "models" / "shakespeare"]):
+        again = run(*args, *model)
+        assert (again.code, again.out) == (0, text), again.err
+
+
+def test_sampled_output_follows_the_options(run, expected):
+    """Each option reaches the library; a seed repeats itself, another seed does not."""
+    knobs = {"max_new_tokens": 23, "temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 5}
+
+    def sample(**changes) -> str:
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in (knobs | changes).items()]
+        done = run("--prompt", "JULIET:", *options)
+        assert done.code == 0, done.err
+        return done.out
+
+    first = sample()
+    assert first == "JULIET:" + expected("JULIET:", **knobs)[0] + "\n"
+    assert sample() == first
+    others = [sample(**{name: value}) for name, value in
+              [("seed", 6), ("temperature", 1.5), ("top_k", 2), ("top_p", 0.2), ("max_new_tokens", 22)]]  # fmt: skip
+    assert first not in others
+
+
+def test_several_samples(run, expected):
+    """Three samples in order, each after its prompt, with nothing but white space between them."""
+    done = run("--prompt", "KING:", "--num-samples", 3, "--max-new-tokens", 19, "--seed", 7)
+    samples = expected("KING:", num_samples=3, max_new_tokens=19, seed=7)
+    assert done.code == 0
+    assert len(set(samples)) == 3
+    rest = done.out
+    for sample in samples:
+        before, found, rest = rest.partition("KING:" + sample)
+        assert found, (sample, done.out)
+        assert before.strip() == ""
+    assert rest.strip() == ""
+
+
+def test_empty_prompt_is_end_of_text(run, expected):
+    """Text from nothing starts after `<|endoftext|>`, as the original's unconditional samples do."""
+    done = run("--prompt", "", "--max-new-tokens", 31, "--temperature", 0)
+    assert done.code == 0
+    assert done.out.removeprefix("<|endoftext|>") == expected("", max_new_tokens=31, temperature=0)[0] + "\n"
+
+
+def test_end_of_text_in_a_prompt_is_text(run, expected):
+    """A prompt that quotes the marker is neither an error nor a new document."""
+    done = run("--prompt", "a<|endoftext|>b", "--max-new-tokens", 3, "--temperature", 0)
+    continuation = expected("a<|endoftext|>b", max_new_tokens=3, temperature=0)[0]
+    assert (done.code, done.out) == (0, "a<|endoftext|>b" + continuation + "\n")
+
+
+def test_zero_new_tokens_give_the_prompt(run):
+    done = run("--prompt", "To be", "--max-new-tokens", 0)
+    assert (done.code, done.out) == (0, "To be\n")
+
+
+def test_help_names_every_option_without_tensorflow(tmp_path):
+    """--help exits 0, mentions every option, and imports nothing heavy to do so."""
+    done = in_a_process("--help", cwd=tmp_path, python=("-X", "importtime"))
+    assert done.code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", done.out)
+    assert [option for option in OPTIONS if not re.search(rf"{option}(?![\w-])", plain)] == []
+    imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
+    assert "argparse" in imported
+    assert imported & {"tensorflow", "torch", "transformers", "flax", "orbax.checkpoint"} == set()
+
+
+def test_wrong_argument_in_a_process(tmp_path):
+    """What the calls below check in this process also holds for the real one: exit code, empty stdout, no traceback."""
+    done = in_a_process("--top-p", "0", "--prompt", "x", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert "Traceback" not in done.err
+    assert re.search("top.p", done.err)
+
+
+# ---- what is refused
+
+
+def assert_refused(done: Run, culprit: str) -> None:
+    assert done.code == 2, done
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert "Error(" not in done.err
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", done.err)
+    assert re.search(culprit, plain), plain
+
+
+BAD_OPTIONS = [
+    (["--max-new-tokens=-1"], "max.new.tokens.*-1|-1.*max.new.tokens"),
+    (["--max-new-tokens=2.5"], "max.new.tokens"),
+    (["--max-new-tokens=many"], "max.new.tokens"),
+    (["--max-new-tokens=256"], r"n_ctx|context"),
+    (["--max-new-tokens=1", "--prompt", "x " * 300], r"n_ctx|context"),
+    (["--top-p=0"], "top.p"),
+    (["--top-p=1.5"], "top.p"),
+    (["--top-p=nan"], "top.p"),
+    (["--top-k=-1"], "top.k"),
+    (["--top-k=x"], "top.k"),
+    (["--temperature=-0.5"], "temperature"),
+    (["--temperature=nan"], "temperature"),
+    (["--temperature=inf"], "temperature"),
+    (["--temperature=hot"], "temperature"),
+    (["--seed=-1"], "seed"),
+    (["--seed=x"], "seed"),
+    (["--num-samples=0"], "num.samples"),
+    (["--num-samples=-3"], "num.samples"),
+    (["--no-such-option=1"], "no-such-option"),
+    (["--model", "no-such-model"], "no-such-model"),
+    (["--model", str(SCRIPT)], r"generate\.py"),
+    (["--model", ""], "."),
+]
+
+
+@pytest.mark.parametrize(("options", "culprit"), BAD_OPTIONS, ids=lambda x: str(x)[:40])
+def test_bad_options(run, options, culprit):
+    """Each wrong value is named, before a model is read or after, and never as a traceback."""
+    args = options if "--prompt" in options else ["--prompt", "ROMEO:", *options]
+    assert_refused(run(*args), culprit)
+
+
+DATA = "model.ckpt.data-00000-of-00001"
+INDEX = "model.ckpt.index"
+
+
+@pytest.fixture
+def broken(model_dir, tmp_path):
+    """A copy of the embedded model that a test may break."""
+    directory = tmp_path / "broken-model"
+    directory.mkdir()
+    for path in model_dir.iterdir():
+        if path.is_file() and path.suffix != ".meta":
+            shutil.copyfile(path, directory / path.name)
+    return directory
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change, add, or with None delete entries of a JSON object."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), encoding="utf-8")
+
+
+def truncate(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def flip_a_bit(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def fewer_tokens(directory: Path) -> None:
+    """A vocabulary sound in itself that is one merge too small for the embedding."""
+    path = directory / "encoder.json"
+    ids = json.loads(path.read_text(encoding="utf-8"))
+    last = max(ids, key=ids.get)
+    assert last == "<|endoftext|>"
+    ids = {token: i for token, i in ids.items() if i < ids[last] - 1} | {last: ids[last] - 1}
+    path.write_text(json.dumps(ids), encoding="utf-8")
+    merges = (directory / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+    (directory / "vocab.bpe").write_text("\n".join([*merges[:-2], ""]), encoding="utf-8")
+
+
+BREAKAGES = {
+    "no hparams": (lambda d: (d / "hparams.json").unlink(), r"hparams\.json"),
+    "no index": (lambda d: (d / INDEX).unlink(), r"model\.ckpt|checkpoint"),
+    "no data": (lambda d: (d / DATA).unlink(), r"model\.ckpt"),
+    "no encoder": (lambda d: (d / "encoder.json").unlink(), r"encoder\.json"),
+    "no merges": (lambda d: (d / "vocab.bpe").unlink(), r"vocab\.bpe"),
+    "truncated data": (lambda d: truncate(d / DATA, 7_000_001), r"model\.ckpt"),
+    "data short of a byte": (lambda d: truncate(d / DATA, 14_212_095), r"model\.ckpt"),
+    "empty data": (lambda d: truncate(d / DATA, 0), r"model\.ckpt"),
+    "flipped bit": (lambda d: flip_a_bit(d / DATA, 9_000_001), r"model\.ckpt"),
+    "truncated index": (lambda d: truncate(d / INDEX, 901), r"model\.ckpt"),
+    "page instead of index": (lambda d: (d / INDEX).write_text("<Error>NoSuchBucket</Error>"), r"model\.ckpt"),
+    "hparams cut off": (lambda d: truncate(d / "hparams.json", 40), r"hparams\.json"),
+    "hparams empty": (lambda d: truncate(d / "hparams.json", 0), r"hparams\.json"),
+    "hparams not utf-8": (lambda d: (d / "hparams.json").write_bytes(b'{"n_\xff": 1}'), r"hparams\.json"),
+    "hparams a list": (lambda d: (d / "hparams.json").write_text("[1281, 256]"), r"hparams\.json"),
+    "unknown hparam": (lambda d: edit_json(d / "hparams.json", n_experts=8), "n_experts"),
+    "missing hparam": (lambda d: edit_json(d / "hparams.json", n_layer=None), "n_layer"),
+    "hparam of a wrong type": (lambda d: edit_json(d / "hparams.json", n_layer="4"), "n_layer"),
+    "negative hparam": (lambda d: edit_json(d / "hparams.json", n_layer=-4), "n_layer"),
+    "heads that do not divide": (lambda d: edit_json(d / "hparams.json", n_head=3), "n_head"),
+    "more layers than saved": (lambda d: edit_json(d / "hparams.json", n_layer=5), "h4"),
+    "fewer layers than saved": (lambda d: edit_json(d / "hparams.json", n_layer=3), "h3"),
+    "other width": (lambda d: edit_json(d / "hparams.json", n_embd=252), "252"),
+    "other context": (lambda d: edit_json(d / "hparams.json", n_ctx=255), "wpe"),
+    "vocabulary that does not match": (fewer_tokens, r"(?s)1,?280.*1,?281|1,?281.*1,?280"),
+    "hparams that do not match": (lambda d: edit_json(d / "hparams.json", n_vocab=1283), r"1,?283"),
+}
+
+
+@pytest.mark.parametrize(("breakage", "culprit"), BREAKAGES.values(), ids=BREAKAGES)
+def test_broken_models(run, broken, breakage, culprit):
+    """One thing broken in a copy of the model: the sentence on stderr names it."""
+    breakage(broken)
+    assert_refused(run("--model", broken, "--prompt", "ROMEO:", "--max-new-tokens", 3), culprit)
+
+
+def test_a_copy_of_the_model_is_a_model(run, broken, expected):
+    """The copy that the tests above break works unbroken, without the graph file."""
+    done = run("--model", broken, "--prompt", "ROMEO:", "--max-new-tokens", 3, "--temperature", 0)
+    assert (done.code, done.out) == (0, "ROMEO:" + expected("ROMEO:", max_new_tokens=3, temperature=0)[0] + "\n")
+
+
+# ---- what importing the package imports
+
+
+def test_the_package_imports_no_other_framework(tmp_path):
+    """`import gpt2_jax` and every public name leave TensorFlow, torch and transformers alone."""
+    program = (
+        "import sys, gpt2_jax\n"
+        "assert gpt2_jax.__all__\n"
+        "for name in gpt2_jax.__all__: getattr(gpt2_jax, name)\n"
+        "print(*sorted({'tensorflow', 'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
