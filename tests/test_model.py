@@ -15,7 +15,7 @@ import pytest
 import gpt2_jax
 
 CONFIG = gpt2_jax.GPT2Config(n_vocab=53, n_ctx=23, n_embd=21, n_head=3, n_layer=3)
-EMBEDDED_BOUND = 2e-5  # of the largest absolute logit; measured 8.1e-7
+EMBEDDED_BOUND = 2e-5  # of the largest absolute logit; measured 8.3e-7
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -85,27 +85,26 @@ def test_numpy_reference_gives_the_original_logits(shakespeare, reference):
     assert _error(logits, reference["logits"]) < 2e-6
 
 
-@pytest.mark.parametrize(
-    ("mistake", "moves"),
-    [
-        ({"eps": 1e-6}, 1e-3),  # measured 2.6e-3
-        ({"gelu": numpy_reference.gelu_erf}, 5e-4),  # measured 7.0e-4
-        ({"first_position": 1}, 0.1),  # measured 0.17
-        ({"transpose": "h0"}, 0.1),  # measured 0.52
-        ({"transpose": "h1"}, 0.1),  # measured 0.24
-        ({"transpose": "h2"}, 0.1),  # measured 0.18
-        ({"transpose": "h3"}, 0.1),  # measured 0.25
-    ],
-    ids=str,
-)
-def test_each_classic_mistake_moves_the_logits_beyond_the_bound(shakespeare, reference, mistake, moves):
+MISTAKES = {
+    "epsilon 1e-6": ({"eps": 1e-6}, 1e-3),  # measured 1.4e-3
+    "exact gelu": ({"gelu": numpy_reference.gelu_erf}, 4e-4),  # measured 5.6e-4
+    "position off by one": ({"first_position": 1}, 0.1),  # measured 0.19
+    "transposed h0": ({"transpose": "h0"}, 0.1),  # measured 0.57
+    "transposed h1": ({"transpose": "h1"}, 0.1),  # measured 0.22
+    "transposed h2": ({"transpose": "h2"}, 0.1),  # measured 0.13
+    "transposed h3": ({"transpose": "h3"}, 0.1),  # measured 0.16
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_classic_mistake_moves_the_logits_beyond_the_bound(shakespeare, reference, mistake):
     """The bound on the embedded model catches epsilon 1e-6, exact GELU, a position off by one, a transposed square."""
     config, weights = shakespeare
-    mistake = dict(mistake)
-    if block := mistake.pop("transpose", None):
-        weights = _transposed(weights, block)
-    wrong = numpy_reference.forward(weights, reference["tokens"], config.n_head, **mistake)
-    assert _error(wrong, reference["logits"]) > moves > 20 * EMBEDDED_BOUND
+    settings, moves = MISTAKES[mistake]
+    if block := settings.get("transpose"):
+        weights, settings = _transposed(weights, block), {}
+    wrong = numpy_reference.forward(weights, reference["tokens"][:1], config.n_head, **settings)
+    assert _error(wrong, reference["logits"][:1]) > moves > 10 * EMBEDDED_BOUND
 
 
 # --- random checkpoints of odd sizes against NumPy -------------------------------------------------------------------
@@ -128,7 +127,7 @@ def _cases(draw):
     return config, numpy_reference.random_params(config, rng), tokens_BT, mask_BT
 
 
-@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.settings(max_examples=8, deadline=None)
 @hypothesis.given(_cases())
 def test_odd_shapes_agree_with_numpy(case):
     """Reshapes, head splits, masks and positions at sizes where nothing divides anything."""
@@ -204,9 +203,12 @@ def test_a_fully_padded_row_stays_finite_and_keeps_to_itself(params):
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunks", [(17,), (1,) * 17, (5, 1, 3, 7, 1)], ids=["one pass", "one by one", "chunks"])
+@pytest.mark.parametrize(
+    ("chunks", "spare"),
+    [((17,), 4), ((1,) * 17, 0), ((5, 1, 3, 7, 1), 3)],
+    ids=["one pass", "one by one", "chunks"],
+)
 @pytest.mark.parametrize("padding", [None, "left", "right", "holes"])
-@pytest.mark.parametrize("spare", [0, 4])
 def test_the_cache_gives_the_logits_of_one_pass(params, padding, chunks, spare):
     """Where keys are written, which slots are seen, and positions carried from call to call."""
     tokens_BT = _tokens(CONFIG, 3, 17)
@@ -245,6 +247,18 @@ def test_a_token_beyond_the_last_slot_is_nan(params, slots):
     logits = _incremental(CONFIG, params, tokens_BT, None, (slots - 2, 3, 1, 1), slots)
     assert _error(logits[:, : slots - 2], full[:, : slots - 2]) < 5e-6
     assert np.isnan(logits[:, slots:]).all()
+
+
+def test_a_position_beyond_the_context_is_nan_in_its_row_alone(params):
+    """Slots count padding, positions do not: only the row that has outrun wpe is lost."""
+    slots = CONFIG.n_ctx + 2
+    tokens_BT = _tokens(CONFIG, 2, slots)
+    mask_BT = np.array([np.arange(slots) >= 0, np.arange(slots) >= 5])
+    logits = _incremental(CONFIG, params, tokens_BT, mask_BT, (slots - 4, 1, 1, 1, 1), slots)
+    assert np.isnan(logits[0, CONFIG.n_ctx :]).all()
+    for row, span in ((0, slice(0, CONFIG.n_ctx)), (1, slice(5, slots))):
+        alone = numpy_reference.forward(params, tokens_BT[row : row + 1, span], CONFIG.n_head)
+        assert _error(logits[row : row + 1, span], alone) < 5e-6
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -329,11 +343,11 @@ def _half(config):
 
 
 def test_bfloat16_compute_stays_near_float32(shakespeare, reference):
-    """On trained weights: the bound is a few bfloat16 roundings (2**-8 each)."""
+    """On trained weights, measured 4.6e-3: about one bfloat16 rounding (2**-8)."""
     config, weights = shakespeare
     logits = _logits(_half(config), weights, reference["tokens"])
     assert logits.dtype == np.float32
-    assert 1e-4 < _error(logits, reference["logits"]) < 0.03
+    assert 1e-4 < _error(logits, reference["logits"]) < 0.015
 
 
 def test_bfloat16_logits_are_not_rounded_to_bfloat16(params):
@@ -360,7 +374,7 @@ def _passing_through(config, wte_VD, wpe_TD):
 def test_layer_norm_survives_a_large_offset(compute_dtype, offset, step, bound):
     """Mean and variance in float32, the variance around the mean: E[x^2] - E[x]^2 has no digit left here.
 
-    The inputs are chosen so that wte + wpe is exact in the compute dtype.
+    The inputs are chosen so that wte + wpe is exact in the compute dtype. Measured 5.8e-4 and 1.3e-3.
     """
     config = dataclasses.replace(CONFIG, n_layer=1, compute_dtype=compute_dtype)
     rng = np.random.default_rng(13)
@@ -432,9 +446,15 @@ def test_tokens_that_are_not_ids_by_batch_and_time_are_refused(params, tokens):
     _raises(params, tokens)
 
 
-def test_a_cache_of_another_batch_size_is_refused(params):
-    """Broadcasting one row's keys over the batch would give plausible nonsense."""
-    _raises(params, _tokens(CONFIG, 3, 5), cache=gpt2_jax.init_cache(CONFIG, 1, 11))
+@pytest.mark.parametrize(
+    ("batch", "slots", "sizes"),
+    [(1, 11, {}), (3, 4, {}), (3, 11, {"n_layer": 2}), (3, 11, {"n_layer": 5}), (3, 11, {"n_head": 7})],
+    ids=["rows", "slots", "fewer layers", "more layers", "heads"],
+)
+def test_a_cache_that_does_not_fit_is_refused(params, batch, slots, sizes):
+    """Broadcasting one row's keys over the batch, or dropping a layer's, would give plausible nonsense."""
+    cache = gpt2_jax.init_cache(dataclasses.replace(CONFIG, **sizes), batch, slots)
+    _raises(params, _tokens(CONFIG, 3, 5), cache=cache)
 
 
 # --- fresh parameters ------------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ BIG_TEXTS = {
     "newlines x": lambda: "\n" * 1_200_000 + "x",
     "spaces at the end": lambda: "x" + " " * 1_200_000,
     "mixed whitespace": lambda: "x" + mixture([*WHITESPACE], 1_200_000, 3) + "x",
-    "whitespace runs": lambda: mixture([*WHITESPACE, "\n" * 97, " " * 10_007, "x", " x"], 2_003, 5),
+    "whitespace runs": lambda: mixture([*WHITESPACE, "\n" * 97, " " * 10_007, "x", " x"], 3_001, 5),
     "letters": lambda: "e" * 1_200_000,
     "space and letters": lambda: " " + "\xe9" * 1_200_000,
     "digits": lambda: "7" * 1_200_000,
@@ -317,7 +317,7 @@ def test_large_text_has_the_ids_of_the_whole(vocabulary, name):
     assert len(ids) == len(expected)
     assert np.array_equal(ids, expected)
     assert vocabulary.ours.decode(ids) == text
-    assert seconds < 30  # TIMING
+    assert seconds < 10  # 0.04 to 0.6 on two cores; a quadratic search for the runs of whitespace took 33
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,9 @@ def test_merges_out_of_step(vocabulary_dir, edit):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"#version: 0.2\n\xff\xfe t\n", b"\x00" * 99], ids=["empty", "not utf-8", "zeros"]
+    "content",
+    [b"", b"#version: 0.2\n\xff\xfe t\n", b"\x00" * 99, b"<Error>" + b"NoSuchBucket " * 99, b"x\n" + b"a" * 9999],
+    ids=["empty", "not utf-8", "zeros", "error page", "long line"],
 )
 def test_malformed_merges(vocabulary_dir, content):
     (vocabulary_dir / "vocab.bpe").write_bytes(content)

@@ -55,7 +55,7 @@ def read(directory: str | os.PathLike) -> tuple[GPT2Config, Params]:
         flat = {
             name: jnp.asarray(reader.get_tensor(PREFIX + name).reshape(leaf.shape)) for name, leaf in expected.items()
         }
-    except (tf.errors.OpError, RuntimeError) as error:  # the reader raises either for a damaged file
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:  # what the reader raises for a damaged file
         raise ValueError(f"{prefix} is damaged and must be fetched again: {' '.join(str(error).split())}") from error
     return config, unflatten(flat)
 

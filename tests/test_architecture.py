@@ -1,0 +1,98 @@
+"""The rooms of the package and the one direction its imports go."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import gpt2_jax
+
+PACKAGE = Path(gpt2_jax.__file__).parent
+ROOT = Path(__file__).parents[1]
+
+# A module imports modules of lower levels, or of its own room, alone.
+LEVELS = [
+    {"config", "params", "sampling", "tokenizer", "attention"},
+    {"kv_cache"},
+    {"model", "sharding"},
+    {"generate", "checkpoints"},
+    {"evaluate", "research"},
+    {"training"},
+    {"scripts", "benchmarks", "examples"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LAZY = {"tensorflow", "torch", "transformers"}
+
+
+def sources():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for room in LEVELS[-1]:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            yield path, room
+
+
+def imported(tree):
+    """Yield the dotted name of everything a syntax tree imports, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_arrows_go_one_way():
+    wrong = []
+    for path, room in sources():
+        assert room in LEVEL or room == "__init__", f"{path} is in no room: add it to LEVELS"
+        for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            assert name.split(".")[0] not in LEVELS[-1], f"{path} imports {name}: nothing imports the commands"
+            if name.split(".")[0] == "gpt2_jax" and not may_import(room, name):
+                wrong.append(f"{path.name} imports {name}")
+    assert wrong == []
+
+
+def may_import(room, name):
+    """Say whether a module of this room may import this name of the package."""
+    _, *rest = name.split(".")
+    target = rest[0] if rest and rest[0] in LEVEL else None
+    if target is None:  # the package's front, which imports everything: for those outside it
+        return room in LEVELS[-1]
+    if room == "model" and target == "tokenizer":
+        return False
+    return room == "__init__" or target == room or LEVEL[target] < LEVEL[room]
+
+
+def test_the_arrows_can_tell_wrong_from_right():
+    assert may_import("model", "gpt2_jax.kv_cache.KVCache")
+    assert may_import("checkpoints", "gpt2_jax.checkpoints.tensorflow")
+    assert may_import("scripts", "gpt2_jax")
+    assert not may_import("model", "gpt2_jax.tokenizer.Tokenizer")
+    assert not may_import("sampling", "gpt2_jax.config.GPT2Config")
+    assert not may_import("generate", "gpt2_jax.checkpoints.load")
+    assert not may_import("model", "gpt2_jax.GPT2Config")
+
+
+def test_the_model_sees_no_file_and_no_optimizer():
+    names = imported(ast.parse((PACKAGE / "model.py").read_text(encoding="utf-8")))
+    assert {name.split(".")[0] for name in names} <= {"__future__", "flax", "jax", "gpt2_jax"}
+
+
+def test_heavy_libraries_are_imported_inside_functions_alone():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = {name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for name in imported(node)}
+        for name in set(imported(tree)) - inside:
+            assert name.split(".")[0] not in LAZY, f"{path} imports {name} on being imported"
+
+
+def test_importing_the_package_imports_no_other_framework():
+    code = "import sys, gpt2_jax; [getattr(gpt2_jax, n) for n in gpt2_jax.__all__]; print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not LAZY & set(ast.literal_eval(modules))
+
+
+def test_the_public_names_are_few_and_there():
+    assert len(gpt2_jax.__all__) <= 15
+    assert all(hasattr(gpt2_jax, name) for name in gpt2_jax.__all__)
