@@ -29,12 +29,15 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-def random_params(config, seed: int, scale: float = 0.4):
+def random_params(config, seed: int, scale: float = 0.6):
     """Weights wide enough that the next token depends strongly on every token before it and on their order."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype), gpt2_jax.abstract_params(config)
-    )
+
+    def leaf(path, shape_dtype):
+        values = rng.normal(0, scale, shape_dtype.shape)
+        return jnp.asarray({"g": 1 + values / 4, "b": values / 4}.get(path[-1].key, values), shape_dtype.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, gpt2_jax.abstract_params(config))
 
 
 def chosen_logits(logits):
@@ -274,14 +277,16 @@ KNOBS = [
     (0.7, 5, 0.8),
     (1.4, 2, 0.9),
     (1.0, 7, 0.95),
+    (2.5, 0, 0.7),
+    (0.4, 0, 0.9),
 ]
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), KNOBS)
-def test_pairs_are_drawn_as_the_original_draws(temperature, top_k, top_p):
+def test_pairs_follow_the_probabilities(temperature, top_k, top_p):
     """The first two tokens of 5,003 rows, the prefill's draw and the loop's, against probabilities by hand."""
     config = gpt2_jax.GPT2Config(n_vocab=7, n_ctx=5, n_embd=6, n_head=2, n_layer=2)
-    params = random_params(config, 4, scale=0.7)
+    params = random_params(config, 6, scale=0.4)
     prompt, rows = [3, 0, 6], 5003
     logits = gpt2_jax.GPT2(config).apply({"params": params}, jnp.array([[*prompt, v] for v in range(7)])).logits
     first = openai_probabilities(logits[0, 2], temperature, top_k, top_p)
@@ -303,33 +308,36 @@ LOGITS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "top_k", "top_p", "allowed"),
+    ("name", "temperature", "top_k", "top_p", "allowed"),
     [
-        ("halves", 0, 0.70, {1}),  # the token that crosses p is left out: 0.5 + 0.25 > 0.7
-        ("halves", 0, 0.80, {1, 2}),
-        ("halves", 0, 0.40, {1}),  # at least one
-        ("halves", 0, 0.99, {0, 1, 2, 3, 4}),  # the last kept ties with the one that crosses
-        ("halves", 2, 0.70, {1}),  # after top-k the two weigh 2/3 and 1/3
-        ("halves", 2, 0.60, {1}),
-        ("halves", 3, 0.90, {1, 2}),  # 4/7 + 2/7 = 0.857
-        ("halves", 3, 0.85, {1}),
-        ("ties", 1, 1.0, {1}),
-        ("ties", 2, 1.0, {0, 1, 3, 4}),  # ties with the second stay
-        ("ties", 3, 1.0, {0, 1, 3, 4}),
-        ("ties", 5, 1.0, {0, 1, 2, 3, 4}),
-        ("ties", 6, 1.0, {0, 1, 2, 3, 4, 5}),
-        ("ties", 2, 0.70, {0, 1, 3, 4}),  # 0.475 + 0.175 <= 0.7: the kept one ties with two more
-        ("all equal", 1, 1.0, {0, 1, 2, 3, 4}),
-        ("all equal", 0, 0.1, {0, 1, 2, 3, 4}),
-        ("far apart", 0, 1.0, {1, 2}),
-        ("far apart", 0, 0.5, {1, 2}),
-        ("far below", 0, 1.0, {0}),
+        ("halves", 1, 0, 0.70, {1}),  # the token that crosses p is left out: 0.5 + 0.25 > 0.7
+        ("halves", 1, 0, 0.80, {1, 2}),
+        ("halves", 1, 0, 0.40, {1}),  # at least one
+        ("halves", 1, 0, 0.99, {0, 1, 2, 3, 4}),  # the last kept ties with the one that crosses
+        ("halves", 1, 0, 0.60, {1}),
+        ("halves", 2, 0, 0.60, {1, 2}),  # heated before top-p: 0.343 + 0.243
+        ("halves", 0.5, 0, 0.95, {1, 2}),  # 0.744 + 0.186, where unheated all five would stay
+        ("halves", 1, 2, 0.70, {1}),  # after top-k the two weigh 2/3 and 1/3
+        ("halves", 1, 2, 0.60, {1}),
+        ("halves", 1, 3, 0.90, {1, 2}),  # 4/7 + 2/7 = 0.857
+        ("halves", 1, 3, 0.85, {1}),
+        ("ties", 1, 1, 1.0, {1}),
+        ("ties", 1, 2, 1.0, {0, 1, 3, 4}),  # ties with the second stay
+        ("ties", 1, 3, 1.0, {0, 1, 3, 4}),
+        ("ties", 1, 5, 1.0, {0, 1, 2, 3, 4}),
+        ("ties", 1, 6, 1.0, {0, 1, 2, 3, 4, 5}),
+        ("ties", 1, 2, 0.70, {0, 1, 3, 4}),  # 0.475 + 0.175 <= 0.7: the kept one ties with two more
+        ("all equal", 1, 1, 1.0, {0, 1, 2, 3, 4}),
+        ("all equal", 1, 0, 0.1, {0, 1, 2, 3, 4}),
+        ("far apart", 1, 0, 1.0, {1, 2}),
+        ("far apart", 1, 0, 0.5, {1, 2}),
+        ("far below", 1, 0, 1.0, {0}),
     ],
 )
-def test_which_tokens_may_be_drawn(name, top_k, top_p, allowed):
-    """The exact set that top-k and top-p leave, on a model whose logits are chosen: boundaries and ties included."""
+def test_which_tokens_may_be_drawn(name, temperature, top_k, top_p, allowed):
+    """The exact set that top-k and top-p leave on chosen logits: boundaries, ties and the order of the steps."""
     config, params = chosen_logits(LOGITS[name])
-    rows = gpt2_jax.generate(config, params, [[1]] * 2003, 3, top_k=top_k, top_p=top_p, seed=2)
+    rows = gpt2_jax.generate(config, params, [[1]] * 2003, 3, temperature, top_k=top_k, top_p=top_p, seed=2)
     assert {i for row in rows for i in row} == allowed
 
 

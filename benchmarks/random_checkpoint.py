@@ -1,0 +1,38 @@
+"""Write a checkpoint of a released size with random weights, in OpenAI's layout: the real shapes to measure on.
+
+COMMAND: python benchmarks/random_checkpoint.py 124M /somewhere/124M     (0.5 GB, 20 s on two CPU cores)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+import gpt2_jax
+from gpt2_jax.checkpoints import tensorflow
+
+
+@dataclasses.dataclass
+class Args:
+    """Write a checkpoint of a released size with random weights (no vocabulary)."""
+
+    size: Annotated[str, tyro.conf.Positional]
+    """124M, 355M, 774M or 1558M."""
+    directory: Annotated[Path, tyro.conf.Positional]
+    """Where: a directory that does not exist yet."""
+    seed: int = 0
+    """Seed of the weights."""
+
+
+def main(args: Args) -> None:
+    """Write the checkpoint, with the original's initial values for weights."""
+    config = gpt2_jax.SIZES[args.size]
+    tensorflow.write(args.directory, config, gpt2_jax.init_params(config, jax.random.key(args.seed)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
