@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
@@ -44,11 +45,12 @@ def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
     `length` counts padding too, so it may exceed n_ctx where rows are padded.
 
     Raises:
-      ValueError: batch_size or length is not positive.
+      ValueError: batch_size or length is not a positive whole number.
 
     """
-    if batch_size < 1 or length < 1:
-        raise ValueError(f"a cache needs at least one row and one slot, not batch_size={batch_size}, length={length}")
+    for name, value in (("batch_size", batch_size), ("length", length)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, not {value!r}")
     shape = (batch_size, config.n_head, config.head_dim, length)
     return KVCache(
         k_BNHS=tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layer)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.nn.initializers import normal, ones, zeros
 
@@ -181,7 +182,8 @@ class GPT2(nn.Module):
           Output with logits [B, T, V] and the new cache.
 
         Raises:
-          ValueError: a shape or dtype that does not fit, or more than n_ctx tokens in a call without a mask.
+          ValueError: a shape or dtype that does not fit, more than n_ctx tokens in a call without a mask (with one, the
+            padding does not count), or a cache of another model, of other rows, or with fewer slots than tokens.
 
         """
         h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic)
@@ -232,6 +234,10 @@ class GPT2(nn.Module):
     def _check(
         self, tokens_BT: jax.Array, mask_BT: jax.Array | None, cache: KVCache | None, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
+        if not isinstance(tokens_BT, jax.Array):  # 64-bit ids would be cut to 32 bits, and come out as other tokens
+            tokens_BT = np.asarray(tokens_BT)
+            if np.issubdtype(tokens_BT.dtype, np.integer):
+                tokens_BT = np.clip(tokens_BT, -1, self.config.n_vocab)
         tokens_BT = jnp.asarray(tokens_BT)
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ValueError(f"tokens must be whole numbers of shape [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
@@ -240,13 +246,24 @@ class GPT2(nn.Module):
                 raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit the model's n_ctx of {self.config.n_ctx}")
             mask_BT = jnp.ones(tokens_BT.shape, bool)
         mask_BT = jnp.asarray(mask_BT)
-        if mask_BT.shape != tokens_BT.shape:
-            raise ValueError(f"mask has shape {mask_BT.shape}, the tokens {tokens_BT.shape}")
-        if cache is not None and cache.mask_BS.shape[0] != tokens_BT.shape[0]:
-            raise ValueError(f"the cache holds {cache.mask_BS.shape[0]} rows, the tokens {tokens_BT.shape[0]}")
+        if mask_BT.shape != tokens_BT.shape or jnp.issubdtype(mask_BT.dtype, jnp.floating):
+            raise ValueError(f"mask must be bool{tokens_BT.shape}, as the tokens, not {mask_BT.dtype}{mask_BT.shape}")
+        if cache is not None:
+            self._check_cache(cache, *tokens_BT.shape)
         if not deterministic and not self.has_rng("dropout"):
             raise ValueError('dropout (deterministic=False) needs a key: apply(..., rngs={"dropout": key})')
         return tokens_BT, mask_BT.astype(bool)
+
+    def _check_cache(self, cache: KVCache, n_rows: int, n_tokens: int) -> None:
+        config = self.config
+        shape = (n_rows, config.n_head, config.head_dim, cache.n_slots)
+        if len(cache.k_BNHS) != config.n_layer or any(k_BNHS.shape != shape for k_BNHS in cache.k_BNHS):
+            raise ValueError(
+                f"the cache has {len(cache.k_BNHS)} layers of keys {cache.k_BNHS[0].shape}, but this model and its "
+                f"{n_rows} rows of tokens need {config.n_layer} of {shape}"
+            )
+        if n_tokens > cache.n_slots:
+            raise ValueError(f"{n_tokens} tokens do not fit a cache of {cache.n_slots} slots")
 
 
 def _causal_mask(n_queries: int, mask_BS: jax.Array, start: jax.Array | int) -> jax.Array:
@@ -258,7 +275,7 @@ def _causal_mask(n_queries: int, mask_BS: jax.Array, start: jax.Array | int) -> 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
     """Return table[index], and NaN where JAX's own indexing would clamp or wrap an index outside the table."""
-    return table.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return jnp.asarray(table).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
