@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import forward
 import jax
+import jax.numpy as jnp
 import numpy as np
+import numpy_reference
 import pytest
 
 import gpt2_jax
@@ -37,3 +40,8 @@ def reference() -> dict[str, np.ndarray]:
     """Return tokens [4, 97], their logits [4, 97, 1281] and greedy [2, 129], computed by OpenAI's TensorFlow graph."""
     with np.load(Path(__file__).parent / "data" / "shakespeare_reference.npz") as arrays:
         return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(jnp.asarray, numpy_reference.random_params(forward.CONFIG, np.random.default_rng(3)))

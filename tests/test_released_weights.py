@@ -35,6 +35,6 @@ def test_greedy_text(released):
     prompt = tokenizer.encode("Alan Turing theorized that computers would one day become")
     [ids] = gpt2_jax.generate(*released, [prompt], max_new_tokens=40, temperature=0)
     assert tokenizer.decode(ids) == (
-        " the most powerful machines on the planet.\n\nThe computer is a machine that can perform complex calculations, "
-        "and it can perform these calculations in a way that is very similar to the human brain."
+        " the most powerful machines on the planet.\n\nThe computer is a machine that can perform complex "
+        "calculations, and it can perform these calculations in a way that is very similar to the human brain."
     )

@@ -1,0 +1,91 @@
+"""What the model refuses, and what it answers with NaN where nothing can raise."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from forward import (
+    CONFIG,
+    logits_of,
+    relative_error,
+    some_tokens,
+)
+
+import gpt2_jax
+
+# --- bad arguments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [CONFIG.n_vocab, 2**31 - 1, -1, -CONFIG.n_vocab])
+def test_an_id_outside_the_vocabulary_is_nan_in_its_row_alone(params, bad):
+    """Neither clamped to the last row of wte nor counted from its end."""
+    tokens_BT = some_tokens(CONFIG, 3, 11)
+    clean = logits_of(CONFIG, params, tokens_BT)
+    tokens_BT[1, 5] = bad
+    logits = logits_of(CONFIG, params, tokens_BT)
+    assert np.isnan(logits[1, 5:]).all()
+    np.testing.assert_array_equal(logits[[0, 2]], clean[[0, 2]])
+
+
+def _raises(params, tokens_BT, mask_BT=None, cache=None):
+    with pytest.raises(ValueError, match=r"\w"):
+        gpt2_jax.GPT2(CONFIG).apply({"params": params}, tokens_BT, mask_BT=mask_BT, cache=cache)
+
+
+def test_more_tokens_than_the_context_are_refused(params):
+    _raises(params, np.zeros((1, CONFIG.n_ctx + 1), np.int32))
+
+
+@pytest.mark.parametrize("shape", [(11,), (2, 10), (1, 11), (2, 1), (11, 2), (2, 1, 11)], ids=str)
+def test_a_mask_of_another_shape_is_refused(params, shape):
+    """No broadcasting: a mask that fits by accident is a bug in the caller."""
+    _raises(params, some_tokens(CONFIG, 2, 11), np.ones(shape, bool))
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [np.zeros(7, np.int32), np.zeros((1, 2, 7), np.int32), np.int32(3), np.zeros((2, 7), np.float32)],
+    ids=["1-D", "3-D", "scalar", "float"],
+)
+def test_tokens_that_are_not_ids_by_batch_and_time_are_refused(params, tokens):
+    _raises(params, tokens)
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "sizes"),
+    [(1, 11, {}), (3, 4, {}), (3, 11, {"n_layer": 2}), (3, 11, {"n_layer": 5}), (3, 11, {"n_head": 7})],
+    ids=["rows", "slots", "fewer layers", "more layers", "heads"],
+)
+def test_a_cache_that_does_not_fit_is_refused(params, batch, slots, sizes):
+    """Broadcasting one row's keys over the batch, or dropping a layer's, would give plausible nonsense."""
+    cache = gpt2_jax.init_cache(dataclasses.replace(CONFIG, **sizes), batch, slots)
+    _raises(params, some_tokens(CONFIG, 3, 5), cache=cache)
+
+
+def test_a_float_mask_is_refused(params):
+    """An additive mask says the opposite: its 0 is a token to be seen."""
+    _raises(params, some_tokens(CONFIG, 2, 11), np.zeros((2, 11), np.float32))
+
+
+def test_a_64_bit_id_is_not_cut_down_to_another_token(params):
+    """JAX without x64 narrows to int32: 2**32 + 5 would be read as 5."""
+    wide_BT = some_tokens(CONFIG, 2, 11).astype(np.int64)
+    wide_BT[0, 3] = 2**32 + 5
+    logits = gpt2_jax.GPT2(CONFIG).apply({"params": params}, wide_BT).logits
+    assert np.isnan(logits[0, 3:]).all()
+    assert np.isfinite(logits[1]).all()
+
+
+def test_numpy_params_and_lists_of_tokens_will_do(params):
+    """A researcher's tree straight from NumPy, outside jit."""
+    tokens_BT = some_tokens(CONFIG, 2, 7)
+    numpy_params = jax.tree.map(np.asarray, params)
+    logits = gpt2_jax.GPT2(CONFIG).apply({"params": numpy_params}, tokens_BT.tolist()).logits
+    assert relative_error(np.asarray(logits), logits_of(CONFIG, params, tokens_BT)) < 5e-6
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(0, 5), (3, 0), (3, 2.5), (3, -1), (True, 5)])
+def test_a_cache_of_no_size_is_refused(batch, slots):
+    with pytest.raises(ValueError, match="must be a positive whole number"):
+        gpt2_jax.init_cache(CONFIG, batch, slots)
