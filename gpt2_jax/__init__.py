@@ -1,6 +1,6 @@
 """GPT-2 in JAX: the params pytree is OpenAI's checkpoint, and everything else is a pure function over it."""
 
-from gpt2_jax.checkpoints import embedded_model, load, load_tokenizer
+from gpt2_jax.checkpoints import embedded_model, load, load_config, load_tokenizer
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.generate import generate
 from gpt2_jax.kv_cache import KVCache, init_cache
@@ -20,5 +20,6 @@ __all__ = [
     "init_cache",
     "init_params",
     "load",
+    "load_config",
     "load_tokenizer",
 ]

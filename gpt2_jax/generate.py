@@ -17,7 +17,7 @@ from jax import lax
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kv_cache import KVCache, extend_cache, init_cache
-from gpt2_jax.model import GPT2
+from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sampling import Sampling, pick
 
@@ -72,14 +72,12 @@ def generate(
       The new ids, one list for each prompt.
 
     Raises:
-      ValueError: a bad argument; nothing has been traced yet.
-      FloatingPointError: the logits of a row are not numbers (NaN in the params, or an overflow).
+      ValueError: a bad argument, before anything is traced; or, after, logits that are NaN: the params hold one.
 
     """
-    max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, 0, None)
-    seed = _whole_number("seed", seed, 0, 2**32 - 1)
-    sampling = _check_sampling(temperature, top_k, top_p)
-    rows = _check_prompts(config, prompts, max_new_tokens)
+    rows, sampling = check_arguments(config, prompts, max_new_tokens, temperature, top_k, top_p, seed)
+    check_params(config, params, dtypes=False)
+    max_new_tokens = int(max_new_tokens)
     if max_new_tokens == 0:
         return [[] for _ in rows]
     tokens_BP, mask_BP = _pad_left(rows)
@@ -89,8 +87,37 @@ def generate(
     new_BM = np.asarray(state.new_BM)[:, :max_new_tokens]
     if (new_BM < 0).any():
         row, step = np.argwhere(new_BM < 0)[0]
-        raise FloatingPointError(f"prompts[{row}] got logits that are NaN at its new token {step}: check the params")
+        raise ValueError(f"prompts[{row}] got NaN for logits at its new token {step}: look for NaN in the params")
     return new_BM.tolist()
+
+
+def check_arguments(
+    config: GPT2Config,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+) -> tuple[list[np.ndarray], Sampling]:
+    """Check all of `generate`'s arguments but the params, which need not be loaded yet.
+
+    Returns:
+      The prompts as arrays, and the sampling knobs.
+
+    Raises:
+      ValueError: the argument that is wrong, its value, and what would be right.
+
+    """
+    _check_whole_number("max_new_tokens", max_new_tokens, 0, math.inf)
+    _check_whole_number("seed", seed, 0, 2**32 - 1)
+    _check_whole_number("top_k", top_k, 0, math.inf)
+    if not _is_real(temperature) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number, 0 (greedy) or more, not {temperature!r}")
+    if not _is_real(top_p) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a number above 0 and at most 1 (all), not {top_p!r}")
+    rows = _check_prompts(config, prompts, max_new_tokens)
+    return rows, Sampling(np.float32(temperature), np.int32(min(top_k, config.n_vocab)), np.float32(top_p))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "n_new_slots"))
@@ -179,20 +206,10 @@ def _check_prompt(config: GPT2Config, name: str, prompt: Sequence[int]) -> np.nd
     return row
 
 
-def _check_sampling(temperature: float, top_k: int, top_p: float) -> Sampling:
-    top_k = _whole_number("top_k", top_k, 0, None)
-    if not _is_real(temperature) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number, 0 (greedy) or more, not {temperature!r}")
-    if not _is_real(top_p) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be a number above 0 and at most 1 (all), not {top_p!r}")
-    return Sampling(np.float32(temperature), np.int32(min(top_k, 2**31 - 1)), np.float32(top_p))
-
-
-def _whole_number(name: str, value: int, low: int, high: int | None) -> int:
-    limits = f"{low} or more" if high is None else f"in {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low or value > (high or value):
+def _check_whole_number(name: str, value: int, low: int, high: float) -> None:
+    limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number, {limits}, not {value!r}")
-    return int(value)
 
 
 def _is_real(value: float) -> bool:

@@ -7,6 +7,9 @@ Source: openai/gpt-2, src/model.py.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from jax.nn.initializers import normal, ones, zeros
 from gpt2_jax.attention import attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kv_cache import KVCache, write_slots
-from gpt2_jax.params import Params
+from gpt2_jax.params import Params, differences, flatten, unflatten
 
 EPSILON = 1e-5  # the original's; Flax's own default is 1e-6
 
@@ -290,4 +293,23 @@ def init_params(config: GPT2Config, key: jax.Array) -> Params:
 
 def abstract_params(config: GPT2Config) -> Params:
     """Return the params tree of jax.ShapeDtypeStruct: names, shapes and dtypes, no memory."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return unflatten(_abstract_leaves(config, jax.config.jax_enable_x64))
+
+
+@functools.lru_cache
+def _abstract_leaves(config: GPT2Config, x64: bool) -> Mapping[str, jax.ShapeDtypeStruct]:
+    return flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+
+
+def check_params(config: GPT2Config, params: Params, dtypes: bool = True) -> None:
+    """Check that params are those of this config, by name and shape, and by dtype unless `dtypes=False`.
+
+    Raises:
+      ValueError: they are not; the message lists all that is missing, extra, or of another shape or dtype.
+
+    """
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params must be nested dicts of arrays, not {type(params).__name__}")
+    expected = _abstract_leaves(config, jax.config.jax_enable_x64)
+    if wrong := differences(flatten(params), expected, dtypes):
+        raise ValueError("params are not those of this config:\n  " + "\n  ".join(wrong))

@@ -23,8 +23,8 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Compare two flat trees of anything with a shape and a dtype, both ways.
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> list[str]:
+    """Compare two flat trees of anything with a shape and a dtype, both ways; `dtypes=False` lets dtypes differ.
 
     Returns:
       One line for each name that is missing, extra, of another shape or of another dtype; empty when they agree.
@@ -33,7 +33,10 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
     lines = [f"missing: {name} {_describe(expected[name])}" for name in expected if name not in found]
     lines += [f"extra: {name} {_describe(found[name])}" for name in found if name not in expected]
     for name in expected:
-        if name in found and _describe(found[name]) != _describe(expected[name]):
+        if name not in found:
+            continue
+        same_dtype = not dtypes or found[name].dtype.name == expected[name].dtype.name
+        if tuple(found[name].shape) != tuple(expected[name].shape) or not same_dtype:
             lines.append(f"misshaped: {name} is {_describe(found[name])}, expected {_describe(expected[name])}")
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 from collections.abc import Iterable
@@ -19,9 +20,8 @@ SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|
 
 # `\s+(?!\S)` backtracks, and tiktoken gives up on a run of a million characters: longer runs than this are cut out.
 LONGEST_RUN = 2**16
-_LONG_RUN = re.compile(  # Unicode's White_Space, which is not Python's \s
-    rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{LONGEST_RUN},}}"
-)
+_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # White_Space; Python's \s is another set
+_LONG_RUN = re.compile(rf"(?<!{_SPACE}){_SPACE}{{{LONGEST_RUN},}}+")  # tried at the start of a run alone: linear
 
 
 class Tokenizer:
@@ -82,15 +82,14 @@ class Tokenizer:
           ValueError: an id is not a whole number in [0, n_vocab).
 
         """
-        array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
-        if array.size == 0:
-            return ""
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"ids must be a sequence of whole numbers, not {array.dtype} of shape {array.shape}")
-        wrong = array[(array < 0) | (array >= self.n_vocab)]
-        if wrong.size:
-            raise ValueError(f"id {wrong[0]} is outside the vocabulary of {self.n_vocab} ids")
-        return self._encoding.decode(array.tolist(), errors="replace")
+        try:
+            ids = [operator.index(i) for i in (np.asarray(ids) if hasattr(ids, "__array__") else ids)]
+        except TypeError as error:
+            raise ValueError(f"ids must be a sequence of whole numbers: {error}") from error
+        for i in ids:
+            if not 0 <= i < self.n_vocab:
+                raise ValueError(f"id {i} is outside the vocabulary of {self.n_vocab} ids")
+        return self._encoding.decode(ids, errors="replace")
 
 
 def _cut_long_runs(text: str) -> Iterable[str]:
@@ -109,7 +108,7 @@ def _cut_long_runs(text: str) -> Iterable[str]:
 def _read_encoder(path: Path) -> dict[str, int]:
     try:
         encoder = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(encoder, dict) or not all(type(i) is int for i in encoder.values()):
         raise ValueError(f"{path} must map each token to its id")
@@ -133,7 +132,8 @@ def _match_merges(encoder: dict[str, int], vocab_bpe: Path, encoder_json: Path) 
             continue
         parts = line.split(" ")
         if len(parts) != 2 or any(part not in encoder for part in parts):
-            raise ValueError(f"{vocab_bpe}, line {number}: {line!r} is not a pair of tokens of {encoder_json.name}")
+            start = line if len(line) < 60 else f"{line[:60]}..."
+            raise ValueError(f"{vocab_bpe}, line {number}: {start!r} is not a pair of tokens of {encoder_json.name}")
         merged = "".join(parts)
         if encoder.get(merged, -1) <= last:
             raise ValueError(

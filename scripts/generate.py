@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(Args, prog="gpt2-generate", description=Args.__doc__, args=argv)
     try:
         run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         print(f"gpt2-generate: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -67,30 +67,26 @@ def run(args: Args) -> None:
     """Load the model, generate, print.
 
     Raises:
-      ValueError, OSError, FloatingPointError: bad input; nothing has been written to standard output.
+      ValueError, OSError: bad input; nothing has been written to standard output.
 
     """
     if args.num_samples < 1:
         raise ValueError(f"--num-samples must be 1 or more, not {args.num_samples}")
     import gpt2_jax
+    from gpt2_jax.generate import check_arguments
 
     directory = args.model or gpt2_jax.embedded_model()
     tokenizer = gpt2_jax.load_tokenizer(directory)
-    prompt = tokenizer.encode(args.prompt) or [tokenizer.eot]
+    prompts = [tokenizer.encode(args.prompt) or [tokenizer.eot]] * args.num_samples
+    settings = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    check_arguments(
+        gpt2_jax.load_config(directory), prompts, *settings
+    )  # loading can take long: what is wrong goes first
+
     config, params = gpt2_jax.load(directory)
     _announce(args.model, config)
-
     start = time.perf_counter()
-    rows = gpt2_jax.generate(
-        config,
-        params,
-        [prompt] * args.num_samples,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    rows = gpt2_jax.generate(config, params, prompts, *settings)
     seconds = time.perf_counter() - start
 
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import forward
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,9 @@ import numpy_reference
 import pytest
 
 import gpt2_jax
+
+hypothesis.settings.register_profile("gpt2_jax", deadline=None)  # a first call compiles
+hypothesis.settings.load_profile("gpt2_jax")
 
 
 @pytest.fixture(autouse=True)

@@ -186,6 +186,7 @@ def test_a_changed_byte_of_the_weights_is_told(directory, seed):
         ("{", "Expecting"),
         ("[1]", "must map names to numbers"),
         ("", "Expecting value"),
+        ("[" * 99_999, "recursion"),
         (json.dumps(CONFIG.to_hparams() | {"n_layer": -1}), "n_layer must be a positive"),
         (json.dumps(CONFIG.to_hparams() | {"dtype": 1}), "unknown hyperparameters dtype"),
     ],
@@ -196,6 +197,12 @@ def test_malformed_hparams_are_told_with_the_file(directory, text, message):
         gpt2_jax.load(directory)
     (directory / "hparams.json").write_bytes(b"\xff{}")
     with pytest.raises(ValueError, match=r"hparams\.json"):
+        gpt2_jax.load(directory)
+
+
+def test_an_absurd_number_of_layers_is_told_at_once(directory):
+    (directory / "hparams.json").write_text(json.dumps(CONFIG.to_hparams() | {"n_layer": 10**9}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"n_layer = 1000000000, but .*model.ckpt has 28 variables"):
         gpt2_jax.load(directory)
 
 

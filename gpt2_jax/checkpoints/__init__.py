@@ -23,7 +23,18 @@ def load(directory: str | os.PathLike) -> tuple[GPT2Config, Params]:
       ValueError: a file is malformed or damaged, or holds another model than hparams.json says.
 
     """
-    return tensorflow.read(directory)
+    return tensorflow.read(_existing(directory))
+
+
+def load_config(directory: str | os.PathLike) -> GPT2Config:
+    """Load a model's hyperparameters alone: the config that `load` gives.
+
+    Raises:
+      FileNotFoundError: the directory or its hparams.json is not there.
+      ValueError: hparams.json is malformed.
+
+    """
+    return tensorflow.read_hparams(_existing(directory))
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
@@ -34,9 +45,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
       ValueError: a file is malformed, or the number of ids is not the n_vocab of the directory's hparams.json.
 
     """
-    directory = Path(directory).expanduser()
-    if not directory.is_dir():
-        raise FileNotFoundError(f"no such model directory: {directory}")
+    directory = _existing(directory)
     tokenizer = Tokenizer.from_files(directory / "encoder.json", directory / "vocab.bpe")
     if (directory / "hparams.json").is_file():
         config = tensorflow.read_hparams(directory)
@@ -46,6 +55,15 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
                 f"{config.n_vocab} rows: the vocabulary is that of another model"
             )
     return tokenizer
+
+
+def _existing(directory: str | os.PathLike) -> Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise ValueError(f"a model directory must be a path, not {directory!r}")
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no such model directory: {directory}")
+    return directory
 
 
 def embedded_model() -> Path:

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import abstract_params
+from gpt2_jax.model import abstract_params, check_params
 from gpt2_jax.params import Params, differences, flatten, unflatten
 
 PREFIX = "model/"
 
 
-def read(directory: str | os.PathLike) -> tuple[GPT2Config, Params]:
+def read(directory: Path) -> tuple[GPT2Config, Params]:
     """Read the config and every variable of a directory in OpenAI's layout; the graph (`.meta`) is not needed.
 
     Every variable is visited once and names, shapes and dtypes are checked both ways; TensorFlow verifies the checksum
@@ -37,18 +37,19 @@ def read(directory: str | os.PathLike) -> tuple[GPT2Config, Params]:
       config, and params as jax arrays on the default device: `params["h0"]["attn"]["c_attn"]["w"]` is (D, 3D) float32.
 
     Raises:
-      FileNotFoundError: the directory or one of its files is not there.
+      FileNotFoundError: a file is not there.
       ValueError: hparams.json is malformed, the files are damaged, or the variables are not those of its GPT-2.
 
     """
-    directory = Path(directory).expanduser()
     config = read_hparams(directory)
     prefix = find_checkpoint(directory)
-    expected = flatten(abstract_params(config))
     tf = _import_tensorflow()
     try:
         reader = tf.train.load_checkpoint(str(prefix))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+        if config.n_layer > len(shapes):  # told before a tree of so many layers is built
+            raise ValueError(f"hparams.json says n_layer = {config.n_layer}, but {prefix} has {len(shapes)} variables")
+        expected = flatten(abstract_params(config))
         found = {name: SimpleNamespace(shape=shapes[name], dtype=dtypes[name]) for name in shapes}
         if wrong := differences(found, _variables(expected)):
             raise ValueError(f"{prefix} does not hold the GPT-2 that hparams.json describes:\n  " + "\n  ".join(wrong))
@@ -71,9 +72,8 @@ def write(directory: str | os.PathLike, config: GPT2Config, params: Params) -> N
 
     """
     directory = Path(directory).expanduser()
+    check_params(config, params)
     flat = flatten(params)
-    if wrong := differences(flat, flatten(abstract_params(config))):
-        raise ValueError("params are not those of this config:\n  " + "\n  ".join(wrong))
     if directory.exists():
         raise FileExistsError(f"{directory} exists already: choose another name or remove it")
     tf = _import_tensorflow()
@@ -102,18 +102,16 @@ def read_hparams(directory: Path) -> GPT2Config:
     """Read `hparams.json`.
 
     Raises:
-      FileNotFoundError: the directory or the file is not there.
+      FileNotFoundError: the file is not there.
       ValueError: not JSON, or not exactly GPT-2's hyperparameters; the message names the file.
 
     """
-    if not directory.is_dir():
-        raise FileNotFoundError(f"no such model directory: {directory}")
     path = directory / "hparams.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no hparams.json: it is not a checkpoint in OpenAI's layout")
     try:
         return GPT2Config.from_hparams(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # json's and unicode's errors are ValueErrors too
+    except (ValueError, RecursionError) as error:  # json's and unicode's errors are ValueErrors too
         raise ValueError(f"{path}: {error}") from error
 
 
