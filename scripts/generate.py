@@ -79,10 +79,7 @@ def run(args: Args) -> None:
     tokenizer = gpt2_jax.load_tokenizer(directory)
     prompts = [tokenizer.encode(args.prompt) or [tokenizer.eot]] * args.num_samples
     settings = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    check_arguments(
-        gpt2_jax.load_config(directory), prompts, *settings
-    )  # loading can take long: what is wrong goes first
-
+    check_arguments(gpt2_jax.load_config(directory), prompts, *settings)  # before the weights: those can take long
     config, params = gpt2_jax.load(directory)
     _announce(args.model, config)
     start = time.perf_counter()
