@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -20,8 +20,8 @@ from gpt2_jax.checkpoints import tensorflow
 class Args:
     """Write a checkpoint of a released size with random weights (no vocabulary)."""
 
-    size: Annotated[str, tyro.conf.Positional]
-    """124M, 355M, 774M or 1558M."""
+    size: Annotated[Literal["124M", "355M", "774M", "1558M"], tyro.conf.Positional]
+    """Which."""
     directory: Annotated[Path, tyro.conf.Positional]
     """Where: a directory that does not exist yet."""
     seed: int = 0

@@ -50,15 +50,16 @@ class GPT2Config:
     def __post_init__(self):
         for name in HPARAMS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
+                raise ValueError(f"{name} must be a positive whole number below 2**31, not {value!r}")
             object.__setattr__(self, name, int(value))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             rate = getattr(self, name)
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            if isinstance(rate, bool) or not isinstance(rate, int | float | np.floating) or not 0 <= rate < 1:
                 raise ValueError(f"{name} must be a rate in [0, 1), not {rate!r}")
+            object.__setattr__(self, name, float(rate))
         for name in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, name, _float_dtype(name, getattr(self, name)))
 
@@ -72,7 +73,8 @@ class GPT2Config:
         """
         if not isinstance(hparams, Mapping):
             raise ValueError(f"hparams must map names to numbers, not be a {type(hparams).__name__}")
-        unknown, missing = sorted(set(hparams) - set(HPARAMS)), [name for name in HPARAMS if name not in hparams]
+        unknown = [str(name) for name in hparams if name not in HPARAMS]
+        missing = [name for name in HPARAMS if name not in hparams]
         if unknown:
             raise ValueError(f"unknown hyperparameters {', '.join(unknown)}: GPT-2 has {', '.join(HPARAMS)}")
         if missing:
@@ -126,7 +128,7 @@ class GPT2Config:
 
 def _float_dtype(name: str, value: Any) -> np.dtype:
     try:
-        dtype = jnp.dtype(value)
+        dtype = None if value is None else jnp.dtype(value)
     except TypeError:
         dtype = None
     if dtype is None or dtype.name not in FLOAT_DTYPES:

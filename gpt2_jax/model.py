@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.errors import InvalidRngError
 from jax.nn.initializers import normal, ones, zeros
 
 from gpt2_jax.attention import attention
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.kv_cache import KVCache, write_slots
-from gpt2_jax.params import Params, differences, flatten, unflatten
+from gpt2_jax.kv_cache import KVCache, init_cache, write_slots
+from gpt2_jax.params import Params, check, flatten, unflatten
 
 EPSILON = 1e-5  # the original's; Flax's own default is 1e-6
 
@@ -157,6 +158,8 @@ class GPT2(nn.Module):
     def setup(self):
         """Declare wte, wpe, h0 ... and ln_f."""
         config = self.config
+        if "float64" in (config.param_dtype.name, config.compute_dtype.name) and not jax.config.jax_enable_x64:
+            raise ValueError('JAX computes float64 in float32 without jax.config.update("jax_enable_x64", True)')
         self.wte = self.param("wte", normal(0.02), (config.n_vocab, config.n_embd), config.param_dtype)
         self.wpe = self.param("wpe", normal(0.01), (config.n_ctx, config.n_embd), config.param_dtype)
         for i in range(config.n_layer):
@@ -202,7 +205,7 @@ class GPT2(nn.Module):
         """Return the residual stream after ln_f [B, T, D], and the new cache; arguments as `__call__`'s."""
         tokens_BT, mask_BT = self._check(tokens_BT, mask_BT, cache, deterministic)
         start, n_tokens_B1 = (0, 0) if cache is None else (cache.length, cache.mask_BS.sum(-1, keepdims=True))
-        position_BT = n_tokens_B1 + jnp.maximum(jnp.cumsum(mask_BT, axis=-1) - 1, 0)
+        position_BT = jnp.where(mask_BT, n_tokens_B1 + jnp.cumsum(mask_BT, axis=-1) - 1, 0)
         if cache is None:
             mask_BS = mask_BT
         else:
@@ -230,6 +233,8 @@ class GPT2(nn.Module):
         return jnp.einsum("...D,VD->...V", h_BTD.astype(dtype), self.wte.astype(dtype), preferred_element_type=wide)
 
     def _embed(self, tokens_BT: jax.Array, mask_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+        known_BT = (tokens_BT >= 0) & (tokens_BT < self.config.n_vocab)
+        tokens_BT = jnp.where(known_BT, tokens_BT, self.config.n_vocab)
         # What is padded may hold any id, -1 say: it must not become a NaN that 0 * NaN would spread over its row.
         tokens_BT = jnp.where(mask_BT, tokens_BT, 0)
         return (_rows(self.wte, tokens_BT) + _rows(self.wpe, position_BT)).astype(self.config.compute_dtype)
@@ -237,13 +242,14 @@ class GPT2(nn.Module):
     def _check(
         self, tokens_BT: jax.Array, mask_BT: jax.Array | None, cache: KVCache | None, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
-        if not isinstance(tokens_BT, jax.Array):  # 64-bit ids would be cut to 32 bits, and come out as other tokens
+        if not isinstance(tokens_BT, jax.Array):
             tokens_BT = np.asarray(tokens_BT)
-            if np.issubdtype(tokens_BT.dtype, np.integer):
-                tokens_BT = np.clip(tokens_BT, -1, self.config.n_vocab)
-        tokens_BT = jnp.asarray(tokens_BT)
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ValueError(f"tokens must be whole numbers of shape [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
+        if isinstance(tokens_BT, np.ndarray):  # JAX would cut 64 bits to 32, and another token come out
+            tokens_BT = np.clip(tokens_BT.astype(np.int64), -1, self.config.n_vocab)
+        tokens_BT = jnp.asarray(tokens_BT)
+        tokens_BT = tokens_BT.astype(jnp.promote_types(tokens_BT.dtype, jnp.int32))
         if mask_BT is None:
             if tokens_BT.shape[1] > self.config.n_ctx:
                 raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit the model's n_ctx of {self.config.n_ctx}")
@@ -258,13 +264,13 @@ class GPT2(nn.Module):
         return tokens_BT, mask_BT.astype(bool)
 
     def _check_cache(self, cache: KVCache, n_rows: int, n_tokens: int) -> None:
-        config = self.config
-        shape = (n_rows, config.n_head, config.head_dim, cache.n_slots)
-        if len(cache.k_BNHS) != config.n_layer or any(k_BNHS.shape != shape for k_BNHS in cache.k_BNHS):
-            raise ValueError(
-                f"the cache has {len(cache.k_BNHS)} layers of keys {cache.k_BNHS[0].shape}, but this model and its "
-                f"{n_rows} rows of tokens need {config.n_layer} of {shape}"
-            )
+        if not isinstance(cache, KVCache):
+            raise ValueError(f"cache must be a KVCache, as init_cache makes it, not a {type(cache).__name__}")
+        needed = jax.eval_shape(lambda: init_cache(self.config, n_rows, cache.n_slots))
+        found, needed = ([f"{x.dtype}{x.shape}" for x in jax.tree.leaves(tree)] for tree in (cache, needed))
+        if found != needed:
+            held = ", ".join(found) or "nothing"
+            raise ValueError(f"the cache does not fit this model and {n_rows} rows of tokens: it holds {held}")
         if n_tokens > cache.n_slots:
             raise ValueError(f"{n_tokens} tokens do not fit a cache of {cache.n_slots} slots")
 
@@ -288,7 +294,10 @@ def init_params(config: GPT2Config, key: jax.Array) -> Params:
       ValueError: `key` is not a key (`jax.random.key(seed)`).
 
     """
-    return GPT2(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    try:
+        return GPT2(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    except InvalidRngError as error:
+        raise ValueError(f"key must be a key, jax.random.key(seed), not {key!r}") from error
 
 
 def abstract_params(config: GPT2Config) -> Params:
@@ -298,18 +307,16 @@ def abstract_params(config: GPT2Config) -> Params:
 
 @functools.lru_cache
 def _abstract_leaves(config: GPT2Config, x64: bool) -> Mapping[str, jax.ShapeDtypeStruct]:
-    return flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    flat = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    # Anew, without the sharding that the leaves take from a mesh that happens to be set.
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
 
 
 def check_params(config: GPT2Config, params: Params, dtypes: bool = True) -> None:
-    """Check that params are those of this config, by name and shape, and by dtype unless `dtypes=False`.
+    """Check that params are those of this config, by name, shape and dtype; `dtypes=False` takes any real floats.
 
     Raises:
       ValueError: they are not; the message lists all that is missing, extra, or of another shape or dtype.
 
     """
-    if not isinstance(params, Mapping):
-        raise ValueError(f"params must be nested dicts of arrays, not {type(params).__name__}")
-    expected = _abstract_leaves(config, jax.config.jax_enable_x64)
-    if wrong := differences(flatten(params), expected, dtypes):
-        raise ValueError("params are not those of this config:\n  " + "\n  ".join(wrong))
+    check(params, _abstract_leaves(config, jax.config.jax_enable_x64), dtypes)

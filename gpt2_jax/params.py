@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import traverse_util
 
 Params = dict[str, Any]
@@ -39,6 +41,24 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: b
         if tuple(found[name].shape) != tuple(expected[name].shape) or not same_dtype:
             lines.append(f"misshaped: {name} is {_describe(found[name])}, expected {_describe(expected[name])}")
     return lines
+
+
+def check(params: Params, expected: Mapping[str, Any], dtypes: bool = True) -> None:
+    """Check that a tree holds exactly the expected names, shapes and dtypes (`dtypes=False`: any floats).
+
+    Raises:
+      ValueError: it does not; the message lists all that is missing, extra, or of another shape or dtype.
+
+    """
+    try:
+        flat = flatten(params)
+    except (TypeError, AssertionError, AttributeError) as error:
+        raise ValueError(f"params must be nested dicts of arrays, not {reprlib.repr(params)}") from error
+    for name, leaf in flat.items():
+        if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"params hold no array of floats at {name}, but {reprlib.repr(leaf)}")
+    if wrong := differences(flat, expected, dtypes):
+        raise ValueError("params are not those of this config:\n  " + "\n  ".join(wrong))
 
 
 def _describe(leaf: Any) -> str:

@@ -41,7 +41,7 @@ class Tokenizer:
         self.eot = eot
         self.n_vocab = len(ids) + 1
         self._encoding = tiktoken.Encoding(
-            "gpt2", pat_str=SPLIT, mergeable_ranks=ids, special_tokens={END_OF_TEXT: eot}
+            "gpt2-jax", pat_str=SPLIT, mergeable_ranks=ids, special_tokens={END_OF_TEXT: eot}
         )
 
     @classmethod
@@ -159,6 +159,6 @@ def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no such vocabulary file: {path}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error

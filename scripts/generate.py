@@ -25,7 +25,8 @@ class Args:
     model: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: embedded)")] = None
     """Directory of a model in OpenAI's layout: the TensorFlow checkpoint, hparams.json, encoder.json and vocab.bpe."""
     prompt: str = ""
-    """The text to continue. The empty prompt means <|endoftext|>: the model begins a text of its own."""
+    """The text to continue (--prompt=-x for one that begins with a dash). The empty prompt means <|endoftext|>: the
+    model begins a text of its own."""
     max_new_tokens: int = 128
     """Tokens to add, 0 or more; the prompt and they must fit in the model's n_ctx tokens together."""
     temperature: float = 1.0
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"gpt2-generate: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run(args: Args) -> None:

@@ -200,6 +200,39 @@ def test_malformed_hparams_are_told_with_the_file(directory, text, message):
         gpt2_jax.load(directory)
 
 
+def test_running_out_of_memory_is_not_called_damage(directory, monkeypatch):
+    def fail(_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(checkpoint.jnp, "asarray", fail)
+    with pytest.raises(RuntimeError, match=r"^RESOURCE_EXHAUSTED"):
+        checkpoint.read(directory)
+
+
+def test_a_path_that_tensorflow_takes_for_a_pattern_is_told(directory):
+    odd = directory.rename(directory.with_name("mo[d]el"))
+    with pytest.raises(ValueError, match=r"TensorFlow takes \[ in a path for a pattern"):
+        gpt2_jax.load(odd)
+
+
+def test_a_pointer_is_a_name_and_no_pattern(directory):
+    (directory / "checkpoint").write_text('model_checkpoint_path: "mod*"\n', encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"mod\*\.index"):
+        gpt2_jax.load(directory)
+
+
+def test_a_directory_must_be_a_path():
+    for load in (gpt2_jax.load, gpt2_jax.load_config, gpt2_jax.load_tokenizer):
+        for wrong in (None, 3, b"x"):
+            with pytest.raises(ValueError, match="must be a path"):
+                load(wrong)
+
+
+def test_the_config_alone(directory):
+    (directory / DATA).unlink()
+    assert gpt2_jax.load_config(directory) == CONFIG
+
+
 def test_an_absurd_number_of_layers_is_told_at_once(directory):
     (directory / "hparams.json").write_text(json.dumps(CONFIG.to_hparams() | {"n_layer": 10**9}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"n_layer = 1000000000, but .*model.ckpt has 28 variables"):

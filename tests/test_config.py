@@ -71,11 +71,13 @@ def test_frozen_and_hashable_whatever_way_the_dtype_is_written():
     ("change", "message"),
     [
         ({"n_embed": 15}, "unknown hyperparameters n_embed"),
-        ({"n_ctx": None}, "n_ctx must be a positive whole number, not None"),
-        ({"n_layer": 0}, "n_layer must be a positive whole number, not 0"),
-        ({"n_layer": True}, "n_layer must be a positive whole number, not True"),
-        ({"n_vocab": 11.0}, "n_vocab must be a positive whole number, not 11.0"),
-        ({"n_vocab": "11"}, "n_vocab must be a positive whole number, not '11'"),
+        ({"n_ctx": None}, "n_ctx must be a positive whole number below 2[*][*]31, not None"),
+        ({"n_layer": 0}, "n_layer must be a positive whole number below 2[*][*]31, not 0"),
+        ({"n_layer": True}, "n_layer must be a positive whole number below 2[*][*]31, not True"),
+        ({"n_vocab": 11.0}, "n_vocab must be a positive whole number below 2[*][*]31, not 11.0"),
+        ({"n_vocab": "11"}, "n_vocab must be a positive whole number below 2[*][*]31, not '11'"),
+        ({"n_embd": 2**70}, "n_embd must be a positive whole number below"),
+        ({3: 1}, "unknown hyperparameters 3"),
         ({"n_head": 4}, r"n_embd \(15\) must be a multiple of n_head \(4\)"),
     ],
 )

@@ -373,105 +373,18 @@ def test_values_compile_nothing_new(params):
     assert {what: n for what, n in compiled.items() if n} == {}
 
 
+def test_lengths_of_one_bucket_compile_nothing_new(params):
+    """Prompts of 2 to 23 tokens are one program, and so are 9 and 17 new tokens."""
+    gpt2_jax.generate(CONFIG, params, [PROMPTS[1], PROMPTS[2]], 9)
+    before = len(COMPILATIONS)
+    gpt2_jax.generate(CONFIG, params, [PROMPTS[3], PROMPTS[4]], 17)
+    gpt2_jax.generate(CONFIG, params, [PROMPTS[0], PROMPTS[6]], 1)
+    assert len(COMPILATIONS) == before
+
+
 def test_a_new_shape_is_counted(params):
     """The counter that the test above trusts counts: a model of another shape does compile."""
     before = len(COMPILATIONS)
     config = gpt2_jax.GPT2Config(n_vocab=5, n_ctx=3, n_embd=2, n_head=1, n_layer=1)
     gpt2_jax.generate(config, random_params(config, 0), [[1]], 2)
     assert len(COMPILATIONS) > before
-
-
-# ---- refusals, all of them before a parameter is touched
-
-
-UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
-
-
-@pytest.mark.parametrize(
-    ("prompts", "n"),
-    [
-        ([[1]], 41),
-        ([[1] * 41], 1),
-        ([[1] * 20, [2, 3]], 22),
-        ([[1], [2] * 30, [3]], 12),
-        ([[1] * 42], 0),
-        ([[1]], 10**9),
-    ],
-    ids=["one token", "full prompt", "first row", "middle row", "long prompt", "far beyond"],
-)
-def test_beyond_the_context_is_refused(prompts, n):
-    """Position n_ctx does not exist: refused before anything is traced, with the three numbers in the message."""
-    longest = max(map(len, prompts))
-    with pytest.raises(ValueError, match=r"n_ctx|context") as caught:
-        gpt2_jax.generate(CONFIG, UNTOUCHED, prompts, n)
-    message = str(caught.value).replace(",", "").replace("_", "")
-    assert "41" in message
-    assert str(longest) in message
-    assert str(n) in message
-    assert "\n" not in str(caught.value)
-
-
-BAD_PROMPTS = {
-    "no prompts": ([], ""),
-    "empty prompt": ([[]], ""),
-    "empty among others": ([[1, 2], [], [3]], "1"),
-    "flat list": ([1, 2, 3], ""),
-    "flat array": (np.arange(3), ""),
-    "text": ("ROMEO:", ""),
-    "texts": (["ROMEO:", "JULIET:"], ""),
-    "bytes": ([b"ROMEO:"], ""),
-    "none": (None, ""),
-    "number": (7, ""),
-    "three levels": ([[[1, 2]]], ""),
-    "float": ([[1, 2.5]], "2.5"),
-    "whole float": ([[1, 2.0]], "2.0"),
-    "float array": ([np.array([1.0, 2.0])], ""),
-    "bool array": ([np.array([True, False])], ""),
-    "none inside": ([[1, None]], "None"),
-    "beyond the vocabulary": ([[1], [36, 37]], "37"),
-    "far beyond": ([[1, 2**40]], str(2**40)),
-    "wraps to zero": ([[1, 2**32]], str(2**32)),
-    "no 64 bits": ([[1, 2**70]], str(2**70)),
-    "negative": ([[1, -1]], "-1"),
-    "beyond in an array": (np.array([[1, 37]]), "37"),
-    "negative in an array": ([np.array([1, -2])], "-2"),
-}
-
-
-@pytest.mark.parametrize(("prompts", "shown"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
-def test_bad_prompts_are_refused(prompts, shown):
-    with pytest.raises(ValueError, match="prompt") as caught:
-        gpt2_jax.generate(CONFIG, UNTOUCHED, prompts, 3)
-    message = str(caught.value)
-    assert shown in message
-    assert "\n" not in message
-
-
-BAD_ARGUMENTS = [
-    ("max_new_tokens", -1), ("max_new_tokens", 2.5), ("max_new_tokens", 3.0), ("max_new_tokens", "3"),
-    ("max_new_tokens", None),
-    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", float("-inf")),
-    ("temperature", "hot"), ("temperature", None),
-    ("top_k", -1), ("top_k", 2.5), ("top_k", "3"), ("top_k", None),
-    ("top_p", 0), ("top_p", 0.0), ("top_p", -0.1), ("top_p", 1.0001), ("top_p", float("nan")), ("top_p", float("inf")),
-    ("top_p", "most"), ("top_p", None),
-    ("seed", -1), ("seed", 1.5), ("seed", "3"), ("seed", None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=lambda x: str(x))
-def test_bad_arguments_are_refused(name, value):
-    """One sentence with the argument's name and the value, before anything is traced."""
-    with pytest.raises(ValueError, match=name) as caught:
-        gpt2_jax.generate(CONFIG, UNTOUCHED, [[1, 2]], **{"max_new_tokens": 3} | {name: value})
-    message = str(caught.value)
-    assert str(value) in message
-    assert "\n" not in message
-
-
-def test_bad_arguments_are_refused_for_nothing_to_do_too():
-    """Zero new tokens do not switch the checks off."""
-    with pytest.raises(ValueError, match="top_p"):
-        gpt2_jax.generate(CONFIG, UNTOUCHED, [[1, 2]], 0, top_p=0)
-    with pytest.raises(ValueError, match="37"):
-        gpt2_jax.generate(CONFIG, UNTOUCHED, [[37]], 0)

@@ -3,14 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from forward import (
-    CONFIG,
-    logits_of,
-    relative_error,
-    some_tokens,
-)
+from forward import CONFIG, cached_step, in_bfloat16, logits_of, relative_error, run, some_tokens
 
 import gpt2_jax
 
@@ -89,3 +85,62 @@ def test_numpy_params_and_lists_of_tokens_will_do(params):
 def test_a_cache_of_no_size_is_refused(batch, slots):
     with pytest.raises(ValueError, match="must be a positive whole number"):
         gpt2_jax.init_cache(CONFIG, batch, slots)
+
+
+def test_a_64_bit_id_under_x64_is_no_other_token_either(params):
+    with jax.enable_x64(True):
+        wide_BT = jnp.asarray(some_tokens(CONFIG, 2, 11), jnp.int64).at[0, 3].set(2**40 + 5)
+        logits = run(CONFIG, params, wide_BT)
+    assert np.isnan(logits[0, 3:]).all()
+    assert np.isfinite(logits[1]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.uint64])
+def test_ids_of_any_integer_dtype(params, dtype):
+    tokens_BT = some_tokens(CONFIG, 2, 11)
+    expected = logits_of(CONFIG, params, tokens_BT)
+    np.testing.assert_array_equal(logits_of(CONFIG, params, tokens_BT.astype(dtype)), expected)
+    jitted = run(CONFIG, params, jnp.asarray(tokens_BT.astype(dtype) if dtype != np.uint64 else tokens_BT))
+    np.testing.assert_array_equal(jitted, expected)
+
+
+def test_padding_after_a_full_context_is_harmless(params):
+    """The row has used every position; a padded step adds none."""
+    cache = gpt2_jax.init_cache(CONFIG, 2, CONFIG.n_ctx + 3)
+    tokens_BT = some_tokens(CONFIG, 2, CONFIG.n_ctx)
+    _, cache = cached_step(CONFIG, params, tokens_BT, None, cache)
+    logits, cache = cached_step(CONFIG, params, tokens_BT[:, :1], np.zeros((2, 1), bool), cache)
+    assert np.isfinite(logits).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(cache))
+
+
+def test_float64_without_x64_is_refused(params):
+    for name in ("param_dtype", "compute_dtype"):
+        config = dataclasses.replace(CONFIG, **{name: "float64"})
+        with pytest.raises(ValueError, match="jax_enable_x64"):
+            gpt2_jax.GPT2(config).apply({"params": params}, some_tokens(CONFIG, 2, 5))
+
+
+def test_a_key_must_be_a_key():
+    with pytest.raises(ValueError, match="key must be a key"):
+        gpt2_jax.init_params(CONFIG, 0)
+
+
+@pytest.mark.parametrize("cache", [{}, "cache", 3])
+def test_a_cache_must_be_one(params, cache):
+    _raises(params, some_tokens(CONFIG, 2, 5), cache=cache)
+
+
+def test_a_cache_of_another_dtype_or_layout_is_refused(params):
+    cache = gpt2_jax.init_cache(CONFIG, 2, 11)
+    half = gpt2_jax.init_cache(in_bfloat16(CONFIG), 2, 11)
+    for wrong in (half, cache.replace(v_BNSH=cache.k_BNHS), cache.replace(k_BNHS=(), v_BNSH=())):
+        _raises(params, some_tokens(CONFIG, 2, 5), cache=wrong)
+
+
+def test_abstract_params_keep_no_mesh():
+    """The tree is remembered between calls: a mesh set at the first must not stay in it."""
+    config = dataclasses.replace(CONFIG, n_vocab=59)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        first = gpt2_jax.abstract_params(config)
+    assert all(leaf.sharding is None for leaf in jax.tree.leaves(first))

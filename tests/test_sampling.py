@@ -46,6 +46,15 @@ def test_filters_on_a_distribution_worked_out_by_hand(top_k, top_p, expected):
     assert kept([0.14, 0.25, 0.40, 0.14, 0.07], top_k, top_p) == expected
 
 
+def test_top_p_keeps_a_prefix_of_exactly_p():
+    """At most p, and not less than p: p is the very float32 sum that the first two of these add up to."""
+    logits_V = jnp.asarray([0.0, 1.0, 2.0, -1.0])
+    exact = float(jnp.cumsum(jax.nn.softmax(-jnp.sort(-logits_V)))[1])
+    below = float(np.nextafter(np.float32(exact), np.float32(0)))
+    assert (np.asarray(filter_logits(logits_V[None], np.int32(0), np.float32(exact)))[0] > FILTERED).sum() == 2
+    assert (np.asarray(filter_logits(logits_V[None], np.int32(0), np.float32(below)))[0] > FILTERED).sum() == 1
+
+
 def original_filter(logits, top_k, top_p):
     """Apply the two filters of one row as FACTS of the original's sample.py have it, in float64."""
     logits = logits.astype(np.float64)

@@ -6,13 +6,15 @@ reader and writer run.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -43,22 +45,33 @@ def read(directory: Path) -> tuple[GPT2Config, Params]:
     """
     config = read_hparams(directory)
     prefix = find_checkpoint(directory)
+    if "[" in str(prefix):
+        raise ValueError(f"{prefix}: TensorFlow takes [ in a path for a pattern; move the model or rename the folder")
     tf = _import_tensorflow()
-    try:
+    with _damage_told(tf, prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-        if config.n_layer > len(shapes):  # told before a tree of so many layers is built
-            raise ValueError(f"hparams.json says n_layer = {config.n_layer}, but {prefix} has {len(shapes)} variables")
-        expected = flatten(abstract_params(config))
-        found = {name: SimpleNamespace(shape=shapes[name], dtype=dtypes[name]) for name in shapes}
-        if wrong := differences(found, _variables(expected)):
-            raise ValueError(f"{prefix} does not hold the GPT-2 that hparams.json describes:\n  " + "\n  ".join(wrong))
-        flat = {
-            name: jnp.asarray(reader.get_tensor(PREFIX + name).reshape(leaf.shape)) for name, leaf in expected.items()
-        }
-    except (tf.errors.OpError, RuntimeError, IndexError) as error:  # what the reader raises for a damaged file
-        raise ValueError(f"{prefix} is damaged and must be fetched again: {' '.join(str(error).split())}") from error
+    if config.n_layer > len(shapes):  # told before a tree of so many layers is built
+        raise ValueError(f"hparams.json says n_layer = {config.n_layer}, but {prefix} has {len(shapes)} variables")
+    expected = flatten(abstract_params(config))
+    found = {name: SimpleNamespace(shape=shapes[name], dtype=dtypes[name]) for name in shapes}
+    if wrong := differences(found, _variables(expected)):
+        raise ValueError(f"{prefix} does not hold the GPT-2 that hparams.json describes:\n  " + "\n  ".join(wrong))
+    flat = {}
+    for name, leaf in expected.items():
+        with _damage_told(tf, prefix):
+            array = reader.get_tensor(PREFIX + name)
+        flat[name] = jnp.asarray(array.reshape(leaf.shape))
     return config, unflatten(flat)
+
+
+@contextlib.contextmanager
+def _damage_told(tf: ModuleType, prefix: Path) -> Iterator[None]:
+    """Turn what TensorFlow's reader raises for a damaged file into one sentence; nothing else belongs inside."""
+    try:
+        yield
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{prefix} is damaged and must be fetched again: {' '.join(str(error).split())}") from error
 
 
 def write(directory: str | os.PathLike, config: GPT2Config, params: Params) -> None:
@@ -73,12 +86,17 @@ def write(directory: str | os.PathLike, config: GPT2Config, params: Params) -> N
     """
     directory = Path(directory).expanduser()
     check_params(config, params)
+    if config.param_dtype != np.float32:
+        raise ValueError(
+            f"OpenAI's checkpoints are float32, these params {config.param_dtype}: cast params and config first"
+        )
     flat = flatten(params)
     if directory.exists():
         raise FileExistsError(f"{directory} exists already: choose another name or remove it")
     tf = _import_tensorflow()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
     try:
         variables = _variables(flat)
         with tf.device("CPU"):
@@ -91,7 +109,6 @@ def write(directory: str | os.PathLike, config: GPT2Config, params: Params) -> N
         pointer = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
         (temporary / "checkpoint").write_text(pointer, encoding="utf-8")
         (temporary / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp's own mode shuts others out
         temporary.rename(directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,7 +127,7 @@ def read_hparams(directory: Path) -> GPT2Config:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no hparams.json: it is not a checkpoint in OpenAI's layout")
     try:
-        return GPT2Config.from_hparams(json.loads(path.read_text(encoding="utf-8")))
+        return GPT2Config.from_hparams(json.loads(path.read_text(encoding="utf-8-sig")))
     except (ValueError, RecursionError) as error:  # json's and unicode's errors are ValueErrors too
         raise ValueError(f"{path}: {error}") from error
 
@@ -137,9 +154,9 @@ def find_checkpoint(directory: Path) -> Path:
             names = ", ".join(path.name for path in prefixes)
             raise ValueError(f"{directory} holds several checkpoints ({names}) and no `checkpoint` file that picks one")
         prefix = prefixes[0] if prefixes else directory / "model.ckpt"
-    for pattern in (f"{prefix.name}.index", f"{prefix.name}.data-*-of-*"):
-        if not any(directory.glob(pattern)):
-            raise FileNotFoundError(f"{directory} holds no {pattern}: the checkpoint is not complete")
+    for suffix in (".index", ".data-*-of-*"):
+        if not any(directory.glob(glob.escape(prefix.name) + suffix)):
+            raise FileNotFoundError(f"{directory} holds no {prefix.name}{suffix}: the checkpoint is not complete")
     return prefix
 
 

@@ -1,0 +1,137 @@
+"""Vocabulary files that are missing, malformed or another model's are refused by name, in one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import gpt2_jax
+
+EOT = "<|endoftext|>"
+
+
+@pytest.fixture
+def vocabulary_dir(model_dir, tmp_path):
+    """A copy of the embedded vocabulary that a test may break; without hparams.json, as in a folder of its own."""
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(model_dir / name, tmp_path / name)
+        (tmp_path / name).chmod(0o644)
+    return tmp_path
+
+
+def assert_refused(directory: Path, match: str, error: type[Exception] = ValueError) -> str:
+    with pytest.raises(error, match=match) as caught:
+        gpt2_jax.load_tokenizer(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+def test_vocabulary_alone_is_enough(vocabulary_dir):
+    assert gpt2_jax.load_tokenizer(vocabulary_dir).n_vocab == 1281
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+def test_missing_file(vocabulary_dir, name):
+    (vocabulary_dir / name).unlink()
+    assert_refused(vocabulary_dir, name.replace(".", r"\."), FileNotFoundError)
+
+
+def test_missing_directory(tmp_path):
+    assert_refused(tmp_path / "no-such-model", "no-such-model", FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"!": 0,', b"[]", b"{}", b"null", b"17", b'{"\xff": 0}', b"<?xml version='1.0'?>", b"[" * 200_000],
+    ids=["empty", "open", "truncated", "list", "no tokens", "null", "number", "not utf-8", "xml", "too deep"],
+)
+def test_malformed_encoder(vocabulary_dir, content):
+    (vocabulary_dir / "encoder.json").write_bytes(content)
+    assert_refused(vocabulary_dir, r"encoder\.json")
+
+
+def swapped(ids: dict, a: str, b: str) -> dict:
+    return ids | {a: ids[b], b: ids[a]}
+
+
+def renamed(ids: dict, old: str, new: str) -> dict:
+    return {new if token == old else token: i for token, i in ids.items()}
+
+
+ENCODER_EDITS = {
+    "gap at the end": lambda ids: ids | {EOT: 1290},
+    "gap inside": lambda ids: {token: i for token, i in ids.items() if i != 700},
+    "duplicate": lambda ids: ids | {"!": 1},
+    "negative": lambda ids: ids | {"!": -1},
+    "float": lambda ids: ids | {"!": 0.5},
+    "string": lambda ids: ids | {"!": "0"},
+    "null": lambda ids: ids | {"!": None},
+    "list": lambda ids: ids | {"!": [0]},
+    "huge": lambda ids: ids | {"!": 2**70},
+    "character that is no byte": lambda ids: renamed(ids, "ory", "\u6f22"),
+    "missing byte": lambda ids: renamed(ids, "!", "zzz"),
+    "token no merge makes": lambda ids: renamed(ids, "ory", "zzz"),
+    "swapped merges": lambda ids: swapped(ids, "\u0120t", "he"),
+}
+
+
+@pytest.mark.parametrize("edit", ENCODER_EDITS.values(), ids=ENCODER_EDITS)
+def test_wrong_encoder(vocabulary_dir, edit):
+    """Ids must be 0 .. n-1, once each, those of the merges in order; anything else would speak gibberish."""
+    path = vocabulary_dir / "encoder.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+    assert_refused(vocabulary_dir, r"encoder\.json")
+
+
+def test_no_end_of_text(vocabulary_dir):
+    path = vocabulary_dir / "encoder.json"
+    ids = json.loads(path.read_text(encoding="utf-8"))
+    del ids[EOT]
+    path.write_text(json.dumps(ids), encoding="utf-8")
+    assert "encoder.json" in assert_refused(vocabulary_dir, r"<\|endoftext\|>")
+
+
+MERGES_EDITS = {
+    "swapped": lambda lines: [*lines[:5], lines[6], lines[5], *lines[7:]],
+    "dropped": lambda lines: [*lines[:500], *lines[501:]],
+    "last dropped": lambda lines: [*lines[:-2], ""],
+    "cut off": lambda lines: lines[:301],
+    "one more": lambda lines: [*lines[:-1], "z z", ""],
+    "twice": lambda lines: [*lines[:7], *lines[6:]],
+    "of unknown parts": lambda lines: [*lines[:9], "zzz zzz", *lines[10:]],
+    "three parts": lambda lines: [*lines[:9], lines[9] + " x", *lines[10:]],
+    "one part": lambda lines: [*lines[:9], lines[9].replace(" ", ""), *lines[10:]],
+    "character that is no byte": lambda lines: [*lines[:9], "\u6f22 \u5b57", *lines[10:]],
+    "only the version": lambda lines: [lines[0], ""],
+}
+
+
+@pytest.mark.parametrize("edit", MERGES_EDITS.values(), ids=MERGES_EDITS)
+def test_merges_out_of_step(vocabulary_dir, edit):
+    """The n-th merge makes token 256 + n: one line lost or moved would shift every later id."""
+    path = vocabulary_dir / "vocab.bpe"
+    path.write_text("\n".join(edit(path.read_text(encoding="utf-8").split("\n"))), encoding="utf-8")
+    assert_refused(vocabulary_dir, r"vocab\.bpe")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"#version: 0.2\n\xff\xfe t\n", b"\x00" * 99, b"<Error>" + b"NoSuchBucket " * 99, b"x\n" + b"a" * 9999],
+    ids=["empty", "not utf-8", "zeros", "error page", "long line"],
+)
+def test_malformed_merges(vocabulary_dir, content):
+    (vocabulary_dir / "vocab.bpe").write_bytes(content)
+    assert_refused(vocabulary_dir, r"vocab\.bpe")
+
+
+@pytest.mark.parametrize("n_vocab", [1283, 1279, 50257])
+def test_vocabulary_of_another_model(vocabulary_dir, model_dir, n_vocab):
+    """A vocabulary beside the hparams.json of another model would index another embedding: both sizes are named."""
+    hparams = json.loads((model_dir / "hparams.json").read_text(encoding="utf-8")) | {"n_vocab": n_vocab}
+    (vocabulary_dir / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
+    message = assert_refused(vocabulary_dir, "n_vocab|hparams").replace(",", "")
+    assert "1281" in message
+    assert str(n_vocab) in message
