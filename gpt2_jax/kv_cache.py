@@ -60,6 +60,24 @@ def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
     )
 
 
+def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int) -> None:
+    """Check that `n_tokens` more tokens of `n_rows` rows can go into a cache of a model with this config.
+
+    Raises:
+      ValueError: not a KVCache, one of another model, of other rows or dtype, or with fewer slots than tokens.
+
+    """
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"cache must be a KVCache, as init_cache makes it, not a {type(cache).__name__}")
+    needed = jax.eval_shape(lambda: init_cache(config, n_rows, cache.n_slots))
+    found, needed = ([f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(tree)] for tree in (cache, needed))
+    if found != needed:
+        held = ", ".join(found) or "nothing"
+        raise ValueError(f"the cache does not fit this model and {n_rows} rows of tokens: it holds {held}")
+    if n_tokens > cache.n_slots:
+        raise ValueError(f"{n_tokens} tokens do not fit a cache of {cache.n_slots} slots")
+
+
 def extend_cache(cache: KVCache, n_more: int) -> KVCache:
     """Return the cache with `n_more` empty slots added at the end."""
 

@@ -20,7 +20,7 @@ from jax.nn.initializers import normal, ones, zeros
 
 from gpt2_jax.attention import attention
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.kv_cache import KVCache, init_cache, write_slots
+from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
 
 EPSILON = 1e-5  # the original's; Flax's own default is 1e-6
@@ -258,21 +258,10 @@ class GPT2(nn.Module):
         if mask_BT.shape != tokens_BT.shape or jnp.issubdtype(mask_BT.dtype, jnp.floating):
             raise ValueError(f"mask must be bool{tokens_BT.shape}, as the tokens, not {mask_BT.dtype}{mask_BT.shape}")
         if cache is not None:
-            self._check_cache(cache, *tokens_BT.shape)
+            check_cache(cache, self.config, *tokens_BT.shape)
         if not deterministic and not self.has_rng("dropout"):
             raise ValueError('dropout (deterministic=False) needs a key: apply(..., rngs={"dropout": key})')
         return tokens_BT, mask_BT.astype(bool)
-
-    def _check_cache(self, cache: KVCache, n_rows: int, n_tokens: int) -> None:
-        if not isinstance(cache, KVCache):
-            raise ValueError(f"cache must be a KVCache, as init_cache makes it, not a {type(cache).__name__}")
-        needed = jax.eval_shape(lambda: init_cache(self.config, n_rows, cache.n_slots))
-        found, needed = ([f"{x.dtype}{x.shape}" for x in jax.tree.leaves(tree)] for tree in (cache, needed))
-        if found != needed:
-            held = ", ".join(found) or "nothing"
-            raise ValueError(f"the cache does not fit this model and {n_rows} rows of tokens: it holds {held}")
-        if n_tokens > cache.n_slots:
-            raise ValueError(f"{n_tokens} tokens do not fit a cache of {cache.n_slots} slots")
 
 
 def _causal_mask(n_queries: int, mask_BS: jax.Array, start: jax.Array | int) -> jax.Array:
