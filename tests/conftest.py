@@ -49,3 +49,20 @@ def reference() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def params():
     return jax.tree.map(jnp.asarray, numpy_reference.random_params(forward.CONFIG, np.random.default_rng(3)))
+
+
+@pytest.fixture(scope="module", params=["shakespeare", "gpt2"])
+def vocabulary(request, model_dir):
+    """The embedded vocabulary and GPT-2's own, in turn."""
+    import vocabularies  # needs Hugging Face tokenizers, which no other test does
+
+    own = request.param == "shakespeare"
+    return vocabularies.read_vocabulary(model_dir if own else vocabularies.real_vocabulary_dir())
+
+
+@pytest.fixture(scope="module")
+def real():
+    """GPT-2's own vocabulary."""
+    import vocabularies
+
+    return vocabularies.read_vocabulary(vocabularies.real_vocabulary_dir())

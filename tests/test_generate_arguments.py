@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import CONFIG
 
 import gpt2_jax
 
-CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=41, n_embd=12, n_head=3, n_layer=2)
 UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
 
 

@@ -309,21 +309,3 @@ def test_a_copy_of_the_model_is_a_model(run, broken, expected):
     """The copy that the tests above break works unbroken, without the graph file."""
     done = run("--model", broken, "--prompt", "ROMEO:", "--max-new-tokens", 3, "--temperature", 0)
     assert (done.code, done.out) == (0, "ROMEO:" + expected("ROMEO:", max_new_tokens=3, temperature=0)[0] + "\n")
-
-
-# ---- what importing the package imports
-
-
-def test_the_package_imports_no_other_framework(tmp_path):
-    """`import gpt2_jax` and every public name leave TensorFlow, torch and transformers alone."""
-    program = (
-        "import sys, gpt2_jax\n"
-        "assert gpt2_jax.__all__\n"
-        "for name in gpt2_jax.__all__: getattr(gpt2_jax, name)\n"
-        "print(*sorted({'tensorflow', 'torch', 'transformers'} & set(sys.modules)))\n"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr

