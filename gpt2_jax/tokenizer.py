@@ -142,8 +142,10 @@ def _match_merges(encoder: dict[str, int], vocab_bpe: Path, encoder_json: Path) 
             )
         last = encoder[merged]
         names.append(merged)
-    if len(names) + 1 != len(encoder):
-        extra = next(token for token in encoder if token not in {*names, END_OF_TEXT})
+    if END_OF_TEXT in names:
+        raise ValueError(f"{vocab_bpe} makes {END_OF_TEXT} by merging: ordinary text would become the special token")
+    if unmade := encoder.keys() - {*names, END_OF_TEXT}:
+        extra = min(unmade, key=encoder.get)
         raise ValueError(f"{encoder_json} holds {extra!r}, id {encoder[extra]}, which no line of {vocab_bpe} makes")
     return {bytes(byte_of[character] for character in name): encoder[name] for name in names}
 

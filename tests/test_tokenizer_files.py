@@ -135,3 +135,27 @@ def test_vocabulary_of_another_model(vocabulary_dir, model_dir, n_vocab):
     message = assert_refused(vocabulary_dir, "n_vocab|hparams").replace(",", "")
     assert "1281" in message
     assert str(n_vocab) in message
+
+
+def test_a_token_added_to_the_real_vocabulary_is_named(tmp_path):
+    """Found among 50,258 tokens at once: looking through all names again for each took minutes."""
+    vocabularies = pytest.importorskip("vocabularies")
+    shutil.copy(vocabularies.real_vocabulary_dir() / "vocab.bpe", tmp_path)
+    ids = json.loads((vocabularies.real_vocabulary_dir() / "encoder.json").read_text(encoding="utf-8"))
+    (tmp_path / "encoder.json").write_text(json.dumps(ids | {"<|pad|>": 50257}), encoding="utf-8")
+    assert_refused(tmp_path, r"holds '<\|pad\|>', id 50257, which no line of .*vocab\.bpe makes")
+
+
+def test_merges_that_spell_the_end_of_text_are_refused(vocabulary_dir):
+    """Ordinary text would become the special token."""
+    ids = json.loads((vocabulary_dir / "encoder.json").read_text(encoding="utf-8"))
+    next_id = ids.pop(EOT)
+    with (vocabulary_dir / "vocab.bpe").open("a", encoding="utf-8") as merges:
+        for end in range(2, len(EOT) + 1):
+            if EOT[:end] not in ids:
+                ids[EOT[:end]] = next_id
+                next_id += 1
+                merges.write(f"{EOT[: end - 1]} {EOT[end - 1]}\n")
+    (vocabulary_dir / "encoder.json").write_text(json.dumps(ids), encoding="utf-8")
+    (vocabulary_dir / "hparams.json").unlink(missing_ok=True)
+    assert_refused(vocabulary_dir, r"makes <\|endoftext\|> by merging")
