@@ -11,6 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+BOOK_WORDS = {  # of the build-an-LLM books' configs; their drop_rate and qkv_bias come on top
+    "vocab_size": "n_vocab",
+    "context_length": "n_ctx",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+}
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -44,6 +51,7 @@ class GPT2Config:
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
+    qkv_bias: bool = True
     param_dtype: Any = "float32"
     compute_dtype: Any = "float32"
 
@@ -60,8 +68,10 @@ class GPT2Config:
             if isinstance(rate, bool) or not isinstance(rate, int | float | np.floating) or not 0 <= rate < 1:
                 raise ValueError(f"{name} must be a rate in [0, 1), not {rate!r}")
             object.__setattr__(self, name, float(rate))
+        if not isinstance(self.qkv_bias, bool):
+            raise ValueError(f"qkv_bias must be True or False, not {self.qkv_bias!r}")
         for name in ("param_dtype", "compute_dtype"):
-            object.__setattr__(self, name, _float_dtype(name, getattr(self, name)))
+            object.__setattr__(self, name, float_dtype(name, getattr(self, name)))
 
     @classmethod
     def from_hparams(cls, hparams: Mapping[str, int]) -> GPT2Config:
@@ -71,15 +81,24 @@ class GPT2Config:
           ValueError: a name is unknown or missing, or a value is not a positive whole number.
 
         """
-        if not isinstance(hparams, Mapping):
-            raise ValueError(f"hparams must map names to numbers, not be a {type(hparams).__name__}")
-        unknown = [str(name) for name in hparams if name not in HPARAMS]
-        missing = [name for name in HPARAMS if name not in hparams]
-        if unknown:
-            raise ValueError(f"unknown hyperparameters {', '.join(unknown)}: GPT-2 has {', '.join(HPARAMS)}")
-        if missing:
-            raise ValueError(f"missing hyperparameters {', '.join(missing)}")
+        _check_names(hparams, HPARAMS)
         return cls(**hparams)
+
+    @classmethod
+    def from_book(cls, settings: Mapping[str, Any]) -> GPT2Config:
+        """Build a config from the words of the build-an-LLM books.
+
+        They are vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate (of all three dropouts) and qkv_bias.
+        For the released weights set qkv_bias to True, as the books do: they have these biases.
+
+        Raises:
+          ValueError: a word is unknown or missing, or a value is out of range.
+
+        """
+        _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"))
+        rate = settings["drop_rate"]
+        hparams = {ours: settings[word] for word, ours in BOOK_WORDS.items()}
+        return cls(**hparams, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate, qkv_bias=settings["qkv_bias"])
 
     def to_hparams(self) -> dict[str, int]:
         """Return the contents of OpenAI's hparams.json."""
@@ -126,7 +145,19 @@ class GPT2Config:
         return 4 * 4 * self.n_params
 
 
-def _float_dtype(name: str, value: Any) -> np.dtype:
+def _check_names(values: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"hyperparameters must map names to numbers, not be a {type(values).__name__}")
+    unknown = [str(name) for name in values if name not in names]
+    missing = [name for name in names if name not in values]
+    if unknown:
+        raise ValueError(f"unknown hyperparameters {', '.join(unknown)}: the names are {', '.join(names)}")
+    if missing:
+        raise ValueError(f"missing hyperparameters {', '.join(missing)}")
+
+
+def float_dtype(name: str, value: Any) -> np.dtype:
+    """Return the dtype that a user names; ValueError, under that name, where it is not one of floats."""
     try:
         dtype = None if value is None else jnp.dtype(value)
     except TypeError:

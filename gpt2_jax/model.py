@@ -61,12 +61,15 @@ class Conv1D(nn.Module):
 
     config: GPT2Config
     n_out: int
+    train_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [..., n_out] for x [..., n_in], in `compute_dtype`."""
         w = self.param("w", normal(0.02), (x.shape[-1], self.n_out), self.config.param_dtype)
         b = self.param("b", zeros, (self.n_out,), self.config.param_dtype)
+        if not self.train_bias:
+            b = jax.lax.stop_gradient(b)
         dtype = self.config.compute_dtype
         return x.astype(dtype) @ w.astype(dtype) + b.astype(dtype)
 
@@ -100,7 +103,8 @@ class Attention(nn.Module):
         """
         config = self.config
         heads = (*x_BTD.shape[:2], config.n_head, config.head_dim)
-        qkv = jnp.split(Conv1D(config, 3 * config.n_embd, name="c_attn")(x_BTD), 3, axis=-1)
+        qkv_BT3D = Conv1D(config, 3 * config.n_embd, train_bias=config.qkv_bias, name="c_attn")(x_BTD)
+        qkv = jnp.split(qkv_BT3D, 3, axis=-1)
         q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in qkv)
         k_BNHS, v_BNSH = k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3)
         if kv is not None:
@@ -305,7 +309,15 @@ def check_params(config: GPT2Config, params: Params, dtypes: bool = True) -> Non
     """Check that params are those of this config, by name, shape and dtype; `dtypes=False` takes any real floats.
 
     Raises:
-      ValueError: they are not; the message lists all that is missing, extra, or of another shape or dtype.
+      ValueError: they are not; the message lists all that is missing, extra, or of another shape or dtype. Or
+        `config.qkv_bias` is False and the biases of a c_attn, where their values are known, are not zero.
 
     """
     check(params, _abstract_leaves(config, jax.config.jax_enable_x64), dtypes)
+    for i in range(0 if config.qkv_bias else config.n_layer):
+        b = params[f"h{i}"]["attn"]["c_attn"]["b"]
+        if not isinstance(b, jax.core.Tracer | jax.ShapeDtypeStruct) and (b != 0).any():
+            raise ValueError(
+                f"the config says qkv_bias=False, but h{i}/attn/c_attn/b is not zero: these weights, like all the "
+                "released ones, have query, key and value biases; set qkv_bias=True"
+            )

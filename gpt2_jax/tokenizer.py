@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -30,32 +31,62 @@ class Tokenizer:
     Attributes:
       eot: the id of `<|endoftext|>`, which stands between documents.
       n_vocab: number of ids; every id is in [0, n_vocab).
+      tokens: the id of every token, in order, spelt as in OpenAI's encoder.json: a printable character a byte.
+      merges: the pairs of tokens that merge, in order of precedence.
 
     """
 
     eot: int
     n_vocab: int
+    tokens: dict[str, int]
+    merges: list[tuple[str, str]]
 
-    def __init__(self, ids: dict[bytes, int], eot: int):
-        """Take the id of every byte sequence, later merges having higher ids, and the id of `<|endoftext|>`."""
-        self.eot = eot
-        self.n_vocab = len(ids) + 1
+    def __init__(
+        self,
+        tokens: dict[str, int],
+        merges: Iterable[tuple[str, ...]],
+        tokens_from: str | os.PathLike = "the tokens",
+        merges_from: str | os.PathLike = "the merges",
+        first_line: int = 1,
+    ):
+        """Take a vocabulary; the last three arguments are for messages: the files, and the line of the first merge.
+
+        Raises:
+          ValueError: ids are not 0, 1, ... or do not follow the order of the merges, or the two do not fit together.
+
+        """
+        self.merges = [tuple(pair) for pair in merges]
+        _check_tokens(tokens, tokens_from)
+        ids = _match_merges(tokens, self.merges, tokens_from, merges_from, first_line)
+        self.tokens = dict(sorted(tokens.items(), key=operator.itemgetter(1)))
+        self.eot = tokens[END_OF_TEXT]
+        self.n_vocab = len(tokens)
         self._encoding = tiktoken.Encoding(
-            "gpt2-jax", pat_str=SPLIT, mergeable_ranks=ids, special_tokens={END_OF_TEXT: eot}
+            "gpt2-jax", pat_str=SPLIT, mergeable_ranks=ids, special_tokens={END_OF_TEXT: self.eot}
         )
 
     @classmethod
     def from_files(cls, encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike) -> Tokenizer:
-        """Read a vocabulary in OpenAI's two files.
+        """Read a vocabulary in OpenAI's two files (Hugging Face calls them vocab.json and merges.txt).
 
         Raises:
           FileNotFoundError: a file is not there.
           ValueError: a file is malformed, or the two do not belong together; the message names the file.
 
         """
-        encoder = _read_encoder(Path(encoder_json))
-        ids = _match_merges(encoder, Path(vocab_bpe), Path(encoder_json))
-        return cls(ids, encoder[END_OF_TEXT])
+        tokens = read_json(Path(encoder_json))
+        lines = _read_text(Path(vocab_bpe)).splitlines()
+        n_head = 1 if lines and lines[0].startswith("#version") else 0
+        while lines and not lines[-1]:
+            lines.pop()
+        merges = (tuple(line.split(" ")) for line in lines[n_head:])
+        return cls(tokens, merges, encoder_json, vocab_bpe, first_line=n_head + 1)
+
+    def to_files(self, encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike) -> None:
+        """Write the vocabulary as OpenAI's two files, byte for byte as the released ones are written."""
+        Path(encoder_json).write_text(json.dumps(self.tokens), encoding="utf-8")
+        lines = "".join(f"{left} {right}\n" for left, right in self.merges)
+        Path(vocab_bpe).write_text(f"#version: 0.2\n{lines}", encoding="utf-8", newline="\n")
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Return the ids of a text of any length.
@@ -105,49 +136,63 @@ def _cut_long_runs(text: str) -> Iterable[str]:
     yield text[start:]
 
 
-def _read_encoder(path: Path) -> dict[str, int]:
+def read_json(path: Path) -> Any:
+    """Return the contents of a JSON file.
+
+    Raises:
+      FileNotFoundError: the file is not there.
+      ValueError: it is not UTF-8 text, or not JSON.
+
+    """
     try:
-        encoder = json.loads(_read_text(path))
+        return json.loads(_read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(encoder, dict) or not all(type(i) is int for i in encoder.values()):
-        raise ValueError(f"{path} must map each token to its id")
-    if sorted(encoder.values()) != list(range(len(encoder))):
-        raise ValueError(f"{path} must give its {len(encoder)} tokens the ids 0 to {len(encoder) - 1}, each once")
-    if END_OF_TEXT not in encoder:
-        raise ValueError(f"{path} has no {END_OF_TEXT}")
-    return encoder
 
 
-def _match_merges(encoder: dict[str, int], vocab_bpe: Path, encoder_json: Path) -> dict[bytes, int]:
+def _check_tokens(tokens: dict[str, int], source: str | os.PathLike) -> None:
+    if not isinstance(tokens, dict) or not all(type(i) is int for i in tokens.values()):
+        raise ValueError(f"{source} must map each token to its id")
+    if sorted(tokens.values()) != list(range(len(tokens))):
+        raise ValueError(f"{source} must give its {len(tokens)} tokens the ids 0 to {len(tokens) - 1}, each once")
+    if END_OF_TEXT not in tokens:
+        raise ValueError(f"{source} has no {END_OF_TEXT}")
+
+
+def _match_merges(
+    tokens: dict[str, int],
+    merges: list[tuple[str, str]],
+    tokens_from: str | os.PathLike,
+    merges_from: str | os.PathLike,
+    first_line: int,
+) -> dict[bytes, int]:
     """Return the id of each byte sequence, having checked that ids follow the order of the merges."""
     byte_of = _byte_characters()
-    missing = [character for character in byte_of if character not in encoder]
+    tokens_name = Path(tokens_from).name
+    missing = [character for character in byte_of if character not in tokens]
     if missing:
-        raise ValueError(f"{encoder_json} has no token for the byte {byte_of[missing[0]]:#04x} ({missing[0]!r})")
+        raise ValueError(f"{tokens_from} has no token for the byte {byte_of[missing[0]]:#04x} ({missing[0]!r})")
     names = list(byte_of)
     last = -1
-    for number, line in enumerate(_read_text(vocab_bpe).splitlines(), start=1):
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        parts = line.split(" ")
-        if len(parts) != 2 or any(part not in encoder for part in parts):
-            start = line if len(line) < 60 else f"{line[:60]}..."
-            raise ValueError(f"{vocab_bpe}, line {number}: {start!r} is not a pair of tokens of {encoder_json.name}")
-        merged = "".join(parts)
-        if encoder.get(merged, -1) <= last:
+    for number, pair in enumerate(merges, start=first_line):
+        if len(pair) != 2 or any(part not in tokens for part in pair):
+            start = " ".join(pair)
+            start = start if len(start) < 60 else f"{start[:60]}..."
+            raise ValueError(f"{merges_from}, line {number}: {start!r} is not a pair of tokens of {tokens_name}")
+        merged = "".join(pair)
+        if tokens.get(merged, -1) <= last:
             raise ValueError(
-                f"{vocab_bpe}, line {number}: {merged!r} has id {encoder.get(merged)} in {encoder_json.name}, "
+                f"{merges_from}, line {number}: {merged!r} has id {tokens.get(merged)} in {tokens_name}, "
                 f"which does not follow the {last} of the merge before: the two files do not belong together"
             )
-        last = encoder[merged]
+        last = tokens[merged]
         names.append(merged)
     if END_OF_TEXT in names:
-        raise ValueError(f"{vocab_bpe} makes {END_OF_TEXT} by merging: ordinary text would become the special token")
-    if unmade := encoder.keys() - {*names, END_OF_TEXT}:
-        extra = min(unmade, key=encoder.get)
-        raise ValueError(f"{encoder_json} holds {extra!r}, id {encoder[extra]}, which no line of {vocab_bpe} makes")
-    return {bytes(byte_of[character] for character in name): encoder[name] for name in names}
+        raise ValueError(f"{merges_from} makes {END_OF_TEXT} by merging: ordinary text would become the special token")
+    if unmade := tokens.keys() - {*names, END_OF_TEXT}:
+        extra = min(unmade, key=tokens.get)
+        raise ValueError(f"{tokens_from} holds {extra!r}, id {tokens[extra]}, which no line of {merges_from} makes")
+    return {bytes(byte_of[character] for character in name): tokens[name] for name in names}
 
 
 def _byte_characters() -> dict[str, int]:
