@@ -13,7 +13,6 @@ import jax
 import tyro
 
 import gpt2_jax
-from gpt2_jax.checkpoints import tensorflow
 
 
 @dataclasses.dataclass
@@ -24,6 +23,8 @@ class Args:
     """Which."""
     directory: Annotated[Path, tyro.conf.Positional]
     """Where: a directory that does not exist yet."""
+    format: Literal["tensorflow", "huggingface", "orbax"] = "tensorflow"
+    """In which form: OpenAI's own files, Hugging Face's, or Orbax."""
     seed: int = 0
     """Seed of the weights."""
 
@@ -31,7 +32,7 @@ class Args:
 def main(args: Args) -> None:
     """Write the checkpoint, with the original's initial values for weights."""
     config = gpt2_jax.SIZES[args.size]
-    tensorflow.write(args.directory, config, gpt2_jax.init_params(config, jax.random.key(args.seed)))
+    gpt2_jax.save(args.directory, config, gpt2_jax.init_params(config, jax.random.key(args.seed)), format=args.format)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,15 @@
 """GPT-2 in JAX: the params pytree is OpenAI's checkpoint, and everything else is a pure function over it."""
 
-from gpt2_jax.checkpoints import embedded_model, load, load_config, load_tokenizer
+from gpt2_jax.checkpoints import (
+    download_and_load_gpt2,
+    embedded_model,
+    from_blocks,
+    load,
+    load_config,
+    load_tokenizer,
+    save,
+    to_blocks,
+)
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.generate import generate
 from gpt2_jax.kv_cache import KVCache, init_cache
@@ -15,11 +24,15 @@ __all__ = [
     "Output",
     "Tokenizer",
     "abstract_params",
+    "download_and_load_gpt2",
     "embedded_model",
+    "from_blocks",
     "generate",
     "init_cache",
     "init_params",
     "load",
     "load_config",
     "load_tokenizer",
+    "save",
+    "to_blocks",
 ]

@@ -16,6 +16,14 @@ hypothesis.settings.register_profile("gpt2_jax", deadline=None)  # a first call 
 hypothesis.settings.load_profile("gpt2_jax")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory):
+    """Keep downloads and copies out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _exact_matmuls():
     """Keep float32 products in float32 where the device's default is less (TF32 on GPUs, bfloat16 on TPUs)."""

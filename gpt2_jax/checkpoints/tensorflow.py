@@ -11,36 +11,36 @@ import glob
 import json
 import os
 import re
-import shutil
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, stored_dtype
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import abstract_params, check_params
-from gpt2_jax.params import Params, differences, flatten, unflatten
+from gpt2_jax.model import abstract_params
+from gpt2_jax.params import differences, flatten
 
 PREFIX = "model/"
+DATA_SUFFIX = ".data-*-of-*"
 
 
-def read(directory: Path) -> tuple[GPT2Config, Params]:
-    """Read the config and every variable of a directory in OpenAI's layout; the graph (`.meta`) is not needed.
+def read(directory: Path) -> tuple[GPT2Config, Leaves]:
+    """Read the config, and every variable of a directory in OpenAI's layout; the graph (`.meta`) is not needed.
 
-    Every variable is visited once and names, shapes and dtypes are checked both ways; TensorFlow verifies the checksum
-    of each. Nothing is transposed: the leading 1 of a width-1 convolution's `w` (1, in, out) is dropped.
+    Names, shapes and dtypes are checked both ways; TensorFlow verifies the checksum of each variable as it is read.
+    Nothing is transposed: the leading 1 of a width-1 convolution's `w` (1, in, out) is dropped.
 
     Returns:
-      config, and params as jax arrays on the default device: `params["h0"]["attn"]["c_attn"]["w"]` is (D, 3D) float32.
+      config, whose param_dtype is that of the variables, and the leaves, each read when it is asked for.
 
     Raises:
       FileNotFoundError: a file is not there.
-      ValueError: hparams.json is malformed, the files are damaged, or the variables are not those of its GPT-2.
+      ValueError: hparams.json is malformed, or the variables are not those of its GPT-2.
+      DamagedError: the files are damaged (found at the start, or while the leaves are read).
 
     """
     config = read_hparams(directory)
@@ -53,16 +53,19 @@ def read(directory: Path) -> tuple[GPT2Config, Params]:
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     if config.n_layer > len(shapes):  # told before a tree of so many layers is built
         raise ValueError(f"hparams.json says n_layer = {config.n_layer}, but {prefix} has {len(shapes)} variables")
-    expected = flatten(abstract_params(config))
     found = {name: SimpleNamespace(shape=shapes[name], dtype=dtypes[name]) for name in shapes}
+    config = config.replace(param_dtype=stored_dtype(dtypes.values(), prefix))
+    expected = flatten(abstract_params(config))
     if wrong := differences(found, _variables(expected)):
         raise ValueError(f"{prefix} does not hold the GPT-2 that hparams.json describes:\n  " + "\n  ".join(wrong))
-    flat = {}
-    for name, leaf in expected.items():
-        with _damage_told(tf, prefix):
-            array = reader.get_tensor(PREFIX + name)
-        flat[name] = jnp.asarray(array.reshape(leaf.shape))
-    return config, unflatten(flat)
+
+    def leaves() -> Leaves:
+        for name, leaf in expected.items():
+            with _damage_told(tf, prefix):
+                array = reader.get_tensor(PREFIX + name)
+            yield name, array.reshape(leaf.shape)
+
+    return config, leaves()
 
 
 @contextlib.contextmanager
@@ -71,48 +74,23 @@ def _damage_told(tf: ModuleType, prefix: Path) -> Iterator[None]:
     try:
         yield
     except (tf.errors.OpError, RuntimeError, IndexError) as error:
-        raise ValueError(f"{prefix} is damaged and must be fetched again: {' '.join(str(error).split())}") from error
+        raise DamagedError(f"{prefix} is damaged and must be fetched again: {' '.join(str(error).split())}") from error
 
 
-def write(directory: str | os.PathLike, config: GPT2Config, params: Params) -> None:
-    """Write `hparams.json` and the variables, under the original names and shapes, as a new directory.
-
-    Written beside under a temporary name and renamed: a kill leaves all of it or nothing.
-
-    Raises:
-      FileExistsError: the directory exists.
-      ValueError: params are not those of a GPT-2 with this config.
-
-    """
-    directory = Path(directory).expanduser()
-    check_params(config, params)
-    if config.param_dtype != np.float32:
-        raise ValueError(
-            f"OpenAI's checkpoints are float32, these params {config.param_dtype}: cast params and config first"
-        )
-    flat = flatten(params)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already: choose another name or remove it")
+def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
+    """Write `hparams.json` and the variables, under the original names and shapes, into an empty directory."""
     tf = _import_tensorflow()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        variables = _variables(flat)
-        with tf.device("CPU"):
-            tf.raw_ops.SaveV2(
-                prefix=str(temporary / "model.ckpt"),
-                tensor_names=list(variables),
-                shape_and_slices=[""] * len(variables),
-                tensors=[np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()],
-            )
-        pointer = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
-        (temporary / "checkpoint").write_text(pointer, encoding="utf-8")
-        (temporary / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
-        temporary.rename(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    variables = _variables(flat)
+    with tf.device("CPU"):
+        tf.raw_ops.SaveV2(
+            prefix=str(directory / "model.ckpt"),
+            tensor_names=list(variables),
+            shape_and_slices=[""] * len(variables),
+            tensors=[np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()],
+        )
+    pointer = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
+    (directory / "checkpoint").write_text(pointer, encoding="utf-8")
+    (directory / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
 
 
 def read_hparams(directory: Path) -> GPT2Config:
@@ -154,10 +132,15 @@ def find_checkpoint(directory: Path) -> Path:
             names = ", ".join(path.name for path in prefixes)
             raise ValueError(f"{directory} holds several checkpoints ({names}) and no `checkpoint` file that picks one")
         prefix = prefixes[0] if prefixes else directory / "model.ckpt"
-    for suffix in (".index", ".data-*-of-*"):
+    for suffix in (".index", DATA_SUFFIX):
         if not any(directory.glob(glob.escape(prefix.name) + suffix)):
             raise FileNotFoundError(f"{directory} holds no {prefix.name}{suffix}: the checkpoint is not complete")
     return prefix
+
+
+def data_pattern(prefix: Path) -> str:
+    """Return the pattern of the names of a checkpoint's data files, in its directory."""
+    return glob.escape(prefix.name) + DATA_SUFFIX
 
 
 def _variables(flat: Mapping[str, Any]) -> dict[str, SimpleNamespace]:

@@ -1,0 +1,98 @@
+"""The call that readers of the build-an-LLM books know, and their nesting of the checkpoint's arrays."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from gpt2_jax.checkpoints import copies, download
+from gpt2_jax.config import SIZES
+from gpt2_jax.params import Params, unflatten
+
+
+def download_and_load_gpt2(
+    model_size: str = "124M", models_dir: str | os.PathLike = "gpt2"
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Fetch a released model into models_dir/model_size, unless it is there, and load it as the books do.
+
+    Returns:
+      settings, the contents of hparams.json; and params in the books' nesting (`to_blocks`), NumPy float32:
+      `params["blocks"][0]["attn"]["c_attn"]["w"]` is (n_embd, 3 * n_embd), the final norm params["g"] and params["b"].
+
+    Raises:
+      ValueError: an unknown size, or damaged files.
+      OSError: the files cannot be fetched.
+
+    """
+    size = download.size_of(model_size)
+    if size is None:
+        raise ValueError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
+    directory = download.fetch(size, Path(models_dir).expanduser() / size)
+    config, leaves = copies.read(directory)
+    return config.to_hparams(), to_blocks(unflatten(dict(leaves)))
+
+
+def to_blocks(params: Params, nested_ln_f: bool = False) -> dict[str, Any]:
+    """Return the same arrays in the books' nesting: {"wte", "wpe", "blocks": [h0, h1, ...]} and the final norm.
+
+    Args:
+      params: as `load` gives them.
+      nested_ln_f: the final norm stands at ["ln_f"]["g"] and ["ln_f"]["b"], as in the notebook; False puts it at ["g"]
+        and ["b"], as in the book.
+
+    Raises:
+      ValueError: a name is missing or unknown.
+
+    """
+    names = _layer_names(params)
+    _check_names(params, {"wte", "wpe", "ln_f", *names}, "params")
+    last = {"ln_f": params["ln_f"]} if nested_ln_f else dict(params["ln_f"])
+    return {"wte": params["wte"], "wpe": params["wpe"], "blocks": [params[name] for name in names], **last}
+
+
+def from_blocks(blocks: dict[str, Any]) -> Params:
+    """Return a params tree of the same arrays from either of the books' nestings: the inverse of `to_blocks`.
+
+    Raises:
+      ValueError: a name is missing or unknown.
+
+    """
+    last = {"ln_f"} if isinstance(blocks, dict) and "ln_f" in blocks else {"g", "b"}
+    _check_names(blocks, {"wte", "wpe", "blocks"} | last, "the books' params")
+    ln_f = blocks["ln_f"] if "ln_f" in last else {"g": blocks["g"], "b": blocks["b"]}
+    layers = {f"h{i}": block for i, block in enumerate(blocks["blocks"])}
+    for name, block in layers.items():
+        _check_block(block, f"blocks[{name[1:]}]")
+    _check_names(ln_f, {"g", "b"}, "ln_f")
+    return {"wte": blocks["wte"], "wpe": blocks["wpe"], **layers, "ln_f": ln_f}
+
+
+_BLOCK = {
+    "ln_1": {"g", "b"},
+    "attn": {"c_attn", "c_proj"},
+    "ln_2": {"g", "b"},
+    "mlp": {"c_fc", "c_proj"},
+}
+
+
+def _check_block(block: Any, where: str) -> None:
+    _check_names(block, set(_BLOCK), where)
+    for name, parts in _BLOCK.items():
+        _check_names(block[name], parts, f"{where}[{name!r}]")
+        for part in parts - {"g", "b"}:
+            _check_names(block[name][part], {"w", "b"}, f"{where}[{name!r}][{part!r}]")
+
+
+def _layer_names(params: Any) -> list[str]:
+    n_layer = sum(1 for name in params if name.startswith("h")) if isinstance(params, dict) else 0
+    return [f"h{i}" for i in range(n_layer)]
+
+
+def _check_names(tree: Any, names: set[str], where: str) -> None:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where} must be a dict with {', '.join(sorted(names))}, not a {type(tree).__name__}")
+    if missing := sorted(names - tree.keys()):
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    if unknown := sorted(str(name) for name in tree.keys() - names):
+        raise ValueError(f"{where} holds {', '.join(unknown)}, which GPT-2 does not have")

@@ -1,0 +1,120 @@
+"""Kept copies: what was read from a TensorFlow checkpoint once, in a file that is read without TensorFlow.
+
+One file for each directory, in `cache_dir()/copies`. It is used as long as the original's size, time of change and
+index (which holds the checksum of each variable) are those it was made from, and each tensor's sha256 is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_jax.checkpoints import safetensors, tensorflow
+from gpt2_jax.checkpoints.folders import cache_dir
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, write_manifest
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import abstract_params
+from gpt2_jax.params import differences, flatten
+
+
+def read(directory: Path) -> tuple[GPT2Config, Leaves]:
+    """Read a TensorFlow checkpoint from its copy if there is one, and else through TensorFlow, keeping a copy.
+
+    Raises:
+      as `tensorflow.read`. A copy that is damaged or cannot be written is a warning.
+
+    """
+    source = _fingerprint(directory)
+    try:
+        opened = _open(directory, source)
+    except DamagedError as error:
+        opened = None
+        warnings.warn(f"{error}; made anew from {directory}", stacklevel=2)
+    if opened is None:
+        config, arrays = _make(directory)
+        return config, _drain(arrays)
+    config, tensors, hashes = opened
+    return config, _read_or_make(directory, tensors, hashes)
+
+
+def read_config(directory: Path) -> GPT2Config | None:
+    """Return the config that the copy of a directory holds; None where there is no copy that can be used."""
+    try:
+        opened = _open(directory, _fingerprint(directory))
+    except DamagedError:
+        return None
+    return opened and opened[0]
+
+
+def copy_path(directory: Path) -> Path:
+    """Return the name that a directory's copy has."""
+    name = hashlib.sha256(str(directory.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_dir() / "copies" / f"{name}.safetensors"
+
+
+def _open(
+    directory: Path, source: dict[str, object]
+) -> tuple[GPT2Config, dict[str, safetensors.Stored], dict[str, str]] | None:
+    path = copy_path(directory)
+    if not path.is_file():
+        return None
+    tensors, metadata = safetensors.read_header(path)
+    config, manifest = read_manifest(metadata.get("gpt2_jax", ""), path)
+    if manifest.get("source") != source:
+        return None
+    if wrong := differences(tensors, flatten(abstract_params(config))):
+        raise DamagedError(f"{path} is damaged:\n  " + "\n  ".join(wrong))
+    return config, tensors, manifest["sha256"]
+
+
+def _read_or_make(directory: Path, tensors: dict[str, safetensors.Stored], hashes: dict[str, str]) -> Leaves:
+    """Yield the copy's tensors; from where one turns out damaged, the original's."""
+    done = set()
+    try:
+        for name, array in safetensors.read(tensors, hashes):
+            done.add(name)
+            yield name, array
+        return
+    except (DamagedError, OSError) as error:
+        warnings.warn(f"{error}; made anew from {directory}", stacklevel=2)
+    _, arrays = _make(directory)
+    yield from ((name, array) for name, array in _drain(arrays) if name not in done)
+
+
+def _make(directory: Path) -> tuple[GPT2Config, dict[str, np.ndarray]]:
+    source = _fingerprint(directory)  # before the reading: a change in the middle makes the copy useless, not wrong
+    config, leaves = tensorflow.read(directory)
+    arrays = dict(leaves)
+    path = copy_path(directory)
+    manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.write(path, arrays, {"gpt2_jax": manifest})
+    except OSError as error:
+        warnings.warn(
+            f"no copy of {directory} could be kept in {path.parent} ({error}): the next load will be as slow as this "
+            "one. Choose a folder with GPT2_JAX_CACHE, or turn copies off with GPT2_JAX_KEEP_COPY=0",
+            stacklevel=2,
+        )
+    return config, arrays
+
+
+def _drain(arrays: dict[str, np.ndarray]) -> Leaves:
+    """Yield every array, the largest first, and let go of it."""
+    for name in sorted(arrays, key=lambda name: -arrays[name].nbytes):
+        yield name, arrays.pop(name)
+
+
+def _fingerprint(directory: Path) -> dict[str, object]:
+    """Return what a copy is known by, as JSON gives it back."""
+    prefix = tensorflow.find_checkpoint(directory)
+    data = sorted(directory.glob(tensorflow.data_pattern(prefix)))
+    index = (directory / f"{prefix.name}.index").read_bytes()
+    return {
+        "data": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in data],
+        "index": hashlib.sha256(index).hexdigest(),
+        "hparams": tensorflow.read_hparams(directory).to_hparams(),
+    }

@@ -1,0 +1,76 @@
+"""Where files are kept, and how a folder is replaced in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Return the folder for downloads and copies: $GPT2_JAX_CACHE, else gpt2-jax in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("GPT2_JAX_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "gpt2-jax"
+
+
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """Give a new folder to fill, which takes the name and place of `directory` in one step at the end of the block.
+
+    Killed at any moment, or on any error, `directory` is as it was or as it should become.
+    """
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(directory)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if directory.exists():
+            _exchange(temporary, directory)
+        else:
+            temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which takes the name of `path` in one step at the end of the block."""
+    temporary = beside(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """Return a new hidden name in the same folder."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two folders exchange their names: in one system call where the system and the file system have it."""
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if hasattr(libc, "renameat2"):  # Linux; AT_FDCWD is -100, RENAME_EXCHANGE 2
+        done = libc.renameat2(-100, os.fsencode(new), -100, os.fsencode(old), 2) == 0
+    elif sys.platform == "darwin":  # RENAME_SWAP is 2
+        done = libc.renamex_np(os.fsencode(new), os.fsencode(old), 2) == 0
+    else:
+        done = False
+    if not done:
+        aside = beside(old)
+        old.rename(aside)
+        try:
+            new.rename(old)
+        except OSError:
+            aside.rename(old)
+            raise
+        aside.rename(new)

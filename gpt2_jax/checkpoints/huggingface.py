@@ -1,0 +1,284 @@
+"""Hugging Face's form of GPT-2: config.json and safetensors, under Hugging Face's names, in the same orientation.
+
+Their GPT-2 keeps OpenAI's Conv1D, so nothing is transposed here either. A file that this project wrote carries a sha256
+of each tensor. Of a file that others wrote, the header, the names, the shapes and that the values are finite are all
+that can be checked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2_jax.checkpoints import safetensors
+from gpt2_jax.checkpoints.integrity import (
+    DamagedError,
+    Leaves,
+    read_manifest,
+    sha256,
+    stored_dtype,
+    write_manifest,
+)
+from gpt2_jax.config import HPARAMS, GPT2Config
+from gpt2_jax.model import abstract_params
+from gpt2_jax.params import differences, flatten
+from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, read_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
+ROOT = "transformer."
+MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old files hold as if it were weights
+
+HPARAM_NAMES = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "n_positions",
+    "n_embd": "n_embd",
+    "n_head": "n_head",
+    "n_layer": "n_layer",
+}
+RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+ARITHMETIC = {  # what each field must say, the first value being what its absence means
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+    "pruned_heads": ({}, None),
+}
+
+
+def hugging_face_name(name: str) -> str:
+    """Return Hugging Face's name of a parameter: "h0/attn/c_attn/w" is "transformer.h.0.attn.c_attn.weight"."""
+    *path, last = re.sub(r"^h(\d+)/", r"h/\1/", name).split("/")
+    return ROOT + ".".join([*path, {"w": "weight", "g": "weight", "b": "bias"}.get(last, f"{last}.weight")])
+
+
+def read_config(directory: Path) -> GPT2Config:
+    """Read config.json; param_dtype is float32 whatever the weights' is.
+
+    Raises:
+      FileNotFoundError: the file is not there.
+      ValueError: it is malformed, or asks for arithmetic that is not GPT-2's; the message names the field.
+
+    """
+    path = directory / "config.json"
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold fields and values")
+    for field, allowed in ARITHMETIC.items():
+        value = fields.get(field, allowed[0])
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+            raise ValueError(f"{path} asks for {field} = {value!r}, which is not GPT-2's arithmetic ({allowed[0]!r})")
+    if missing := [name for name in HPARAM_NAMES.values() if name not in fields]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    rates = {name: fields[name] for name in RATES if name in fields}
+    try:
+        config = GPT2Config(**{ours: fields[theirs] for ours, theirs in HPARAM_NAMES.items()}, **rates)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if fields.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(
+            f"{path} asks for n_inner = {fields['n_inner']!r}; GPT-2's is 4 * n_embd = {4 * config.n_embd}"
+        )
+    return config
+
+
+def read(directory: Path) -> tuple[GPT2Config, Leaves]:
+    """Read a directory in Hugging Face's form, of one file or of several with an index.
+
+    Keys may begin with `transformer.` or not; mask buffers are skipped by name; `lm_head.weight` must equal `wte`.
+
+    Returns:
+      config, whose param_dtype is that of the tensors, and the leaves, each read when it is asked for.
+
+    Raises:
+      FileNotFoundError: a file is not there.
+      ValueError: config.json asks for another model, or the tensors are not those of its GPT-2.
+      DamagedError: a file is damaged.
+
+    """
+    config = read_config(directory)
+    tensors, manifest, source = _find_tensors(directory)
+    hashes = None
+    if manifest is not None:
+        saved, more = read_manifest(manifest, source)
+        hashes = {_short(key): value for key, value in more["sha256"].items()}
+        wrong = [name for name in HPARAMS if getattr(saved, name) != getattr(config, name)]
+        if wrong:
+            told = ", ".join(f"{name} = {getattr(config, name)} instead of {getattr(saved, name)}" for name in wrong)
+            raise DamagedError(f"{directory / 'config.json'} has {told}, with which {source} was saved")
+        config = config.replace(qkv_bias=saved.qkv_bias)
+    head = tensors.pop("lm_head.weight", None)
+    if config.n_layer > len(tensors):  # told before a tree of so many layers is built
+        raise ValueError(f"config.json says n_layer = {config.n_layer}, but {source} has {len(tensors)} tensors")
+    config = config.replace(param_dtype=stored_dtype((tensor.dtype for tensor in tensors.values()), source))
+    expected = flatten(abstract_params(config))
+    names = {_short(hugging_face_name(name)): name for name in expected}
+    if wrong := differences(tensors, {key: expected[name] for key, name in names.items()}):
+        raise ValueError(f"{source} does not hold the GPT-2 that config.json describes:\n  " + "\n  ".join(wrong))
+    return config, _leaves(tensors, names, hashes, head)
+
+
+def _leaves(
+    tensors: Mapping[str, safetensors.Stored],
+    names: Mapping[str, str],
+    hashes: Mapping[str, str] | None,
+    head: safetensors.Stored | None,
+) -> Leaves:
+    for key, array in safetensors.read(tensors, hashes):
+        if key == "wte.weight" and head is not None:
+            _check_tied(array, head)
+        yield names[key], array
+
+
+def _check_tied(wte: np.ndarray, head: safetensors.Stored) -> None:
+    """Check that an output head stored beside `wte` is the same; GPT-2 has one array for both."""
+    same = head.shape == wte.shape and head.dtype == wte.dtype
+    if same:
+        _, array = next(safetensors.read({"lm_head.weight": head}, None))
+        same = np.array_equal(array.view(np.uint8), wte.view(np.uint8))
+    if not same:
+        raise ValueError(
+            f"lm_head.weight in {head.path} is not equal to wte.weight: an output head of its own is not GPT-2's "
+            "arithmetic, where both are one array"
+        )
+
+
+def _find_tensors(directory: Path) -> tuple[dict[str, safetensors.Stored], str | None, Path]:
+    """Return where each tensor stands by its short key, the manifest if the file has one, and the file to name."""
+    index = directory / INDEX
+    if (directory / WEIGHTS).is_file() or not index.is_file():
+        tensors, metadata = safetensors.read_header(directory / WEIGHTS)
+        return _shorten(tensors, directory / WEIGHTS), metadata.get("gpt2_jax"), directory / WEIGHTS
+    weight_map = read_json(index)
+    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} must map each tensor to its file, under weight_map")
+    found = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise ValueError(f"{index} names {file}, which is not a file beside it")
+        tensors, _ = safetensors.read_header(directory / file)
+        listed = {key for key, where in weight_map.items() if where == file}
+        if listed != tensors.keys():
+            key = min(listed ^ tensors.keys())
+            raise ValueError(f"{index} and {directory / file} do not agree on whether {key} is in that file")
+        found |= tensors
+    return _shorten(found, index), None, index
+
+
+def _shorten(tensors: Mapping[str, safetensors.Stored], source: Path) -> dict[str, safetensors.Stored]:
+    short = {_short(key): tensor for key, tensor in tensors.items()}
+    if len(short) < len(tensors):
+        raise ValueError(f"{source} holds tensors both with and without {ROOT} before their names")
+    return {key: tensor for key, tensor in short.items() if not MASKS.fullmatch(key)}
+
+
+def _short(key: str) -> str:
+    return key.removeprefix(ROOT)
+
+
+def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
+    """Write config.json and model.safetensors, with a sha256 of each tensor, into an empty directory."""
+    arrays = {hugging_face_name(name): array for name, array in flat.items()}
+    manifest = write_manifest(config, {key: sha256(array) for key, array in arrays.items()})
+    safetensors.write(directory / WEIGHTS, arrays, {"format": "pt", "gpt2_jax": manifest})
+    fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in HPARAM_NAMES.items()}
+    fields |= {name: getattr(config, name) for name in RATES}
+    fields |= {field: values[0] for field, values in ARITHMETIC.items() if values[0] not in (None, {})}
+    fields |= {
+        "architectures": ["GPT2LMHeadModel"],
+        "bos_token_id": config.n_vocab - 1,  # <|endoftext|> is the last id of the released vocabulary
+        "eos_token_id": config.n_vocab - 1,
+        "dtype": config.param_dtype.name,
+        "initializer_range": 0.02,
+        "n_inner": None,
+        "use_cache": True,
+    }
+    _write_json(directory / "config.json", fields)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """Read vocab.json and merges.txt, or tokenizer.json where those are not there.
+
+    Raises:
+      FileNotFoundError: a file is not there.
+      ValueError: a file is malformed, or describes something other than GPT-2's byte-level BPE.
+
+    """
+    if (directory / "vocab.json").is_file() or not (directory / "tokenizer.json").is_file():
+        return Tokenizer.from_files(directory / "vocab.json", directory / "merges.txt")
+    path = directory / "tokenizer.json"
+    fields = read_json(path)
+    try:
+        model, splitter = fields["model"], fields["pre_tokenizer"]
+        byte_level = (
+            splitter["type"] == "ByteLevel" and not splitter["add_prefix_space"] and splitter.get("use_regex", True)
+        )
+        plain = model.get("type", "BPE") == "BPE" and not fields.get("normalizer") and not model.get("dropout")
+        added = {token["content"]: token["id"] for token in fields.get("added_tokens", [])}
+        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        tokens = model["vocab"] | added
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not describe a byte-level BPE: {error!r}") from error
+    if not byte_level or not plain:
+        raise ValueError(f"{path} splits text in another way than GPT-2's byte-level BPE")
+    return Tokenizer(tokens, merges, path, path, first_line=1)
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
+    """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, and set the ids in config.json."""
+    tokenizer.to_files(directory / "vocab.json", directory / "merges.txt")
+    special = {"content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    _write_json(
+        directory / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": tokenizer.eot, **special, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": byte_level | {"trim_offsets": False},
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": tokenizer.tokens,
+                "merges": [list(pair) for pair in tokenizer.merges],
+            },
+        },
+    )
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": n_ctx,
+            "add_prefix_space": False,
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
+        },
+    )
+    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    _write_json(directory / "config.json", fields | {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot})
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,166 @@
+"""One way in: `load`, `load_config` and `load_tokenizer` of any source."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_jax.checkpoints import copies, download, huggingface, orbax, tensorflow
+from gpt2_jax.checkpoints.folders import cache_dir
+from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DamagedError, Leaves, count_strange
+from gpt2_jax.checkpoints.sources import form_of, locate
+from gpt2_jax.config import SIZES, GPT2Config, float_dtype
+from gpt2_jax.params import Params, flatten, unflatten
+from gpt2_jax.tokenizer import Tokenizer
+
+
+def load(
+    source: str | os.PathLike, dtype: Any = None, sharding: Any = None, keep_copy: bool = True
+) -> tuple[GPT2Config, Params]:
+    """Load a model from wherever it is, in whatever form; every tensor is checked, and nothing is transposed.
+
+    Args:
+      source: a directory with a TensorFlow checkpoint in OpenAI's layout, with Hugging Face's config.json and
+        safetensors, or written by `save` in any format; a size, "124M", "355M", "774M" or "1558M" (or "117M", "gpt2",
+        "gpt2-xl", ...), fetched if it is not there yet; or an id of the Hugging Face hub, "distilbert/distilgpt2".
+      dtype: float32, bfloat16 or float16, cast to tensor by tensor; None leaves what is stored.
+      sharding: where the params go: a jax Device or Sharding for all of them, or a tree of these shaped as the params;
+        None is the default device.
+      keep_copy: keep what was read from a TensorFlow checkpoint as safetensors in the cache folder and read that, a few
+        times faster and without TensorFlow, the next time. GPT2_JAX_KEEP_COPY=0 in the environment turns it off too.
+
+    Returns:
+      config, whose param_dtype is that of the params, and params as nested plain dicts of jax arrays under OpenAI's own
+      names, shapes and orientation: `params["h0"]["attn"]["c_attn"]["w"]` is (n_embd, 3 * n_embd).
+
+    Warns:
+      UserWarning: a tensor holds values that are NaN or infinite.
+
+    Raises:
+      FileNotFoundError: there is no such source, or one of its files is not there.
+      ValueError: a file is malformed or damaged, or holds another model than its config says, or one that is not GPT-2.
+      OSError: it cannot be fetched.
+
+    """
+    keep_copy = keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0"
+    dtype = None if dtype is None else _stored(dtype)
+    directory = locate(source)
+    try:
+        return _place(*_open(directory, keep_copy), dtype, sharding)
+    except DamagedError:
+        size = download.size_of(source) if isinstance(source, str) else None
+        if size is None or directory != cache_dir() / "models" / size:
+            raise
+    for path in directory.glob("model.ckpt.*"):  # ours to mend: it was fetched into the cache folder
+        path.unlink()
+    return _place(*_open(download.fetch(size), keep_copy), dtype, sharding)
+
+
+def _stored(dtype: Any) -> np.dtype:
+    dtype = float_dtype("dtype", dtype)
+    if dtype.name not in STORED_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, not {dtype.name}")
+    return dtype
+
+
+def _open(directory: Path, keep_copy: bool) -> tuple[GPT2Config, Leaves]:
+    form = form_of(directory)
+    if form == "huggingface":
+        return huggingface.read(directory)
+    if form == "orbax":
+        return orbax.read(directory)
+    return copies.read(directory) if keep_copy else tensorflow.read(directory)
+
+
+def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding: Any) -> tuple[GPT2Config, Params]:
+    """Put every leaf on its device, cast; the host never holds more than was read ahead."""
+    if isinstance(sharding, dict):
+        sharding = flatten(sharding)
+    flat, strange = {}, []
+    for name, array in leaves:
+        if dtype is not None:
+            with np.errstate(over="ignore"):  # told below, with the name
+                array = array.astype(dtype, copy=False)
+        if n_strange := count_strange(array):
+            strange.append(f"{name} ({n_strange} of {array.size})")
+        flat[name] = jax.device_put(array, sharding[name] if isinstance(sharding, dict) else sharding)
+    if strange:
+        told = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
+        warnings.warn(f"these weights hold NaN or infinite values: {told}", stacklevel=3)
+    return config if dtype is None else config.replace(param_dtype=dtype), unflatten(flat)
+
+
+def load_config(source: str | os.PathLike) -> GPT2Config:
+    """Load a model's config alone: the one that `load` gives. That of a size needs no file.
+
+    Raises:
+      as `load`.
+
+    """
+    if isinstance(source, str) and not Path(source).expanduser().is_dir() and (size := download.size_of(source)):
+        return SIZES[size]
+    directory = locate(source, "config")
+    form = form_of(directory)
+    if form == "huggingface":
+        return huggingface.read(directory)[0]
+    if form == "orbax":
+        return orbax.read_config(directory)
+    config = tensorflow.read_hparams(directory)
+    data = list(directory.glob("*.data-*-of-*"))
+    if data and sum(path.stat().st_size for path in data) != 4 * config.n_params:  # not float32, or not complete
+        return copies.read_config(directory) or tensorflow.read(directory)[0]
+    return config
+
+
+def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
+    """Load a model's tokenizer: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json.
+
+    Raises:
+      FileNotFoundError: there is no such source, or no vocabulary in it.
+      ValueError: a file is malformed, or the number of ids is not the model's n_vocab.
+
+    """
+    directory = locate(source, "tokenizer")
+    if _any_of(directory, OPENAI_VOCABULARY):
+        tokenizer = Tokenizer.from_files(*(directory / name for name in OPENAI_VOCABULARY))
+    elif _any_of(directory, huggingface.VOCABULARY):
+        tokenizer = huggingface.read_tokenizer(directory)
+    else:
+        raise FileNotFoundError(
+            f"{directory} holds no vocabulary: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
+        )
+    for name, read_config in _CONFIGS.items():
+        if (directory / name).is_file() and (n_vocab := read_config(directory).n_vocab) != tokenizer.n_vocab:
+            raise ValueError(
+                f"the vocabulary in {directory} has {tokenizer.n_vocab} ids, but the embedding has n_vocab = {n_vocab} "
+                "rows: the vocabulary is that of another model"
+            )
+    return tokenizer
+
+
+def has_vocabulary(source: str | os.PathLike) -> bool:
+    """Say whether a source has a vocabulary, or at least one of its files.
+
+    Raises:
+      as `load_tokenizer`.
+
+    """
+    return _any_of(locate(source, "tokenizer"), (*OPENAI_VOCABULARY, *huggingface.VOCABULARY))
+
+
+def _any_of(directory: Path, names: Sequence[str]) -> bool:
+    return any((directory / name).is_file() for name in names)
+
+
+OPENAI_VOCABULARY = ("encoder.json", "vocab.bpe")
+_CONFIGS = {
+    "hparams.json": tensorflow.read_hparams,
+    "config.json": huggingface.read_config,
+    orbax.MANIFEST: orbax.read_config,
+}

@@ -1,0 +1,130 @@
+"""Safetensors files: Hugging Face's library checks the header and writes; tensors are read here, each into its place.
+
+The library's own reader maps the file and then copies it. Reading each tensor once into memory that JAX takes over as
+it is needs half of that, and what was verified is what is used, whatever happens to the file afterwards.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gpt2_jax.checkpoints.folders import replacing_file
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, check_hash
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+ALIGNMENT = 64  # bytes: what JAX asks of memory it takes over without a copy
+N_THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor stands in a file; its dtype has a name, and is NumPy's if it is one of DTYPES."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return where each tensor of a file stands, and the file's metadata.
+
+    Raises:
+      FileNotFoundError: no such file.
+      DamagedError: not a safetensors file, or one cut off or changed in its header.
+
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="np"):  # checks names, shapes, dtypes, offsets and the file's length
+            pass
+        with path.open("rb") as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(n_header))
+    except (SafetensorError, ValueError) as error:
+        raise DamagedError(f"{path} is damaged, or not a safetensors file: {error}") from error
+    metadata = header.pop("__metadata__", {})
+    stored = {
+        name: Stored(
+            path,
+            8 + n_header + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            DTYPES.get(entry["dtype"], SimpleNamespace(name=entry["dtype"])),
+        )
+        for name, entry in header.items()
+    }
+    return stored, metadata
+
+
+def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None) -> Leaves:
+    """Yield every tensor, the largest first, verified if hashes are given; a few threads read ahead.
+
+    Raises:
+      DamagedError: a tensor is not what was written, or the file ends before it.
+
+    """
+    waiting = collections.deque(sorted(tensors, key=lambda name: -np.prod(tensors[name].shape)))
+    running: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(N_THREADS) as pool:
+        while waiting or running:
+            while waiting and len(running) <= N_THREADS:
+                name = waiting.popleft()
+                running.append((name, pool.submit(_read_one, name, tensors[name], hashes)))
+            name, future = running.popleft()
+            yield name, future.result()
+
+
+def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None) -> np.ndarray:
+    n_bytes = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
+    room = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    flat = room[start : start + n_bytes]
+    with tensor.path.open("rb", buffering=0) as file:
+        file.seek(tensor.offset)
+        n_read = 0
+        while n_read < n_bytes:
+            n = file.readinto(memoryview(flat)[n_read:])
+            if not n:
+                raise DamagedError(f"{tensor.path} is damaged: it ends inside {name}")
+            n_read += n
+    array = flat.view(tensor.dtype).reshape(tensor.shape)
+    check_hash(name, array, hashes, tensor.path)
+    return array
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a file beside and rename it.
+
+    Raises:
+      OSError: it cannot be written.
+
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with replacing_file(path) as temporary:
+        temporary.touch()  # with the permissions that new files have here: the library's own are the owner's alone
+        try:
+            save_file(contiguous, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error

@@ -1,0 +1,110 @@
+"""What a user may name as the source of a model: a directory, a released size, or an id of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from gpt2_jax.checkpoints import download, hub
+from gpt2_jax.config import SIZES
+
+Form = Literal["tensorflow", "huggingface", "orbax"]
+Part = Literal["model", "config", "tokenizer"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CONFIGS: dict[str, Form] = {"hparams.json": "tensorflow", "config.json": "huggingface"}
+WEIGHTS: dict[str, Form] = {
+    "*.index": "tensorflow",
+    "model.safetensors": "huggingface",
+    "model.safetensors.index.json": "huggingface",
+    "gpt2_jax.json": "orbax",
+}
+UNDERSTOOD = """understood are:
+  OpenAI's layout: hparams.json, checkpoint, model.ckpt.index, model.ckpt.data-00000-of-00001
+  Hugging Face's: config.json, model.safetensors (or model.safetensors.index.json and its files)
+  Orbax, as gpt2_jax.save writes it: gpt2_jax.json, params"""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+
+
+def locate(source: str | os.PathLike, part: Part = "model") -> Path:
+    """Return the directory of a source, having fetched what `part` needs if it is a size or a hub id.
+
+    Args:
+      source: a directory; a size ("124M", also "117M", "gpt2", "gpt2-xl", ...); or a hub id ("distilbert/distilgpt2").
+        A folder of that name which holds a model comes first.
+      part: what of it is wanted: all, or what its config or its tokenizer needs.
+
+    Raises:
+      FileNotFoundError: there is no such source.
+      ValueError: the source is no path or name.
+      OSError: it cannot be fetched.
+
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"a model must be named by a path, a size or a hub id, not {source!r}")
+    directory = Path(source).expanduser()
+    name = source if isinstance(source, str) else ""
+    size = download.size_of(name)
+    if directory.is_dir() and not (size and not _holds_model(directory)):
+        return directory
+    if size:
+        return download.fetch(size, files=_PARTS[part])
+    if directory.exists():
+        raise FileNotFoundError(f"{directory} is a file: a model is named by the directory that it is in")
+    if HUB_ID.fullmatch(name):
+        return hub.fetch(name, tokenizer_only=part == "tokenizer")
+    raise FileNotFoundError(
+        f"no such model: {os.fspath(source)!r} is no directory, no released size ({', '.join(SIZES)}), "
+        "and no id of the Hugging Face hub (owner/name)"
+    )
+
+
+_PARTS = {
+    "model": download.FILES,
+    "config": ("hparams.json",),
+    "tokenizer": ("hparams.json", "encoder.json", "vocab.bpe"),
+}
+
+
+def form_of(directory: Path) -> Form:
+    """Return the form of the model in a directory, told by its files.
+
+    Raises:
+      FileNotFoundError: it holds no model; the message lists what was found and what is understood.
+      ValueError: it holds several, or pickled weights alone.
+
+    """
+    for patterns in (WEIGHTS, CONFIGS):
+        forms = {form: pattern for pattern, form in patterns.items() if any(directory.glob(pattern))}
+        if len(forms) > 1:
+            raise ValueError(
+                f"{directory} holds several models ({', '.join(forms.values())}): keep each in its own folder"
+            )
+        if forms and not (patterns is CONFIGS and _pickles(directory)):
+            return next(iter(forms))
+    found = sorted(path.name for path in directory.iterdir())
+    if pickles := _pickles(directory):
+        raise ValueError(
+            f"{directory} holds {', '.join(pickles)}; pickled weights can run code when opened and are not read; one "
+            "that can not, model.safetensors, is made by: python -c 'from transformers import "
+            f'GPT2LMHeadModel as M; d = "{directory}"; M.from_pretrained(d).save_pretrained(d)\''
+        )
+    listed = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
+    raise FileNotFoundError(f"{directory} holds no model; found: {listed or 'nothing'}; {UNDERSTOOD}")
+
+
+def _pickles(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+
+
+def _holds_model(directory: Path) -> bool:
+    return any(any(directory.glob(pattern)) for pattern in (*WEIGHTS, *CONFIGS))
+
+
+def embedded_model() -> Path:
+    """Return the directory of the model in this package: 3.55 M parameters, trained on Shakespeare's plays."""
+    package = Path(__file__).resolve().parents[1]
+    packed, checkout = package / "models" / "shakespeare", package.parent / "models" / "shakespeare"
+    return packed if packed.is_dir() else checkout
