@@ -300,7 +300,9 @@ def abstract_params(config: GPT2Config) -> Params:
 
 @functools.lru_cache
 def _abstract_leaves(config: GPT2Config, x64: bool) -> Mapping[str, jax.ShapeDtypeStruct]:
-    flat = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    one = config.replace(n_layer=1)  # all layers are alike, and tracing 48 of them takes seconds
+    tree = jax.eval_shape(lambda: init_params(one, jax.random.key(0)))
+    flat = flatten({**tree, **{f"h{i}": tree["h0"] for i in range(config.n_layer)}})
     # Anew, without the sharding that the leaves take from a mesh that happens to be set.
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
 

@@ -74,7 +74,7 @@ def _read_or_make(directory: Path, tensors: dict[str, safetensors.Stored], hashe
     """Yield the copy's tensors; from where one turns out damaged, the original's."""
     done = set()
     try:
-        for name, array in safetensors.read(tensors, hashes):
+        for name, array in safetensors.read(tensors, hashes, mapped=True):
             done.add(name)
             yield name, array
         return

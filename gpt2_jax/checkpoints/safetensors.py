@@ -1,7 +1,8 @@
-"""Safetensors files: Hugging Face's library checks the header and writes; tensors are read here, each into its place.
+"""Safetensors files: Hugging Face's library checks the layout; tensors are read and written here.
 
-The library's own reader maps the file and then copies it. Reading each tensor once into memory that JAX takes over as
-it is needs half of that, and what was verified is what is used, whatever happens to the file afterwards.
+The library's own reader maps the file and then copies it. Here each tensor is read once into memory that JAX takes over
+as it is, so that what was verified is what is used, whatever happens to the file afterwards; or, for files that nobody
+else writes to, JAX takes over the mapped file itself.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +30,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64  # bytes: what JAX asks of memory it takes over without a copy
 N_THREADS = min(4, os.cpu_count() or 1)
 
@@ -75,26 +78,41 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return stored, metadata
 
 
-def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None) -> Leaves:
+def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped: bool = False) -> Leaves:
     """Yield every tensor, the largest first, verified if hashes are given; a few threads read ahead.
+
+    Args:
+      tensors: what to read, of one file or several.
+      hashes: the sha256 of each.
+      mapped: leave the bytes in the file, which must not be written to as long as the arrays live; a write to an array
+        stays in memory.
 
     Raises:
       DamagedError: a tensor is not what was written, or the file ends before it.
 
     """
-    waiting = collections.deque(sorted(tensors, key=lambda name: -np.prod(tensors[name].shape)))
+    waiting = collections.deque(sorted(tensors, key=lambda name: -math.prod(tensors[name].shape)))
     running: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(N_THREADS) as pool:
         while waiting or running:
             while waiting and len(running) <= N_THREADS:
                 name = waiting.popleft()
-                running.append((name, pool.submit(_read_one, name, tensors[name], hashes)))
+                running.append((name, pool.submit(_read_one, name, tensors[name], hashes, mapped)))
             name, future = running.popleft()
             yield name, future.result()
 
 
-def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None) -> np.ndarray:
-    n_bytes = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
+def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None, mapped: bool) -> np.ndarray:
+    if mapped:
+        array = np.asarray(np.memmap(tensor.path, tensor.dtype, "c", tensor.offset, tensor.shape))
+    else:
+        array = _read_bytes(name, tensor).view(tensor.dtype).reshape(tensor.shape)
+    check_hash(name, array, hashes, tensor.path)
+    return array
+
+
+def _read_bytes(name: str, tensor: Stored) -> np.ndarray:
+    n_bytes = math.prod(tensor.shape) * tensor.dtype.itemsize
     room = np.empty(n_bytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     flat = room[start : start + n_bytes]
@@ -106,25 +124,19 @@ def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None) -> np
             if not n:
                 raise DamagedError(f"{tensor.path} is damaged: it ends inside {name}")
             n_read += n
-    array = flat.view(tensor.dtype).reshape(tensor.shape)
-    check_hash(name, array, hashes, tensor.path)
-    return array
+    return flat
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a file beside and rename it.
-
-    Raises:
-      OSError: it cannot be written.
-
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with replacing_file(path) as temporary:
-        temporary.touch()  # with the permissions that new files have here: the library's own are the owner's alone
-        try:
-            save_file(contiguous, temporary, dict(metadata))
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+    """Write a file beside and rename it. The tensors begin at a multiple of ALIGNMENT, so that they can be mapped."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with replacing_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
