@@ -13,7 +13,6 @@ import dataclasses
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -54,6 +53,7 @@ def load_hugging_face(directory: Path) -> Callable[[np.ndarray, int], list[list[
     import transformers
 
     import gpt2_jax
+    from gpt2_jax.checkpoints.huggingface import hugging_face_name
     from gpt2_jax.params import flatten
 
     config, params = gpt2_jax.load(directory)
@@ -77,15 +77,6 @@ def load_hugging_face(directory: Path) -> Callable[[np.ndarray, int], list[list[
         return ids[:, prompts_BP.shape[1] :].tolist()
 
     return greedy
-
-
-def hugging_face_name(name: str) -> str:
-    """Return "transformer.h.0.attn.c_attn.weight" for "h0/attn/c_attn/w"."""
-    *modules, leaf = name.split("/")
-    if not modules:
-        return f"transformer.{leaf}.weight"
-    modules = re.sub(r"^h(\d)", r"h.\1", ".".join(modules))
-    return f"transformer.{modules}.{'bias' if leaf == 'b' else 'weight'}"
 
 
 PEERS = {"ours": load_ours, "Hugging Face": load_hugging_face}
@@ -151,9 +142,9 @@ def measure(pools: dict[str, ProcessPoolExecutor], args: Args, n_vocab: int, cas
 
 def main(args: Args) -> None:
     """Measure and print a Markdown table."""
-    from gpt2_jax.checkpoints.tensorflow import read_hparams
+    import gpt2_jax
 
-    config = read_hparams(args.model)
+    config = gpt2_jax.load_config(args.model)
     bandwidth = read_bandwidth()
     floor = config.param_bytes / bandwidth
     context = multiprocessing.get_context("spawn")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax.checkpoints import copies, download
-from gpt2_jax.config import SIZES
+from gpt2_jax.checkpoints.loading import read_release
+from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.params import Params, unflatten
 
 
@@ -28,9 +29,13 @@ def download_and_load_gpt2(
     size = download.size_of(model_size)
     if size is None:
         raise ValueError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
-    directory = download.fetch(size, Path(models_dir).expanduser() / size)
-    config, leaves = copies.read(directory)
-    return config.to_hparams(), to_blocks(unflatten(dict(leaves)))
+
+    def read(directory: Path) -> tuple[GPT2Config, dict[str, Any]]:
+        config, leaves = copies.read(directory)
+        return config, to_blocks(unflatten(dict(leaves)))
+
+    config, blocks = read_release(size, Path(models_dir).expanduser() / size, read)
+    return config.to_hparams(), blocks
 
 
 def to_blocks(params: Params, nested_ln_f: bool = False) -> dict[str, Any]:
@@ -61,6 +66,8 @@ def from_blocks(blocks: dict[str, Any]) -> Params:
     last = {"ln_f"} if isinstance(blocks, dict) and "ln_f" in blocks else {"g", "b"}
     _check_names(blocks, {"wte", "wpe", "blocks"} | last, "the books' params")
     ln_f = blocks["ln_f"] if "ln_f" in last else {"g": blocks["g"], "b": blocks["b"]}
+    if not isinstance(blocks["blocks"], list | tuple):
+        raise ValueError(f"the books' params hold blocks as a list, not as a {type(blocks['blocks']).__name__}")
     layers = {f"h{i}": block for i, block in enumerate(blocks["blocks"])}
     for name, block in layers.items():
         _check_block(block, f"blocks[{name[1:]}]")
@@ -93,6 +100,6 @@ def _check_names(tree: Any, names: set[str], where: str) -> None:
     if not isinstance(tree, dict):
         raise ValueError(f"{where} must be a dict with {', '.join(sorted(names))}, not a {type(tree).__name__}")
     if missing := sorted(names - tree.keys()):
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
     if unknown := sorted(str(name) for name in tree.keys() - names):
-        raise ValueError(f"{where} holds {', '.join(unknown)}, which GPT-2 does not have")
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}")

@@ -15,6 +15,7 @@ import numpy as np
 from gpt2_jax.checkpoints import safetensors, tensorflow
 from gpt2_jax.checkpoints.folders import cache_dir
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, write_manifest
+from gpt2_jax.checkpoints.progress import shown
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
@@ -87,7 +88,7 @@ def _read_or_make(directory: Path, tensors: dict[str, safetensors.Stored], hashe
 def _make(directory: Path) -> tuple[GPT2Config, dict[str, np.ndarray]]:
     source = _fingerprint(directory)  # before the reading: a change in the middle makes the copy useless, not wrong
     config, leaves = tensorflow.read(directory)
-    arrays = dict(leaves)
+    arrays = dict(shown(leaves, config, directory))
     path = copy_path(directory)
     manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)
     try:

@@ -31,11 +31,11 @@ def fetch(repository: str, tokenizer_only: bool = False) -> Path:
                 f'as M; M.from_pretrained("{repository}").save_pretrained("a-folder")\''
             )
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise FileNotFoundError(
-            f"the Hugging Face hub has no model {repository} that may be read: {_line(error)}"
-        ) from error
+        told = f"{repository} is no directory here, and no model of the Hugging Face hub that may be read"
+        raise FileNotFoundError(f"{told}: {_line(error)}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise ConnectionError(f"{repository} cannot be fetched from the Hugging Face hub: {_line(error)}") from error
+        told = f"{repository} is no directory here, and cannot be fetched from the Hugging Face hub"
+        raise ConnectionError(f"{told}: {_line(error)}") from error
     return folder
 
 

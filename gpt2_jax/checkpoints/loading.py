@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from gpt2_jax.checkpoints import copies, download, huggingface, orbax, tensorflow
-from gpt2_jax.checkpoints.folders import cache_dir
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DamagedError, Leaves, count_strange
-from gpt2_jax.checkpoints.sources import form_of, locate
+from gpt2_jax.checkpoints.progress import shown
+from gpt2_jax.checkpoints.sources import form_of, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 def load(
@@ -50,16 +52,22 @@ def load(
     """
     keep_copy = keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0"
     dtype = None if dtype is None else _stored(dtype)
-    directory = locate(source)
+
+    def read(directory: Path) -> tuple[GPT2Config, Params]:
+        config, leaves = _open(directory, keep_copy)
+        return _place(config, shown(leaves, config, directory), dtype, sharding)
+
+    size = size_meant(source)
+    return read(locate(source)) if size is None else read_release(size, None, read)
+
+
+def read_release(size: str, directory: Path | None, read: Callable[[Path], T]) -> T:
+    """Fetch what is absent of a released size and read it; weights that turn out damaged are fetched once more."""
+    directory = download.fetch(size, directory)
     try:
-        return _place(*_open(directory, keep_copy), dtype, sharding)
+        return read(directory)
     except DamagedError:
-        size = download.size_of(source) if isinstance(source, str) else None
-        if size is None or directory != cache_dir() / "models" / size:
-            raise
-    for path in directory.glob("model.ckpt.*"):  # ours to mend: it was fetched into the cache folder
-        path.unlink()
-    return _place(*_open(download.fetch(size), keep_copy), dtype, sharding)
+        return read(download.fetch_verified(size, directory))
 
 
 def _stored(dtype: Any) -> np.dtype:
@@ -103,7 +111,7 @@ def load_config(source: str | os.PathLike) -> GPT2Config:
       as `load`.
 
     """
-    if isinstance(source, str) and not Path(source).expanduser().is_dir() and (size := download.size_of(source)):
+    if size := size_meant(source):
         return SIZES[size]
     directory = locate(source, "config")
     form = form_of(directory)

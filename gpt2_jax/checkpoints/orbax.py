@@ -47,6 +47,8 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(config))
     try:
         tree = ocp.load(path.resolve(), host)
+    except MemoryError:
+        raise
     except Exception as error:  # Orbax lets through whatever the library that stumbled over the bytes raises
         raise DamagedError(f"{path} is damaged, Orbax says: {' '.join(str(error).split())[:300]}") from error
     return config, _leaves(flatten(tree), flatten(abstract_params(config)), hashes, path)

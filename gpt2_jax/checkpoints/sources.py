@@ -44,21 +44,25 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
     """
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"a model must be named by a path, a size or a hub id, not {source!r}")
-    directory = Path(source).expanduser()
-    name = source if isinstance(source, str) else ""
-    size = download.size_of(name)
-    if directory.is_dir() and not (size and not _holds_model(directory)):
-        return directory
-    if size:
+    if size := size_meant(source):
         return download.fetch(size, files=_PARTS[part])
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
     if directory.exists():
         raise FileNotFoundError(f"{directory} is a file: a model is named by the directory that it is in")
-    if HUB_ID.fullmatch(name):
-        return hub.fetch(name, tokenizer_only=part == "tokenizer")
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        return hub.fetch(source, tokenizer_only=part == "tokenizer")
     raise FileNotFoundError(
         f"no such model: {os.fspath(source)!r} is no directory, no released size ({', '.join(SIZES)}), "
         "and no id of the Hugging Face hub (owner/name)"
     )
+
+
+def size_meant(source: object) -> str | None:
+    """Return the released size that a source names, None for one that is a model's folder or no size."""
+    size = download.size_of(source) if isinstance(source, str) else None
+    return None if size and Path(source).is_dir() and _holds_model(Path(source)) else size
 
 
 _PARTS = {
