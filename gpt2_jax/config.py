@@ -156,14 +156,14 @@ def _check_names(values: Mapping[str, Any], names: tuple[str, ...]) -> None:
         raise ValueError(f"missing hyperparameters {', '.join(missing)}")
 
 
-def float_dtype(name: str, value: Any) -> np.dtype:
-    """Return the dtype that a user names; ValueError, under that name, where it is not one of floats."""
+def float_dtype(name: str, value: Any, allowed: tuple[str, ...] = FLOAT_DTYPES) -> np.dtype:
+    """Return the dtype that a user names; ValueError, under that name, where it is not one of those allowed."""
     try:
         dtype = None if value is None else jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype is None or dtype.name not in FLOAT_DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(FLOAT_DTYPES)}, not {value!r}")
+    if dtype is None or dtype.name not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
     return dtype
 
 

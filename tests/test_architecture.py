@@ -16,7 +16,7 @@ LEVELS = [
     {"kv_cache"},
     {"model", "sharding"},
     {"generate", "checkpoints"},
-    {"evaluate", "research"},
+    {"evaluate", "research", "inspection"},
     {"training"},
     {"scripts", "benchmarks", "examples"},
 ]

@@ -16,6 +16,7 @@ from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DamagedError, Leaves, 
 from gpt2_jax.checkpoints.progress import shown
 from gpt2_jax.checkpoints.sources import form_of, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
+from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -51,7 +52,7 @@ def load(
 
     """
     keep_copy = keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0"
-    dtype = None if dtype is None else _stored(dtype)
+    dtype = None if dtype is None else float_dtype("dtype", dtype, STORED_DTYPES)
 
     def read(directory: Path) -> tuple[GPT2Config, Params]:
         config, leaves = _open(directory, keep_copy)
@@ -70,13 +71,6 @@ def read_release(size: str, directory: Path | None, read: Callable[[Path], T]) -
         return read(download.fetch_verified(size, directory))
 
 
-def _stored(dtype: Any) -> np.dtype:
-    dtype = float_dtype("dtype", dtype)
-    if dtype.name not in STORED_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(STORED_DTYPES)}, not {dtype.name}")
-    return dtype
-
-
 def _open(directory: Path, keep_copy: bool) -> tuple[GPT2Config, Leaves]:
     form = form_of(directory)
     if form == "huggingface":
@@ -90,6 +84,8 @@ def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding:
     """Put every leaf on its device, cast; the host never holds more than was read ahead."""
     if isinstance(sharding, dict):
         sharding = flatten(sharding)
+        if wrong := sorted(sharding.keys() ^ flatten(abstract_params(config)).keys()):
+            raise ValueError(f"sharding must be a tree shaped as the params: {wrong[0]} is in one of the two alone")
     flat, strange = {}, []
     for name, array in leaves:
         if dtype is not None:

@@ -41,12 +41,12 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     from orbax.checkpoint import v1 as ocp
 
     config, hashes = _read_manifest(directory)
-    path = directory / TREE
+    path = _tree_path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"{directory} holds no folder {TREE} beside {MANIFEST}")
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(config))
     try:
-        tree = ocp.load(path.resolve(), host)
+        tree = ocp.load(path, host)
     except MemoryError:
         raise
     except Exception as error:  # Orbax lets through whatever the library that stumbled over the bytes raises
@@ -69,9 +69,16 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     """Write gpt2_jax.json and the tree into an empty directory."""
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save((directory / TREE).resolve(), unflatten(flat))
+    ocp.save(_tree_path(directory), unflatten(flat))
     manifest = write_manifest(config, {name: sha256(array) for name, array in flat.items()})
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+def _tree_path(directory: Path) -> Path:
+    path = (directory / TREE).resolve()
+    if "[" in str(path):
+        raise ValueError(f"{directory}: Orbax loses files in folders with [ in the path; choose another name")
+    return path
 
 
 def _read_manifest(directory: Path) -> tuple[GPT2Config, dict[str, str]]:

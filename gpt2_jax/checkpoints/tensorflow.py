@@ -45,8 +45,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     """
     config = read_hparams(directory)
     prefix = find_checkpoint(directory)
-    if "[" in str(prefix):
-        raise ValueError(f"{prefix}: TensorFlow takes [ in a path for a pattern; move the model or rename the folder")
+    _check_path(prefix)
     tf = _import_tensorflow()
     with _damage_told(tf, prefix):
         reader = tf.train.load_checkpoint(str(prefix))
@@ -79,6 +78,7 @@ def _damage_told(tf: ModuleType, prefix: Path) -> Iterator[None]:
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
     """Write `hparams.json` and the variables, under the original names and shapes, into an empty directory."""
+    _check_path(directory)
     tf = _import_tensorflow()
     variables = _variables(flat)
     with tf.device("CPU"):
@@ -91,6 +91,11 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     pointer = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
     (directory / "checkpoint").write_text(pointer, encoding="utf-8")
     (directory / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
+
+
+def _check_path(path: Path) -> None:
+    if "[" in str(path):
+        raise ValueError(f"{path}: TensorFlow takes [ in a path for a pattern; move the model or rename the folder")
 
 
 def read_hparams(directory: Path) -> GPT2Config:

@@ -1,0 +1,98 @@
+"""What each file of a model's directory is for, in plain words."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import re
+from pathlib import Path
+from typing import Any
+
+# For each form, and then for any, patterns of names and what such a file is for: the first that fits counts.
+WEIGHTS = {
+    "tensorflow": {
+        "checkpoint": "names the checkpoint to read; text",
+        "hparams.json": "the five hyperparameters; text",
+        "*.index": "where each tensor lies in the data file: name, shape, dtype, offset, checksum",
+        "*.data-*-of-*": "the weights, one tensor after another",
+    },
+    "huggingface": {
+        "config.json": "the hyperparameters; text",
+        "model.safetensors": "the weights, one tensor after another behind a header with names and shapes",
+        "model.safetensors.index.json": "which file holds which tensor; text",
+        "model-*-of-*.safetensors": "a part of the weights",
+    },
+    "orbax": {
+        "gpt2_jax.json": "the hyperparameters and the sha256 of each tensor; text",
+        "params/": "the weights, as Orbax writes them",
+    },
+}
+SHARDED = ("model.safetensors.index.json", "model-*-of-*.safetensors")
+VOCABULARIES = (  # the first of which there is a file is read
+    {
+        "encoder.json": "the vocabulary: token to id; text",
+        "vocab.bpe": "the merges of byte-pair encoding, in order; text",
+    },
+    {
+        "vocab.json": "the vocabulary: token to id; text",
+        "merges.txt": "the merges of byte-pair encoding, in order; text",
+    },
+    {"tokenizer.json": "the vocabulary and the merges of byte-pair encoding; text"},
+)
+PICKLED = "pickled weights; never opened, as a pickle can run code"
+NOT_READ = {
+    "encoder.json": "the same vocabulary in another form",
+    "vocab.bpe": "the same merges in another form",
+    "vocab.json": "the same vocabulary in another form",
+    "merges.txt": "the same merges in another form",
+    "tokenizer.json": "the same vocabulary in another form",
+    "*.meta": "TensorFlow's graph of the computation; the weights need none",
+    "*.index": "another checkpoint's index",
+    "*.data-*-of-*": "another checkpoint's weights",
+    "model*.safetensors*": "the same weights in another form",
+    **dict.fromkeys(("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle"), PICKLED),
+    "*.h5": "the weights for Keras",
+    "*.msgpack": "the weights for Flax, under Hugging Face's names",
+    "*.onnx": "the weights for ONNX",
+    "generation_config.json": "Hugging Face's sampling defaults",
+    "tokenizer_config.json": "Hugging Face's tokenizer settings",
+    "special_tokens_map.json": "Hugging Face's tokenizer settings",
+    "*.md": "a description",
+    "*": "",
+}
+
+
+def list_files(directory: Path, form: str) -> list[dict[str, Any]]:
+    """List what lies in a model's directory, those files first that `load` and `load_tokenizer` read.
+
+    Returns:
+      For each file or folder ("params/"): name, bytes (of all in it), used, purpose in plain words ("" if not known).
+
+    """
+    paths = {path.name + "/" * path.is_dir(): path for path in sorted(directory.iterdir())}
+    vocabulary = next((files for files in VOCABULARIES if files.keys() & paths.keys()), {})
+    weights = WEIGHTS[form]
+    newest = _newest(directory) if form == "tensorflow" else None
+    if newest:
+        weights = {pattern.replace("*.", glob.escape(newest) + "."): text for pattern, text in weights.items()}
+    if "model.safetensors" in paths:  # read even where there is an index too
+        weights = {pattern: text for pattern, text in weights.items() if pattern not in SHARDED}
+    rows = []
+    for name, path in paths.items():
+        used = _purpose(name, weights | vocabulary)
+        size = sum(part.stat().st_size for part in (path.rglob("*") if path.is_dir() else [path]) if part.is_file())
+        purpose = _purpose(name, NOT_READ) if used is None else used
+        rows.append({"name": name, "bytes": size, "used": used is not None, "purpose": purpose})
+    return sorted(rows, key=lambda row: not row["used"])
+
+
+def _purpose(name: str, purposes: dict[str, str]) -> str | None:
+    return next((text for pattern, text in purposes.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _newest(directory: Path) -> str | None:
+    """Return the name that a TensorFlow checkpoint's pointer gives, without the folder of the machine that wrote it."""
+    pointer = directory / "checkpoint"
+    text = pointer.read_text("utf-8", errors="replace") if pointer.is_file() else ""
+    match = re.search(r'^model_checkpoint_path: "(?:.*[/\\])?(.+)"', text, re.MULTILINE)
+    return match and match[1]

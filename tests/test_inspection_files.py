@@ -1,0 +1,56 @@
+"""The inspector's list of files: what is read, what is not, and how large each is."""
+
+import pytest
+
+from gpt2_jax.inspection import files
+
+FOLDERS = {
+    "the release's": (
+        "tensorflow",
+        ["checkpoint", "encoder.json", "hparams.json", "model.ckpt.data-00000-of-00001", "model.ckpt.index"],
+        ["model.ckpt.meta", "README.md", "notes"],
+    ),
+    "gpt-2-simple's, an older checkpoint left in it": (
+        "tensorflow",
+        ["checkpoint", "hparams.json", "model-1000.data-00000-of-00001", "model-1000.index", "vocab.bpe"],
+        ["model-500.data-00000-of-00001", "model-500.index", "model-1000.meta", "counter", "events.out.tfevents.1"],
+    ),
+    "the hub's": (
+        "huggingface",
+        ["config.json", "model.safetensors", "vocab.json", "merges.txt"],
+        ["pytorch_model.bin", "tf_model.h5", "generation_config.json", "tokenizer.json", ".gitattributes", "onnx/"],
+    ),
+    "the hub's, in parts": (
+        "huggingface",
+        ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json"],
+        ["tokenizer_config.json", "adapter.safetensors"],
+    ),
+    "the hub's, whole and in parts": (
+        "huggingface",
+        ["config.json", "model.safetensors"],
+        ["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
+    ),
+    "ours": ("orbax", ["gpt2_jax.json", "params/", "encoder.json", "vocab.bpe"], ["vocab.json", "other/"]),
+}
+
+
+@pytest.mark.parametrize(("form", "used", "unused"), FOLDERS.values(), ids=FOLDERS)
+def test_what_each_file_is_for(tmp_path, form, used, unused):
+    """The files that are read come first, each with its purpose; a folder's size is that of all in it."""
+    for size, name in enumerate([*used, *unused], start=7):
+        path = tmp_path / name
+        if name.endswith("/"):
+            (path / "inner").mkdir(parents=True)
+            (path / "inner" / "0").write_bytes(b"x" * (size - 2))
+            (path / "1").write_bytes(b"xx")
+        else:
+            path.write_bytes(b"x" * size)
+    prefix = "model-1000" if "model-1000.index" in used else "model.ckpt"
+    if "checkpoint" in used:
+        (tmp_path / "checkpoint").write_text(f'model_checkpoint_path: "C:\\runs\\{prefix}"\n')
+    found = files.list_files(tmp_path, form)
+    assert [file["name"] for file in found if file["used"]] == sorted(used)
+    assert [file["name"] for file in found] == sorted(used) + sorted(unused)
+    assert all(file["purpose"] for file in found if file["used"])
+    sizes = {file["name"]: file["bytes"] for file in found} | {"checkpoint": 7}
+    assert sizes == {name: size for size, name in enumerate([*used, *unused], start=7)} | {"checkpoint": 7}
