@@ -142,6 +142,12 @@ def _damage(directory: Path) -> str | None:
     return None
 
 
+def _remove_weights(plan: _Plan) -> None:
+    for name in (INDEX, DATA):
+        (plan.directory / name).unlink(missing_ok=True)
+        plan.part(name).unlink(missing_ok=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What to fetch, from where, to where, and how patiently."""
@@ -183,13 +189,15 @@ def _plan(
     for name, value, least in (("attempts", attempts, 1), ("jobs", jobs, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
-    if not 0 < timeout < float("inf") or not 0 <= backoff < float("inf"):
-        raise ValueError(f"timeout must be above 0 seconds and backoff 0 or more, not {timeout!r} and {backoff!r}")
+    if not all(isinstance(value, int | float) and 0 <= value < 1e6 for value in (timeout, backoff)) or timeout == 0:
+        raise ValueError(f"timeout must be seconds above 0, and backoff 0 or more, not {timeout!r} and {backoff!r}")
     directory = cache_dir() / "models" / known if directory is None else Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is not a directory: files cannot be put there")
     patience = {"timeout": timeout, "attempts": attempts, "backoff": backoff}
-    return _Plan(known, directory, tuple(files), base_addresses(base_urls), expectations(known), jobs, patience)
+    return _Plan(
+        known, directory, tuple(dict.fromkeys(files)), base_addresses(base_urls), expectations(known), jobs, patience
+    )
 
 
 @contextlib.contextmanager

@@ -111,7 +111,8 @@ def base_addresses(base_urls: Sequence[str] | None) -> tuple[str, ...]:
     if base_urls is None:
         base_urls = os.environ.get("GPT2_JAX_BASE_URL", "").split(",")
         base_urls = [base for base in base_urls if base.strip()] or MIRRORS
-    bases = tuple(base.strip().rstrip("/") for base in ([base_urls] if isinstance(base_urls, str) else base_urls))
+    bases = [base_urls] if isinstance(base_urls, str) else base_urls
+    bases = tuple(str(base).strip().rstrip("/") for base in bases)
     if not bases:
         raise ValueError("no base address to fetch from: name one, like https://example.org/models")
     for base in bases:

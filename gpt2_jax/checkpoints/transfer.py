@@ -46,8 +46,12 @@ class RangeWrong(Failed):
     """The server answered a request for the rest of a file with something else."""
 
 
+class RangeBeyond(Failed):
+    """The server says that the file ends before the bytes asked for."""
+
+
 class Stopped(Exception):
-    """The caller asked to stop."""
+    """The caller asked to stop: nothing is written or removed any more, as somebody else may be at it by then."""
 
 
 def transfer(
@@ -80,6 +84,10 @@ def transfer(
         try:
             return _attempt(url, part, size, resume, timeout, stop, report)
         except Failed as failure:
+            if stop.is_set():
+                raise Stopped from None
+            if isinstance(failure, RangeBeyond):
+                part.unlink(missing_ok=True)
             resume = resume and not isinstance(failure, RangeWrong)
             here = length(part)
             fruitless = 0 if here > furthest else fruitless + 1
@@ -104,12 +112,12 @@ def _attempt(
     if here and here == size:  # all had arrived: the caller looks at what it is
         return
     asked = here if resume else 0
-    with _open(url, asked, part, timeout) as response:
+    with _open(url, asked, timeout) as response:
         start, total = _accepted(response, asked, size)
         _receive(response, part, start, total, timeout, stop, report)
 
 
-def _open(url: str, asked: int, part: Path, timeout: float) -> HTTPResponse:
+def _open(url: str, asked: int, timeout: float) -> HTTPResponse:
     """Send the request for the bytes from `asked` on; what goes wrong is Failed or Refused."""
     import ssl
     import urllib.error
@@ -124,8 +132,7 @@ def _open(url: str, asked: int, part: Path, timeout: float) -> HTTPResponse:
         error.close()
         status = f"{error.code} {error.reason}".strip()
         if error.code == 416 and asked:
-            part.unlink(missing_ok=True)
-            raise Failed(f"{status} for the bytes from {asked} on") from error
+            raise RangeBeyond(f"{status} for the bytes from {asked} on") from error
         if error.code in RETRIED or 500 <= error.code < 600:
             raise Failed(status, _seconds(error.headers.get("Retry-After"))) from error
         raise Refused(status) from error
@@ -148,7 +155,7 @@ def _accepted(response: HTTPResponse, asked: int, size: int | None) -> tuple[int
         raise Refused(f"answered with Content-Encoding {encoding}, which was not asked for")
     start, total = 0, response.length
     if response.status == 206:
-        start, total = _range(headers.get("Content-Range", ""), response.length, asked, size)
+        start, total = _range(headers.get("Content-Range", ""), asked, size)
     elif response.status != 200:
         raise Refused(f"answered {response.status} {response.reason}".strip())
     if size is None:
@@ -161,10 +168,10 @@ def _accepted(response: HTTPResponse, asked: int, size: int | None) -> tuple[int
     return start, size if total is None else total
 
 
-def _range(content_range: str, body: int | None, asked: int, size: int | None) -> tuple[int, int]:
+def _range(content_range: str, asked: int, size: int | None) -> tuple[int, int]:
     """Check that a partial answer is what was asked for; return its first byte and the length of the file."""
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())
-    if not asked or match is None or int(match[1]) != asked or body not in (None, int(match[2]) - asked + 1):
+    if not asked or match is None or int(match[1]) != asked:
         raise RangeWrong(f"asked for the bytes from {asked} on, it answered with Content-Range {content_range!r}")
     if match[3] != "*":
         return asked, int(match[3])
@@ -183,6 +190,8 @@ def _receive(
     """Write a body into `part` from byte `start` on, as it comes."""
     at, left = start, response.length
     chunk = _read(response, left, timeout, at, total)
+    if stop.is_set():
+        raise Stopped
     if not start and is_markup(chunk):  # before what is there is thrown away for it
         raise Refused("answered with a page (HTML or XML) instead of the file")
     with _writable(part, "ab" if start else "wb") as file:
