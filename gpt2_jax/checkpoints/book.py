@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _check_block(block: Any, where: str) -> None:
 
 
 def _layer_names(params: Any) -> list[str]:
-    n_layer = sum(1 for name in params if name.startswith("h")) if isinstance(params, dict) else 0
+    n_layer = sum(1 for name in params if re.fullmatch(r"h\d+", str(name))) if isinstance(params, dict) else 0
     return [f"h{i}" for i in range(n_layer)]
 
 

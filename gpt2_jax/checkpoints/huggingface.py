@@ -229,7 +229,10 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
         tokens = model["vocab"] | added
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe a byte-level BPE: {error!r}") from error
+        raise ValueError(
+            f"{path} does not describe a byte-level BPE: its model (vocab, merges), pre_tokenizer or added_tokens are "
+            "not as Hugging Face tokenizers writes them"
+        ) from error
     if not byte_level or not plain:
         raise ValueError(f"{path} splits text in another way than GPT-2's byte-level BPE")
     return Tokenizer(tokens, merges, path, path, first_line=1)

@@ -1,13 +1,15 @@
-"""Orbax: gpt2_jax.json, with the config and a sha256 of each tensor, beside the params as Orbax writes them.
+"""Orbax: gpt2_jax.json, with the config and a sha256 of each tensor and file, beside the params as Orbax writes them.
 
-Orbax finds damage only where its compression happens to; the hashes find the rest. Its v1 interface is used here alone.
+Orbax itself finds damage only where its compression happens to. Its v1 interface is used here alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,18 +42,21 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     """
     from orbax.checkpoint import v1 as ocp
 
-    config, hashes = _read_manifest(directory)
+    config, manifest = _read_manifest(directory)
     path = _tree_path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"{directory} holds no folder {TREE} beside {MANIFEST}")
+    found = _hash_files(path)  # before Orbax opens them: given damaged files it leaves threads with errors behind
+    if wrong := sorted(found.items() ^ manifest["files"].items()):
+        raise DamagedError(f"{path} is damaged: {wrong[0][0]} is not what was written, or is missing")
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(config))
     try:
         tree = ocp.load(path, host)
     except MemoryError:
         raise
     except Exception as error:  # Orbax lets through whatever the library that stumbled over the bytes raises
-        raise DamagedError(f"{path} is damaged, Orbax says: {' '.join(str(error).split())[:300]}") from error
-    return config, _leaves(flatten(tree), flatten(abstract_params(config)), hashes, path)
+        raise DamagedError(f"{path} is damaged, Orbax says: {_line(error)}") from error
+    return config, _leaves(flatten(tree), flatten(abstract_params(config)), manifest["sha256"], path)
 
 
 def _leaves(
@@ -69,8 +74,15 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     """Write gpt2_jax.json and the tree into an empty directory."""
     from orbax.checkpoint import v1 as ocp
 
-    ocp.save(_tree_path(directory), unflatten(flat))
-    manifest = write_manifest(config, {name: sha256(array) for name, array in flat.items()})
+    path = _tree_path(directory)
+    try:
+        ocp.save(path, unflatten(flat))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a full disk is whatever the library that met it makes of it
+        raise OSError(f"Orbax says: {_line(error)}") from error
+    hashes = {name: sha256(array) for name, array in flat.items()}
+    manifest = write_manifest(config, hashes, files=_hash_files(path))
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")
 
 
@@ -81,7 +93,19 @@ def _tree_path(directory: Path) -> Path:
     return path
 
 
-def _read_manifest(directory: Path) -> tuple[GPT2Config, dict[str, str]]:
+def _hash_files(path: Path) -> dict[str, str]:
+    found = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as opened:
+                found[file.relative_to(path).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def _read_manifest(directory: Path) -> tuple[GPT2Config, dict[str, Any]]:
     path = directory / MANIFEST
-    config, manifest = read_manifest(path.read_text(encoding="utf-8", errors="replace"), path)
-    return config, manifest["sha256"]
+    return read_manifest(path.read_text(encoding="utf-8", errors="replace"), path)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

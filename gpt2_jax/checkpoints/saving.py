@@ -21,10 +21,11 @@ from gpt2_jax.tokenizer import Tokenizer
 Format = Literal["tensorflow", "huggingface", "orbax"]
 WRITERS = {"tensorflow": tensorflow.write, "huggingface": huggingface.write, "orbax": orbax.write}
 VOCABULARY = {"encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"}
-WRITTEN = VOCABULARY | {
-    *("hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt.data-00000-of-00001"),
-    *("config.json", "model.safetensors", orbax.MANIFEST, orbax.TREE),
-}
+MODELS = (  # the names that a saved model has, without its vocabulary
+    {"hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt.data-00000-of-00001"},
+    {"config.json", "model.safetensors"},
+    {orbax.MANIFEST, orbax.TREE},
+)
 
 
 def save(
@@ -51,6 +52,7 @@ def save(
 
     Raises:
       FileExistsError: the directory holds files that are not a saved model's, or a vocabulary and `tokenizer` is None.
+      OSError: the disk is full, or the directory cannot be written.
       ValueError: an unknown format, params that are not this config's, or a dtype or tokenizer that does not fit.
 
     """
@@ -63,12 +65,18 @@ def save(
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, the config n_vocab = {config.n_vocab}")
     directory = Path(directory).expanduser()
     check_replaceable(directory, with_vocabulary=tokenizer is not None)
-    with replacing(directory) as temporary:
-        WRITERS[format](temporary, config, _on_host(params))
-        if tokenizer is not None and format == "huggingface":
-            huggingface.write_tokenizer(temporary, tokenizer, config.n_ctx)
-        elif tokenizer is not None:
-            tokenizer.to_files(temporary / "encoder.json", temporary / "vocab.bpe")
+    flat = _on_host(params)
+    try:
+        with replacing(directory) as temporary:
+            WRITERS[format](temporary, config, flat)
+            if tokenizer is not None and format == "huggingface":
+                huggingface.write_tokenizer(temporary, tokenizer, config.n_ctx)
+            elif tokenizer is not None:
+                tokenizer.to_files(temporary / "encoder.json", temporary / "vocab.bpe")
+    except OSError as error:
+        told = OSError(f"{directory} cannot be written, and is as it was: {error.strerror or error}")
+        told.errno = error.errno
+        raise told from error
 
 
 def check_replaceable(directory: Path, with_vocabulary: bool) -> None:
@@ -83,7 +91,9 @@ def check_replaceable(directory: Path, with_vocabulary: bool) -> None:
     if not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: choose another name")
     names = {path.name for path in directory.iterdir()}
-    if others := sorted(names - WRITTEN):
+    model = next((model for model in MODELS if model <= names), set())
+    folders = {path.name for path in directory.iterdir() if path.is_dir()} - ({orbax.TREE} & model)
+    if others := sorted((names - model - (VOCABULARY if model else set())) | folders):
         raise FileExistsError(
             f"{directory} holds other files ({', '.join(others[:5])}), which stay: choose another name"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -91,12 +92,21 @@ def form_of(directory: Path) -> Form:
     found = sorted(path.name for path in directory.iterdir())
     if pickles := _pickles(directory):
         raise ValueError(
-            f"{directory} holds {', '.join(pickles)}; pickled weights can run code when opened and are not read; one "
-            "that can not, model.safetensors, is made by: python -c 'from transformers import "
-            f'GPT2LMHeadModel as M; d = "{directory}"; M.from_pretrained(d).save_pretrained(d)\''
+            f"{directory} holds {', '.join(pickles)}; pickled weights can run code when opened and are not read; a "
+            f"copy that can not, model.safetensors, is made by: {_conversion(directory, pickles[0])}"
         )
     listed = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
     raise FileNotFoundError(f"{directory} holds no model; found: {listed or 'nothing'}; {UNDERSTOOD}")
+
+
+def _conversion(directory: Path, pickle: str) -> str:
+    """Return the line that makes safetensors of pickled weights, for a shell."""
+    if (directory / "config.json").is_file():
+        read = f"d = {str(directory)!r}; M.from_pretrained(d).save_pretrained(d)"
+        return f"python -c {shlex.quote(f'from transformers import GPT2LMHeadModel as M; {read}')}"
+    tensors = f"torch.load({str(directory / pickle)!r}, weights_only=True)"
+    code = f"import torch, safetensors.torch as s; s.save_file({tensors}, {str(directory / 'model.safetensors')!r})"
+    return f"python -c {shlex.quote(code)} (and put the model's config.json there too)"
 
 
 def _pickles(directory: Path) -> list[str]:

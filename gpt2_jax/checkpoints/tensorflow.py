@@ -73,7 +73,11 @@ def _damage_told(tf: ModuleType, prefix: Path) -> Iterator[None]:
     try:
         yield
     except (tf.errors.OpError, RuntimeError, IndexError) as error:
-        raise DamagedError(f"{prefix} is damaged and must be fetched again: {' '.join(str(error).split())}") from error
+        raise DamagedError(f"{prefix} is damaged and must be fetched again: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
@@ -81,13 +85,15 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     _check_path(directory)
     tf = _import_tensorflow()
     variables = _variables(flat)
-    with tf.device("CPU"):
-        tf.raw_ops.SaveV2(
-            prefix=str(directory / "model.ckpt"),
-            tensor_names=list(variables),
-            shape_and_slices=[""] * len(variables),
-            tensors=[np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()],
-        )
+    tensors = [np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()]
+    prefix = str(directory / "model.ckpt")
+    try:
+        with tf.device("CPU"):
+            tf.raw_ops.SaveV2(
+                prefix=prefix, tensor_names=list(variables), shape_and_slices=[""] * len(variables), tensors=tensors
+            )
+    except tf.errors.OpError as error:
+        raise OSError(f"TensorFlow says: {_line(error)}") from error
     pointer = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
     (directory / "checkpoint").write_text(pointer, encoding="utf-8")
     (directory / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
