@@ -228,7 +228,7 @@ def _bring(plan: _Plan, progress: bool | None) -> None:
     if needed > (free := shutil.disk_usage(plan.directory).free):
         raise no_room(f"{plan.directory} has no room for GPT-2 {plan.size}: {needed:,} bytes are needed, {free:,} free")
     stop = threading.Event()
-    with bars(progress, plan.size) as report:
+    with bars(progress, f"GPT-2 {plan.size}, into {plan.directory}") as report:
         in_threads([functools.partial(_fetch_file, plan, name, stop, report) for name in missing], plan.jobs, stop)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+ABANDONED = 24 * 3600  # seconds after which nobody can still be writing under a temporary name
 
 
 def cache_dir() -> Path:
@@ -52,7 +56,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def beside(path: Path) -> Path:
-    """Return a new hidden name in the same folder."""
+    """Return a new hidden name in the same folder, and clear those that killed processes left there long ago."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > ABANDONED:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 

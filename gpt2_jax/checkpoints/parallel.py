@@ -60,17 +60,18 @@ def bars(show: bool | None, title: str) -> Iterator[Report]:
 
     columns = (
         progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
+        progress.BarColumn(10),  # with the longest name a line of 80 columns
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
     tasks: dict[str, progress.TaskID] = {}
     with progress.Progress(*columns, console=Console(stderr=True)) as shown:
+        shown.print(title)
 
         def report(name: str, here: int, total: int | None) -> None:
             if name not in tasks:  # what was there before is no part of the rate
-                tasks[name] = shown.add_task(f"{title}/{name}", total=total, completed=here)
+                tasks[name] = shown.add_task(name, total=total, completed=here)
             shown.update(tasks[name], completed=here, total=total)
 
         yield report
