@@ -6,7 +6,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Tokenizer:
       n_vocab: number of ids; every id is in [0, n_vocab).
       tokens: the id of every token, in order, spelt as in OpenAI's encoder.json: a printable character a byte.
       merges: the pairs of tokens that merge, in order of precedence.
+      added: the tokens that no merge makes, and no text becomes: `<|endoftext|>`, and any that were added after it,
+        "[PAD]" say.
 
     """
 
@@ -40,6 +42,7 @@ class Tokenizer:
     n_vocab: int
     tokens: dict[str, int]
     merges: list[tuple[str, str]]
+    added: dict[str, int]
 
     def __init__(
         self,
@@ -61,13 +64,20 @@ class Tokenizer:
         self.tokens = dict(sorted(tokens.items(), key=operator.itemgetter(1)))
         self.eot = tokens[END_OF_TEXT]
         self.n_vocab = len(tokens)
-        self._encoding = tiktoken.Encoding(
-            "gpt2-jax", pat_str=SPLIT, mergeable_ranks=ids, special_tokens={END_OF_TEXT: self.eot}
-        )
+        made = set(ids.values())
+        self.added = {token: i for token, i in self.tokens.items() if i not in made}
+        self._encoding = tiktoken.Encoding("gpt2-jax", pat_str=SPLIT, mergeable_ranks=ids, special_tokens=self.added)
 
     @classmethod
-    def from_files(cls, encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike) -> Tokenizer:
+    def from_files(
+        cls, encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike, added: Mapping[str, int] | None = None
+    ) -> Tokenizer:
         """Read a vocabulary in OpenAI's two files (Hugging Face calls them vocab.json and merges.txt).
+
+        Args:
+          encoder_json: maps every token to its id.
+          vocab_bpe: the merges, a line each.
+          added: the ids of tokens beside those of encoder_json.
 
         Raises:
           FileNotFoundError: a file is not there.
@@ -75,6 +85,8 @@ class Tokenizer:
 
         """
         tokens = read_json(Path(encoder_json))
+        if added and isinstance(tokens, dict):
+            tokens = {**tokens, **added}
         lines = _read_text(Path(vocab_bpe)).splitlines()
         n_head = 1 if lines and lines[0].startswith("#version") else 0
         while lines and not lines[-1]:
@@ -176,7 +188,7 @@ def _match_merges(
     last = -1
     for number, pair in enumerate(merges, start=first_line):
         if len(pair) != 2 or any(part not in tokens for part in pair):
-            start = " ".join(pair)
+            start = " ".join(str(part) for part in pair)
             start = start if len(start) < 60 else f"{start[:60]}..."
             raise ValueError(f"{merges_from}, line {number}: {start!r} is not a pair of tokens of {tokens_name}")
         merged = "".join(pair)
@@ -189,7 +201,8 @@ def _match_merges(
         names.append(merged)
     if END_OF_TEXT in names:
         raise ValueError(f"{merges_from} makes {END_OF_TEXT} by merging: ordinary text would become the special token")
-    if unmade := tokens.keys() - {*names, END_OF_TEXT}:
+    added = {name for name, i in tokens.items() if i > max(last, tokens[END_OF_TEXT])}
+    if unmade := tokens.keys() - {*names, END_OF_TEXT} - added:
         extra = min(unmade, key=tokens.get)
         raise ValueError(f"{tokens_from} holds {extra!r}, id {tokens[extra]}, which no line of {merges_from} makes")
     return {bytes(byte_of[character] for character in name): tokens[name] for name in names}

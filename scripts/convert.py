@@ -25,6 +25,8 @@ class Args:
     """What to write: OpenAI's own files; Hugging Face's, which GPT2LMHeadModel.from_pretrained opens; or Orbax."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Cast the weights to this; by default they stay as they are stored."""
+    tokenizer: bool = True
+    """Carry the vocabulary over, if there is one."""
     overwrite: bool = False
     """Replace the folder if it holds a model that was written by this command."""
 
@@ -49,12 +51,12 @@ def run(args: Args) -> None:
 
     """
     dest = args.dest.expanduser()
-    if dest.exists() and not args.overwrite:
+    if dest.exists() and not args.overwrite and not (dest.is_dir() and not any(dest.iterdir())):
         raise FileExistsError(f"{dest} exists: choose another folder, or replace the model in it with --overwrite")
     import gpt2_jax
     from gpt2_jax.checkpoints import check_replaceable
 
-    tokenizer = _tokenizer(args.source)
+    tokenizer = _tokenizer(args.source) if args.tokenizer else None
     check_replaceable(dest, with_vocabulary=tokenizer is not None)  # before the weights: those can take long
     config, params = gpt2_jax.load(args.source, dtype=args.dtype)
     gpt2_jax.save(dest, config, params, args.format, tokenizer)

@@ -137,13 +137,30 @@ def test_vocabulary_of_another_model(vocabulary_dir, model_dir, n_vocab):
     assert str(n_vocab) in message
 
 
-def test_a_token_added_to_the_real_vocabulary_is_named(tmp_path):
+def test_a_token_that_no_merge_makes_is_named(tmp_path):
     """Found among 50,258 tokens at once: looking through all names again for each took minutes."""
     vocabularies = pytest.importorskip("vocabularies")
     shutil.copy(vocabularies.real_vocabulary_dir() / "vocab.bpe", tmp_path)
     ids = json.loads((vocabularies.real_vocabulary_dir() / "encoder.json").read_text(encoding="utf-8"))
-    (tmp_path / "encoder.json").write_text(json.dumps(ids | {"<|pad|>": 50257}), encoding="utf-8")
-    assert_refused(tmp_path, r"holds '<\|pad\|>', id 50257, which no line of .*vocab\.bpe makes")
+    ids |= {"<|pad|>": 50256, "<|endoftext|>": 50257}
+    (tmp_path / "encoder.json").write_text(json.dumps(ids), encoding="utf-8")
+    assert_refused(tmp_path, r"holds '<\|pad\|>', id 50256, which no line of .*vocab\.bpe makes")
+
+
+def test_tokens_added_after_the_end_of_text_are_no_texts(tmp_path, model_dir, tokenizer):
+    """As fine-tunes have them: text that spells one is text, and the id decodes to its name."""
+    shutil.copy(model_dir / "vocab.bpe", tmp_path)
+    ids = tokenizer.tokens | {"[PAD]": 1281, "<|user|>": 1282}
+    (tmp_path / "encoder.json").write_text(json.dumps(ids), encoding="utf-8")
+    more = gpt2_jax.load_tokenizer(tmp_path)
+    assert (more.n_vocab, more.eot) == (1283, 1280)
+    assert more.added == {"<|endoftext|>": 1280, "[PAD]": 1281, "<|user|>": 1282}
+    text = "a [PAD]<|user|> b<|endoftext|>"
+    assert more.encode(text) == tokenizer.encode(text)
+    assert more.encode(text, allow_special=True) == tokenizer.encode(text, allow_special=True)
+    assert more.decode([1282, *tokenizer.encode(" b"), 1281]) == "<|user|> b[PAD]"
+    more.to_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    assert gpt2_jax.load_tokenizer(tmp_path).tokens == ids
 
 
 def test_merges_that_spell_the_end_of_text_are_refused(vocabulary_dir):

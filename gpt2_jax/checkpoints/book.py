@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.checkpoints import copies, download
-from gpt2_jax.checkpoints.loading import read_release
+from gpt2_jax.checkpoints import download
+from gpt2_jax.checkpoints.folders import expanded
+from gpt2_jax.checkpoints.integrity import count_strange
+from gpt2_jax.checkpoints.loading import read, read_release, warn_of_strange
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.params import Params, unflatten
 
@@ -31,12 +33,14 @@ def download_and_load_gpt2(
     if size is None:
         raise ValueError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
 
-    def read(directory: Path) -> tuple[GPT2Config, dict[str, Any]]:
-        config, leaves = copies.read(directory)
-        return config, to_blocks(unflatten(dict(leaves)))
+    def use(directory: Path) -> tuple[GPT2Config, dict[str, Any]]:
+        config, leaves = read(directory)
+        return config, dict(leaves)
 
-    config, blocks = read_release(size, Path(models_dir).expanduser() / size, read)
-    return config.to_hparams(), blocks
+    config, flat = read_release(size, expanded(models_dir) / size, use)
+    strange = {name: n for name, array in flat.items() if (n := count_strange(array))}
+    warn_of_strange(strange, "these weights hold NaN or infinite values")
+    return config.to_hparams(), to_blocks(unflatten(flat))
 
 
 def to_blocks(params: Params, nested_ln_f: bool = False) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     source = _fingerprint(directory)
     try:
         opened = _open(directory, source)
-    except DamagedError as error:
+    except (DamagedError, OSError) as error:
         opened = None
         warnings.warn(f"{error}; made anew from {directory}", stacklevel=2)
     if opened is None:
@@ -45,7 +45,7 @@ def read_config(directory: Path) -> GPT2Config | None:
     """Return the config that the copy of a directory holds; None where there is no copy that can be used."""
     try:
         opened = _open(directory, _fingerprint(directory))
-    except DamagedError:
+    except (DamagedError, OSError):
         return None
     return opened and opened[0]
 
@@ -89,14 +89,14 @@ def _make(directory: Path) -> tuple[GPT2Config, dict[str, np.ndarray]]:
     source = _fingerprint(directory)  # before the reading: a change in the middle makes the copy useless, not wrong
     config, leaves = tensorflow.read(directory)
     arrays = dict(shown(leaves, config, directory))
-    path = copy_path(directory)
     manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)
     try:
+        path = copy_path(directory)
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.write(path, arrays, {"gpt2_jax": manifest})
     except OSError as error:
         warnings.warn(
-            f"no copy of {directory} could be kept in {path.parent} ({error}): the next load will be as slow as this "
+            f"no copy of {directory} could be kept ({error}): the next load will be as slow as this "
             "one. Choose a folder with GPT2_JAX_CACHE, or turn copies off with GPT2_JAX_KEEP_COPY=0",
             stacklevel=2,
         )

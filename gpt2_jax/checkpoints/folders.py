@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ABANDONED = 24 * 3600  # seconds after which nobody can still be writing under a temporary name
@@ -20,15 +20,39 @@ def cache_dir() -> Path:
     """Return the folder for downloads and copies: $GPT2_JAX_CACHE, else gpt2-jax in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("GPT2_JAX_CACHE"):
         return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "gpt2-jax"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "gpt2-jax"
+    try:
+        return Path.home() / ".cache" / "gpt2-jax"
+    except RuntimeError as error:  # no HOME and no such user, as in some containers
+        raise OSError("there is no home folder to keep files in: name a folder in GPT2_JAX_CACHE") from error
+
+
+def expanded(path: str | os.PathLike) -> Path:
+    """Return a path with `~` replaced by the home folder.
+
+    Raises:
+      ValueError: there is no such home folder.
+
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
+def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Give a new folder to fill, which takes the name and place of `directory` in one step at the end of the block.
 
-    Killed at any moment, or on any error, `directory` is as it was or as it should become.
+    Killed at any moment, or on any error, `directory` is as it was or as it should become. Where the system cannot
+    exchange two names at once (Windows, some network file systems) there is a moment when only a hidden name beside it
+    holds what it was.
+
+    Args:
+      directory: a folder that is there or not.
+      check: called just before an existing folder is replaced; what it raises stops that.
+
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +61,7 @@ def replacing(directory: Path) -> Iterator[Path]:
     try:
         yield temporary
         if directory.exists():
+            check()
             _exchange(temporary, directory)
         else:
             temporary.rename(directory)
@@ -78,7 +103,7 @@ def _exchange(new: Path, old: Path) -> None:
         old.rename(aside)
         try:
             new.rename(old)
-        except OSError:
+        except BaseException:
             aside.rename(old)
             raise
         aside.rename(new)

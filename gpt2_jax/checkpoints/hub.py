@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TOKENIZER_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")
+from gpt2_jax.checkpoints.integrity import one_line
+
+TOKENIZER_FILES = (
+    "config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 MODEL_FILES = (*TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
@@ -23,21 +32,16 @@ def fetch(repository: str, tokenizer_only: bool = False) -> Path:
     files = TOKENIZER_FILES if tokenizer_only else MODEL_FILES
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
-        if not tokenizer_only and not any(folder.glob("*.safetensors")):
-            held = ", ".join(sorted(huggingface_hub.list_repo_files(repository))[:20])
-            raise ValueError(
-                f"{repository} holds no model.safetensors ({held}); pickled weights can run code when opened "
-                "and are not read; a copy that can not is made by: python -c 'from transformers import GPT2LMHeadModel "
-                f'as M; M.from_pretrained("{repository}").save_pretrained("a-folder")\''
-            )
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         told = f"{repository} is no directory here, and no model of the Hugging Face hub that may be read"
-        raise FileNotFoundError(f"{told}: {_line(error)}") from error
+        raise FileNotFoundError(f"{told}: {one_line(error)}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         told = f"{repository} is no directory here, and cannot be fetched from the Hugging Face hub"
-        raise ConnectionError(f"{told}: {_line(error)}") from error
+        raise ConnectionError(f"{told}: {one_line(error)}") from error
+    if not tokenizer_only and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{repository} holds no model.safetensors; pickled weights (pytorch_model.bin) can run code when opened "
+            "and are not read; a copy that can not is made by: python -c 'from transformers import GPT2LMHeadModel as M; "
+            f'M.from_pretrained("{repository}").save_pretrained("a-folder")\''
+        )
     return folder
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -24,7 +24,7 @@ from gpt2_jax.checkpoints.integrity import (
     stored_dtype,
     write_manifest,
 )
-from gpt2_jax.config import HPARAMS, GPT2Config
+from gpt2_jax.config import HPARAMS, SIZES, GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, read_json
@@ -118,6 +118,8 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
             raise DamagedError(f"{directory / 'config.json'} has {told}, with which {source} was saved")
         config = config.replace(qkv_bias=saved.qkv_bias)
     head = tensors.pop("lm_head.weight", None)
+    if head is not None and "wte.weight" not in tensors:  # one array, under one of its two names
+        tensors["wte.weight"], head = head, None
     if config.n_layer > len(tensors):  # told before a tree of so many layers is built
         raise ValueError(f"config.json says n_layer = {config.n_layer}, but {source} has {len(tensors)} tensors")
     config = config.replace(param_dtype=stored_dtype((tensor.dtype for tensor in tensors.values()), source))
@@ -187,6 +189,14 @@ def _short(key: str) -> str:
     return key.removeprefix(ROOT)
 
 
+def is_ours(directory: Path) -> bool:
+    """Say whether this project wrote a directory's model.safetensors."""
+    try:
+        return "gpt2_jax" in safetensors.read_header(directory / WEIGHTS)[1]
+    except ValueError:
+        return False
+
+
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
     """Write config.json and model.safetensors, with a sha256 of each tensor, into an empty directory."""
     arrays = {hugging_face_name(name): array for name, array in flat.items()}
@@ -195,10 +205,11 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in HPARAM_NAMES.items()}
     fields |= {name: getattr(config, name) for name in RATES}
     fields |= {field: values[0] for field, values in ARITHMETIC.items() if values[0] not in (None, {})}
+    end_of_text = min(config.n_vocab, SIZES["124M"].n_vocab) - 1  # the last id, or GPT-2's where rows were added
     fields |= {
         "architectures": ["GPT2LMHeadModel"],
-        "bos_token_id": config.n_vocab - 1,  # <|endoftext|> is the last id of the released vocabulary
-        "eos_token_id": config.n_vocab - 1,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
         "dtype": config.param_dtype.name,
         "initializer_range": 0.02,
         "n_inner": None,
@@ -215,8 +226,15 @@ def read_tokenizer(directory: Path) -> Tokenizer:
       ValueError: a file is malformed, or describes something other than GPT-2's byte-level BPE.
 
     """
+    settings = directory / "tokenizer_config.json"
+    asked = read_json(settings) if settings.is_file() else {}
+    for field in ("add_prefix_space", "add_bos_token"):
+        if isinstance(asked, dict) and asked.get(field):
+            raise ValueError(f"{settings} asks for {field} = {asked[field]!r}, which is not GPT-2's way to read a text")
     if (directory / "vocab.json").is_file() or not (directory / "tokenizer.json").is_file():
-        return Tokenizer.from_files(directory / "vocab.json", directory / "merges.txt")
+        added = directory / "added_tokens.json"
+        more = read_json(added) if added.is_file() else {}
+        return Tokenizer.from_files(directory / "vocab.json", directory / "merges.txt", more)
     path = directory / "tokenizer.json"
     fields = read_json(path)
     try:
@@ -225,6 +243,8 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             splitter["type"] == "ByteLevel" and not splitter["add_prefix_space"] and splitter.get("use_regex", True)
         )
         plain = model.get("type", "BPE") == "BPE" and not fields.get("normalizer") and not model.get("dropout")
+        plain = plain and not model.get("ignore_merges")
+        plain = plain and (fields.get("post_processor") or {"type": "ByteLevel"})["type"] == "ByteLevel"
         added = {token["content"]: token["id"] for token in fields.get("added_tokens", [])}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
         tokens = model["vocab"] | added
@@ -241,7 +261,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
     """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, and set the ids in config.json."""
     tokenizer.to_files(directory / "vocab.json", directory / "merges.txt")
-    special = {"content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     _write_json(
         directory / "tokenizer.json",
@@ -249,7 +269,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [{"id": tokenizer.eot, **special, "special": True}],
+            "added_tokens": [{"id": i, "content": token, **plain} for token, i in tokenizer.added.items()],
             "normalizer": None,
             "pre_tokenizer": byte_level,
             "post_processor": byte_level | {"trim_offsets": False},
@@ -264,7 +284,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
                 "byte_fallback": False,
                 "ignore_merges": False,
                 "vocab": tokenizer.tokens,
-                "merges": [list(pair) for pair in tokenizer.merges],
+                "merges": [f"{left} {right}" for left, right in tokenizer.merges],
             },
         },
     )

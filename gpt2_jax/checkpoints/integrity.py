@@ -93,5 +93,10 @@ def count_strange(array: np.ndarray) -> int:
         return sum(chunk.size - np.count_nonzero(np.isfinite(chunk)) for chunk in chunks)
 
 
+def one_line(error: Exception) -> str:
+    """Return what an error of another library says, on one line and not too long."""
+    return " ".join(str(error).split())[:300]
+
+
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

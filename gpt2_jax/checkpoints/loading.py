@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,53 +51,62 @@ def load(
       OSError: it cannot be fetched.
 
     """
-    keep_copy = keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0"
     dtype = None if dtype is None else float_dtype("dtype", dtype, STORED_DTYPES)
 
-    def read(directory: Path) -> tuple[GPT2Config, Params]:
-        config, leaves = _open(directory, keep_copy)
-        return _place(config, shown(leaves, config, directory), dtype, sharding)
+    def open_and_place(directory: Path) -> tuple[GPT2Config, Params]:
+        return _place(*read(directory, keep_copy), dtype, sharding)
 
     size = size_meant(source)
-    return read(locate(source)) if size is None else read_release(size, None, read)
+    return open_and_place(locate(source)) if size is None else read_release(size, None, open_and_place)
 
 
-def read_release(size: str, directory: Path | None, read: Callable[[Path], T]) -> T:
-    """Fetch what is absent of a released size and read it; weights that turn out damaged are fetched once more."""
+def read_release(size: str, directory: Path | None, use: Callable[[Path], T]) -> T:
+    """Fetch what is absent of a released size and use it; weights that turn out damaged are fetched once more."""
     directory = download.fetch(size, directory)
     try:
-        return read(directory)
+        return use(directory)
     except DamagedError:
-        return read(download.fetch_verified(size, directory))
+        return use(download.fetch_verified(size, directory))
 
 
-def _open(directory: Path, keep_copy: bool) -> tuple[GPT2Config, Leaves]:
+def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
+    """Read a directory in any form, onto the host."""
     form = form_of(directory)
     if form == "huggingface":
-        return huggingface.read(directory)
-    if form == "orbax":
-        return orbax.read(directory)
-    return copies.read(directory) if keep_copy else tensorflow.read(directory)
+        config, leaves = huggingface.read(directory)
+    elif form == "orbax":
+        config, leaves = orbax.read(directory)
+    elif keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0":
+        config, leaves = copies.read(directory)
+    else:
+        config, leaves = tensorflow.read(directory)
+    return config, shown(leaves, config, directory)
 
 
 def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding: Any) -> tuple[GPT2Config, Params]:
-    """Put every leaf on its device, cast; the host never holds more than was read ahead."""
-    if isinstance(sharding, dict):
+    """Put every leaf on its device, cast, one after the other."""
+    if isinstance(sharding, Mapping):
         sharding = flatten(sharding)
         if wrong := sorted(sharding.keys() ^ flatten(abstract_params(config)).keys()):
             raise ValueError(f"sharding must be a tree shaped as the params: {wrong[0]} is in one of the two alone")
-    flat, strange = {}, []
-    for name, array in leaves:
-        if dtype is not None:
-            with np.errstate(over="ignore"):  # told below, with the name
-                array = array.astype(dtype, copy=False)
+    flat, strange, overflown = {}, {}, {}
+    for name, stored in leaves:
+        with np.errstate(over="ignore"):  # told below, with the name
+            array = stored if dtype is None else stored.astype(dtype, copy=False)
         if n_strange := count_strange(array):
-            strange.append(f"{name} ({n_strange} of {array.size})")
-        flat[name] = jax.device_put(array, sharding[name] if isinstance(sharding, dict) else sharding)
-    if strange:
-        told = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
-        warnings.warn(f"these weights hold NaN or infinite values: {told}", stacklevel=3)
+            (strange if count_strange(stored) else overflown)[name] = n_strange
+        flat[name] = jax.device_put(array, sharding[name] if isinstance(sharding, Mapping) else sharding)
+    warn_of_strange(strange, "these weights hold NaN or infinite values")
+    warn_of_strange(overflown, f"values too large for {dtype} have become infinite")
     return config if dtype is None else config.replace(param_dtype=dtype), unflatten(flat)
+
+
+def warn_of_strange(counts: Mapping[str, int], what: str) -> None:
+    """Warn of tensors, whose names `counts` maps to how many of their values it is about; none is no warning."""
+    if counts:
+        told = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:5])
+        more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
+        warnings.warn(f"{what}: {told}{more}", stacklevel=5)  # for who called `load`
 
 
 def load_config(source: str | os.PathLike) -> GPT2Config:
@@ -109,15 +118,18 @@ def load_config(source: str | os.PathLike) -> GPT2Config:
     """
     if size := size_meant(source):
         return SIZES[size]
-    directory = locate(source, "config")
+    directory = locate(source)
     form = form_of(directory)
     if form == "huggingface":
         return huggingface.read(directory)[0]
     if form == "orbax":
         return orbax.read_config(directory)
     config = tensorflow.read_hparams(directory)
-    data = list(directory.glob("*.data-*-of-*"))
-    if data and sum(path.stat().st_size for path in data) != 4 * config.n_params:  # not float32, or not complete
+    try:
+        data = directory.glob(tensorflow.data_pattern(tensorflow.find_checkpoint(directory)))
+    except FileNotFoundError:
+        return config
+    if sum(path.stat().st_size for path in data) != 4 * config.n_params:  # not float32, or not complete
         return copies.read_config(directory) or tensorflow.read(directory)[0]
     return config
 

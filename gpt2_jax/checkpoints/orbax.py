@@ -14,7 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, check_hash, read_manifest, sha256, write_manifest
+from gpt2_jax.checkpoints.integrity import (
+    DamagedError,
+    Leaves,
+    check_hash,
+    one_line,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
+from gpt2_jax.checkpoints.tensorflow import check_path
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import flatten, unflatten
@@ -43,19 +52,20 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     from orbax.checkpoint import v1 as ocp
 
     config, manifest = _read_manifest(directory)
-    path = _tree_path(directory)
+    check_path(directory)
+    path = (directory / TREE).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{directory} holds no folder {TREE} beside {MANIFEST}")
     found = _hash_files(path)  # before Orbax opens them: given damaged files it leaves threads with errors behind
-    if wrong := sorted(found.items() ^ manifest["files"].items()):
-        raise DamagedError(f"{path} is damaged: {wrong[0][0]} is not what was written, or is missing")
+    if wrong := [name for name, digest in manifest["files"].items() if found.get(name) != digest]:
+        raise DamagedError(f"{path} is damaged: {wrong[0]} is not what was written, or is missing")
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(config))
     try:
         tree = ocp.load(path, host)
     except MemoryError:
         raise
     except Exception as error:  # Orbax lets through whatever the library that stumbled over the bytes raises
-        raise DamagedError(f"{path} is damaged, Orbax says: {_line(error)}") from error
+        raise DamagedError(f"{path} is damaged, Orbax says: {one_line(error)}") from error
     return config, _leaves(flatten(tree), flatten(abstract_params(config)), manifest["sha256"], path)
 
 
@@ -74,23 +84,16 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     """Write gpt2_jax.json and the tree into an empty directory."""
     from orbax.checkpoint import v1 as ocp
 
-    path = _tree_path(directory)
+    path = (directory / TREE).resolve()
     try:
         ocp.save(path, unflatten(flat))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a full disk is whatever the library that met it makes of it
-        raise OSError(f"Orbax says: {_line(error)}") from error
+        raise OSError(f"Orbax says: {one_line(error)}") from error
     hashes = {name: sha256(array) for name, array in flat.items()}
     manifest = write_manifest(config, hashes, files=_hash_files(path))
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")
-
-
-def _tree_path(directory: Path) -> Path:
-    path = (directory / TREE).resolve()
-    if "[" in str(path):
-        raise ValueError(f"{directory}: Orbax loses files in folders with [ in the path; choose another name")
-    return path
 
 
 def _hash_files(path: Path) -> dict[str, str]:
@@ -105,7 +108,3 @@ def _hash_files(path: Path) -> dict[str, str]:
 def _read_manifest(directory: Path) -> tuple[GPT2Config, dict[str, Any]]:
     path = directory / MANIFEST
     return read_manifest(path.read_text(encoding="utf-8", errors="replace"), path)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -16,13 +16,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
 
 from gpt2_jax.checkpoints.folders import replacing_file
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, check_hash
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, check_hash, one_line
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -40,6 +40,7 @@ class Stored:
     """Where a tensor stands in a file; its dtype has a name, and is NumPy's if it is one of DTYPES."""
 
     path: Path
+    state: tuple[int, ...]
     offset: int
     shape: tuple[int, ...]
     dtype: Any
@@ -61,14 +62,18 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         with safe_open(path, framework="np"):  # checks names, shapes, dtypes, offsets and the file's length
             pass
         with path.open("rb") as file:
+            state = _state(file)
             n_header = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(n_header))
     except (SafetensorError, ValueError) as error:
-        raise DamagedError(f"{path} is damaged, or not a safetensors file: {error}") from error
+        if _head(path).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` there") from error
+        raise DamagedError(f"{path} is damaged, or not a safetensors file: {one_line(error)}") from error
     metadata = header.pop("__metadata__", {})
     stored = {
         name: Stored(
             path,
+            state,
             8 + n_header + entry["data_offsets"][0],
             tuple(entry["shape"]),
             DTYPES.get(entry["dtype"], SimpleNamespace(name=entry["dtype"])),
@@ -103,27 +108,40 @@ def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped
 
 
 def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None, mapped: bool) -> np.ndarray:
-    if mapped:
-        array = np.asarray(np.memmap(tensor.path, tensor.dtype, "c", tensor.offset, tensor.shape))
-    else:
-        array = _read_bytes(name, tensor).view(tensor.dtype).reshape(tensor.shape)
+    with tensor.path.open("rb", buffering=0) as file:
+        if _state(file) != tensor.state:
+            raise DamagedError(f"{tensor.path} was replaced or written to while it was read: load it again")
+        if mapped:
+            array = np.asarray(np.memmap(file, tensor.dtype, "c", tensor.offset, tensor.shape))
+        else:
+            array = _read_bytes(file, name, tensor).view(tensor.dtype).reshape(tensor.shape)
     check_hash(name, array, hashes, tensor.path)
     return array
 
 
-def _read_bytes(name: str, tensor: Stored) -> np.ndarray:
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(40)
+
+
+def _state(file: IO) -> tuple[int, ...]:
+    """Return what changes when a file is replaced or written to."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_bytes(file: IO, name: str, tensor: Stored) -> np.ndarray:
     n_bytes = math.prod(tensor.shape) * tensor.dtype.itemsize
     room = np.empty(n_bytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     flat = room[start : start + n_bytes]
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        n_read = 0
-        while n_read < n_bytes:
-            n = file.readinto(memoryview(flat)[n_read:])
-            if not n:
-                raise DamagedError(f"{tensor.path} is damaged: it ends inside {name}")
-            n_read += n
+    file.seek(tensor.offset)
+    n_read = 0
+    while n_read < n_bytes:
+        n = file.readinto(memoryview(flat)[n_read:])
+        if not n:
+            raise DamagedError(f"{tensor.path} is damaged: it ends inside {name}")
+        n_read += n
     return flat
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from gpt2_jax.checkpoints import huggingface, orbax, tensorflow
-from gpt2_jax.checkpoints.folders import replacing
+from gpt2_jax.checkpoints.folders import expanded, replacing
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import check_params
@@ -38,7 +39,7 @@ def save(
     """Save a model so that `load` gives it back bit for bit, and the tools of the format open it.
 
     It is written beside and renamed: killed at any moment, the directory holds what it held or the new model, never
-    half of one. A directory that holds a model saved by this function is replaced, one that holds anything else never.
+    half of one. A directory that holds a saved model and nothing else is replaced, one that holds anything else never.
 
     Args:
       directory: where; folders above it are made.
@@ -46,7 +47,7 @@ def save(
       params: as `load` gives them, on any devices of this host.
       format: "tensorflow", OpenAI's own files (variables `model/h0/attn/c_attn/w` (1, in, out), hparams.json);
         "huggingface", which `GPT2LMHeadModel.from_pretrained` opens; or "orbax". The last two carry a sha256 of each
-        tensor, and the config's dropout rates.
+        tensor, and the config's dropout rates and qkv_bias, for which OpenAI's files have no place.
       tokenizer: written too, as the format has it: encoder.json and vocab.bpe, or Hugging Face's files. None writes
         weights and config alone.
 
@@ -63,16 +64,21 @@ def save(
         raise ValueError(f"params are saved as {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
     if tokenizer is not None and tokenizer.n_vocab != config.n_vocab:
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, the config n_vocab = {config.n_vocab}")
-    directory = Path(directory).expanduser()
-    check_replaceable(directory, with_vocabulary=tokenizer is not None)
-    flat = _on_host(params)
+    directory = expanded(directory)
+    if format != "huggingface":
+        tensorflow.check_path(directory)
+    check = functools.partial(check_replaceable, directory, with_vocabulary=tokenizer is not None)
+    check()
+    flat = _on_host(config, params)
     try:
-        with replacing(directory) as temporary:
+        with replacing(directory, check) as temporary:
             WRITERS[format](temporary, config, flat)
             if tokenizer is not None and format == "huggingface":
                 huggingface.write_tokenizer(temporary, tokenizer, config.n_ctx)
             elif tokenizer is not None:
                 tokenizer.to_files(temporary / "encoder.json", temporary / "vocab.bpe")
+    except FileExistsError:
+        raise
     except OSError as error:
         told = OSError(f"{directory} cannot be written, and is as it was: {error.strerror or error}")
         told.errno = error.errno
@@ -92,6 +98,8 @@ def check_replaceable(directory: Path, with_vocabulary: bool) -> None:
         raise FileExistsError(f"{directory} is a file: choose another name")
     names = {path.name for path in directory.iterdir()}
     model = next((model for model in MODELS if model <= names), set())
+    if "model.safetensors" in model and not huggingface.is_ours(directory):
+        model = set()  # perhaps another architecture's
     folders = {path.name for path in directory.iterdir() if path.is_dir()} - ({orbax.TREE} & model)
     if others := sorted((names - model - (VOCABULARY if model else set())) | folders):
         raise FileExistsError(
@@ -103,9 +111,9 @@ def check_replaceable(directory: Path, with_vocabulary: bool) -> None:
         )
 
 
-def _on_host(params: Params) -> Mapping[str, np.ndarray]:
+def _on_host(config: GPT2Config, params: Params) -> Mapping[str, np.ndarray]:
     flat = flatten(params)
     for name, leaf in flat.items():
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise ValueError(f"{name} lies on the devices of several hosts: gather the params on each first")
-    return {name: np.asarray(leaf) for name, leaf in flat.items()}
+    return {name: np.asarray(leaf, config.param_dtype) for name, leaf in flat.items()}

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2_jax.checkpoints import download, hub
+from gpt2_jax.checkpoints.folders import expanded
 from gpt2_jax.config import SIZES
 
 Form = Literal["tensorflow", "huggingface", "orbax"]
-Part = Literal["model", "config", "tokenizer"]
+Part = Literal["model", "tokenizer"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIGS: dict[str, Form] = {"hparams.json": "tensorflow", "config.json": "huggingface"}
 WEIGHTS: dict[str, Form] = {
-    "*.index": "tensorflow",
+    "*.data-*-of-*": "tensorflow",
     "model.safetensors": "huggingface",
     "model.safetensors.index.json": "huggingface",
     "gpt2_jax.json": "orbax",
@@ -26,7 +27,7 @@ UNDERSTOOD = """understood are:
   OpenAI's layout: hparams.json, checkpoint, model.ckpt.index, model.ckpt.data-00000-of-00001
   Hugging Face's: config.json, model.safetensors (or model.safetensors.index.json and its files)
   Orbax, as gpt2_jax.save writes it: gpt2_jax.json, params"""
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def locate(source: str | os.PathLike, part: Part = "model") -> Path:
@@ -35,7 +36,7 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
     Args:
       source: a directory; a size ("124M", also "117M", "gpt2", "gpt2-xl", ...); or a hub id ("distilbert/distilgpt2").
         A folder of that name which holds a model comes first.
-      part: what of it is wanted: all, or what its config or its tokenizer needs.
+      part: what of it is wanted: all, or what its tokenizer needs.
 
     Raises:
       FileNotFoundError: there is no such source.
@@ -47,28 +48,28 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
         raise ValueError(f"a model must be named by a path, a size or a hub id, not {source!r}")
     if size := size_meant(source):
         return download.fetch(size, files=_PARTS[part])
-    directory = Path(source).expanduser()
+    directory = expanded(source)
     if directory.is_dir():
         return directory
     if directory.exists():
         raise FileNotFoundError(f"{directory} is a file: a model is named by the directory that it is in")
-    if isinstance(source, str) and HUB_ID.fullmatch(source):
-        return hub.fetch(source, tokenizer_only=part == "tokenizer")
+    name = os.fspath(source)
+    if HUB_ID.fullmatch(name):
+        return hub.fetch(name, tokenizer_only=part == "tokenizer")
     raise FileNotFoundError(
-        f"no such model: {os.fspath(source)!r} is no directory, no released size ({', '.join(SIZES)}), "
+        f"no such model: {name!r} is no directory, no released size ({', '.join(SIZES)}), "
         "and no id of the Hugging Face hub (owner/name)"
     )
 
 
 def size_meant(source: object) -> str | None:
     """Return the released size that a source names, None for one that is a model's folder or no size."""
-    size = download.size_of(source) if isinstance(source, str) else None
+    size = download.size_of(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
     return None if size and Path(source).is_dir() and _holds_model(Path(source)) else size
 
 
 _PARTS = {
     "model": download.FILES,
-    "config": ("hparams.json",),
     "tokenizer": ("hparams.json", "encoder.json", "vocab.bpe"),
 }
 
@@ -104,7 +105,7 @@ def _conversion(directory: Path, pickle: str) -> str:
     if (directory / "config.json").is_file():
         read = f"d = {str(directory)!r}; M.from_pretrained(d).save_pretrained(d)"
         return f"python -c {shlex.quote(f'from transformers import GPT2LMHeadModel as M; {read}')}"
-    tensors = f"torch.load({str(directory / pickle)!r}, weights_only=True)"
+    tensors = f"{{k: v.clone() for k, v in torch.load({str(directory / pickle)!r}, weights_only=True).items()}}"
     code = f"import torch, safetensors.torch as s; s.save_file({tensors}, {str(directory / 'model.safetensors')!r})"
     return f"python -c {shlex.quote(code)} (and put the model's config.json there too)"
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, stored_dtype
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, one_line, stored_dtype
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
@@ -45,7 +45,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     """
     config = read_hparams(directory)
     prefix = find_checkpoint(directory)
-    _check_path(prefix)
+    check_path(prefix)
     tf = _import_tensorflow()
     with _damage_told(tf, prefix):
         reader = tf.train.load_checkpoint(str(prefix))
@@ -73,16 +73,11 @@ def _damage_told(tf: ModuleType, prefix: Path) -> Iterator[None]:
     try:
         yield
     except (tf.errors.OpError, RuntimeError, IndexError) as error:
-        raise DamagedError(f"{prefix} is damaged and must be fetched again: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise DamagedError(f"{prefix} is damaged and must be fetched again: {one_line(error)}") from error
 
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
     """Write `hparams.json` and the variables, under the original names and shapes, into an empty directory."""
-    _check_path(directory)
     tf = _import_tensorflow()
     variables = _variables(flat)
     tensors = [np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()]
@@ -93,15 +88,21 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
                 prefix=prefix, tensor_names=list(variables), shape_and_slices=[""] * len(variables), tensors=tensors
             )
     except tf.errors.OpError as error:
-        raise OSError(f"TensorFlow says: {_line(error)}") from error
+        raise OSError(f"TensorFlow says: {one_line(error)}") from error
     pointer = 'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
     (directory / "checkpoint").write_text(pointer, encoding="utf-8")
     (directory / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
 
 
-def _check_path(path: Path) -> None:
-    if "[" in str(path):
-        raise ValueError(f"{path}: TensorFlow takes [ in a path for a pattern; move the model or rename the folder")
+def check_path(path: Path) -> None:
+    """Check that TensorFlow, and Orbax too, can read what is at a path.
+
+    Raises:
+      ValueError: they cannot.
+
+    """
+    if "[" in str(path.resolve()):
+        raise ValueError(f"{path}: TensorFlow and Orbax take [ in a path for a pattern; choose a folder without it")
 
 
 def read_hparams(directory: Path) -> GPT2Config:
