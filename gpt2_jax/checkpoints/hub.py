@@ -41,7 +41,7 @@ def fetch(repository: str, tokenizer_only: bool = False) -> Path:
     if not tokenizer_only and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{repository} holds no model.safetensors; pickled weights (pytorch_model.bin) can run code when opened "
-            "and are not read; a copy that can not is made by: python -c 'from transformers import GPT2LMHeadModel as M; "
-            f'M.from_pretrained("{repository}").save_pretrained("a-folder")\''
+            "and are not read; a copy that can not is made by: python -c 'from transformers import GPT2LMHeadModel "
+            f'as M; M.from_pretrained("{repository}").save_pretrained("a-folder")\''
         )
     return folder
