@@ -37,8 +37,8 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     if opened is None:
         config, arrays = _make(directory)
         return config, _drain(arrays)
-    config, tensors, hashes = opened
-    return config, _read_or_make(directory, tensors, hashes)
+    config, leaves = opened
+    return config, _or_made_anew(directory, leaves)
 
 
 def read_config(directory: Path) -> GPT2Config | None:
@@ -56,9 +56,7 @@ def copy_path(directory: Path) -> Path:
     return cache_dir() / "copies" / f"{name}.safetensors"
 
 
-def _open(
-    directory: Path, source: dict[str, object]
-) -> tuple[GPT2Config, dict[str, safetensors.Stored], dict[str, str]] | None:
+def _open(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, Leaves] | None:
     path = copy_path(directory)
     if not path.is_file():
         return None
@@ -66,16 +64,17 @@ def _open(
     config, manifest = read_manifest(metadata.get("gpt2_jax", ""), path)
     if manifest.get("source") != source:
         return None
+    leaves = safetensors.read(tensors, manifest["sha256"], mapped=True)  # while the model is traced below
     if wrong := differences(tensors, flatten(abstract_params(config))):
         raise DamagedError(f"{path} is damaged:\n  " + "\n  ".join(wrong))
-    return config, tensors, manifest["sha256"]
+    return config, leaves
 
 
-def _read_or_make(directory: Path, tensors: dict[str, safetensors.Stored], hashes: dict[str, str]) -> Leaves:
+def _or_made_anew(directory: Path, leaves: Leaves) -> Leaves:
     """Yield the copy's tensors; from where one turns out damaged, the original's."""
     done = set()
     try:
-        for name, array in safetensors.read(tensors, hashes, mapped=True):
+        for name, array in leaves:
             done.add(name)
             yield name, array
         return

@@ -84,7 +84,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped: bool = False) -> Leaves:
-    """Yield every tensor, the largest first, verified if hashes are given; a few threads read ahead.
+    """Yield every tensor, the largest first, verified if hashes are given; a few threads read ahead, from now on.
 
     Args:
       tensors: what to read, of one file or several.
@@ -98,13 +98,23 @@ def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped
     """
     waiting = collections.deque(sorted(tensors, key=lambda name: -math.prod(tensors[name].shape)))
     running: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(N_THREADS) as pool:
-        while waiting or running:
-            while waiting and len(running) <= N_THREADS:
-                name = waiting.popleft()
-                running.append((name, pool.submit(_read_one, name, tensors[name], hashes, mapped)))
-            name, future = running.popleft()
-            yield name, future.result()
+    pool = concurrent.futures.ThreadPoolExecutor(N_THREADS)
+
+    def read_ahead() -> None:
+        while waiting and len(running) <= N_THREADS:
+            name = waiting.popleft()
+            running.append((name, pool.submit(_read_one, name, tensors[name], hashes, mapped)))
+
+    def results() -> Leaves:
+        with pool:
+            while running:
+                name, future = running.popleft()
+                array = future.result()
+                read_ahead()
+                yield name, array
+
+    read_ahead()
+    return results()
 
 
 def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None, mapped: bool) -> np.ndarray:
