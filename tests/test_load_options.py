@@ -172,4 +172,4 @@ def test_eight_devices(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout) == []
+    assert json.loads(done.stdout.splitlines()[-1]) == []  # jax 0.12 prints a line of its own before
