@@ -1,53 +1,23 @@
 """scripts/convert.py: every form to every form, the folder alone on stdout, one clear sentence for any mistake."""
 
-import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import checkpoint_forms as forms
+import commands
 import pytest
 from checkpoint_forms import FORMATS
 
 import gpt2_jax
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert.py"
 # As many ids as the embedded vocabulary has, so that its tokenizer fits.
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer=2)
 
 
-class Run(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def in_a_process(*args, cwd: Path, python: tuple[str, ...] = ()) -> Run:
-    done = subprocess.run(
-        [sys.executable, *python, str(SCRIPT), *map(str, args)],
-        cwd=cwd,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
-
-
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where tyro and dataclasses look up the annotations
-    try:
-        spec.loader.exec_module(module)
-        yield module.main
-    finally:
-        del sys.modules[spec.name]
+    with commands.loaded("convert") as script:
+        yield script.main
 
 
 @pytest.fixture
@@ -56,16 +26,7 @@ def run(main, capfd, tmp_path, monkeypatch):
     forms.import_tensorflow()
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
 
-    def call(*args) -> Run:
-        capfd.readouterr()
-        try:
-            code = main([str(arg) for arg in args])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return Run(code or 0, out, err)
-
-    return call
+    return commands.caller(main, capfd)
 
 
 @pytest.fixture
@@ -75,7 +36,7 @@ def source(tmp_path, model_dir):
     return directory
 
 
-def assert_refused(done: Run, culprit: str) -> None:
+def assert_refused(done: commands.Run, culprit: str) -> None:
     assert done.code == 2, done
     assert done.out == ""
     assert "Traceback" not in done.err
@@ -84,7 +45,7 @@ def assert_refused(done: Run, culprit: str) -> None:
     assert re.search(culprit, plain), plain
 
 
-def assert_one_line(done: Run) -> None:
+def assert_one_line(done: commands.Run) -> None:
     """One sentence, perhaps with an indented list under it."""
     lines = [line for line in done.err.splitlines() if not re.match(r"  |[IWE]\d{4} |WARNING: All log", line)]
     assert len(lines) == 1, done.err
@@ -193,7 +154,7 @@ def test_wrong_sources(run, tmp_path, source, monkeypatch):
 
 def test_help_is_quick(tmp_path):
     """It names every option and imports neither jax nor anything as heavy."""
-    done = in_a_process("--help", cwd=tmp_path, python=("-X", "importtime"))
+    done = commands.in_a_process("convert", "--help", cwd=tmp_path, python=("-X", "importtime"))
     assert done.code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", done.out)
     assert [option for option in ("--format", "--dtype", "--overwrite") if option not in plain] == []
@@ -205,11 +166,11 @@ def test_help_is_quick(tmp_path):
 
 def test_in_a_process(tmp_path, source):
     """From another directory, with relative paths: stdout and stderr as promised."""
-    done = in_a_process("source", "out", "--format", "huggingface", cwd=tmp_path)
+    done = commands.in_a_process("convert", "source", "out", "--format", "huggingface", cwd=tmp_path)
     assert (done.code, done.out) == (0, "out\n"), done.err
     assert len(done.err.splitlines()) <= 3, done.err
-    wrong = in_a_process("nowhere", "other", "--format", "orbax", cwd=tmp_path)
+    wrong = commands.in_a_process("convert", "nowhere", "other", "--format", "orbax", cwd=tmp_path)
     assert_refused(wrong, "nowhere")
     assert_one_line(wrong)
-    again = in_a_process("source", "out", "--format", "orbax", cwd=tmp_path)
+    again = commands.in_a_process("convert", "source", "out", "--format", "orbax", cwd=tmp_path)
     assert_refused(again, "--overwrite")

@@ -1,13 +1,12 @@
 """scripts/download.py: the directories on stdout and nothing else there, one sentence and exit code 2 for a failure."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
+import commands
 import fake_release
 import misbehaving_server as server_that
 import pytest
@@ -16,15 +15,8 @@ from fake_release import path, right_names
 from gpt2_jax.checkpoints import download
 from gpt2_jax.checkpoints.release import DATA, FILES, INDEX
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "scripts" / "download.py"
+SCRIPT = commands.SCRIPTS / "download.py"
 OPTIONS = ["--models-dir", "--base-url", "--jobs", "--verify", "--no-verify"]
-
-
-class Run(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,14 +44,8 @@ def server(model, monkeypatch):
 @pytest.fixture(scope="module")
 def main():
     """The script's entry point, loaded from its path as nothing in the package may import it."""
-    spec = importlib.util.spec_from_file_location("download_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where tyro and dataclasses look up the annotations
-    try:
-        spec.loader.exec_module(module)
-        yield module.main
-    finally:
-        del sys.modules[spec.name]
+    with commands.loaded("download") as script:
+        yield script.main
 
 
 @pytest.fixture
@@ -68,19 +54,10 @@ def run(main, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
 
-    def call(*args: object) -> Run:
-        capfd.readouterr()
-        try:
-            code = main([str(arg) for arg in args])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return Run(code or 0, out, err)
-
-    return call
+    return commands.caller(main, capfd)
 
 
-def in_a_process(*args: object, code: str = "", **env: str) -> Run:
+def in_a_process(*args: object, code: str = "", **env: str) -> commands.Run:
     """The command as a user types it; `code` runs first, in the same process."""
     start = f"import runpy, sys; sys.argv = sys.argv[1:]\n{code}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
@@ -90,12 +67,12 @@ def in_a_process(*args: object, code: str = "", **env: str) -> Run:
         text=True,
         check=False,
     )
-    return Run(done.returncode, done.stdout, done.stderr)
+    return commands.Run(done.returncode, done.stdout, done.stderr)
 
 
 def test_the_files_go_to_the_cache_and_its_directory_is_printed(run, server, model, tmp_path):
     done = run("124M", "--base-url", server.url)
-    assert done == Run(0, f"{tmp_path / 'cache' / 'models' / '124M'}\n", "")
+    assert done == commands.Run(0, f"{tmp_path / 'cache' / 'models' / '124M'}\n", "")
     assert right_names(tmp_path / "cache" / "models" / "124M", model) == set(FILES)
     n_requests = len(server.requests)
     assert run("117M", "--base-url", server.url) == done
@@ -104,7 +81,7 @@ def test_the_files_go_to_the_cache_and_its_directory_is_printed(run, server, mod
 
 def test_the_books_layout_and_several_sizes_under_any_names(run, server, model, tmp_path):
     done = run("--models-dir", "gpt2", "--jobs", 1, "--base-url", f"{server.url}/", "GPT2", "gpt2-xl", "124M")
-    assert done == Run(0, f"{Path('gpt2/124M')}\n{Path('gpt2/1558M')}\n", "")
+    assert done == commands.Run(0, f"{Path('gpt2/124M')}\n{Path('gpt2/1558M')}\n", "")
     for size in ("124M", "1558M"):
         assert right_names(tmp_path / "gpt2" / size, model) == set(FILES)
     assert len(server.requests) == 2 * len(FILES)
@@ -114,7 +91,7 @@ def test_addresses_are_tried_in_turn_from_options_or_the_environment(run, server
     done = run("124M", "--models-dir", "a", "--base-url", f"{server.url}/none", "--base-url", server.url)
     assert (done.code, done.err) == (0, "")
     monkeypatch.setenv("GPT2_JAX_BASE_URL", f"{server.url}/none,{server.url}")
-    assert run("124M", "--models-dir", "b") == Run(0, f"{Path('b/124M')}\n", "")
+    assert run("124M", "--models-dir", "b") == commands.Run(0, f"{Path('b/124M')}\n", "")
     assert right_names(tmp_path / "b" / "124M", model) == set(FILES)
     assert len({asked.path for asked in server.requests}) == 2 * len(FILES)
 
@@ -169,7 +146,7 @@ def test_ctrl_c_ends_with_130(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(download, "fetch_verified", interrupted)
-    assert run("124M") == Run(130, "", "")
+    assert run("124M") == commands.Run(130, "", "")
 
 
 def test_help_says_everything_without_importing_jax():
@@ -181,7 +158,9 @@ def test_help_says_everything_without_importing_jax():
 
 
 def test_as_a_process_of_its_own(server, model, tmp_path):
-    inject = f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import fake_release; files = fake_release.embedded()"
+    inject = (
+        f"sys.path.insert(0, {str(commands.ROOT / 'tests')!r}); import fake_release; files = fake_release.embedded()"
+    )
     inject += "; fake_release.download.expectations = lambda size: fake_release.expectations(files)"
     done = in_a_process("345M", code=inject, GPT2_JAX_CACHE=str(tmp_path), GPT2_JAX_BASE_URL=server.url)
     assert (done.code, done.out) == (2, "")
@@ -189,5 +168,5 @@ def test_as_a_process_of_its_own(server, model, tmp_path):
     assert f"{server.url}/355M/" in done.err
     assert "404 Not Found" in done.err
     done = in_a_process("gpt2", code=inject, GPT2_JAX_CACHE=str(tmp_path), GPT2_JAX_BASE_URL=server.url)
-    assert done == Run(0, f"{tmp_path / 'models' / '124M'}\n", "")
+    assert done == commands.Run(0, f"{tmp_path / 'models' / '124M'}\n", "")
     assert right_names(tmp_path / "models" / "124M", model) == set(FILES)

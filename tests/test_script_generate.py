@@ -1,70 +1,30 @@
 """scripts/generate.py: text on stdout and nothing else there, one clear sentence and exit code 2 for any mistake."""
 
-import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
+import commands
 import pytest
 
 import gpt2_jax
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "scripts" / "generate.py"
 OPTIONS = ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--num-samples"]
-
-
-class Run(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def in_a_process(*args: str, cwd: Path, python: tuple[str, ...] = (), **env: str) -> Run:
-    """The command as a user types it, from a directory that is not the repository."""
-    done = subprocess.run(
-        [sys.executable, *python, str(SCRIPT), *args],
-        cwd=cwd,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"} | env,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
 def main():
     """The script's entry point, loaded from its path as nothing in the package may import it."""
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where tyro and dataclasses look up the annotations
-    try:
-        spec.loader.exec_module(module)
-        yield module.main
-    finally:
-        del sys.modules[spec.name]
+    with commands.loaded("generate") as script:
+        yield script.main
 
 
 @pytest.fixture
 def run(main, capfd):
     """Call the entry point in this process; what it and TensorFlow's C++ write is caught at the file descriptors."""
 
-    def call(*args: str) -> Run:
-        capfd.readouterr()
-        try:
-            code = main([str(arg) for arg in args])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return Run(code or 0, out, err)
-
-    return call
+    return commands.caller(main, capfd)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +49,7 @@ def model_lines(err: str) -> list[str]:
 
 def test_the_first_command_of_a_newcomer(tmp_path):
     """No arguments, another directory: text on stdout; on stderr one line with the model and the way to real ones."""
-    done = in_a_process(cwd=tmp_path)
+    done = commands.in_a_process("generate", cwd=tmp_path)
     assert done.code == 0, done.err
     assert len(done.out.strip()) > 20
     assert len(model_lines(done.err)) == 1, done.err
@@ -101,9 +61,9 @@ def test_greedy_output_is_prompt_and_continuation(tmp_path, run, expected):
     """Byte for byte what the library gives, as a process and in this one, whether the model is named or the default."""
     args = ["--prompt", "ROMEO:\nWhat light", "--max-new-tokens", "29", "--temperature", "0"]
     text = "ROMEO:\nWhat light" + expected("ROMEO:\nWhat light", max_new_tokens=29, temperature=0)[0] + "\n"
-    done = in_a_process(*args, cwd=tmp_path)
+    done = commands.in_a_process("generate", *args, cwd=tmp_path)
     assert (done.code, done.out) == (0, text), done.err
-    for model in ([], ["--model", ROOT / "models" / "shakespeare"]):
+    for model in ([], ["--model", commands.ROOT / "models" / "shakespeare"]):
         again = run(*args, *model)
         assert (again.code, again.out) == (0, text), again.err
 
@@ -162,7 +122,7 @@ def test_zero_new_tokens_give_the_prompt(run):
 
 def test_help_names_every_option_without_tensorflow(tmp_path):
     """--help exits 0, mentions every option, and imports nothing heavy to do so."""
-    done = in_a_process("--help", cwd=tmp_path, python=("-X", "importtime"))
+    done = commands.in_a_process("generate", "--help", cwd=tmp_path, python=("-X", "importtime"))
     assert done.code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", done.out)
     assert [option for option in OPTIONS if not re.search(rf"{option}(?![\w-])", plain)] == []
@@ -173,7 +133,7 @@ def test_help_names_every_option_without_tensorflow(tmp_path):
 
 def test_wrong_argument_in_a_process(tmp_path):
     """What the calls below check in this process also holds for the real one: exit code, empty stdout, no traceback."""
-    done = in_a_process("--top-p", "0", "--prompt", "x", cwd=tmp_path)
+    done = commands.in_a_process("generate", "--top-p", "0", "--prompt", "x", cwd=tmp_path)
     assert (done.code, done.out) == (2, "")
     assert "Traceback" not in done.err
     assert re.search("top.p", done.err)
@@ -182,7 +142,7 @@ def test_wrong_argument_in_a_process(tmp_path):
 # ---- what is refused
 
 
-def assert_refused(done: Run, culprit: str) -> None:
+def assert_refused(done: commands.Run, culprit: str) -> None:
     assert done.code == 2, done
     assert done.out == ""
     assert "Traceback" not in done.err
@@ -212,7 +172,7 @@ BAD_OPTIONS = [
     (["--num-samples=-3"], "num.samples"),
     (["--no-such-option=1"], "no-such-option"),
     (["--model", "no-such-model"], "no-such-model"),
-    (["--model", str(SCRIPT)], r"generate\.py"),
+    (["--model", str(commands.SCRIPTS / "generate.py")], r"generate\.py"),
     (["--model", ""], "."),
 ]
 

@@ -1,6 +1,5 @@
 """scripts/inspect_checkpoint.py: the report alone on stdout, whole at any width; one sentence and exit 2 for errors."""
 
-import importlib.util
 import io
 import json
 import os
@@ -8,8 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
+import commands
 import jax.numpy as jnp
 import pytest
 import rich.console
@@ -18,44 +17,23 @@ import tiny_models
 import gpt2_jax
 from gpt2_jax import inspection
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "inspect_checkpoint.py"
+SCRIPT = commands.SCRIPTS / "inspect_checkpoint.py"
 CONFIG = tiny_models.CONFIG
 ESCAPE = "\x1b"
-
-
-class Run(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
 def script():
     """The script, loaded from its path as nothing in the package may import it."""
-    spec = importlib.util.spec_from_file_location("inspect_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where tyro and dataclasses look up the annotations
-    try:
-        spec.loader.exec_module(module)
+    with commands.loaded("inspect_checkpoint") as module:
         yield module
-    finally:
-        del sys.modules[spec.name]
 
 
 @pytest.fixture
 def run(script, capfd):
     """Call the entry point in this process; what it and TensorFlow's C++ write is caught at the file descriptors."""
 
-    def call(*args) -> Run:
-        capfd.readouterr()
-        try:
-            code = script.main([str(arg) for arg in args])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capfd.readouterr()
-        return Run(code or 0, out, err)
-
-    return call
+    return commands.caller(script.main, capfd)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +235,7 @@ def test_a_reader_who_has_seen_enough(tiny, option):
 # ---- mistakes
 
 
-def assert_refused(done: Run, culprit: str) -> None:
+def assert_refused(done: commands.Run, culprit: str) -> None:
     assert done.code == 2
     assert done.out == ""
     assert done.err.startswith("gpt2-inspect: ")
