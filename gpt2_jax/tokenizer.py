@@ -217,7 +217,7 @@ def _byte_characters() -> dict[str, int]:
 
 def _read_text(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"no such vocabulary file: {path}")
+        raise FileNotFoundError(f"no such file: {path}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

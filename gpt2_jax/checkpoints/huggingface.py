@@ -7,7 +7,6 @@ that can be checked.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoints import safetensors
+from gpt2_jax.checkpoints.huggingface_tokenizer import write_json
 from gpt2_jax.checkpoints.integrity import (
     DamagedError,
     Leaves,
@@ -27,10 +27,9 @@ from gpt2_jax.checkpoints.integrity import (
 from gpt2_jax.config import HPARAMS, SIZES, GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, read_json
+from gpt2_jax.tokenizer import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
 ROOT = "transformer."
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old files hold as if it were weights
 
@@ -215,93 +214,4 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
         "n_inner": None,
         "use_cache": True,
     }
-    _write_json(directory / "config.json", fields)
-
-
-def read_tokenizer(directory: Path) -> Tokenizer:
-    """Read vocab.json and merges.txt, or tokenizer.json where those are not there.
-
-    Raises:
-      FileNotFoundError: a file is not there.
-      ValueError: a file is malformed, or describes something other than GPT-2's byte-level BPE.
-
-    """
-    settings = directory / "tokenizer_config.json"
-    asked = read_json(settings) if settings.is_file() else {}
-    for field in ("add_prefix_space", "add_bos_token"):
-        if isinstance(asked, dict) and asked.get(field):
-            raise ValueError(f"{settings} asks for {field} = {asked[field]!r}, which is not GPT-2's way to read a text")
-    if (directory / "vocab.json").is_file() or not (directory / "tokenizer.json").is_file():
-        added = directory / "added_tokens.json"
-        more = read_json(added) if added.is_file() else {}
-        return Tokenizer.from_files(directory / "vocab.json", directory / "merges.txt", more)
-    path = directory / "tokenizer.json"
-    fields = read_json(path)
-    try:
-        model, splitter = fields["model"], fields["pre_tokenizer"]
-        byte_level = (
-            splitter["type"] == "ByteLevel" and not splitter["add_prefix_space"] and splitter.get("use_regex", True)
-        )
-        plain = model.get("type", "BPE") == "BPE" and not fields.get("normalizer") and not model.get("dropout")
-        plain = plain and not model.get("ignore_merges")
-        plain = plain and (fields.get("post_processor") or {"type": "ByteLevel"})["type"] == "ByteLevel"
-        added = {token["content"]: token["id"] for token in fields.get("added_tokens", [])}
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-        tokens = model["vocab"] | added
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} does not describe a byte-level BPE: its model (vocab, merges), pre_tokenizer or added_tokens are "
-            "not as Hugging Face tokenizers writes them"
-        ) from error
-    if not byte_level or not plain:
-        raise ValueError(f"{path} splits text in another way than GPT-2's byte-level BPE")
-    return Tokenizer(tokens, merges, path, path, first_line=1)
-
-
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
-    """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, and set the ids in config.json."""
-    tokenizer.to_files(directory / "vocab.json", directory / "merges.txt")
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    _write_json(
-        directory / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i, "content": token, **plain} for token, i in tokenizer.added.items()],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": byte_level | {"trim_offsets": False},
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": "",
-                "end_of_word_suffix": "",
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": tokenizer.tokens,
-                "merges": [f"{left} {right}" for left, right in tokenizer.merges],
-            },
-        },
-    )
-    _write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": n_ctx,
-            "add_prefix_space": False,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-        },
-    )
-    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    _write_json(directory / "config.json", fields | {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot})
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", fields)

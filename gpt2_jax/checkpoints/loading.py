@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import copies, download, huggingface, orbax, tensorflow
+from gpt2_jax.checkpoints import copies, download, huggingface, huggingface_tokenizer, orbax, tensorflow
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DamagedError, Leaves, count_strange
 from gpt2_jax.checkpoints.progress import shown
 from gpt2_jax.checkpoints.sources import form_of, locate, size_meant
@@ -145,8 +145,8 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     directory = locate(source, "tokenizer")
     if _any_of(directory, OPENAI_VOCABULARY):
         tokenizer = Tokenizer.from_files(*(directory / name for name in OPENAI_VOCABULARY))
-    elif _any_of(directory, huggingface.VOCABULARY):
-        tokenizer = huggingface.read_tokenizer(directory)
+    elif _any_of(directory, huggingface_tokenizer.VOCABULARY):
+        tokenizer = huggingface_tokenizer.read(directory)
     else:
         raise FileNotFoundError(
             f"{directory} holds no vocabulary: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
@@ -167,7 +167,7 @@ def has_vocabulary(source: str | os.PathLike) -> bool:
       as `load_tokenizer`.
 
     """
-    return _any_of(locate(source, "tokenizer"), (*OPENAI_VOCABULARY, *huggingface.VOCABULARY))
+    return _any_of(locate(source, "tokenizer"), (*OPENAI_VOCABULARY, *huggingface_tokenizer.VOCABULARY))
 
 
 def _any_of(directory: Path, names: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import huggingface, orbax, tensorflow
+from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, tensorflow
 from gpt2_jax.checkpoints.folders import expanded, replacing
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES
 from gpt2_jax.config import GPT2Config
@@ -74,7 +74,7 @@ def save(
         with replacing(directory, check) as temporary:
             WRITERS[format](temporary, config, flat)
             if tokenizer is not None and format == "huggingface":
-                huggingface.write_tokenizer(temporary, tokenizer, config.n_ctx)
+                huggingface_tokenizer.write(temporary, tokenizer, config.n_ctx)
             elif tokenizer is not None:
                 tokenizer.to_files(temporary / "encoder.json", temporary / "vocab.bpe")
     except FileExistsError:
