@@ -9,6 +9,7 @@ import pytest
 
 import gpt2_jax
 from gpt2_jax.checkpoints import download
+from gpt2_jax.checkpoints.release import INDEX
 
 NAMES = ("124M", "117M", "gpt2", "GPT2", "124m")
 
@@ -59,6 +60,21 @@ def test_a_wrong_file_is_fetched_again(server, tmp_path, shakespeare):
     np.testing.assert_array_equal(
         forward.logits_of(config, params, tokens_BT), forward.logits_of(*shakespeare, tokens_BT)
     )
+
+
+@pytest.mark.parametrize("call", ["load", "download_and_load_gpt2"])
+def test_weights_that_turn_out_damaged_are_fetched_once_more(server, tmp_path, shakespeare, call):
+    """Of the right size, so that only a tensor's checksum tells."""
+    directory = tmp_path / ("cache/models" if call == "load" else "gpt2") / "124M"
+    download.fetch("124M", directory)
+    data = directory / "model.ckpt.data-00000-of-00001"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    n = len(server.requests)
+    _, params = getattr(gpt2_jax, call)("124M")
+    np.testing.assert_array_equal(params["wte"], shakespeare[1]["wte"])
+    assert {request.path for request in server.requests[n:]} == {f"/124M/{name}" for name in (data.name, INDEX)}
 
 
 def test_a_size_takes_the_options_of_load(server):
