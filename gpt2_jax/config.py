@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 BOOK_WORDS = {  # of the build-an-LLM books' configs; their drop_rate and qkv_bias come on top
     "vocab_size": "n_vocab",
     "context_length": "n_ctx",
@@ -63,7 +64,7 @@ class GPT2Config:
             object.__setattr__(self, name, int(value))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        for name in DROPOUT_RATES:
             rate = getattr(self, name)
             if isinstance(rate, bool) or not isinstance(rate, int | float | np.floating) or not 0 <= rate < 1:
                 raise ValueError(f"{name} must be a rate in [0, 1), not {rate!r}")
@@ -98,7 +99,7 @@ class GPT2Config:
         _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"))
         rate = settings["drop_rate"]
         hparams = {ours: settings[word] for word, ours in BOOK_WORDS.items()}
-        return cls(**hparams, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate, qkv_bias=settings["qkv_bias"])
+        return cls(**hparams, **dict.fromkeys(DROPOUT_RATES, rate), qkv_bias=settings["qkv_bias"])
 
     def to_hparams(self) -> dict[str, int]:
         """Return the contents of OpenAI's hparams.json."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import checkpoint_forms as forms
 import jax
 import numpy as np
 import pytest
@@ -18,11 +19,7 @@ DATA = "model.ckpt.data-00000-of-00001"
 @pytest.fixture(scope="module", autouse=True)
 def _tensorflow():
     """Import TensorFlow once, with the warnings that are its own affair let through."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow  # noqa: F401
+    forms.import_tensorflow()
 
 
 @pytest.fixture

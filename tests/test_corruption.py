@@ -24,10 +24,10 @@ from checkpoint_forms import DATA, SAFETENSORS
 
 import gpt2_jax
 from gpt2_jax.checkpoints import integrity
+from gpt2_jax.config import DROPOUT_RATES
 
 # About 20 kB, so that names, shapes and offsets are hit often; n_head is 3, and changes to 1, 2, 4 and 6 are possible.
 CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=11, n_embd=12, n_head=3, n_layer=2)
-RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 SUBJECTS = ("tensorflow", "huggingface", "orbax", "copy")
 
 
@@ -73,7 +73,7 @@ class Subject:
             if difference := forms.difference(params, self.flat):
                 return f"SILENT: {difference}"
             # Dropout rates are the reader's to change in Hugging Face's config.json; they are no part of the weights.
-            rates = {name: getattr(self.config, name) for name in RATES} if self.form == "huggingface" else {}
+            rates = {name: getattr(self.config, name) for name in DROPOUT_RATES} if self.form == "huggingface" else {}
             if config.replace(**rates) == self.config:
                 return "rebuilt" if self.form == "copy" and self._rebuilt(damaged) else "harmless"
             only_heads = config.replace(n_head=self.config.n_head) == self.config

@@ -1,8 +1,8 @@
 """Fetched weights are read through TensorFlow, which checks every tensor; what is damaged is fetched once more."""
 
 import json
-import warnings
 
+import checkpoint_forms as forms
 import fake_release
 import misbehaving_server as server_that
 import pytest
@@ -15,9 +15,7 @@ from gpt2_jax.checkpoints.release import DATA, FILES, INDEX
 @pytest.fixture(scope="module", autouse=True)
 def _tensorflow():
     """Import TensorFlow once, with the warnings that are its own affair let through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow  # noqa: F401
+    forms.import_tensorflow()
 
 
 @pytest.fixture(scope="module")

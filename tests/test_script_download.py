@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
+import checkpoint_forms as forms
 import commands
 import fake_release
 import misbehaving_server as server_that
@@ -22,9 +22,7 @@ OPTIONS = ["--models-dir", "--base-url", "--jobs", "--verify", "--no-verify"]
 @pytest.fixture(scope="module", autouse=True)
 def _tensorflow():
     """Import TensorFlow once, with the warnings that are its own affair let through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow  # noqa: F401
+    forms.import_tensorflow()
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def download_and_load_gpt2(
 
     config, flat = read_release(size, expanded(models_dir) / size, use)
     strange = {name: n for name, array in flat.items() if (n := count_strange(array))}
-    warn_of_strange(strange, "these weights hold NaN or infinite values")
+    warn_of_strange(strange, "these weights hold NaN or infinite values", stacklevel=3)
     return config.to_hparams(), to_blocks(unflatten(flat))
 
 

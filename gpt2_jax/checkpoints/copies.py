@@ -35,10 +35,10 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         opened = None
         warnings.warn(f"{error}; made anew from {directory}", stacklevel=2)
     if opened is None:
-        config, arrays = _make(directory)
+        config, arrays = _make(directory, source)
         return config, _drain(arrays)
     config, leaves = opened
-    return config, _or_made_anew(directory, leaves)
+    return config, _or_made_anew(directory, source, leaves)
 
 
 def read_config(directory: Path) -> GPT2Config | None:
@@ -70,7 +70,7 @@ def _open(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, Leave
     return config, leaves
 
 
-def _or_made_anew(directory: Path, leaves: Leaves) -> Leaves:
+def _or_made_anew(directory: Path, source: dict[str, object], leaves: Leaves) -> Leaves:
     """Yield the copy's tensors; from where one turns out damaged, the original's."""
     done = set()
     try:
@@ -80,12 +80,12 @@ def _or_made_anew(directory: Path, leaves: Leaves) -> Leaves:
         return
     except (DamagedError, OSError) as error:
         warnings.warn(f"{error}; made anew from {directory}", stacklevel=2)
-    _, arrays = _make(directory)
+    _, arrays = _make(directory, source)
     yield from ((name, array) for name, array in _drain(arrays) if name not in done)
 
 
-def _make(directory: Path) -> tuple[GPT2Config, dict[str, np.ndarray]]:
-    source = _fingerprint(directory)  # before the reading: a change in the middle makes the copy useless, not wrong
+def _make(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, dict[str, np.ndarray]]:
+    """Read the original and keep a copy; `source` is from before: a change since makes the copy useless, not wrong."""
     config, leaves = tensorflow.read(directory)
     arrays = dict(shown(leaves, config, directory))
     manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gpt2_jax.checkpoints import tensorflow
-from gpt2_jax.checkpoints.folders import cache_dir
+from gpt2_jax.checkpoints.folders import cache_dir, expanded
 from gpt2_jax.checkpoints.parallel import bars, in_threads
 from gpt2_jax.checkpoints.release import (
     DATA,
@@ -103,8 +103,7 @@ def fetch_verified(
 
     """
     plan = _plan(size, directory, files, base_urls, **patience)
-    if "[" in str(plan.directory):  # no damage, and better told before the download than after it
-        raise ValueError(f"{plan.directory}: TensorFlow takes [ in a path for a pattern; choose another folder")
+    tensorflow.check_path(plan.directory)  # no damage, and better told before the download than after it
     fetch(size, plan.directory, files, plan.bases, progress=progress, **patience)
     with contextlib.suppress(ValueError, FileNotFoundError):
         verify(plan.directory)
@@ -128,7 +127,7 @@ def verify(directory: str | os.PathLike) -> None:
       ValueError: a file is damaged, or the tensors are not those that hparams.json describes.
 
     """
-    _, leaves = tensorflow.read(Path(directory).expanduser())
+    _, leaves = tensorflow.read(expanded(directory))
     for _ in leaves:
         pass
 
@@ -191,7 +190,7 @@ def _plan(
             raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
     if not all(isinstance(value, int | float) and 0 <= value < 1e6 for value in (timeout, backoff)) or timeout == 0:
         raise ValueError(f"timeout must be seconds above 0, and backoff 0 or more, not {timeout!r} and {backoff!r}")
-    directory = cache_dir() / "models" / known if directory is None else Path(directory).expanduser()
+    directory = cache_dir() / "models" / known if directory is None else expanded(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is not a directory: files cannot be put there")
     patience = {"timeout": timeout, "attempts": attempts, "backoff": backoff}

@@ -19,7 +19,7 @@ ABANDONED = 24 * 3600  # seconds after which nobody can still be writing under a
 def cache_dir() -> Path:
     """Return the folder for downloads and copies: $GPT2_JAX_CACHE, else gpt2-jax in $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("GPT2_JAX_CACHE"):
-        return Path(own).expanduser()
+        return expanded(own)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "gpt2-jax"
     try:

@@ -24,7 +24,7 @@ from gpt2_jax.checkpoints.integrity import (
     stored_dtype,
     write_manifest,
 )
-from gpt2_jax.config import HPARAMS, SIZES, GPT2Config
+from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
 from gpt2_jax.tokenizer import read_json
@@ -40,7 +40,6 @@ HPARAM_NAMES = {
     "n_head": "n_head",
     "n_layer": "n_layer",
 }
-RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 ARITHMETIC = {  # what each field must say, the first value being what its absence means
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -79,7 +78,7 @@ def read_config(directory: Path) -> GPT2Config:
             raise ValueError(f"{path} asks for {field} = {value!r}, which is not GPT-2's arithmetic ({allowed[0]!r})")
     if missing := [name for name in HPARAM_NAMES.values() if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    rates = {name: fields[name] for name in RATES if name in fields}
+    rates = {name: fields[name] for name in DROPOUT_RATES if name in fields}
     try:
         config = GPT2Config(**{ours: fields[theirs] for ours, theirs in HPARAM_NAMES.items()}, **rates)
     except ValueError as error:
@@ -202,7 +201,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     manifest = write_manifest(config, {key: sha256(array) for key, array in arrays.items()})
     safetensors.write(directory / WEIGHTS, arrays, {"format": "pt", "gpt2_jax": manifest})
     fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in HPARAM_NAMES.items()}
-    fields |= {name: getattr(config, name) for name in RATES}
+    fields |= {name: getattr(config, name) for name in DROPOUT_RATES}
     fields |= {field: values[0] for field, values in ARITHMETIC.items() if values[0] not in (None, {})}
     end_of_text = min(config.n_vocab, SIZES["124M"].n_vocab) - 1  # the last id, or GPT-2's where rows were added
     fields |= {

@@ -11,13 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.config import HPARAMS, GPT2Config
+from gpt2_jax.config import DROPOUT_RATES, HPARAMS, GPT2Config
 
 Leaves = Iterator[tuple[str, np.ndarray]]
 """Every parameter once: its flat name ("h0/attn/c_attn/w") and its array on the host, in the params tree's shape."""
 
 STORED_DTYPES = ("float32", "bfloat16", "float16")
-KEPT = (*HPARAMS, "embd_pdrop", "attn_pdrop", "resid_pdrop", "qkv_bias")
+KEPT = (*HPARAMS, *DROPOUT_RATES, "qkv_bias")
 
 
 class DamagedError(ValueError):

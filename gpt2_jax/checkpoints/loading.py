@@ -96,17 +96,17 @@ def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding:
         if n_strange := count_strange(array):
             (strange if count_strange(stored) else overflown)[name] = n_strange
         flat[name] = jax.device_put(array, sharding[name] if isinstance(sharding, Mapping) else sharding)
-    warn_of_strange(strange, "these weights hold NaN or infinite values")
-    warn_of_strange(overflown, f"values too large for {dtype} have become infinite")
+    warn_of_strange(strange, "these weights hold NaN or infinite values", stacklevel=5)  # 5: who called `load`
+    warn_of_strange(overflown, f"values too large for {dtype} have become infinite", stacklevel=5)
     return config if dtype is None else config.replace(param_dtype=dtype), unflatten(flat)
 
 
-def warn_of_strange(counts: Mapping[str, int], what: str) -> None:
+def warn_of_strange(counts: Mapping[str, int], what: str, stacklevel: int) -> None:
     """Warn of tensors, whose names `counts` maps to how many of their values it is about; none is no warning."""
     if counts:
         told = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:5])
         more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
-        warnings.warn(f"{what}: {told}{more}", stacklevel=5)  # for who called `load`
+        warnings.warn(f"{what}: {told}{more}", stacklevel=stacklevel)
 
 
 def load_config(source: str | os.PathLike) -> GPT2Config:

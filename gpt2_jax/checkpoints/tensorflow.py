@@ -102,7 +102,7 @@ def check_path(path: Path) -> None:
 
     """
     if "[" in str(path.resolve()):
-        raise ValueError(f"{path}: TensorFlow and Orbax take [ in a path for a pattern; choose a folder without it")
+        raise ValueError(f"{path}: TensorFlow and Orbax take [ in a path for a pattern; choose another folder")
 
 
 def read_hparams(directory: Path) -> GPT2Config:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_jax.checkpoints.folders import expanded
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params, flatten
 
@@ -51,7 +52,7 @@ def plot(config: GPT2Config, params: Params, path: str | os.PathLike) -> None:
 
 def check_path(path: str | os.PathLike) -> Path:
     """Return the path of a picture that can be written; raises as `plot` does."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a picture's name must end in {', '.join(FORMATS)}")
     if path.is_dir():
