@@ -67,6 +67,9 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
             temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():  # threads of a library that failed may still have been writing there
+            time.sleep(0.5)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
