@@ -1,174 +1,276 @@
-"""Time greedy decoding against Hugging Face torch `generate`, on the same weights, in one run; print a table.
+"""Time greedy decoding against Hugging Face torch and CTranslate2, on the same weights, in one run; print a table.
 
-COMMAND: python benchmarks/decode.py --model DIR [--cases 1,64 8,512]     (needs the `parity` extra)
+COMMAND: python benchmarks/decode.py --random 124M [--model DIR] [--cases 1,64 8,512] [--output FILE.md]
 
-Each library lives in a process of its own, so that neither's threads disturb the other's, and the two take turns: a
-ratio is the median over rounds of (Hugging Face's time) / (ours). Prefill is a call for one token; ms a token is what
-each further token of a longer call adds. The floor is the bytes of the weights over the read bandwidth measured here.
+Needs Linux, the `parity` extra, and ctranslate2 for its two rows; of those that are not installed it says so. Every
+size, batch and prompt length that fits the memory is measured: the whole grid of 124M takes two hours on two CPU cores.
+
+Each library has a process of its own, fresh for every case, so that none's threads disturb another's, and they take
+turns. Arguments by argparse, weights by safetensors: a GPU machine often has neither tyro nor TensorFlow.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib.util
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
+from peers import PEERS, peak_bytes, prepare, start, survey, timed
+
+if TYPE_CHECKING:
+    from gpt2_jax import GPT2Config
+
+SIZES = ("124M", "355M", "774M", "1558M")
+GRID = [(n_rows, n_prompt) for n_rows in (1, 8, 64) for n_prompt in (64, 512, 960)]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what compiling takes is measured
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the libraries share one GPU
+}
+HEADINGS = "model, batch, prompt | library | prefill ms | ms/step | tok/s | MB/step | floor ms | x floor | compile s | "
+HEADINGS += "peak MB | prefill ratio | step ratio | same ids | rounds"
+LEGEND = """\
+Prefill is a call for one new token; a step is what each further token of a longer call adds, and gives every row one
+token. MB/step: the bytes a step must read, which are the weights once and the keys and values of the tokens so far; the
+floor is these bytes over the bandwidth above, and `x floor` the step over its floor. Compile: the first call less a
+later one like it, with no cache on disk. Ratio: the library's time over ours, the median over rounds. Same ids: rows
+that are ours, token for token.
+Peak MB: {peak}."""
+PEAK = {
+    "cpu": "of the process's resident memory once it has loaded, with its weights and its libraries' code",
+    "gpu": "of the device memory that the process's arrays took, from its start",
+}
+WIDTHS = {"float32": (4, 4), "bfloat16": (2, 2), "int8": (1, 4)}  # bytes of a weight, and of a key or value
+
+
+def parse_case(text: str) -> tuple[int, int]:
+    """Read "8,512"."""
+    try:
+        n_rows, n_prompt = map(int, text.split(","))
+    except ValueError:
+        n_rows = n_prompt = 0
+    if min(n_rows, n_prompt) < 1:
+        raise argparse.ArgumentTypeError(f"a case is rows,tokens, as 8,512, not {text!r}")
+    return n_rows, n_prompt
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", action="append", default=[], metavar="DIR", help="a checkpoint in any form; may be repeated")
+    add("--random", action="append", default=[], choices=SIZES, help="random weights of this size; may be repeated")
+    add("--cases", nargs="+", type=parse_case, default=GRID, metavar="B,P", help="rows, and tokens of each prompt")
+    add("--new-tokens", type=int, default=64, help="tokens that a call adds to each row, 2 or more")
+    add("--rounds", type=int, default=5, help="turns each library takes at each case")
+    add("--case-seconds", type=float, default=600, help="no further round of a case begins after so long")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our and torch's weights and products")
+    add("--peers", nargs="+", choices=PEERS, help="default: those for the device that are installed")
+    add("--output", type=Path, metavar="FILE.md", help="write the table there too")
+    args = parser.parse_args()
+    if not args.model + args.random:
+        parser.error("give --model DIR or --random SIZE")
+    if args.new_tokens < 2 or args.rounds < 1:
+        parser.error("--new-tokens must be 2 or more, --rounds 1 or more")
+    return args
+
+
+def worker() -> ProcessPoolExecutor:
+    """Return one fresh process."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def alone(call: Callable, *args: Any) -> Any:
+    """Run one call in a process of its own, which gives back all it took when it ends."""
+    with worker() as pool:
+        return pool.submit(call, *args).result()
 
 
 @dataclasses.dataclass
-class Args:
-    """Time greedy decoding against Hugging Face torch, on the same weights, in one run."""
+class Times:
+    """One library's times at one case, in seconds a call, one a round, and what else was seen of it."""
 
-    model: Path
-    """Directory of a checkpoint in OpenAI's layout (benchmarks/random_checkpoint.py makes one)."""
-    cases: tuple[str, ...] = ("1,64",)
-    """What to time: batch,prompt pairs, in rows and tokens."""
-    new_tokens: int = 64
-    """Tokens a call adds to each row."""
-    rounds: int = 5
-    """Turns each library takes at each case."""
+    first_call: float
+    ids: list[list[int]]
+    one: list[float] = dataclasses.field(default_factory=list)
+    whole: list[float] = dataclasses.field(default_factory=list)
+    peak: int = 0
 
-
-def load_ours(directory: Path) -> Callable[[np.ndarray, int], list[list[int]]]:
-    """Return greedy(prompts_BP, n_new) -> new ids, by this library."""
-    import gpt2_jax
-
-    config, params = gpt2_jax.load(directory)
-    return lambda prompts_BP, n_new: gpt2_jax.generate(config, params, prompts_BP, n_new, temperature=0)
+    def steps(self) -> list[float]:
+        """Return the seconds of a step, one a round."""
+        return [(whole - one) / (len(self.ids[0]) - 1) for one, whole in zip(self.one, self.whole, strict=True)]
 
 
-def load_hugging_face(directory: Path) -> Callable[[np.ndarray, int], list[list[int]]]:
-    """Return greedy(prompts_BP, n_new) -> new ids, by transformers on the same weights (its layout is ours too)."""
-    import torch
-    import transformers
+def measure(
+    names: list[str], folder: Path, args: argparse.Namespace, where: str, prompts_BP: np.ndarray
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Time one case: every library in turn, for `args.rounds` rounds or `args.case_seconds`.
 
-    import gpt2_jax
-    from gpt2_jax.checkpoints.huggingface import hugging_face_name
-    from gpt2_jax.params import flatten
+    Returns:
+      The times of the libraries that did it, and why the others did not.
 
-    config, params = gpt2_jax.load(directory)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_hparams())).eval()
-    state = {hugging_face_name(name): torch.from_numpy(np.array(array)) for name, array in flatten(params).items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) == {"lm_head.weight"}, missing  # tied to wte
-
-    def greedy(prompts_BP: np.ndarray, n_new: int) -> list[list[int]]:
-        with torch.no_grad():
-            prompts_BP = torch.from_numpy(prompts_BP)
-            ids = model.generate(
-                prompts_BP,
-                attention_mask=torch.ones_like(prompts_BP),
-                max_new_tokens=n_new,
-                min_new_tokens=n_new,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return ids[:, prompts_BP.shape[1] :].tolist()
-
-    return greedy
-
-
-PEERS = {"ours": load_ours, "Hugging Face": load_hugging_face}
-
-
-def start(peer: str, directory: Path) -> None:
-    """Load the model in a worker process."""
-    global greedy
+    """
     begin = time.perf_counter()
-    greedy = PEERS[peer](directory)
-    print(f"{peer}: loaded in {time.perf_counter() - begin:.1f} s, imports included", file=sys.stderr)
+    pools = {name: worker() for name in names}
+    times, failed = {}, {}
+
+    def take_turns(turn: Callable[[str, Callable], None]) -> None:
+        for name in [name for name in names if name not in failed]:
+            try:
+                turn(name, lambda *call, pool=pools[name]: pool.submit(*call).result())
+            except BrokenProcessPool:
+                failed[name] = "its process was killed; memory may have run out"
+            except Exception as error:  # whatever a library raises: it is told, and the others go on
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+    def first(name: str, call: Callable) -> None:
+        call(start, name, folder, PEERS[name].dtype or args.dtype, where)
+        times[name] = Times(*call(timed, prompts_BP, args.new_tokens))
+        call(timed, prompts_BP, 1)
+
+    def once_more(name: str, call: Callable) -> None:
+        times[name].one.append(call(timed, prompts_BP, 1)[0])
+        times[name].whole.append(call(timed, prompts_BP, args.new_tokens)[0])
+        times[name].peak = call(peak_bytes, where)
+
+    try:
+        take_turns(first)
+        for done in range(args.rounds):
+            if done == 0 or time.perf_counter() - begin < args.case_seconds:
+                take_turns(once_more)
+    finally:
+        for pool in pools.values():
+            pool.shutdown()
+    return {name: times[name] for name in names if name not in failed}, failed
 
 
-def timed(prompts_BP: np.ndarray, n_new: int) -> tuple[float, list[list[int]]]:
-    """Return the seconds of one call in a worker process, and its ids."""
-    begin = time.perf_counter()
-    ids = greedy(prompts_BP, n_new)
-    return time.perf_counter() - begin, ids
+def bytes_read(config: GPT2Config, dtype: str, n_rows: int, n_tokens: int) -> int:
+    """Return what a step must read: every matrix once, keys and values of `n_tokens` a row; of wpe, next to nothing."""
+    weight, key = WIDTHS[dtype]
+    n_weights = config.n_params - config.param_counts["wpe"]
+    return n_weights * weight + 2 * config.n_layer * n_rows * n_tokens * config.n_embd * key
 
 
-def read_bandwidth() -> float:
-    """Return bytes a second of summing 1 GiB with every core: the best of five."""
-    import torch
-
-    block = torch.ones(2**28)
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        block.sum()
-        seconds.append(time.perf_counter() - begin)
-    return block.nbytes / min(seconds)
+def bytes_held(config: GPT2Config, dtype: str, n_rows: int, n_tokens: int) -> int:
+    """Return the least that a library must hold: weights, keys and values of `n_tokens` a row, float32 logits."""
+    read = bytes_read(config, dtype, n_rows, n_tokens)
+    return read + config.param_counts["wpe"] * WIDTHS[dtype][0] + n_rows * config.n_vocab * 4
 
 
-def measure(pools: dict[str, ProcessPoolExecutor], args: Args, n_vocab: int, case: str) -> dict[str, float]:
-    """Time one case: every library in turn, `args.rounds` times, after a call to compile and warm up."""
-    n_rows, n_prompt = map(int, case.split(","))
-    prompts_BP = np.random.default_rng(0).integers(n_vocab, size=(n_rows, n_prompt))
-    first, per_token, compiling, same = {}, {}, {}, {}
-    for peer, pool in pools.items():
-        first[peer], per_token[peer] = [], []
-        compiling[peer], same[peer] = pool.submit(timed, prompts_BP, args.new_tokens).result()
-        pool.submit(timed, prompts_BP, 1).result()
-    for _ in range(args.rounds):
-        for peer, pool in pools.items():
-            one, _ = pool.submit(timed, prompts_BP, 1).result()
-            whole, _ = pool.submit(timed, prompts_BP, args.new_tokens).result()
-            first[peer].append(one)
-            per_token[peer].append((whole - one) / (args.new_tokens - 1))
-
-    def ratio(seconds: dict[str, list[float]]) -> float:
-        pairs = zip(seconds["Hugging Face"], seconds["ours"], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
-
-    result = {"ids equal": float(np.mean(np.equal(same["ours"], same["Hugging Face"])))}
-    for peer in pools:
-        result |= {
-            f"{peer} prefill": statistics.median(first[peer]),
-            f"{peer} token": statistics.median(per_token[peer]),
-            f"{peer} first call": compiling[peer],
-        }
-    return result | {"prefill ratio": ratio(first), "token ratio": ratio(per_token)}
+def why_not(config: GPT2Config, dtypes: list[str], n_rows: int, n_tokens: int, memory: int) -> str | None:
+    """Return why a case cannot run here, if it cannot."""
+    if n_tokens > config.n_ctx:
+        return f"prompt and new tokens make {n_tokens}, more than n_ctx = {config.n_ctx}"
+    held = sum(bytes_held(config, dtype, n_rows, n_tokens) for dtype in dtypes)
+    if held > memory:
+        needed, free = f"{held / 1e9:.1f} GB", f"{memory / 1e9:.1f}"
+        return f"weights, cache and logits of {len(dtypes)} libraries at once take {needed}, and {free} are free"
+    return None
 
 
-def main(args: Args) -> None:
+def table_rows(
+    times: dict[str, Times], config: GPT2Config, dtypes: dict[str, str], case: tuple[int, int], bandwidth: float
+):
+    """Yield the cells of each library, from `prefill ms` on."""
+    n_rows, n_prompt = case
+    ours = times.get("ours")
+
+    def ratio(theirs: list[float], ours: list[float]) -> str:
+        return f"{statistics.median(a / b for a, b in zip(theirs, ours, strict=False)):.2f}"
+
+    for name, mine in times.items():
+        step = statistics.median(mine.steps())
+        read = bytes_read(config, dtypes[name], n_rows, n_prompt + len(mine.ids[0]) // 2)
+        cells = [name, f"{statistics.median(mine.one) * 1e3:.0f}", f"{step * 1e3:.2f}", f"{n_rows / step:.0f}"]
+        cells += [f"{read / 1e6:.0f}", f"{read / bandwidth * 1e3:.2f}", f"{step * bandwidth / read:.2f}"]
+        cells += [f"{mine.first_call - statistics.median(mine.whole):.1f}", f"{mine.peak / 1e6:.0f}"]
+        if ours is None or name == "ours":
+            cells += [""] * 3
+        else:
+            same = np.mean([a == b for a, b in zip(mine.ids, ours.ids, strict=True)])
+            cells += [ratio(mine.one, ours.one), ratio(mine.steps(), ours.steps()), f"{same:.0%}"]
+        yield [*cells, str(len(mine.one))]
+
+
+def choose_peers(asked: list[str] | None, where: str) -> tuple[list[str], list[str]]:
+    """Return the libraries to time, and a line on each that is not installed."""
+    names = asked or [name for name, peer in PEERS.items() if where in peer.devices]
+    found = [name for name in names if importlib.util.find_spec(PEERS[name].package)]
+    return found, [f"{name}: {PEERS[name].package} is not installed" for name in names if name not in found]
+
+
+def versions() -> list[str]:
+    """Return the versions of the libraries that are installed."""
+    names = ("jax", "flax", "torch", "transformers", "ctranslate2")
+    return [f"{name} {version(name)}" for name in names if importlib.util.find_spec(name)]
+
+
+def command_line() -> str:
+    """Return the command that is running, without the folders of this machine."""
+    words = [f"DIR/{Path(word).name}" if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", "benchmarks/decode.py", *words])
+
+
+def main(args: argparse.Namespace) -> None:
     """Measure and print a Markdown table."""
+    os.environ |= ENVIRONMENT
     import gpt2_jax
 
-    config = gpt2_jax.load_config(args.model)
-    bandwidth = read_bandwidth()
-    floor = config.param_bytes / bandwidth
-    context = multiprocessing.get_context("spawn")
-    pools = {
-        peer: ProcessPoolExecutor(1, mp_context=context, initializer=start, initargs=(peer, args.model))
-        for peer in PEERS
-    }
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch", "transformers"))
-    print(
-        f"{config.n_params:,} parameters, float32, greedy, {args.new_tokens} new tokens, median of {args.rounds} rounds"
-    )
-    print(f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {packages}")
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s: the weights alone take {floor * 1e3:.1f} ms a step\n")
-    print("| batch, prompt | | prefill ms | ms/step | tok/s | first call s | prefill ratio | step ratio | same ids |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for case in args.cases:
-        result = measure(pools, args, config.n_vocab, case)
-        for peer in PEERS:
-            prefill, token = result[f"{peer} prefill"], result[f"{peer} token"]
-            row = [case, peer, f"{prefill * 1e3:.0f}", f"{token * 1e3:.1f}", f"{int(case.split(',')[0]) / token:.0f}"]
-            row += [f"{result[f'{peer} first call']:.1f}"]
-            ours = (f"{result['prefill ratio']:.2f}", f"{result['token ratio']:.2f}", f"{result['ids equal']:.0%}")
-            print("| " + " | ".join(row + list(ours if peer == "ours" else ("", "", ""))) + " |", flush=True)
+    lines = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+        if args.output:
+            args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    busy = os.getloadavg()[0]  # of others: peers whose threads wait for each other suffer from them more than we do
+    machine = alone(survey)
+    names, left_out = choose_peers(args.peers, machine.where)
+    dtypes = {name: PEERS[name].dtype or args.dtype for name in names}
+    say(f"# Greedy decoding, {args.dtype}\n\n    {command_line()}\n")
+    say(f"{machine.name}, Python {platform.python_version()}, {', '.join(versions())}.")
+    kind = "copy, read and written" if machine.where == "gpu" else "read"
+    say(f"Bandwidth measured in this run ({kind}): {machine.bandwidth / 1e9:.1f} GB/s. Load when it began: {busy:.1f}.")
+    say(f"{args.new_tokens} new tokens a row; times are medians over the rounds.\n")
+    say(LEGEND.format(peak=PEAK[machine.where]) + "\n")
+    say(f"| {HEADINGS} |\n|" + "---|" * (HEADINGS.count("|") + 1))
+    sources = [(source, False) for source in args.model] + [(size, True) for size in args.random]
+    for source, random in sources:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            hparams = alone(prepare, source, random, folder, any(name.startswith("ct2") for name in names))
+            config = gpt2_jax.GPT2Config.from_hparams(hparams)
+            for n_rows, n_prompt in args.cases:
+                label = f"{Path(source).name}, {n_rows}, {n_prompt}"
+                n_tokens = n_prompt + args.new_tokens
+                if reason := why_not(config, list(dtypes.values()), n_rows, n_tokens, machine.memory):
+                    left_out.append(f"{label}: {reason}")
+                    continue
+                prompts_BP = np.random.default_rng(0).integers(config.n_vocab, size=(n_rows, n_prompt))
+                times, failed = measure(names, folder, args, machine.where, prompts_BP)
+                left_out += [f"{label}, {name}: {reason}" for name, reason in failed.items()]
+                for cells in table_rows(times, config, dtypes, (n_rows, n_prompt), machine.bandwidth):
+                    say(f"| {label} | {' | '.join(cells)} |")
+    for line in left_out:
+        say(f"\nLeft out: {line}.")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args())

@@ -11,7 +11,7 @@ from gpt2_jax.checkpoints import (
     to_blocks,
 )
 from gpt2_jax.config import SIZES, GPT2Config
-from gpt2_jax.generate import generate
+from gpt2_jax.generation import generate, score, stream
 from gpt2_jax.kv_cache import KVCache, init_cache
 from gpt2_jax.model import GPT2, Output, abstract_params, init_params
 from gpt2_jax.tokenizer import Tokenizer
@@ -34,5 +34,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "save",
+    "score",
+    "stream",
     "to_blocks",
 ]

@@ -20,6 +20,7 @@ def attention(
     v_BNSH: jax.Array,
     mask_BTS: jax.Array,
     dropout: Callable[[jax.Array], jax.Array] = lambda weights_BNTS: weights_BNTS,
+    past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention; scores and softmax in float32 at least, whatever the inputs' dtype.
 
@@ -30,6 +31,7 @@ def attention(
       v_BNSH: values.
       mask_BTS: bool, True where query t may see slot s; a leading 1 broadcasts over the batch.
       dropout: applied to the attention weights [B, N, T, S].
+      past: k_BNHS, v_BNSH and mask_BTS of more slots, which stand before the others in one softmax over both.
 
     Returns:
       z_BTNH in the dtype of the queries. A query that may see nothing gets the mean of all values: finite, and without
@@ -37,8 +39,18 @@ def attention(
 
     """
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    scores_BNTS = jnp.einsum("BTNH,BNHS->BNTS", q_BTNH, k_BNHS, preferred_element_type=wide)
-    scores_BNTS = scores_BNTS / jnp.sqrt(jnp.asarray(q_BTNH.shape[-1], wide))
-    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, MASKED_SCORE)
-    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS, axis=-1))
-    return jnp.einsum("BNTS,BNSH->BTNH", weights_BNTS.astype(q_BTNH.dtype), v_BNSH)
+    parts = [(k_BNHS, v_BNSH, mask_BTS)] if past is None else [past, (k_BNHS, v_BNSH, mask_BTS)]
+
+    def scores(k_BNHS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+        scores_BNTS = jnp.einsum("BTNH,BNHS->BNTS", q_BTNH, k_BNHS, preferred_element_type=wide)
+        scores_BNTS = scores_BNTS / jnp.sqrt(jnp.asarray(q_BTNH.shape[-1], wide))
+        return jnp.where(mask_BTS[:, None], scores_BNTS, MASKED_SCORE)
+
+    scores_BNTS = jnp.concatenate([scores(k_BNHS, mask_BTS) for k_BNHS, _, mask_BTS in parts], axis=-1)
+    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS, axis=-1)).astype(q_BTNH.dtype)
+    weights = jnp.split(weights_BNTS, [past[0].shape[-1]], axis=-1) if past is not None else [weights_BNTS]
+    z_BTNH = sum(
+        jnp.einsum("BNTS,BNSH->BTNH", weights_BNTS, v_BNSH, preferred_element_type=wide)
+        for weights_BNTS, (_, v_BNSH, _) in zip(weights, parts, strict=True)
+    )
+    return z_BTNH.astype(q_BTNH.dtype)

@@ -5,6 +5,8 @@ Shape letters: B batch, T query, S cache slot, N heads, H head width.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +22,15 @@ class KVCache:
 
     Every row writes the same slots, so that one step is one slice; what a row pads is False in `mask_BS`.
 
+    What a loop carries and writes, XLA copies, here several times a step. So a decoding loop carries a few slots and
+    leaves the long rest in `past`, which it only reads; `merge` moves the few into it once they are full.
+
     Attributes:
       k_BNHS: keys, one array a layer, in `compute_dtype`.
       v_BNSH: values, one array a layer, in `compute_dtype`.
       mask_BS: bool, True where a slot holds a real token.
       length: int32 scalar, slots written so far.
+      past: the cache of earlier tokens, read and never written; None where this one holds all of them.
 
     """
 
@@ -32,11 +38,18 @@ class KVCache:
     v_BNSH: tuple[jax.Array, ...]
     mask_BS: jax.Array
     length: jax.Array
+    past: KVCache | None = None
 
     @property
     def n_slots(self) -> int:
-        """Number of slots, written or not."""
+        """Number of slots, written or not, without those of `past`."""
         return self.mask_BS.shape[1]
+
+    @property
+    def n_tokens_B(self) -> jax.Array:
+        """Number of real tokens of each row, those of `past` included."""
+        n_tokens_B = self.mask_BS.sum(-1, dtype=jnp.int32)
+        return n_tokens_B if self.past is None else n_tokens_B + self.past.n_tokens_B
 
 
 def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
@@ -69,27 +82,50 @@ def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int) 
     """
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache must be a KVCache, as init_cache makes it, not a {type(cache).__name__}")
-    needed = jax.eval_shape(lambda: init_cache(config, n_rows, cache.n_slots))
-    found, needed = ([f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(tree)] for tree in (cache, needed))
-    if found != needed:
-        held = ", ".join(found) or "nothing"
-        raise ValueError(f"the cache does not fit this model and {n_rows} rows of tokens: it holds {held}")
     if n_tokens > cache.n_slots:
         raise ValueError(f"{n_tokens} tokens do not fit a cache of {cache.n_slots} slots")
+    while cache is not None:
+        needed = jax.eval_shape(functools.partial(init_cache, config, n_rows, cache.n_slots))
+        found, needed = (
+            [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(tree)]
+            for tree in (cache.replace(past=None), needed)
+        )
+        if found != needed:
+            held = ", ".join(found) or "nothing"
+            raise ValueError(f"the cache does not fit this model and {n_rows} rows of tokens: it holds {held}")
+        cache = cache.past
 
 
-def extend_cache(cache: KVCache, n_more: int) -> KVCache:
-    """Return the cache with `n_more` empty slots added at the end."""
+def insert(cache: KVCache, other: KVCache, row_G: jax.Array) -> KVCache:
+    """Return the cache with the rows `row_G` replaced by those of another, at most as long: their slots come first."""
+    n_slots = other.n_slots
 
-    def pad(array: jax.Array, axis: int) -> jax.Array:
-        widths = [(0, 0)] * array.ndim
-        widths[axis] = (0, n_more)
-        return jnp.pad(array, widths)
+    def put(array: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        index = (row_G, *[slice(None)] * (axis - 1), slice(0, n_slots))
+        return array.at[index].set(new)
 
     return cache.replace(
-        k_BNHS=tuple(pad(k_BNHS, 3) for k_BNHS in cache.k_BNHS),
-        v_BNSH=tuple(pad(v_BNSH, 2) for v_BNSH in cache.v_BNSH),
-        mask_BS=pad(cache.mask_BS, 1),
+        k_BNHS=tuple(put(*pair, axis=3) for pair in zip(cache.k_BNHS, other.k_BNHS, strict=True)),
+        v_BNSH=tuple(put(*pair, axis=2) for pair in zip(cache.v_BNSH, other.v_BNSH, strict=True)),
+        mask_BS=put(cache.mask_BS.at[row_G].set(False), other.mask_BS, axis=1),
+    )
+
+
+def merge(past: KVCache, recent: KVCache) -> KVCache:
+    """Return `past` with the tokens of `recent` behind each row's own, which must be its first slots.
+
+    Past the tokens there must be as many slots as `recent` has, written or not.
+    """
+    n_tokens_B = past.n_tokens_B
+
+    def put(array: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        write = functools.partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
+        return jax.vmap(write)(array, new, n_tokens_B)
+
+    return past.replace(
+        k_BNHS=tuple(put(*pair, axis=3) for pair in zip(past.k_BNHS, recent.k_BNHS, strict=True)),
+        v_BNSH=tuple(put(*pair, axis=2) for pair in zip(past.v_BNSH, recent.v_BNSH, strict=True)),
+        mask_BS=put(past.mask_BS, recent.mask_BS, axis=1),
     )
 
 

@@ -86,6 +86,7 @@ class Attention(nn.Module):
         mask_BTS: jax.Array,
         kv: tuple[jax.Array, jax.Array] | None = None,
         start: jax.Array | int = 0,
+        past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attend over the slots of this layer, the T new ones written from `start` on.
@@ -95,6 +96,7 @@ class Attention(nn.Module):
           mask_BTS: bool, True where query t may see slot s.
           kv: this layer's k_BNHS and v_BNSH of a cache; None means that the T new tokens are all there is (S = T).
           start: the first slot to write in `kv`.
+          past: k_BNHS, v_BNSH and mask_BTS of earlier slots, if the cache has them apart.
           deterministic: no dropout.
 
         Returns:
@@ -110,7 +112,7 @@ class Attention(nn.Module):
         if kv is not None:
             k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
         dropout = nn.Dropout(config.attn_pdrop, deterministic=deterministic)
-        z_BTD = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout).reshape(x_BTD.shape)
+        z_BTD = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past).reshape(x_BTD.shape)
         out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTD)
         return nn.Dropout(config.resid_pdrop)(out_BTD, deterministic), (k_BNHS, v_BNSH)
 
@@ -141,11 +143,12 @@ class Block(nn.Module):
         mask_BTS: jax.Array,
         kv: tuple[jax.Array, jax.Array] | None = None,
         start: jax.Array | int = 0,
+        past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Return the residual stream after this layer, and its new (k_BNHS, v_BNSH); arguments as Attention's."""
         h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD)
-        h_BTD, kv = Attention(self.config, name="attn")(h_BTD, mask_BTS, kv, start, deterministic)
+        h_BTD, kv = Attention(self.config, name="attn")(h_BTD, mask_BTS, kv, start, past, deterministic)
         x_BTD = x_BTD + h_BTD
         h_BTD = LayerNorm(self.config, name="ln_2")(x_BTD)
         return x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic), kv
@@ -208,7 +211,7 @@ class GPT2(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the residual stream after ln_f [B, T, D], and the new cache; arguments as `__call__`'s."""
         tokens_BT, mask_BT = self._check(tokens_BT, mask_BT, cache, deterministic)
-        start, n_tokens_B1 = (0, 0) if cache is None else (cache.length, cache.mask_BS.sum(-1, keepdims=True))
+        start, n_tokens_B1 = (0, 0) if cache is None else (cache.length, cache.n_tokens_B[:, None])
         position_BT = jnp.where(mask_BT, n_tokens_B1 + jnp.cumsum(mask_BT, axis=-1) - 1, 0)
         if cache is None:
             mask_BS = mask_BT
@@ -223,11 +226,14 @@ class GPT2(nn.Module):
         new_kv = []
         for i in range(self.config.n_layer):
             kv = None if cache is None else (cache.k_BNHS[i], cache.v_BNSH[i])
-            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, deterministic)
+            past = None
+            if cache is not None and cache.past is not None:
+                past = (cache.past.k_BNHS[i], cache.past.v_BNSH[i], cache.past.mask_BS[:, None])
+            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, past, deterministic)
             new_kv.append(kv)
         if cache is not None:
             k_BNHS, v_BNSH = zip(*new_kv, strict=True)
-            cache = KVCache(k_BNHS, v_BNSH, mask_BS, start + tokens_BT.shape[1])
+            cache = KVCache(k_BNHS, v_BNSH, mask_BS, start + tokens_BT.shape[1], cache.past)
         return self.ln_f(x_BTD), cache
 
     def unembed(self, h_BTD: jax.Array) -> jax.Array:

@@ -134,6 +134,21 @@ class Tokenizer:
                 raise ValueError(f"id {i} is outside the vocabulary of {self.n_vocab} ids")
         return self._encoding.decode(ids, errors="replace")
 
+    def token_bytes(self, id: int) -> bytes:
+        """Return the bytes of one token, which need not be whole characters.
+
+        Raises:
+          ValueError: the id is not a whole number in [0, n_vocab).
+
+        """
+        try:
+            i = operator.index(id)
+        except TypeError as error:
+            raise ValueError(f"an id must be a whole number, not {id!r}") from error
+        if not 0 <= i < self.n_vocab:
+            raise ValueError(f"id {i} is outside the vocabulary of {self.n_vocab} ids")
+        return self._encoding.decode_single_token_bytes(i)
+
 
 def _cut_long_runs(text: str) -> Iterable[str]:
     """Cut a text where a token ends in any case: around long runs of whitespace, before their last character.

@@ -15,8 +15,8 @@ LEVELS = [
     {"config", "params", "sampling", "tokenizer", "attention"},
     {"kv_cache"},
     {"model", "sharding"},
-    {"generate", "checkpoints"},
-    {"evaluate", "research", "inspection"},
+    {"generation", "checkpoints"},
+    {"evaluate", "research", "inspection", "compilation"},
     {"training"},
     {"scripts", "benchmarks", "examples"},
 ]
@@ -70,7 +70,7 @@ def test_the_arrows_can_tell_wrong_from_right():
     assert may_import("scripts", "gpt2_jax")
     assert not may_import("model", "gpt2_jax.tokenizer.Tokenizer")
     assert not may_import("sampling", "gpt2_jax.config.GPT2Config")
-    assert not may_import("generate", "gpt2_jax.checkpoints.load")
+    assert not may_import("generation", "gpt2_jax.checkpoints.load")
     assert not may_import("model", "gpt2_jax.GPT2Config")
 
 

@@ -10,13 +10,17 @@ import pytest
 
 import gpt2_jax
 
-OPTIONS = ["--model", "--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--num-samples"]
+OPTIONS = [
+    "--model", "--prompt", "--prompt-file", "--input", "--output", "--interactive", "--max-new-tokens", "--temperature",
+    "--top-k", "--top-p", "--top-p-rule", "--min-p", "--repetition-penalty", "--seed", "--num-samples", "--stop",
+    "--stop-at-eot", "--no-stop-at-eot", "--overflow", "--logprobs", "--dtype", "--echo", "--no-echo", "--batch-size",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def main():
     """The script's entry point, loaded from its path as nothing in the package may import it."""
-    with commands.loaded("generate") as script:
+    with commands.config_of_jax_kept(), commands.loaded("generate") as script:
         yield script.main
 
 

@@ -178,6 +178,37 @@ def test_decode_refuses_what_are_no_ids(tokenizer, ids):
         tokenizer.decode(ids)
 
 
+# ---- the bytes of one token
+
+
+def test_token_bytes(vocabulary):
+    """Every token's bytes are those its name in encoder.json spells, and the special token's its name's."""
+    ours = [vocabulary.ours.token_bytes(i) for i in range(vocabulary.ours.n_vocab)]
+    assert ours == vocabulary.token_bytes
+    assert ours[vocabulary.ours.eot] == EOT.encode()
+    assert vocabulary.ours.token_bytes(vocabulary.ours.n_vocab - 2) == ours[-2]
+
+
+def test_token_bytes_of_an_added_token(tokenizer):
+    """A token added after `<|endoftext|>` is its name, in UTF-8."""
+    padded = gpt2_jax.Tokenizer({**tokenizer.tokens, "[P\xc4D]": tokenizer.n_vocab}, tokenizer.merges)
+    assert padded.token_bytes(tokenizer.n_vocab) == "[P\xc4D]".encode()
+    assert padded.decode([tokenizer.n_vocab]) == "[P\xc4D]"
+
+
+def test_token_bytes_of_an_array_element(tokenizer, reference):
+    row = reference["greedy"][0]
+    assert b"".join(map(tokenizer.token_bytes, row)).decode("utf-8", "replace") == tokenizer.decode(row)
+
+
+@pytest.mark.parametrize("bad", [1281, -1, 2**64, -(2**63), "17", 1.5, None, b"a", [5]])
+def test_token_bytes_refuses_what_is_no_id(tokenizer, bad):
+    with pytest.raises(ValueError, match="id") as caught:
+        tokenizer.token_bytes(bad)
+    assert str(bad) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 # ---- no download, no cache
 
 

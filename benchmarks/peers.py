@@ -1,0 +1,245 @@
+"""What benchmarks/decode.py runs in processes of their own: a look at the machine, and the libraries it times.
+
+Every loader returns greedy(prompts_BP, n_new), which gives the new ids once they are on the host, so that whoever times
+it has waited for the device. Nothing stops a row early. No library is imported but in the process that needs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Greedy = Callable[[np.ndarray, int], list[list[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where this runs: "cpu" or "gpu", its name, its bandwidth in bytes a second, and bytes of memory to be had."""
+
+    where: str
+    name: str
+    bandwidth: float
+    memory: int
+
+
+def survey() -> Machine:
+    """Look at the machine."""
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        return Machine("gpu", device.device_kind, copy_bandwidth(), device.memory_stats()["bytes_limit"])
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    name = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
+    return Machine("cpu", name, read_bandwidth(), int(available.split()[1]) * 1024)
+
+
+def read_bandwidth() -> float:
+    """Return bytes a second of going through 1 GiB with every core: the best of seven."""
+    import torch
+
+    block = torch.ones(2**28)
+    return block.nbytes / best_of(7, block.sum)
+
+
+def copy_bandwidth() -> float:
+    """Return bytes a second, read and written, of copying 4 GiB on the device: the best of seven."""
+    import jax
+    import jax.numpy as jnp
+
+    copy = jax.jit(lambda x: x + 1)
+    block = copy(jnp.zeros(2**30))
+    return 2 * block.nbytes / best_of(7, lambda: copy(block).block_until_ready())
+
+
+def best_of(n: int, call: Callable[[], Any]) -> float:
+    """Return the seconds of the fastest of n calls."""
+    seconds = []
+    for _ in range(n):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def prepare(source: str, random: bool, folder: Path, with_ctranslate2: bool) -> dict[str, int]:
+    """Write the same float32 weights as every library reads them, and return the model's hparams.
+
+    In `folder`, hf is Hugging Face's form, and ct2 CTranslate2's, where it is wanted. Runs on the CPU.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    import gpt2_jax
+
+    if random:
+        config = gpt2_jax.SIZES[source]
+        params = gpt2_jax.init_params(config, jax.random.key(0))
+    else:
+        config, params = gpt2_jax.load(source, dtype="float32")
+    gpt2_jax.save(folder / "hf", config, params, format="huggingface")
+    if with_ctranslate2:
+        save_ctranslate2(folder / "ct2", config, params)
+    return config.to_hparams()
+
+
+def save_ctranslate2(folder: Path, config: object, params: dict) -> None:
+    """Write params in CTranslate2's form; it wants a vocabulary, so the token of id 7 is called "7"."""
+    import ctranslate2
+
+    def norm(spec: object, part: dict) -> None:
+        spec.gamma, spec.beta = np.array(part["g"]), np.array(part["b"])
+
+    def linear(spec: object, part: dict) -> None:
+        spec.weight, spec.bias = np.array(part["w"]).T.copy(), np.array(part["b"])  # (out, in)
+
+    spec = ctranslate2.specs.TransformerDecoderModelSpec.from_config(
+        config.n_layer, config.n_head, pre_norm=True, activation=ctranslate2.specs.Activation.GELUTanh
+    )
+    decoder = spec.decoder
+    decoder.scale_embeddings = False
+    decoder.embeddings.weight = decoder.projection.weight = np.array(params["wte"])
+    decoder.position_encodings.encodings = np.array(params["wpe"])
+    norm(decoder.layer_norm, params["ln_f"])
+    for i, layer in enumerate(decoder.layer):
+        block = params[f"h{i}"]
+        norm(layer.self_attention.layer_norm, block["ln_1"])
+        linear(layer.self_attention.linear[0], block["attn"]["c_attn"])
+        linear(layer.self_attention.linear[1], block["attn"]["c_proj"])
+        norm(layer.ffn.layer_norm, block["ln_2"])
+        linear(layer.ffn.linear_0, block["mlp"]["c_fc"])
+        linear(layer.ffn.linear_1, block["mlp"]["c_proj"])
+    spec.register_vocabulary([str(i) for i in range(config.n_vocab)])
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "0"
+    spec.validate()
+    spec.optimize(quantization=None)
+    folder.mkdir()
+    spec.save(str(folder))
+
+
+def load_ours(folder: Path, dtype: str, where: str) -> Greedy:
+    """Load this library; JAX finds the device by itself."""
+    import gpt2_jax
+
+    config, params = gpt2_jax.load(folder / "hf", dtype=dtype)
+    config = config.replace(compute_dtype=dtype)
+    return lambda prompts_BP, n_new: gpt2_jax.generate(config, params, prompts_BP, n_new, temperature=0)
+
+
+def load_torch(folder: Path, dtype: str, where: str, compiled: bool = False) -> Greedy:
+    """Load Hugging Face torch; `compiled` gives it its static cache, with which `generate` compiles the decode step."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if where == "gpu":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX does by itself
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder / "hf", dtype=getattr(torch, dtype)).eval()
+    model.to("cuda" if where == "gpu" else "cpu")
+    model.generation_config.eos_token_id = None
+    options = {"do_sample": False, "pad_token_id": 0}
+    if compiled and where != "gpu":  # there it compiles unasked
+        options["compile_config"] = transformers.CompileConfig()
+        options["compile_config"]._compile_all_devices = True
+    caches = []
+
+    def greedy(prompts_BP: np.ndarray, n_new: int) -> list[list[int]]:
+        prompts_BP = torch.from_numpy(prompts_BP).to(model.device)
+        if compiled and not caches:  # one for all calls, of which the first is the longest: what is compiled reads it
+            caches.append(transformers.StaticCache(config=model.config, max_cache_len=prompts_BP.shape[1] + n_new))
+        for cache in caches:
+            cache.reset()
+            options["past_key_values"] = cache
+        ids = model.generate(prompts_BP, attention_mask=torch.ones_like(prompts_BP), max_new_tokens=n_new, **options)
+        return ids[:, prompts_BP.shape[1] :].tolist()
+
+    return greedy
+
+
+def load_torch_compiled(folder: Path, dtype: str, where: str) -> Greedy:
+    """Load Hugging Face torch with its static cache and torch.compile."""
+    return load_torch(folder, dtype, where, compiled=True)
+
+
+def load_ctranslate2(folder: Path, dtype: str, where: str) -> Greedy:
+    """Load CTranslate2 on the CPU's cores, computing in float32, or from int8 weights."""
+    import ctranslate2
+
+    generator = ctranslate2.Generator(
+        str(folder / "ct2"), compute_type=dtype, intra_threads=len(os.sched_getaffinity(0))
+    )
+
+    def greedy(prompts_BP: np.ndarray, n_new: int) -> list[list[int]]:
+        results = generator.generate_batch(
+            [[str(i) for i in row] for row in prompts_BP],
+            max_length=n_new,
+            end_token=[],
+            beam_size=1,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+        )
+        return [result.sequences_ids[0] for result in results]
+
+    return greedy
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A library to time.
+
+    Attributes:
+      load: (folder, dtype, where) -> greedy.
+      package: what must be installed.
+      devices: where it runs unless it is asked for: "cpu", "gpu".
+      dtype: what its weights are read in; None for what the benchmark is asked for.
+
+    """
+
+    load: Callable[[Path, str, str], Greedy]
+    package: str
+    devices: tuple[str, ...]
+    dtype: str | None = None
+
+
+PEERS = {
+    "ours": Peer(load_ours, "jax", ("cpu", "gpu")),
+    "torch": Peer(load_torch, "transformers", ("cpu", "gpu")),
+    "torch-compiled": Peer(load_torch_compiled, "transformers", ("gpu",)),
+    "ct2-float32": Peer(load_ctranslate2, "ctranslate2", ("cpu",), "float32"),
+    "ct2-int8": Peer(load_ctranslate2, "ctranslate2", ("cpu",), "int8"),
+}
+
+
+def start(name: str, folder: Path, dtype: str, where: str) -> None:
+    """Load a library in a worker process, and forget what that took at its peak."""
+    global greedy
+    greedy = PEERS[name].load(folder, dtype, where)
+    if where == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+
+
+def timed(prompts_BP: np.ndarray, n_new: int) -> tuple[float, list[list[int]]]:
+    """Return the seconds of one call in a worker process, and its ids."""
+    begin = time.perf_counter()
+    ids = greedy(prompts_BP, n_new)
+    return time.perf_counter() - begin, ids
+
+
+def peak_bytes(where: str) -> int:
+    """Return a worker's peak: of resident memory since it loaded the model; on a GPU, of the device memory it took."""
+    if where == "cpu":
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
+    if torch := sys.modules.get("torch"):
+        return torch.cuda.max_memory_allocated()
+    import jax
+
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]

@@ -1,0 +1,289 @@
+"""`generate` and `stream`: prompts in, tokens or text out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.generation.engine import Picked, decode_rows
+from gpt2_jax.generation.settings import Settings, check_fits, check_prompt, check_prompts
+from gpt2_jax.generation.text import RowText
+from gpt2_jax.model import GPT2, check_params
+from gpt2_jax.params import Params
+from gpt2_jax.sampling import NO_LOGITS
+from gpt2_jax.sharding import on_auto_axes
+from gpt2_jax.tokenizer import Tokenizer
+
+STEPS_A_PIECE = 4  # of `stream`: often enough that it looks alive where a step takes 100 ms
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities (base e) of one row's n new tokens under the model itself: temperature 1, nothing filtered.
+
+    Attributes:
+      chosen: float32 [n], of the token that was picked.
+      top_ids: int32 [n, k], the k most likely tokens, most likely first.
+      top: float32 [n, k], theirs.
+
+    """
+
+    chosen: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One row's new text.
+
+    Attributes:
+      text: the text, up to a stop.
+      ids: the new tokens, those wholly before a stop string if it ended at one.
+      stopped: it ended at a stop, not for want of more tokens.
+      logprobs: of `ids`, where they were asked for.
+
+    """
+
+    text: str
+    ids: list[int]
+    stopped: bool
+    logprobs: Logprobs | None
+
+
+def generate(
+    config: GPT2Config,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 32,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    top_p_rule: str = "original",
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    overflow: str = "error",
+    logprobs: int | None = None,
+    first_row: int = 0,
+) -> list[list[int]] | tuple[list[list[int]], list[Logprobs]]:
+    """Continue each prompt by `max_new_tokens` tokens; as in the original, not even `<|endoftext|>` stops earlier.
+
+    Row i's ids depend on the seed, on i and on its prompt alone: not on the other rows, their number, padding or
+    earlier calls. (Products of another batch size may round differently. In float32 that is never seen in practice; in
+    bfloat16, or TF32 on a GPU, it now and then tips a close choice, and the row goes another way from there.)
+    Compiles once for each config, bucket of rows, bucket of prompt lengths and bucket of whole lengths; the other
+    settings are traced, but for `logprobs`.
+
+    Args:
+      config: the model's hyperparameters.
+      params: its parameters, as `load` gives them.
+      prompts: a list of token-id sequences, each of at least one id, of any lengths.
+      max_new_tokens: most tokens to add to a prompt; less only where a stop ends the row.
+      temperature: the logits are divided by it; 0 always takes the most likely token (greedy).
+      top_k: draw from the k most likely tokens and all ties with the k-th; 0 means all.
+      top_p: of those, draw from the most likely whose probabilities add up to p; 1 means all.
+      seed: in [0, 2**32).
+      min_p: of those, draw from tokens at least this many times as likely as the most likely; 0 means all.
+      repetition_penalty: before all else, positive logits of tokens that the row already holds are divided by it,
+        negative ones multiplied (Keskar et al. 2019, as Hugging Face); 1 means none.
+      top_p_rule: "original" keeps the longest prefix of probability at most p, at least one token, and all ties with
+        its last, as OpenAI's code; "common" also keeps the token that crosses p, as most other libraries.
+      stop_ids: a row ends where it picks one of these; its ids do not include it.
+      stop_strings: a row ends where its new text holds one of these, which may straddle tokens; its ids are those
+        wholly before it. Needs `tokenizer`.
+      tokenizer: the model's, for stop_strings.
+      overflow: "error" refuses a prompt that does not fit in n_ctx together with max_new_tokens; with "slide" the model
+        sees the last tokens alone: all that fit at first, and each time n_ctx is full the last n_ctx // 2, which it
+        reads anew at positions from 0 on.
+      logprobs: also return the log-probabilities of the chosen tokens and of this many most likely ones.
+      first_row: row i draws as row first_row + i, so that a long list may be taken in parts.
+
+    Returns:
+      The new ids, one list for each prompt; with `logprobs`, these and a list of Logprobs.
+
+    Raises:
+      ValueError: a bad argument, before anything is traced; or, after, logits that are NaN: the params hold one.
+
+    """
+    settings = Settings(
+        max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
+        overflow, logprobs,
+    ).check(config, tokenizer)  # fmt: skip
+    rows = _run(config, params, prompts, settings, tokenizer, first_row)
+    ids = [row.ids for row in rows]
+    return ids if logprobs is None else (ids, [row.logprobs() for row in rows])
+
+
+def complete(
+    config: GPT2Config,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    first_row: int = 0,
+) -> list[Completion]:
+    """Continue each prompt as `generate` does, and give text, cut exactly before a stop string.
+
+    Raises:
+      ValueError: as `generate`.
+
+    """
+    settings = settings.check(config, tokenizer)
+    rows = _run(config, params, prompts, settings, tokenizer, first_row, wants_text=True)
+    wants_logprobs = settings.logprobs is not None
+    return [
+        Completion(row.new_text(last=True), row.ids, row.stopped, row.logprobs() if wants_logprobs else None)
+        for row in rows
+    ]
+
+
+def stream(
+    config: GPT2Config,
+    params: Params,
+    prompt: str | Sequence[int],
+    tokenizer: Tokenizer,
+    max_new_tokens: int = 32,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    top_p_rule: str = "original",
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    overflow: str = "error",
+) -> Iterator[str]:
+    """Yield the continuation of a prompt as it comes: text, or token ids, in; pieces of text out.
+
+    The pieces are of whole characters and not empty, and joined they are the text of what `generate` gives for this
+    prompt, cut exactly before a stop string. A piece comes every few tokens, unless it may be the beginning of a stop
+    string. Closing the iterator, or dropping it, ends the decoding.
+
+    Args:
+      config: the model's hyperparameters.
+      params: its parameters, as `load` gives them.
+      prompt: the text to continue, or its token ids.
+      tokenizer: the model's, as `load_tokenizer` gives it.
+      max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
+        overflow: as `generate`'s.
+
+    Raises:
+      ValueError: as `generate`, for a bad argument at once.
+
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer must be a Tokenizer, as load_tokenizer gives it, not {tokenizer!r}")
+    settings = Settings(
+        max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
+        overflow,
+    ).check(config, tokenizer)  # fmt: skip
+    ids = check_prompt(config, "prompt", tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+    check_fits(config, "prompt", ids, settings)
+    check_params(config, params, dtypes=False)
+    row = _Row("prompt", ids, settings, tokenizer, wants_text=True)
+
+    def pieces() -> Iterator[str]:
+        for _ in _decode(config, params, [row], settings, steps_a_call=STEPS_A_PIECE):
+            if piece := row.new_text():
+                yield piece
+        if piece := row.new_text(last=True):
+            yield piece
+
+    return pieces()
+
+
+def _run(
+    config: GPT2Config,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    tokenizer: Tokenizer | None,
+    first_row: int,
+    wants_text: bool = False,
+) -> list[_Row]:
+    """Decode all rows to their ends."""
+    prompts = check_prompts(config, prompts, settings)
+    check_params(config, params, dtypes=False)
+    rows = [_Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(prompts)]
+    for _ in _decode(config, params, rows, settings, first_row=first_row, look_ahead=not settings.stop_strings):
+        pass
+    return rows
+
+
+def _decode(
+    config: GPT2Config,
+    params: Params,
+    rows: list[_Row],
+    settings: Settings,
+    **how: Any,
+) -> Iterator[None]:
+    """Decode into the rows; yields each time they have been given more."""
+    if settings.max_new_tokens == 0:
+        return
+    finished_B = np.zeros(len(rows), bool)
+    prompts = [row.prompt for row in rows]
+    for picked in decode_rows(GPT2(config), on_auto_axes(params), prompts, settings, finished_B, **how):
+        for b in np.flatnonzero(~finished_B):
+            finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
+        yield
+
+
+class _Row:
+    """What one row has picked so far, cut at its stop."""
+
+    def __init__(
+        self, name: str, prompt: np.ndarray, settings: Settings, tokenizer: Tokenizer | None, wants_text: bool = False
+    ):
+        self.name, self.prompt, self.stop_ids = name, prompt, set(settings.stop_ids)
+        self.text = RowText(tokenizer, settings.stop_strings) if wants_text or settings.stop_strings else None
+        self.all_ids: list[int] = []
+        self.picked: list[Picked] = []  # the same with their log-probabilities, where those are asked for
+        self.pieces: list[str] = []  # of text, not handed out yet
+        self.stopped = False
+        self.n_top = settings.logprobs
+
+    @property
+    def ids(self) -> list[int]:
+        """The new ids that count."""
+        return self.all_ids if self.text is None else self.text.ids
+
+    def take(self, picked: Picked) -> bool:
+        """Take what the next steps picked; return whether the row is at its end."""
+        ids = picked.id_BR.tolist()
+        n = next((i for i, token in enumerate(ids) if token in self.stop_ids or token == NO_LOGITS), len(ids))
+        if n < len(ids) and ids[n] == NO_LOGITS:
+            step = len(self.all_ids) + n
+            raise ValueError(f"{self.name} got NaN for logits at its new token {step}: look for NaN in the params")
+        if self.n_top is not None:
+            self.picked.append(jax.tree.map(lambda array_R: array_R[:n], picked))
+        self.all_ids += ids[:n]
+        if self.text is not None:
+            self.pieces.append(self.text.add(ids[:n]))
+        self.stopped = n < len(ids) or (self.text is not None and self.text.stopped)
+        return self.stopped
+
+    def new_text(self, last: bool = False) -> str:
+        """Return the text since the last call; the `last` one gives what was held back too."""
+        pieces, self.pieces = self.pieces, []
+        return "".join(pieces) + (self.text.end() if last else "")
+
+    def logprobs(self) -> Logprobs:
+        """Return the log-probabilities of the ids that count."""
+        n = len(self.ids)
+        if not self.picked:  # none were asked for
+            none = np.zeros((0, self.n_top), np.float32)
+            return Logprobs(none.sum(-1), none.astype(np.int32), none)
+        picked = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *self.picked)
+        return Logprobs(picked.chosen_BR, picked.top_id_BRK, picked.top_BRK)

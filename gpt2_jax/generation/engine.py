@@ -1,0 +1,359 @@
+"""Decoding: a few compiled programs, and the loop on the host that calls them.
+
+`prefill` reads prompts into a cache; `decode` takes up to 16 steps in one loop on the device, which reads the long part
+of the cache and writes a short recent one; `merge_recent` moves the recent part into the long one when it is full.
+
+Shape letters: B batch, G rows of one prefill, P padded prompt, R recent slots, K alternatives, V vocab, D n_embd.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from gpt2_jax.generation.buckets import bucket_length, bucket_rows
+from gpt2_jax.generation.settings import Settings
+from gpt2_jax.kv_cache import KVCache, init_cache, insert, merge
+from gpt2_jax.model import GPT2
+from gpt2_jax.params import Params
+from gpt2_jax.sampling import Sampling, pick, token_logprobs
+from gpt2_jax.sharding import platform
+
+RECENT = 16  # slots of the cache's recent part, and so the most steps between two looks at what came out
+STOP_IDS = 16  # that a program has room for, at least
+NO_ID = -2  # stands among them where there are fewer
+# Tokens of one prefill call. Larger calls fall out of a CPU's caches: 8 prompts of 512 tokens take a quarter longer
+# together than one by one. Elsewhere large calls keep the device busy; the scores of this many still fit.
+PREFILL_TOKENS = {"cpu": 512}
+PREFILL_TOKENS_ELSEWHERE = 2**14
+
+
+@struct.dataclass
+class Picked:
+    """What the steps of one call picked.
+
+    Attributes:
+      id_BR: int32; 0 for rows that were done before, NO_LOGITS where the logits held a NaN.
+      chosen_BR: float32, the log-probability of each; this and the next two are None where none were asked for.
+      top_id_BRK: int32, the most likely ids, most likely first.
+      top_BRK: float32, their log-probabilities.
+
+    """
+
+    id_BR: jax.Array
+    chosen_BR: jax.Array | None = None
+    top_id_BRK: jax.Array | None = None
+    top_BRK: jax.Array | None = None
+
+
+@struct.dataclass
+class State:
+    """What a decoding step changes.
+
+    Attributes:
+      recent: the keys and values of up to RECENT tokens, behind those of the long part.
+      token_B: int32, the last token of each row, which the model has not seen yet.
+      seen_BV: bool, the ids that each row holds, prompt included.
+      done_B: bool, the rows that are at their end; what they still compute is thrown away.
+      key_B: a key for each row; its t-th new token is drawn with fold_in(key_B[b], t).
+      n_new: int32 scalar, new tokens so far in every row.
+
+    """
+
+    recent: KVCache
+    token_B: jax.Array
+    seen_BV: jax.Array
+    done_B: jax.Array
+    key_B: jax.Array
+    n_new: jax.Array
+
+
+# ---- the compiled programs
+
+
+@functools.partial(jax.jit, static_argnames=("model", "n_rows", "n_slots"))
+def empty(model: GPT2, n_rows: int, n_slots: int) -> tuple[KVCache, jax.Array]:
+    """Return an empty long cache, and zeros for the last hidden state of each row [B, D]."""
+    config = model.config
+    return init_cache(config, n_rows, n_slots), jnp.zeros((n_rows, config.n_embd), config.compute_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def prefill(model: GPT2, params: Params, tokens_GP: jax.Array, length_G: jax.Array) -> tuple[KVCache, jax.Array]:
+    """Run rows of `length_G` tokens, padded on the right, through the model.
+
+    Returns:
+      Their cache of P slots, and the hidden state of each row's last token [G, D].
+
+    """
+    n_rows, n_slots = tokens_GP.shape
+    mask_GP = jnp.arange(n_slots) < length_G[:, None]
+    cache = init_cache(model.config, n_rows, n_slots)
+    h_GPD, cache = model.apply({"params": params}, tokens_GP, mask_GP, cache, method="hidden")
+    return cache, h_GPD[jnp.arange(n_rows), jnp.maximum(length_G - 1, 0)]
+
+
+@functools.partial(jax.jit, donate_argnames=("past", "h_BD"))
+def place(
+    past: KVCache, h_BD: jax.Array, cache: KVCache, h_GD: jax.Array, row_G: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    """Put what a prefill gave into the rows `row_G` of the batch."""
+    return insert(past, cache, row_G), h_BD.at[row_G].set(h_GD)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "n_top"))
+def first(
+    model: GPT2,
+    params: Params,
+    h_BD: jax.Array,
+    seen_BV: jax.Array,
+    done_B: jax.Array,
+    row_B: jax.Array,
+    seed: jax.Array,
+    sampling: Sampling,
+    stop_ids: jax.Array,
+    n_top: int | None,
+) -> tuple[State, Picked]:
+    """Pick each row's first new token, from the hidden state of its last."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    state = State(
+        recent=init_cache(model.config, len(h_BD), RECENT),
+        token_B=jnp.zeros(len(h_BD), jnp.int32),
+        seen_BV=seen_BV,
+        done_B=done_B,
+        key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, row_B),
+        n_new=jnp.int32(0),
+    )
+    logits_BV = model.apply({"params": params}, h_BD, method="unembed")
+    state, picked = _append(state, logits_BV, sampling, stop_ids, n_top)
+    return state, jax.tree.map(lambda array: array[:, None], picked)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "n_top"), donate_argnames=("state",))
+def decode(
+    model: GPT2,
+    params: Params,
+    past: KVCache,
+    state: State,
+    done_B: jax.Array,
+    sampling: Sampling,
+    stop_ids: jax.Array,
+    n_steps: jax.Array,
+    n_top: int | None,
+) -> tuple[State, Picked]:
+    """Take up to `n_steps` steps, fewer once all rows are done; `recent` must have room for them.
+
+    `past` is read alone, so that the loop carries, and XLA copies, no array of its size.
+    """
+    state = state.replace(done_B=state.done_B | done_B)
+
+    def go_on(carry: tuple[jax.Array, State, Picked]) -> jax.Array:
+        i, state, _ = carry
+        return (i < n_steps) & ~state.done_B.all()
+
+    def step(carry: tuple[jax.Array, State, Picked]) -> tuple[jax.Array, State, Picked]:
+        i, state, all_picked = carry
+        cache = state.recent.replace(past=past)
+        out = model.apply({"params": params}, state.token_B[:, None], cache=cache)
+        state = state.replace(recent=out.cache.replace(past=None))
+        state, picked = _append(state, out.logits[:, -1], sampling, stop_ids, n_top)
+        write = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
+        return i + 1, state, jax.tree.map(write, all_picked, picked)
+
+    nothing = _nothing_picked(len(done_B), n_top)
+    return lax.while_loop(go_on, step, (jnp.int32(0), state, nothing))[1:]
+
+
+@functools.partial(jax.jit, donate_argnames=("past", "recent"))
+def merge_recent(past: KVCache, recent: KVCache) -> tuple[KVCache, KVCache]:
+    """Move the recent part's tokens into the long part."""
+    recent_after = recent.replace(mask_BS=jnp.zeros_like(recent.mask_BS), length=jnp.zeros_like(recent.length))
+    return merge(past, recent), recent_after
+
+
+def _append(
+    state: State, logits_BV: jax.Array, sampling: Sampling, stop_ids: jax.Array, n_top: int | None
+) -> tuple[State, Picked]:
+    """Pick a token a row, and note it in the state."""
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.n_new)
+    token_B = pick(logits_BV, key_B, sampling, state.seen_BV)
+    picked = Picked(jnp.where(state.done_B, 0, token_B))
+    token_B = jnp.maximum(picked.id_BR, 0)
+    if n_top is not None:
+        picked = Picked(picked.id_BR, *token_logprobs(logits_BV, token_B, n_top))
+    state = state.replace(
+        token_B=token_B,
+        seen_BV=state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True),
+        done_B=state.done_B | (token_B[:, None] == stop_ids).any(-1),
+        n_new=state.n_new + 1,
+    )
+    return state, picked
+
+
+def _nothing_picked(n_rows: int, n_top: int | None) -> Picked:
+    """Return room for what RECENT steps pick."""
+    picked = Picked(jnp.zeros((n_rows, RECENT), jnp.int32))
+    if n_top is None:
+        return picked
+    room, top = (n_rows, RECENT), (n_rows, RECENT, n_top)
+    return picked.replace(
+        chosen_BR=jnp.zeros(room, jnp.float32),
+        top_id_BRK=jnp.zeros(top, jnp.int32),
+        top_BRK=jnp.zeros(top, jnp.float32),
+    )
+
+
+# ---- the loop on the host
+
+
+def window(n_ctx: int, n_tokens: int) -> int:
+    """Return how many of a row's last tokens the model sees when it chooses the next one.
+
+    All of them up to n_ctx; when they no longer fit, the last n_ctx // 2, and from there on up to n_ctx again. It
+    depends on the number of tokens alone, so that a text goes on the same way however it came about.
+    """
+    kept = max(1, n_ctx // 2)
+    return n_tokens if n_tokens <= n_ctx else kept + (n_tokens - n_ctx - 1) % (n_ctx - kept + 1)
+
+
+def decode_rows(
+    model: GPT2,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    settings: Settings,
+    finished_B: np.ndarray,
+    first_row: int = 0,
+    steps_a_call: int = RECENT,
+    look_ahead: bool = False,
+) -> Iterator[Picked]:
+    """Yield what the rows pick, a few steps at a time, as NumPy arrays [B, n, ...]: `max_new_tokens` steps in all.
+
+    Args:
+      model: a GPT2; anything hashable with its `config` and `apply` does.
+      params: its parameters.
+      prompts: the rows' ids; longer than n_ctx together with the new ones only if `settings.overflow` is "slide".
+      settings: checked ones, of at least one new token.
+      finished_B: bool; the caller sets the rows that are at their end, and when all are, decoding ends.
+      first_row: row b draws as row `first_row + b`.
+      steps_a_call: most steps between two yields, at most RECENT.
+      look_ahead: start a call before the last one's tokens are handed out, so that the device does not wait for the
+        host; for callers that set `finished_B` by `settings.stop_ids` alone, which the device knows too.
+
+    """
+    batch = _Batch(model, params, prompts, settings)
+    waiting = collections.deque([(batch.first(first_row), 1)])
+    n_new = 1
+
+    def hand_out(n_left: int) -> Iterator[Picked]:
+        while len(waiting) > n_left and not finished_B.all():
+            picked = batch.fetch(*waiting.popleft())
+            batch.note(picked.id_BR)
+            yield picked
+
+    yield from hand_out(int(look_ahead))
+    while n_new < settings.max_new_tokens and not finished_B.all():
+        n_free = batch.n_free(finished_B)
+        if n_free == 0:
+            if batch.full_rows(finished_B):  # whose last tokens must be known
+                yield from hand_out(0)
+            batch.make_room(finished_B)
+            continue
+        n_steps = min(steps_a_call, n_free, settings.max_new_tokens - n_new)
+        waiting.append((batch.decode(n_steps, finished_B), n_steps))
+        n_new += n_steps
+        yield from hand_out(int(look_ahead))
+    yield from hand_out(0)
+
+
+class _Batch:
+    """The rows of one call, padded to a bucket: their cache and state on the device, their tokens on the host."""
+
+    def __init__(self, model: GPT2, params: Params, prompts: Sequence[np.ndarray], settings: Settings):
+        self.model, self.params, self.settings = model, params, settings
+        self.config = model.config
+        self.sampling = settings.sampling(self.config)
+        self.rows = [prompt.tolist() for prompt in prompts]
+        n_missing = bucket_rows(max(len(settings.stop_ids), STOP_IDS)) - len(settings.stop_ids)
+        self.stop_ids = np.array([*settings.stop_ids, *[NO_ID] * n_missing], np.int32)
+
+        self.n_rows = bucket_rows(len(prompts))
+        longest = max(map(len, self.rows)) + settings.max_new_tokens
+        n_slots = min(bucket_length(longest), self.config.n_ctx) + RECENT
+        self.past, self.h_BD = empty(model, self.n_rows, n_slots)
+        self.n_cached_B = np.zeros(len(prompts), int)  # tokens in both parts of the cache
+        self.n_recent = 0
+        self._prefill({b: row[-window(self.config.n_ctx, len(row)) :] for b, row in enumerate(self.rows)})
+
+    def first(self, first_row: int) -> Picked:
+        """Pick the first new tokens."""
+        seen_BV = np.zeros((self.n_rows, self.config.n_vocab), bool)
+        for b, row in enumerate(self.rows):
+            seen_BV[b, row] = True
+        row_B = np.arange(first_row, first_row + self.n_rows, dtype=np.uint32)
+        knobs = (np.uint32(self.settings.seed), self.sampling, self.stop_ids, self.settings.logprobs)
+        no_row_B = np.arange(self.n_rows) >= len(self.rows)
+        self.state, picked = first(self.model, self.params, self.h_BD, seen_BV, no_row_B, row_B, *knobs)
+        return picked
+
+    def decode(self, n_steps: int, finished_B: np.ndarray) -> Picked:
+        """Start a call of `n_steps` steps."""
+        done_B = np.ones(self.n_rows, bool)
+        done_B[: len(self.rows)] = finished_B
+        knobs = (self.sampling, self.stop_ids, np.int32(n_steps), self.settings.logprobs)
+        self.state, picked = decode(self.model, self.params, self.past, self.state, done_B, *knobs)
+        self.n_recent += n_steps
+        self.n_cached_B += n_steps
+        return picked
+
+    def fetch(self, picked: Picked, n_steps: int) -> Picked:
+        """Wait for a call of `n_steps` steps, and return what it picked for real rows."""
+        # Copied, since a view would keep the device's array alive.
+        return jax.tree.map(lambda array: np.array(np.asarray(array)[: len(self.rows), :n_steps]), picked)
+
+    def note(self, id_BR: np.ndarray) -> None:
+        """Take the ids that came out; those of a finished row mean nothing, and are never looked at."""
+        for row, ids in zip(self.rows, id_BR.tolist(), strict=True):
+            row += ids
+
+    def n_free(self, finished_B: np.ndarray) -> int:
+        """Return how many steps there is room for."""
+        return min(RECENT - self.n_recent, self.config.n_ctx - self.n_cached_B[~finished_B].max())
+
+    def full_rows(self, finished_B: np.ndarray) -> list[int]:
+        """Return the rows that go on and whose window is full."""
+        return np.flatnonzero(~finished_B & (self.n_cached_B == self.config.n_ctx)).tolist()
+
+    def make_room(self, finished_B: np.ndarray) -> None:
+        """Empty the recent part into the long one, and cut the windows of full rows."""
+        self.past, recent = merge_recent(self.past, self.state.recent)
+        self.state = self.state.replace(recent=recent)
+        self.n_recent = 0
+        if full := self.full_rows(finished_B):
+            # The last token is the one that the next step reads.
+            self._prefill({b: self.rows[b][-window(self.config.n_ctx, self.config.n_ctx + 1) : -1] for b in full})
+
+    def _prefill(self, window_of: dict[int, list[int]]) -> None:
+        """Put these tokens in the place of what the cache holds of these rows."""
+        members = collections.defaultdict(list)
+        for b, tokens in window_of.items():
+            members[min(bucket_length(len(tokens)), self.config.n_ctx)].append(b)
+            self.n_cached_B[b] = len(tokens)
+        for n_slots, rows in members.items():
+            n_together = max(1, PREFILL_TOKENS.get(platform(self.params), PREFILL_TOKENS_ELSEWHERE) // n_slots)
+            for start in range(0, len(rows), n_together):
+                group = rows[start : start + n_together]
+                group += group[:1] * (bucket_rows(len(group)) - len(group))  # one row several times over is one row
+                tokens_GP = np.zeros((len(group), n_slots), np.int32)
+                for g, b in enumerate(group):
+                    tokens_GP[g, : len(window_of[b])] = window_of[b]
+                length_G = np.array([len(window_of[b]) for b in group], np.int32)
+                cache, h_GD = prefill(self.model, self.params, tokens_GP, length_G)
+                row_G = np.array(group, np.int32)
+                self.past, self.h_BD = place(self.past, self.h_BD, cache, h_GD, row_G)

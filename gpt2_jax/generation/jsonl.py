@@ -1,0 +1,300 @@
+"""Thousands of prompts from a file to a file, a batch at a time; killed at any moment, the next call goes on.
+
+Unfinished work is in the target's name with ".part": a first line that says of which input and settings, then a line a
+prompt, in order. At the end the lines without the first are copied under a hidden name, which becomes the target's in
+one step; last the part file goes. So at every moment there is nothing yet, or a part file that says how far it got, or
+the target, whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+INDEX = "index"
+
+
+def complete_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    complete: Callable[[list[str], int], list[dict[str, Any]]],
+    settings: Mapping[str, Any],
+    batch_size: int,
+    fields: Sequence[str] = ("samples",),
+    shown: bool | None = None,
+) -> int:
+    """Complete every prompt of a JSON lines file, and write a line for each, in order, to another.
+
+    A prompt is a line with an object that has a "prompt", or with a string alone; blank lines are skipped. Its line in
+    the target has the object's fields, those that `complete` gives, and "index", its number, from 0.
+
+    What was done before the process died is not done again: call it with the same input and settings, and it goes on
+    after the last whole line. The target is then, byte for byte, what an undisturbed call would have written, if what
+    `complete` gives for a prompt depends on that prompt and its index alone.
+
+    Args:
+      source: the input, UTF-8.
+      target: the output, UTF-8; it must not exist yet.
+      complete: takes the prompts of a batch and the index of the first, and gives a dict, which JSON can hold, for
+        each.
+      settings: what else the results depend on, by name, which JSON can hold.
+      batch_size: prompts a call of `complete`, 1 or more; the last call may have fewer.
+      fields: the names of all fields that `complete` may give.
+      shown: show a progress bar on standard error; None shows it where that is a terminal.
+
+    Returns:
+      The number of prompts that this call completed.
+
+    Raises:
+      FileNotFoundError: there is no such input, or no folder for the output.
+      ValueError: before anything is generated or written: a line of the input that is no prompt, an output that exists,
+        that is the input, that another process is writing, or that was begun with another input or other settings.
+
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}")
+    source, target = Path(source), Path(target).resolve()
+    _check_paths(source, target)
+    data = source.read_bytes()
+    prompts = read_prompts(data, source, fields)
+    header = _header(settings, data)
+    with _alone(target):
+        if not _begin(target, header, len(prompts)):
+            return 0
+        part = _part(target)
+        n_done = _resume(part, header, len(prompts))
+        with _bar(shown, f"writing {target.name}", n_done, len(prompts)) as advance, part.open("ab") as file:
+            for first in range(n_done, len(prompts), batch_size):
+                batch = prompts[first : first + batch_size]
+                results = complete([record["prompt"] for record in batch], first)
+                file.write(b"".join(_lines(batch, results, first, fields)))
+                file.flush()
+                advance(len(batch))
+        _finish(target)
+    return len(prompts) - n_done
+
+
+def read_prompts(data: bytes, source: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return each prompt of a JSON lines file as an object with a "prompt".
+
+    Args:
+      data: the file's bytes.
+      source: its name, for messages.
+      fields: names that the output needs for itself, and "index".
+
+    Raises:
+      ValueError: the line that is no prompt, and why.
+
+    """
+    records = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode())
+            _line({"": record})  # NaN and numbers too large, which Python reads, are no JSON
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source}, line {number} is not JSON: {error}") from error
+        record = {"prompt": record} if isinstance(record, str) else record
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise ValueError(
+                f'{source}, line {number} is no prompt: it must be an object with a text named "prompt", or a text'
+            )
+        if taken := [name for name in (INDEX, *fields) if name in record]:
+            raise ValueError(f'{source}, line {number} has a field "{taken[0]}", which the output needs: rename it')
+        records.append(record)
+    return records
+
+
+def _check_paths(source: Path, target: Path) -> None:
+    if not source.exists():
+        raise FileNotFoundError(f"no such file: {source}")
+    if source.is_dir():
+        raise ValueError(f"{source} is a folder, not a file of prompts")
+    if source.resolve() in (target, _part(target), _new(target)) or (target.exists() and target.samefile(source)):
+        raise ValueError(f"{target} is the input: name another --output")
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder: name a file in it")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {target.parent}")
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
+
+
+def _new(target: Path) -> Path:
+    """Return the name under which a whole file is made; who holds the lock may write over what is there."""
+    return target.with_name(f".{target.name}.new")
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Keep other processes from writing the same target; the lock ends with the process, however it ends."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is writing {target}: wait for it, or name another --output") from error
+    try:
+        yield
+    finally:
+        if target.exists():  # nothing is left to do: who locks the removed file now finds that, and does nothing
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _header(settings: Mapping[str, Any], data: bytes) -> dict[str, Any]:
+    header = {"settings": dict(settings), "input_sha256": hashlib.sha256(data).hexdigest()}
+    return json.loads(_line(header))  # as it will be read: tuples are lists, for one
+
+
+def _begin(target: Path, header: dict[str, Any], n_prompts: int) -> bool:
+    """Make the part file if there is none; return False if an earlier process had done all but remove it.
+
+    Raises:
+      ValueError: the target exists.
+
+    """
+    part = _part(target)
+    if target.exists():
+        if part.exists() and _read_header(part) == header and _has_all(target, part, n_prompts):
+            part.unlink()
+            return False
+        raise ValueError(f"{target} exists: it is complete; delete it or name another --output")
+    if not part.exists():
+        with _replacing(part, _new(target)) as file:
+            file.write(_line(header))
+    return True
+
+
+def _has_all(target: Path, part: Path, n_prompts: int) -> bool:
+    """Say whether the target is a copy of the part file's lines, and those are all."""
+    with part.open("rb") as lines, target.open("rb") as copied:
+        lines.readline()
+        n_same = 0
+        for line, copy in itertools.zip_longest(lines, copied):
+            if line != copy:
+                return False
+            n_same += 1
+    return n_same == n_prompts
+
+
+def _resume(part: Path, header: dict[str, Any], n_prompts: int) -> int:
+    """Cut a torn last line off the part file, and return how many prompts it has.
+
+    Raises:
+      ValueError: it was begun with another input or other settings, or it is no such file; it is as it was.
+
+    """
+    _check_header(part, _read_header(part), header)
+    with part.open("rb") as file:
+        end = len(file.readline())
+        n_done = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                index = json.loads(line)[INDEX]
+            except (ValueError, TypeError, KeyError):
+                index = None
+            if index != n_done or n_done == n_prompts:
+                raise ValueError(f"{part}, line {n_done + 2} is not what was written there: delete it to begin anew")
+            n_done, end = n_done + 1, end + len(line)
+    os.truncate(part, end)
+    return n_done
+
+
+def _read_header(part: Path) -> dict[str, Any] | None:
+    """Return the part file's first line, or None when it is none that was written here."""
+    with part.open("rb") as file:
+        try:
+            header = json.loads(file.readline())
+        except ValueError:
+            return None
+    return header if isinstance(header, dict) and header.keys() == {"settings", "input_sha256"} else None
+
+
+def _check_header(part: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
+    if old is None:
+        raise ValueError(f"{part} is in the way, and no unfinished output: move it away or name another --output")
+    changes = []
+    if old["input_sha256"] != new["input_sha256"]:
+        changes.append(f"the input's SHA-256 was {old['input_sha256']} and is {new['input_sha256']}")
+    was, now = old["settings"], new["settings"]
+    for name in dict.fromkeys([*was, *now]):
+        if name not in was or name not in now or was[name] != now[name]:
+            before, after = (json.dumps(it[name], ensure_ascii=False) if name in it else "not set" for it in (was, now))
+            changes.append(f"{name} was {before} and is {after}")
+    if changes:
+        raise ValueError(
+            f"{part} was begun with another input or other settings: {'; '.join(changes)}. "
+            "Run with the same ones to go on, or delete it to begin anew"
+        )
+
+
+def _finish(target: Path) -> None:
+    """Make the target from a part file that has all lines."""
+    with _part(target).open("rb") as lines, _replacing(target, _new(target)) as file:
+        lines.readline()
+        shutil.copyfileobj(lines, file, 2**20)
+    _part(target).unlink()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+    """Give a file to write, which takes the name of `path` when it is whole and on the disk."""
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lines(
+    batch: list[dict[str, Any]], results: list[dict[str, Any]], first: int, fields: Sequence[str]
+) -> Iterable[bytes]:
+    """Yield the output's line of each prompt of a batch."""
+    if len(results) != len(batch):
+        raise ValueError(f"complete gave {len(results)} results for {len(batch)} prompts")
+    for i, (record, result) in enumerate(zip(batch, results, strict=True), start=first):
+        if unknown := result.keys() - set(fields):
+            raise ValueError(f"complete gave a field {min(unknown)!r}, which is none of {', '.join(fields)}")
+        yield _line(record | result | {INDEX: i})
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    """Return a line of JSON in UTF-8; a lone surrogate, which that cannot hold, becomes JSON's escape for it."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+
+
+@contextlib.contextmanager
+def _bar(shown: bool | None, title: str, n_done: int, n_prompts: int) -> Iterator[Callable[[int], None]]:
+    """Yield what is told of each batch done: a bar on standard error, which begins at what was done before."""
+    if shown is None:
+        shown = sys.stderr is not None and sys.stderr.isatty()
+    if not shown:
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # A batch may take minutes: the rate is that of the last hour.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bar:
+        task = bar.add_task(title, total=n_prompts, completed=n_done)
+        yield lambda n: bar.advance(task, n)

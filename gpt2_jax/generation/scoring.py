@@ -1,0 +1,204 @@
+"""How likely a model finds a text: the log-probability of every token, over windows where the text exceeds n_ctx.
+
+Shape letters: B batch, T query, D n_embd, V vocab, C positions unembedded at a time, P all positions of a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.generation.buckets import bucket_length, bucket_rows
+from gpt2_jax.generation.settings import Settings, check_prompts
+from gpt2_jax.model import GPT2, check_params
+from gpt2_jax.params import Params
+from gpt2_jax.sharding import on_auto_axes, platform
+
+# Tokens of one call. Larger ones fall out of a CPU's caches: at the 124M shape, 4 prompts of 1,024 tokens take two
+# cores half as long one by one as together. Elsewhere large calls keep the device busy.
+TOKENS_PER_CALL = {"cpu": 1024}
+TOKENS_PER_CALL_ELSEWHERE = 4096
+CHUNK = 256  # positions whose logits are held at a time: 51 MB of float32 for 50,257 tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How likely a model finds the tokens of one prompt.
+
+    Attributes:
+      logprobs: [T - 1], the log-probability, base e, of each token but the first, given those before it; float32
+        (float64 under a float64 `compute_dtype`).
+      sum: of `logprobs`.
+      perplexity: exp(-mean of `logprobs`).
+
+    """
+
+    logprobs: np.ndarray
+    sum: float
+    perplexity: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """One stretch of a prompt: the model reads `tokens` and scores the prompt's tokens from `first` on.
+
+    Attributes:
+      prompt: which of the prompts.
+      tokens: what the model reads; the last of them has no other use than to predict the last one scored.
+      targets: the tokens scored: each one follows one of the last `len(targets)` of `tokens`.
+      first: the place of targets[0] in the prompt, 1 or more.
+
+    """
+
+    prompt: int
+    tokens: np.ndarray
+    targets: np.ndarray
+    first: int
+
+
+def score(
+    config: GPT2Config, params: Params, prompts: Sequence[Sequence[int]], stride: int | None = None
+) -> list[Score]:
+    """Score the tokens of each prompt, of any length: the log-probability of every token but the first.
+
+    A prompt of more than n_ctx tokens is read in windows of n_ctx tokens (the last may be shorter), one from every
+    `stride`-th token on, and a token is scored in the first window that holds it and the token before it. So every
+    token but the first is scored once: in the first window given all tokens before it, later given those of its
+    window, n_ctx - stride or more. This is the usual perplexity over a sliding window, as Hugging Face documents it;
+    only at stride = n_ctx, where the first token of a window follows none of its window, and that one leaves it out, it
+    is scored here, by the whole window before it. A small stride gives longer contexts, and takes n_ctx / stride times
+    as long.
+
+    Prompts go through the model in batches of like lengths, 4,096 tokens a call at most (1,024 on a CPU) unless n_ctx
+    is more, and the logits of only `CHUNK` positions exist at a time. Compiles once for each bucket of lengths and of
+    numbers of rows.
+
+    Args:
+      config: the model's hyperparameters.
+      params: its parameters, as `load` gives them.
+      prompts: a list of token-id sequences, each of at least two ids.
+      stride: from 1 to n_ctx; None means n_ctx // 2.
+
+    Returns:
+      A Score for each prompt, in their order.
+
+    Raises:
+      ValueError: a bad argument, before anything is traced; or, after, logits that are NaN: the params hold one.
+
+    """
+    rows = check_prompts(config, prompts, Settings(overflow="slide").check(config))
+    for i, row in enumerate(rows):
+        if len(row) < 2:
+            raise ValueError(f"prompts[{i}] has 1 token, and the first of a prompt has no score: give two or more")
+    stride = _check_stride(config, stride)
+    check_params(config, params, dtypes=False)
+    params = on_auto_axes(params)
+    model = GPT2(config)
+    wide = jnp.promote_types(config.compute_dtype, jnp.float32)
+    logprobs = [np.empty(len(row) - 1, wide) for row in rows]
+    windows = [window for i, row in enumerate(rows) for window in _windows(i, row, config.n_ctx, stride)]
+    most_tokens = TOKENS_PER_CALL.get(platform(params), TOKENS_PER_CALL_ELSEWHERE)
+    for n_tokens, batch in _batches(windows, config.n_ctx, most_tokens):
+        scored = np.asarray(_logprobs(model, params, *_arrays(batch, n_tokens)))
+        parts = np.split(scored.ravel(), np.cumsum([len(window.targets) for window in batch]))
+        for window, part in zip(batch, parts[:-1], strict=True):
+            logprobs[window.prompt][window.first - 1 :][: len(part)] = part
+    return [_score(i, row) for i, row in enumerate(logprobs)]
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def _logprobs(
+    model: GPT2,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array,
+    position_PC: jax.Array,
+    target_PC: jax.Array,
+    n_chunks: jax.Array,
+) -> jax.Array:
+    """Return logprob_PC of the targets, which follow the flat positions (b T + t) given; `n_chunks` rows are real."""
+    h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
+    h_PD = h_BTD.reshape(-1, h_BTD.shape[-1])
+
+    def chunk(i: jax.Array, logprob_PC: jax.Array) -> jax.Array:
+        logits_CV = model.apply({"params": params}, h_PD[position_PC[i]], method="unembed")
+        target_C1 = jnp.take_along_axis(logits_CV, target_PC[i][:, None], axis=-1)
+        return logprob_PC.at[i].set(target_C1[:, 0] - jax.nn.logsumexp(logits_CV, axis=-1))
+
+    wide = jnp.promote_types(model.config.compute_dtype, jnp.float32)
+    return lax.fori_loop(0, n_chunks, chunk, jnp.zeros(position_PC.shape, wide))
+
+
+def _windows(prompt: int, row: np.ndarray, n_ctx: int, stride: int) -> Iterator[Window]:
+    start, first = 0, 1
+    while first < len(row):
+        # Without an overlap, a window also scores the token behind it, which follows none of the next.
+        stop = min(start + n_ctx + (stride == n_ctx), len(row))
+        yield Window(prompt, row[start : stop - 1], row[first:stop], first)
+        start, first = start + stride, stop
+
+
+def _batches(windows: list[Window], n_ctx: int, most_tokens: int) -> Iterator[tuple[int, list[Window]]]:
+    """Yield windows to go through the model together, and the length to pad them to."""
+    by_length: dict[int, list[Window]] = {}
+    for window in windows:
+        by_length.setdefault(min(bucket_length(len(window.tokens)), n_ctx), []).append(window)
+    for n_tokens, group in sorted(by_length.items()):
+        n_rows = 1 << (max(1, most_tokens // n_tokens).bit_length() - 1)
+        for start in range(0, len(group), n_rows):
+            yield n_tokens, group[start : start + n_rows]
+
+
+def _arrays(batch: list[Window], n_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.int32]:
+    """Return `_logprobs`' arguments from `tokens_BT` on: rows padded on the right, then empty rows."""
+    n_rows = bucket_rows(len(batch))
+    tokens_BT = np.zeros((n_rows, n_tokens), np.int32)
+    mask_BT = np.zeros((n_rows, n_tokens), bool)
+    positions = []
+    for b, window in enumerate(batch):
+        n = len(window.tokens)
+        tokens_BT[b, :n] = window.tokens
+        mask_BT[b, :n] = True
+        positions.append(b * n_tokens + np.arange(n - len(window.targets), n))
+    n_at_once = min(CHUNK, n_rows * n_tokens)
+    position_PC, target_PC = (
+        _in_chunks(np.concatenate(parts), n_rows * n_tokens, n_at_once)
+        for parts in (positions, [window.targets for window in batch])
+    )
+    n_scored = sum(len(window.targets) for window in batch)
+    return tokens_BT, mask_BT, position_PC, target_PC, np.int32(-(-n_scored // n_at_once))
+
+
+def _in_chunks(values: np.ndarray, at_most: int, n_at_once: int) -> np.ndarray:
+    padded = np.zeros((-(-at_most // n_at_once), n_at_once), np.int32)
+    padded.ravel()[: len(values)] = values
+    return padded
+
+
+def _score(i: int, logprobs: np.ndarray) -> Score:
+    if np.isnan(logprobs).any():
+        token = np.argmax(np.isnan(logprobs)) + 1
+        raise ValueError(f"prompts[{i}] got NaN for logits at its token {token}: look for NaN in the params")
+    total = float(logprobs.sum(dtype=np.float64))
+    with np.errstate(over="ignore"):  # beyond float64 it is inf
+        return Score(logprobs, total, float(np.exp(-total / len(logprobs))))
+
+
+def _check_stride(config: GPT2Config, stride: int | None) -> int:
+    if stride is None:
+        return max(1, config.n_ctx // 2)
+    try:
+        number = operator.index(stride)
+    except TypeError:
+        number = 0
+    if isinstance(stride, bool) or not 1 <= number <= config.n_ctx:
+        raise ValueError(f"stride must be a whole number from 1 to n_ctx, {config.n_ctx}, not {stride!r}")
+    return number

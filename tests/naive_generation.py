@@ -1,0 +1,100 @@
+"""What generate should give, the slow way: whole forward passes in NumPy float64, no cache, no padding, no batch.
+
+Everything is teacher-forced: it says what the slow loop picks at each place after the tokens before it. A row that is
+picked everywhere is, by induction, the row of the slow loop.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference
+
+from gpt2_jax import sampling
+
+PLAIN = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "top_p_rule": "original",
+}
+
+
+def window(length, n_ctx):
+    """How many of its last tokens a row of `length` tokens sees: cut to half of n_ctx whenever n_ctx is exceeded."""
+    kept = max(1, n_ctx // 2)
+    return length if length <= n_ctx else kept + (length - n_ctx - 1) % (n_ctx - kept + 1)
+
+
+def logits_before(config, params, prompt, row):
+    """[n, V] float64: for each token of `row`, the logits after the prompt and the row's tokens before it."""
+    params = numpy_reference.as_float64(params)
+    ids = [*prompt, *row]
+    lengths = range(len(prompt), len(ids))
+    if len(ids) <= config.n_ctx:  # one pass has all positions: each sees only what is before it
+        return numpy_reference.forward(params, np.array([ids]), config.n_head)[0, len(prompt) - 1 : -1]
+    seen = ([ids[length - window(length, config.n_ctx) : length]] for length in lengths)
+    return np.stack([numpy_reference.forward(params, np.array(ids_1T), config.n_head)[0, -1] for ids_1T in seen])
+
+
+def penalised(logits_V, ids, penalty):
+    """CTRL's rule over what a row holds already."""
+    held = np.isin(np.arange(len(logits_V)), ids)
+    return np.where(held, np.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V)
+
+
+def greedy(config, params, prompt, row, penalty=1.0):
+    """The most likely token at each place of `row`."""
+    logits_nV = logits_before(config, params, prompt, row)
+    held = ([*prompt, *row[:t]] for t in range(len(row)))
+    return [int(np.argmax(penalised(*pair, penalty))) for pair in zip(logits_nV, held, strict=True)]
+
+
+def sampled(config, params, prompt, row, index, seed, **knobs):
+    """What row `index` of a call draws at each place of `row`, with keys of the seed, the index and the place alone."""
+    n_rows = -(-len(row) // 32) * 32  # so that `pick` compiles once
+    logits_nV = np.zeros((n_rows, config.n_vocab), np.float32)
+    logits_nV[: len(row)] = logits_before(config, params, prompt, row)
+    seen_nV = np.zeros((n_rows, config.n_vocab), bool)
+    for t in range(len(row)):
+        seen_nV[t, [*prompt, *row[:t]]] = True
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    return _pick(logits_nV, key, _knobs(**knobs), seen_nV)[: len(row)].tolist()
+
+
+@jax.jit
+def _pick(logits_nV, key, knobs, seen_nV):
+    key_n = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits_nV)))
+    return sampling.pick(logits_nV, key_n, knobs, seen_nV)
+
+
+def _knobs(**knobs):
+    knobs = PLAIN | knobs
+    return sampling.Sampling(
+        temperature=np.float32(knobs["temperature"]),
+        top_k=np.int32(knobs["top_k"]),
+        top_p=np.float32(knobs["top_p"]),
+        min_p=np.float32(knobs["min_p"]),
+        repetition_penalty=np.float32(knobs["repetition_penalty"]),
+        keep_crossing=np.bool_(knobs["top_p_rule"] == "common"),
+    )
+
+
+def cut_at_ids(row, stop_ids):
+    """The row before the first of the ids."""
+    return row[: next((t for t, i in enumerate(row) if i in stop_ids), len(row))]
+
+
+def cut_at_strings(tokenizer, row, stop_strings):
+    """The ids wholly before a stop string and the text up to it, decided at the first token that completes any."""
+    stops = [stop.encode() for stop in stop_strings]
+    for n in range(1, len(row) + 1):
+        spoken = b"".join(map(tokenizer.token_bytes, row[:n]))
+        begins = [spoken.find(stop) for stop in stops if stop in spoken]
+        if begins:
+            ends = np.cumsum([len(tokenizer.token_bytes(i)) for i in row[:n]])
+            return row[: int((ends <= min(begins)).sum())], spoken[: min(begins)].decode(errors="replace")
+    return row, tokenizer.decode(row)

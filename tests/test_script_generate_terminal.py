@@ -1,0 +1,141 @@
+"""scripts/generate.py on a terminal: text as it comes, a conversation, and Ctrl-C; and what a pipe gets instead."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import commands
+import pytest
+
+pytest.importorskip("pty", reason="no such terminals here")
+
+ENDLESS = ["--overflow", "slide", "--max-new-tokens", 1_000_000]
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory):
+    """What the command goes on with after ROMEO:, beyond the context; all of these tests use what it compiles."""
+    options = ["--prompt", "ROMEO:", "--temperature", 0, "--overflow", "slide", "--max-new-tokens", 300]
+    done = commands.in_a_process("generate", *options, cwd=tmp_path_factory.mktemp("greedy"))
+    return done.out.removeprefix("ROMEO:").removesuffix("\n")
+
+
+def test_a_conversation(tmp_path, greedy):
+    """Text comes in pieces; Ctrl-C stops a sample and not the program, Ctrl-D ends it; the arrow keys bring back what
+    was typed, also the next time."""
+    with commands.OnATerminal("generate", "--interactive", "--temperature", 0, *ENDLESS, cwd=tmp_path) as user:
+        user.until("Ctrl-D ends.\n> ")
+        user.type("ROMEO:\n")
+        user.until("ROMEO:\nROMEO:")
+        text = user.until(re.escape(greedy[:150]))
+        assert text == greedy[:150]
+        assert user.process.poll() is None
+        user.type("\x03")
+        user.until(r"\[stopped\]\n> ")
+        user.type("To be\n")
+        user.until(r"To be\nTo be(?s:.{30})")
+        user.type("\x03")
+        user.until(r"\[stopped\]\n> ")
+        user.type("\x1b[A\x1b[A")
+        user.until("ROMEO:$")
+        user.type("\n")
+        user.until(re.escape("ROMEO:" + greedy[:20]))
+        user.type("\x03")
+        user.until(r"\[stopped\]\n> ")
+        user.until_idle()
+        user.type("no\x03")
+        user.until("Ctrl-D ends.\n> ")
+        user.type("\x04")
+        assert user.end() == 0
+        assert "Traceback" not in user.shown
+    assert (Path(os.environ["GPT2_JAX_CACHE"]) / "history").read_text().splitlines()[-3:] == [
+        "ROMEO:",
+        "To be",
+        "ROMEO:",
+    ]
+    with commands.OnATerminal("generate", "--interactive", "--max-new-tokens", 3, cwd=tmp_path) as user:
+        user.until("Ctrl-D ends.\n> ")
+        user.type("\x1b[A\x1b[A")
+        user.until("To be$")
+        user.type(" " + "x " * 300 + "\n")
+        user.until("gpt2-generate: .*n_ctx is 256.*\n> ")
+        user.type("\x04")
+        assert user.end() == 0
+
+
+def test_a_conversation_from_a_pipe(tmp_path):
+    """A prompt a line, no prompt signs, and the end of the input ends it; each draws with a seed of its own."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(commands.SCRIPTS / "generate.py"),
+            "--interactive",
+            "--max-new-tokens",
+            "5",
+            "--seed",
+            "3",
+        ],
+        input="ROMEO:\n\nROMEO:\n",
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert ">" not in done.stdout
+    assert len(re.findall("ROMEO:", done.stdout)) == 2
+    first, second = re.fullmatch(r"ROMEO:((?s:.*))\n(?s:.*)ROMEO:((?s:.*))\n", done.stdout).groups()
+    assert first != second
+
+
+def test_a_text_comes_as_it_is_made(tmp_path, greedy):
+    """Nothing is read from a terminal that nobody asked to type at; Ctrl-C ends the command, with its status."""
+    with commands.OnATerminal("generate", "--prompt", "ROMEO:", "--temperature", 0, *ENDLESS, cwd=tmp_path) as user:
+        user.until("ROMEO:")
+        pieces = [user.more(60) for _ in range(3)]
+        assert all(pieces)
+        assert len("".join(pieces)) < 300
+        assert user.process.poll() is None
+        user.until("".join(re.escape(word) for word in greedy[200:250]))
+        user.type("\x03")
+        assert user.end() == 130
+        assert "Traceback" not in user.shown
+        assert user.shown.endswith("\n")
+    with commands.OnATerminal("generate", "--max-new-tokens", 5, cwd=tmp_path) as user:
+        assert user.end() == 0
+
+
+@pytest.fixture
+def started(tmp_path):
+    """started(*args) -> the process of the command, whose output is a pipe."""
+    processes = []
+
+    def start(*args):
+        command = [sys.executable, str(commands.SCRIPTS / "generate.py"), *map(str, args)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "bufsize": 0}
+        processes.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": "cpu"}, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_pipe_gets_a_text_whole(started, greedy):
+    process = started("--prompt", "ROMEO:", "--temperature", 0, "--overflow", "slide", "--max-new-tokens", 300)
+    assert os.read(process.stdout.fileno(), 2**16).decode() == f"ROMEO:{greedy}\n"
+    assert process.stdout.read() == b""
+    assert process.wait() == 0
+
+
+def test_a_reader_that_leaves(started):
+    """`| head -1` ends it quietly, long before all is written."""
+    process = started("--num-samples", 100_000, "--batch-size", 1, "--max-new-tokens", 5)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(60) == 0
+    assert re.fullmatch(r"model: .*\n(--- sample \d+ of 100000\n)+", err), err[-1000:]
