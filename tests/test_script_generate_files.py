@@ -78,7 +78,7 @@ def test_stops_and_log_probabilities(run, shakespeare, tokenizer, tmp_path):
     """Why a sample ended, and of each of its tokens what --logprobs asks for."""
     ids, (given,) = gpt2_jax.generate(*shakespeare, [tokenizer.encode("ROMEO:")], 11, temperature=0, logprobs=3)
     text = tokenizer.decode(ids[0])
-    (tmp_path / "in").write_text('"ROMEO:"\n"O"', encoding="utf-8")
+    (tmp_path / "in").write_text('"ROMEO:"\n"To be"', encoding="utf-8")
     options = ["--max-new-tokens", 11, "--temperature", 0, "--logprobs", 3, "--batch-size", 1, "--stop", text[-7:]]
     assert run("--input", tmp_path / "in", "--output", tmp_path / "out", *options).code == 0
     (sample,), (other,) = (record["samples"] for record in read(tmp_path / "out"))

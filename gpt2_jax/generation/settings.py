@@ -46,7 +46,7 @@ class Settings:
         """
         if not isinstance(config, GPT2Config):
             raise ValueError(f"config must be a GPT2Config, not a {type(config).__name__}")
-        largest = float(np.finfo(np.float32).max)
+        smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
         if not 0 <= _real(self.temperature) <= largest:
             raise ValueError(
                 f"temperature must be a finite float32 number, 0 (greedy) or more, not {self.temperature!r}"
@@ -55,7 +55,7 @@ class Settings:
             raise ValueError(f"top_p must be a number above 0 and at most 1 (all), not {self.top_p!r}")
         if not 0 <= _real(self.min_p) <= 1:
             raise ValueError(f"min_p must be a number from 0 (all) to 1, not {self.min_p!r}")
-        if not np.finfo(np.float32).tiny <= _real(self.repetition_penalty) <= largest:
+        if not smallest <= _real(self.repetition_penalty) <= largest:
             raise ValueError(
                 f"repetition_penalty must be a finite float32 number above 0 (1: none), not {self.repetition_penalty!r}"
             )
@@ -148,8 +148,9 @@ def _check_stop_ids(config: GPT2Config, stop_ids: Sequence[int]) -> tuple[int, .
 
 def _check_stop_strings(stop_strings: Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
     check_stop_strings(stop_strings)
-    if stop_strings and not isinstance(tokenizer, Tokenizer):
-        raise ValueError(f"stop_strings needs tokenizer=, a Tokenizer as load_tokenizer gives it, not {tokenizer!r}")
+    if not isinstance(tokenizer, Tokenizer) and (stop_strings or tokenizer is not None):
+        needs = "stop_strings needs tokenizer=," if stop_strings else "tokenizer must be"
+        raise ValueError(f"{needs} a Tokenizer as load_tokenizer gives it, not {tokenizer!r}")
     return tuple(stop_strings)
 
 
