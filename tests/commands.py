@@ -141,6 +141,7 @@ class OnATerminal:
 def config_of_jax_kept():
     """Undo what `main` sets for the whole process, which is the command's in life, and here that of all tests."""
     names = [
+        "jax_enable_compilation_cache",
         "jax_compilation_cache_dir",
         "jax_compilation_cache_max_size",
         "jax_persistent_cache_min_compile_time_secs",

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import commands
+import jax
 import pytest
 from fake_models import TEXT_CONFIG, speaker
 
 import gpt2_jax
-from gpt2_jax.generation import Settings, complete
+from gpt2_jax.generation import Completion, Settings, complete
 
 SAID = "One \U0001f468\u200d\U0001f469\u200d\U0001f467 two \u6f22\u5b57.\nThree"
 
@@ -228,13 +229,18 @@ def test_sliding_beyond_the_context(run, texts):
     assert (done.code, done.out) == (0, texts(["ROMEO:"], 300, overflow="slide")[0] + "\n")
 
 
-def test_bfloat16(run, model_dir, tokenizer):
-    """Weights and products; the text is that of the library, which may well differ from float32's."""
-    done = run("--prompt", "ROMEO:", "--max-new-tokens", 11, "--dtype", "bfloat16", "--no-echo", "--temperature", 0)
-    config, params = gpt2_jax.load(model_dir, dtype="bfloat16")
-    config = config.replace(compute_dtype="bfloat16")
-    (ids,) = gpt2_jax.generate(config, params, [tokenizer.encode("ROMEO:")], 11, temperature=0)
-    assert (done.code, done.out) == (0, tokenizer.decode(ids) + "\n")
+@pytest.mark.parametrize(("options", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
+def test_dtypes(run, monkeypatch, options, dtype):
+    """Of the weights, and of products."""
+    seen = []
+
+    def completed(config, params, rows, *args):
+        seen.extend([config.compute_dtype, *{str(leaf.dtype) for leaf in jax.tree.leaves(params)}])
+        return [Completion("!", [0], False, None) for _ in rows]
+
+    monkeypatch.setattr("gpt2_jax.generation.complete", completed)
+    assert run("--prompt", "O", *options).out == "O!\n"
+    assert seen == [dtype, dtype]
 
 
 def test_the_table_of_log_probabilities(run, shakespeare, tokenizer):
