@@ -18,7 +18,7 @@ from flax import struct
 from flax.errors import InvalidRngError
 from jax.nn.initializers import normal, ones, zeros
 
-from gpt2_jax.attention import attention
+from gpt2_jax.attention import attention, causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
@@ -112,7 +112,11 @@ class Attention(nn.Module):
         if kv is not None:
             k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
         dropout = nn.Dropout(config.attn_pdrop, deterministic=deterministic)
-        z_BTD = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past).reshape(x_BTD.shape)
+        if past is None and k_BNHS.shape[-1] == x_BTD.shape[1]:  # the new tokens are all there is: `start` is 0
+            z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout)
+        else:
+            z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past)
+        z_BTD = z_BTNH.reshape(x_BTD.shape)
         out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTD)
         return nn.Dropout(config.resid_pdrop)(out_BTD, deterministic), (k_BNHS, v_BNSH)
 

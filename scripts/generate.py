@@ -63,7 +63,7 @@ class Args:
     num_samples: int = 1
     """Continuations of each prompt to write, 1 or more, each different."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End a sample before this string."""
+    """End a sample before this string; a shell writes a blank line as $'\\n\\n'."""
     stop_at_eot: bool = True
     """End a sample where the model ends its text, with <|endoftext|>."""
     overflow: Literal["error", "slide"] = "error"
@@ -143,6 +143,7 @@ class Model:
         directory = gpt2_jax.embedded_model() if self.name is None else self.name
         config, params = gpt2_jax.load(directory, **({} if self.dtype is None else {"dtype": self.dtype}))
         _announce(self.name, config)
+        _warn_of_bfloat16(self.dtype)
         return (config if self.dtype is None else config.replace(compute_dtype=self.dtype)), params
 
     def complete(self, texts: Sequence[str], num_samples: int, first: int = 0) -> Iterator[Completion]:
@@ -257,6 +258,13 @@ def _announce(model: str | None, config: GPT2Config) -> None:
         )
 
 
+def _warn_of_bfloat16(dtype: str | None) -> None:
+    import jax
+
+    if dtype == "bfloat16" and jax.default_backend() == "cpu":
+        print("on a CPU bfloat16 saves memory and takes two to five times as long as float32", file=sys.stderr)
+
+
 # ---- the three ways to run
 
 
@@ -354,7 +362,9 @@ def _complete_file(model: Model, args: Args, config: GPT2Config) -> None:
         return [{"samples": samples[i : i + args.num_samples]} for i in range(0, len(samples), args.num_samples)]
 
     settings = dataclasses.asdict(model.settings) | {"num_samples": args.num_samples}
-    settings |= {"model": args.model or "embedded", "dtype": args.dtype}
+    is_folder = args.model is not None and expanded(args.model).is_dir()
+    model_name = str(expanded(args.model).resolve()) if is_folder else args.model or "embedded"
+    settings |= {"model": model_name, "dtype": args.dtype}
     start = time.perf_counter()
     batch_size = max(1, args.batch_size // args.num_samples)
     if source.is_file() and not target.exists():  # a pipe can be read but once: there each batch is checked in its turn

@@ -11,12 +11,12 @@ import numpy as np
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.engine import Picked, decode_rows
-from gpt2_jax.generation.settings import Settings, check_fits, check_prompt, check_prompts
+from gpt2_jax.generation.settings import Settings, check_first_row, check_fits, check_prompt, check_prompts
 from gpt2_jax.generation.text import RowText
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sampling import NO_LOGITS
-from gpt2_jax.sharding import on_auto_axes
+from gpt2_jax.sharding import placed
 from gpt2_jax.tokenizer import Tokenizer
 
 STEPS_A_PIECE = 4  # of `stream`: often enough that it looks alive where a step takes 100 ms
@@ -81,8 +81,8 @@ def generate(
     Row i's ids depend on the seed, on i and on its prompt alone: not on the other rows, their number, padding or
     earlier calls. (Products of another batch size may round differently. In float32 that is never seen in practice; in
     bfloat16, or TF32 on a GPU, it now and then tips a close choice, and the row goes another way from there.)
-    Compiles once for each config, bucket of rows, bucket of prompt lengths and bucket of whole lengths; the other
-    settings are traced, but for `logprobs`.
+    Rows, prompt lengths and whole lengths are rounded up to a few sizes (generation/buckets.py), for each of which
+    programs are compiled when it first comes up, and so for each config and `logprobs`; all else is traced.
 
     Args:
       config: the model's hyperparameters.
@@ -106,7 +106,7 @@ def generate(
         sees the last tokens alone: all that fit at first, and each time n_ctx is full the last n_ctx // 2, which it
         reads anew at positions from 0 on.
       logprobs: also return the log-probabilities of the chosen tokens and of this many most likely ones.
-      first_row: row i draws as row first_row + i, so that a long list may be taken in parts.
+      first_row: row i draws as row first_row + i, below 2**32, so that a long list may be taken in parts.
 
     Returns:
       The new ids, one list for each prompt; with `logprobs`, these and a list of Logprobs.
@@ -216,6 +216,7 @@ def _run(
     """Decode all rows to their ends."""
     prompts = check_prompts(config, prompts, settings)
     check_params(config, params, dtypes=False)
+    check_first_row(first_row, len(prompts))
     rows = [_Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(prompts)]
     for _ in _decode(config, params, rows, settings, first_row=first_row, look_ahead=not settings.stop_strings):
         pass
@@ -234,7 +235,7 @@ def _decode(
         return
     finished_B = np.zeros(len(rows), bool)
     prompts = [row.prompt for row in rows]
-    for picked in decode_rows(GPT2(config), on_auto_axes(params), prompts, settings, finished_B, **how):
+    for picked in decode_rows(GPT2(config), placed(params), prompts, settings, finished_B, **how):
         for b in np.flatnonzero(~finished_B):
             finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
         yield

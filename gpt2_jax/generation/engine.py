@@ -296,7 +296,7 @@ class _Batch:
         seen_BV = np.zeros((self.n_rows, self.config.n_vocab), bool)
         for b, row in enumerate(self.rows):
             seen_BV[b, row] = True
-        row_B = np.arange(first_row, first_row + self.n_rows, dtype=np.uint32)
+        row_B = (first_row + np.arange(self.n_rows)).astype(np.uint32)
         knobs = (np.uint32(self.settings.seed), self.sampling, self.stop_ids, self.settings.logprobs)
         no_row_B = np.arange(self.n_rows) >= len(self.rows)
         self.state, picked = first(self.model, self.params, self.h_BD, seen_BV, no_row_B, row_B, *knobs)
@@ -347,9 +347,9 @@ class _Batch:
             self.n_cached_B[b] = len(tokens)
         for n_slots, rows in members.items():
             n_together = max(1, PREFILL_TOKENS.get(platform(self.params), PREFILL_TOKENS_ELSEWHERE) // n_slots)
-            for start in range(0, len(rows), n_together):
-                group = rows[start : start + n_together]
-                group += group[:1] * (bucket_rows(len(group)) - len(group))  # one row several times over is one row
+            while rows:
+                n_rows = _power_of_two(min(n_together, len(rows)))  # 7 rows as 4, 2 and 1: none is padded
+                group, rows = rows[:n_rows], rows[n_rows:]
                 tokens_GP = np.zeros((len(group), n_slots), np.int32)
                 for g, b in enumerate(group):
                     tokens_GP[g, : len(window_of[b])] = window_of[b]
@@ -357,3 +357,8 @@ class _Batch:
                 cache, h_GD = prefill(self.model, self.params, tokens_GP, length_G)
                 row_G = np.array(group, np.int32)
                 self.past, self.h_BD = place(self.past, self.h_BD, cache, h_GD, row_G)
+
+
+def _power_of_two(n: int) -> int:
+    """Return the largest power of two that is not above n."""
+    return 1 << (n.bit_length() - 1)

@@ -20,7 +20,7 @@ from gpt2_jax.generation.buckets import bucket_length, bucket_rows
 from gpt2_jax.generation.settings import Settings, check_prompts
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
-from gpt2_jax.sharding import on_auto_axes, platform
+from gpt2_jax.sharding import placed, platform
 
 # Tokens of one call. Larger ones fall out of a CPU's caches: at the 124M shape, 4 prompts of 1,024 tokens take two
 # cores half as long one by one as together. Elsewhere large calls keep the device busy.
@@ -100,7 +100,7 @@ def score(
             raise ValueError(f"prompts[{i}] has 1 token, and the first of a prompt has no score: give two or more")
     stride = _check_stride(config, stride)
     check_params(config, params, dtypes=False)
-    params = on_auto_axes(params)
+    params = placed(params)
     model = GPT2(config)
     wide = jnp.promote_types(config.compute_dtype, jnp.float32)
     logprobs = [np.empty(len(row) - 1, wide) for row in rows]

@@ -60,17 +60,21 @@ class Settings:
                 f"repetition_penalty must be a finite float32 number above 0 (1: none), not {self.repetition_penalty!r}"
             )
         for name, words in (("top_p_rule", TOP_P_RULES), ("overflow", OVERFLOWS)):
-            if getattr(self, name) not in words:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in words:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, words))}, not {getattr(self, name)!r}")
-        if self.logprobs is not None:
-            _whole_number("logprobs", self.logprobs, 0, config.n_vocab)
+        logprobs = None if self.logprobs is None else _whole_number("logprobs", self.logprobs, 0, config.n_vocab)
         return dataclasses.replace(
             self,
+            temperature=float(self.temperature),
+            top_p=float(self.top_p),
+            min_p=float(self.min_p),
+            repetition_penalty=float(self.repetition_penalty),
+            logprobs=logprobs,
             max_new_tokens=_whole_number("max_new_tokens", self.max_new_tokens, 0, math.inf),
             seed=_whole_number("seed", self.seed, 0, 2**32 - 1),
             top_k=_whole_number("top_k", self.top_k, 0, math.inf),
             stop_ids=_check_stop_ids(config, self.stop_ids),
-            stop_strings=_check_stop_strings(self.stop_strings, tokenizer),
+            stop_strings=_check_stop_strings(config, self.stop_strings, tokenizer),
         )
 
     def sampling(self, config: GPT2Config) -> Sampling:
@@ -139,6 +143,16 @@ def check_prompt(config: GPT2Config, name: str, prompt: Sequence[int]) -> np.nda
     return row
 
 
+def check_first_row(first_row: int, n_rows: int) -> None:
+    """Check that rows from `first_row` on have a number to draw by.
+
+    Raises:
+      ValueError: it is not a whole number, or too large.
+
+    """
+    _whole_number("first_row", first_row, 0, 2**32 - n_rows)
+
+
 def _check_stop_ids(config: GPT2Config, stop_ids: Sequence[int]) -> tuple[int, ...]:
     if isinstance(stop_ids, str | bytes) or not hasattr(stop_ids, "__iter__"):
         raise ValueError(f"stop_ids must be a list of token ids, not {stop_ids!r}")
@@ -146,11 +160,17 @@ def _check_stop_ids(config: GPT2Config, stop_ids: Sequence[int]) -> tuple[int, .
     return tuple(dict.fromkeys(ids))
 
 
-def _check_stop_strings(stop_strings: Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+def _check_stop_strings(
+    config: GPT2Config, stop_strings: Sequence[str], tokenizer: Tokenizer | None
+) -> tuple[str, ...]:
     check_stop_strings(stop_strings)
     if not isinstance(tokenizer, Tokenizer) and (stop_strings or tokenizer is not None):
         needs = "stop_strings needs tokenizer=," if stop_strings else "tokenizer must be"
         raise ValueError(f"{needs} a Tokenizer as load_tokenizer gives it, not {tokenizer!r}")
+    if tokenizer is not None and tokenizer.n_vocab < config.n_vocab:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.n_vocab} ids and the model {config.n_vocab}: it may pick one without a text"
+        )
     return tuple(stop_strings)
 
 
