@@ -147,12 +147,16 @@ def after_real_text(shakespeare, reference):
 
 
 def test_logprobs_of_the_embedded_model(shakespeare, after_real_text):
-    """All 1,281 log-probabilities after real text; the error against float64 is 5e-6 at most."""
+    """All 1,281 log-probabilities after real text, against float64.
+
+    What differs is the logits' own rounding, as summed by two versions of XLA: 2.3e-7 of the largest, 16.9, with jax 0.10
+    and 7.1e-7 with jax 0.12 (in float64 there is none); the bound is 1.8e-6 of it.
+    """
     prompts, (rows, logprobs), _ = after_real_text
     for i in range(0, len(prompts), 7):
         [logprobs_V] = expected(*shakespeare, prompts[i], rows[i])
         [ids_V] = logprobs[i].top_ids
-        np.testing.assert_allclose(logprobs[i].top[0], logprobs_V[ids_V], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(logprobs[i].top[0], logprobs_V[ids_V], rtol=0, atol=3e-5)  # measured 1.2e-5
         assert rows[i] == [np.argmax(logprobs_V)] == [ids_V[0]]
 
 
