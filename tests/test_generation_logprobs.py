@@ -149,8 +149,8 @@ def after_real_text(shakespeare, reference):
 def test_logprobs_of_the_embedded_model(shakespeare, after_real_text):
     """All 1,281 log-probabilities after real text, against float64.
 
-    What differs is the logits' own rounding, as summed by two versions of XLA: 2.3e-7 of the largest, 16.9, with jax 0.10
-    and 7.1e-7 with jax 0.12 (in float64 there is none); the bound is 1.8e-6 of it.
+    What differs is the logits' own rounding, as summed by two versions of XLA: 2.3e-7 of the largest, 16.9, with jax
+    0.10 and 7.1e-7 with jax 0.12; the bound is 1.8e-6 of it.
     """
     prompts, (rows, logprobs), _ = after_real_text
     for i in range(0, len(prompts), 7):
