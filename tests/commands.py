@@ -3,12 +3,14 @@
 import codecs
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import reprlib
 import select
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -154,3 +156,17 @@ def config_of_jax_kept():
         for name, value in before.items():
             jax.config.update(name, value)
         reset_cache()
+
+
+def on_eight_devices(code: str, *args) -> object:
+    """Run Python code in a process that has eight CPU devices, from the folder of the tests; read its last line."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])  # jax 0.12 prints a line of its own before

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measures import COMPILATIONS
 from tiny_models import CONFIG, chosen_logits, random_params
 
 import gpt2_jax
@@ -21,11 +22,6 @@ PROMPTS = [
     list(range(23)),
     [11] * 8,
 ]
-
-COMPILATIONS = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, duration, **_: COMPILATIONS.append(event) if event.endswith("backend_compile_duration") else None
-)
 
 
 @pytest.fixture(scope="module")

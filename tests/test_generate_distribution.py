@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from measures import chi_square_p
 from tiny_models import chosen_logits, random_params
 
 import gpt2_jax
@@ -21,17 +21,6 @@ def openai_probabilities(logits, temperature, top_k, top_p):
         kept = max(np.sum(np.cumsum(descending) <= top_p), 1)
         probs = np.where(probs < descending[kept - 1], 0, probs)
     return probs / probs.sum()
-
-
-def chi_square_p(counts, expected) -> float:
-    """p-value of the counts, cells with fewer than five expected put together; 0 where a forbidden cell was drawn."""
-    if counts[expected == 0].any():
-        return 0.0
-    small = expected < 5
-    counts = np.append(counts[~small], counts[small].sum())
-    expected = np.append(expected[~small], expected[small].sum())
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    return stats.chi2.sf(np.sum((counts - expected) ** 2 / expected), max(len(counts) - 1, 1))
 
 
 KNOBS = [

@@ -1,12 +1,6 @@
 """Batches as users have them: each row is what it would be alone, cached as uncached, on one device or on eight."""
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
+import commands
 import naive_generation as naive
 import numpy as np
 import pytest
@@ -167,13 +161,4 @@ EIGHT_DEVICES = """
 
 def test_params_sharded_over_eight_devices_give_the_same_ids():
     """On a mesh of two by four devices, of automatic and of explicit axes: greedy, sampled, sliding and stopping."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    assert commands.on_eight_devices(EIGHT_DEVICES) == []

@@ -10,14 +10,10 @@ import jax
 import numpy as np
 import pytest
 from fake_models import N_SAID, TEXT_CONFIG
+from measures import COMPILATIONS
 from tiny_models import CONFIG, random_params
 
 import gpt2_jax
-
-COMPILATIONS = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, duration, **_: COMPILATIONS.append(event) if event.endswith("backend_compile_duration") else None
-)
 
 
 @pytest.fixture(scope="module")

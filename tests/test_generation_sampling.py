@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from measures import chi_square_p
 from tiny_models import CONFIG, chosen_logits
 
 import gpt2_jax
@@ -31,17 +31,6 @@ def probabilities(
         p[p < descending[max(n_kept, 1) - 1]] = 0
     p[p < min_p * p.max()] = 0
     return p / p.sum()
-
-
-def chi_square_p(counts, expected):
-    """p-value of the counts, cells with fewer than five expected put together; 0 where a forbidden cell was drawn."""
-    if counts[expected == 0].any():
-        return 0.0
-    small = expected < 5
-    counts = np.append(counts[~small], counts[small].sum())
-    expected = np.append(expected[~small], expected[small].sum())
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    return stats.chi2.sf(np.sum((counts - expected) ** 2 / expected), max(len(counts) - 1, 1))
 
 
 RULES = [

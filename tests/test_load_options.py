@@ -1,13 +1,7 @@
 """load(dtype=, sharding=): casts as numpy does them, arrays placed as asked, and errors that say what is possible."""
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import checkpoint_forms as forms
+import commands
 import jax
 import numpy as np
 import pytest
@@ -163,13 +157,4 @@ def test_eight_devices(tmp_path):
     for directory in directories:
         gpt2_jax.save(directory, config, forms.nested(flat), format=directory.name)
     directories.append(forms.write_huggingface(tmp_path / "shards", config, forms.hf_tensors(flat), shards=3))
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES), *map(str, directories)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == []  # jax 0.12 prints a line of its own before
+    assert commands.on_eight_devices(EIGHT_DEVICES, *directories) == []

@@ -4,17 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from measures import COMPILATIONS
 
 from gpt2_jax import sampling
 from gpt2_jax.sampling import FILTERED, NO_LOGITS, Sampling
 
 filter_logits = jax.jit(sampling.filter_logits)
 pick = jax.jit(sampling.pick)
-
-COMPILATIONS = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, duration, **_: COMPILATIONS.append(event) if event.endswith("backend_compile_duration") else None
-)
 
 
 def knobs(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, rule="original"):

@@ -15,6 +15,11 @@ def bucket_rows(n: int) -> int:
     return _round_up(n) if n > 8 else 1 << (n - 1).bit_length()
 
 
+def power_of_two(n: int) -> int:
+    """Return the largest power of two that is not above n, 1 or more."""
+    return 1 << (n.bit_length() - 1)
+
+
 def _round_up(n: int) -> int:
     """Return the smallest power of two, or three quarters of one, that is not below n."""
     power = 1 << max(n - 1, 1).bit_length()

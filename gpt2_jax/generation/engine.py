@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from gpt2_jax.generation.buckets import bucket_length, bucket_rows
+from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.kv_cache import KVCache, init_cache, insert, merge
 from gpt2_jax.model import GPT2
@@ -348,7 +348,7 @@ class _Batch:
         for n_slots, rows in members.items():
             n_together = max(1, PREFILL_TOKENS.get(platform(self.params), PREFILL_TOKENS_ELSEWHERE) // n_slots)
             while rows:
-                n_rows = _power_of_two(min(n_together, len(rows)))  # 7 rows as 4, 2 and 1: none is padded
+                n_rows = power_of_two(min(n_together, len(rows)))  # 7 rows as 4, 2 and 1: none is padded
                 group, rows = rows[:n_rows], rows[n_rows:]
                 tokens_GP = np.zeros((len(group), n_slots), np.int32)
                 for g, b in enumerate(group):
@@ -357,8 +357,3 @@ class _Batch:
                 cache, h_GD = prefill(self.model, self.params, tokens_GP, length_G)
                 row_G = np.array(group, np.int32)
                 self.past, self.h_BD = place(self.past, self.h_BD, cache, h_GD, row_G)
-
-
-def _power_of_two(n: int) -> int:
-    """Return the largest power of two that is not above n."""
-    return 1 << (n.bit_length() - 1)

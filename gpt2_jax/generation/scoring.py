@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.generation.buckets import bucket_length, bucket_rows
+from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
 from gpt2_jax.generation.settings import Settings, check_prompts
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
@@ -152,7 +152,7 @@ def _batches(windows: list[Window], n_ctx: int, most_tokens: int) -> Iterator[tu
     for window in windows:
         by_length.setdefault(min(bucket_length(len(window.tokens)), n_ctx), []).append(window)
     for n_tokens, group in sorted(by_length.items()):
-        n_rows = 1 << (max(1, most_tokens // n_tokens).bit_length() - 1)
+        n_rows = power_of_two(max(1, most_tokens // n_tokens))
         for start in range(0, len(group), n_rows):
             yield n_tokens, group[start : start + n_rows]
 
