@@ -20,6 +20,7 @@ from jax.nn.initializers import Initializer, normal, ones, zeros
 
 from gpt2_jax.attention import attention, causal_attention
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.dropout import Dropout
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
 
@@ -125,14 +126,14 @@ class Attention(nn.Module):
         k_BNHS, v_BNSH = k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3)
         if kv is not None:
             k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
-        dropout = nn.Dropout(config.attn_pdrop, deterministic=deterministic)
+        dropout = functools.partial(Dropout(config.attn_pdrop), deterministic=deterministic)
         if past is None and k_BNHS.shape[-1] == x_BTD.shape[1]:  # the new tokens are all there is: `start` is 0
             z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout)
         else:
             z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past)
         z_BTD = z_BTNH.reshape(x_BTD.shape)
         out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTD)
-        return nn.Dropout(config.resid_pdrop)(out_BTD, deterministic), (k_BNHS, v_BNSH)
+        return Dropout(config.resid_pdrop)(out_BTD, deterministic), (k_BNHS, v_BNSH)
 
 
 class MLP(nn.Module):
@@ -146,7 +147,7 @@ class MLP(nn.Module):
         h_BTF = Conv1D(self.config, 4 * self.config.n_embd, name="c_fc")(x_BTD)
         h_BTF = jax.nn.gelu(h_BTF, approximate=True)
         out_BTD = Conv1D(self.config, self.config.n_embd, name="c_proj")(h_BTF)
-        return nn.Dropout(self.config.resid_pdrop)(out_BTD, deterministic)
+        return Dropout(self.config.resid_pdrop)(out_BTD, deterministic)
 
 
 class Block(nn.Module):
@@ -176,9 +177,15 @@ class GPT2(nn.Module):
     """The whole model: `GPT2(config).apply({"params": params}, tokens_BT).logits`.
 
     `__call__` is `hidden` then `unembed`; each can be called alone with `apply(..., method="hidden")`.
+
+    Attributes:
+      config: the hyperparameters.
+      remat: keep only the residual stream before each block for a backward pass, which computes the rest anew.
+
     """
 
     config: GPT2Config
+    remat: bool = False
 
     def setup(self):
         """Declare wte, wpe, h0 ... and ln_f."""
@@ -187,10 +194,11 @@ class GPT2(nn.Module):
             raise ValueError('JAX computes float64 in float32 without jax.config.update("jax_enable_x64", True)')
         self.wte = param(self, "wte", normal(0.02), (config.n_vocab, config.n_embd))
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
+        block = nn.remat(Block, static_argnums=(6,)) if self.remat else Block  # 6: `deterministic`
         for i in range(config.n_layer):
-            setattr(self, f"h{i}", Block(config))
+            setattr(self, f"h{i}", block(config))
         self.ln_f = LayerNorm(config)
-        self.embd_dropout = nn.Dropout(config.embd_pdrop)
+        self.embd_dropout = Dropout(config.embd_pdrop)
 
     def __call__(
         self,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import traverse_util
 
 Params = dict[str, Any]
 """Nested plain dicts of arrays; the joined path of a leaf is its TensorFlow variable's name without `model/`."""
+T = TypeVar("T")
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -59,6 +60,22 @@ def check(params: Params, expected: Mapping[str, Any], dtypes: bool = True) -> N
             raise ValueError(f"params hold no array of floats at {name}, but {reprlib.repr(leaf)}")
     if wrong := differences(flat, expected, dtypes):
         raise ValueError("params are not those of this config:\n  " + "\n  ".join(wrong))
+
+
+def by_rules(rules: Sequence[tuple[str, T]], names: Iterable[str], what: str = "the rules") -> dict[str, T]:
+    """Return for every name the value of the first rule, (regular expression, value), that is found in it.
+
+    Raises:
+      ValueError: a name is left over.
+
+    """
+    found = {}
+    for name in names:
+        values = [value for pattern, value in rules if re.search(pattern, name)]
+        if not values:
+            raise ValueError(f'{what} say nothing of {name}: end them with one for all the rest, (".*", ...)')
+        found[name] = values[0]
+    return found
 
 
 def _describe(leaf: Any) -> str:

@@ -1,12 +1,70 @@
-"""Where parameters are."""
+"""Where parameters are: on one device, or in parts on many."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt2_jax.params import Params
+from gpt2_jax.params import Params, by_rules
+
+DATA, MODEL = "data", "model"
+ALL = (MODEL, DATA)
+RULES = (
+    # Along n_embd: 50,257 tokens can be divided by no number of devices that anyone has.
+    (r"(^|/)(wte|wpe)$", PartitionSpec(None, ALL)),
+    # As Megatron divides a block: into c_attn and c_fc by what comes out, into c_proj by what goes in.
+    (r"(c_attn|c_fc)/w$", PartitionSpec(DATA, MODEL)),
+    (r"c_proj/w$", PartitionSpec(MODEL, DATA)),
+    (".*", PartitionSpec(ALL)),
+)
+"""How each parameter is divided over a mesh of `data` and `model` devices."""
+
+
+def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+    """Return a mesh of data x model devices, the first there are; -1 takes all that the other number leaves.
+
+    Raises:
+      ValueError: there are fewer devices, or -1 does not come out even.
+
+    """
+    devices = jax.devices()
+    if -1 in (data, model):
+        other = max(data, model)
+        if len(devices) % other:
+            raise ValueError(f"{len(devices)} devices cannot be divided by {other}: give both sides of the mesh")
+        data, model = (len(devices) // other if n == -1 else n for n in (data, model))
+    if data * model > len(devices):
+        raise ValueError(f"a mesh of data={data} times model={model} devices needs {data * model}, not {len(devices)}")
+    return Mesh(np.array(devices[: data * model]).reshape(data, model), (DATA, MODEL))
+
+
+def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, gathered: Iterable[str] = ()) -> dict[str, NamedSharding]:
+    """Return the sharding of each parameter by RULES; a side that its axes do not divide stays whole.
+
+    Args:
+      shapes: {name: anything with a shape}.
+      mesh: of `make_mesh`.
+      gathered: axes over which nothing is divided.
+
+    """
+    specs = by_rules(RULES, shapes)
+    return {name: _fitting(leaf.shape, specs[name], mesh, tuple(gathered)) for name, leaf in shapes.items()}
+
+
+def _fitting(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, gathered: tuple[str, ...]) -> NamedSharding:
+    sides = []
+    for n, axes in zip(shape, (*spec, *[None] * len(shape)), strict=False):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        axes = [axis for axis in axes if axis not in gathered]
+        while n % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
+        sides.append(tuple(axes) or None)
+    return NamedSharding(mesh, PartitionSpec(*sides))
 
 
 def placed(params: Params) -> Params:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports modules of lower levels, or of its own room, alone.
 LEVELS = [
-    {"config", "params", "sampling", "tokenizer", "attention"},
-    {"kv_cache"},
+    {"config", "params", "dropout", "sampling", "tokenizer", "attention"},
+    {"kv_cache", "lora"},
     {"model", "sharding"},
     {"generation", "checkpoints"},
     {"evaluate", "research", "inspection", "compilation"},
@@ -21,7 +21,10 @@ LEVELS = [
     {"scripts", "benchmarks", "examples"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-LAZY = {"tensorflow", "torch", "transformers", "orbax", "safetensors", "huggingface_hub", "matplotlib", "rich", "tyro"}
+LAZY = {
+    *("tensorflow", "torch", "transformers", "orbax", "safetensors", "huggingface_hub", "matplotlib", "rich", "tyro"),
+    *("grain", "tensorboardX", "tokenizers"),
+}
 
 
 def sources():

@@ -1,0 +1,88 @@
+"""Cross-entropy of the next token without the logits of a whole batch.
+
+Shape letters: B batch, T position, C positions of one chunk, D n_embd, V vocab.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 2**26  # logits that exist at once, at most: 256 MB of float32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def token_loss(
+    h_BTD: jax.Array, wte_VD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int = CHUNK
+) -> jax.Array:
+    """Return the sum over all positions of weight * -log p(target), in nats, float32 at least.
+
+    The logits h @ wte.T are made for some positions at a time. Where a gradient is asked for, that of a chunk is taken
+    while its logits are there: three products with `wte` altogether, as with all logits at once, and none made anew.
+
+    Args:
+      h_BTD: the model's last hidden states; their dtype is that of the products' inputs.
+      wte_VD: the embedding.
+      target_BT: ids.
+      weight_BT: how much each target counts; has no gradient.
+      chunk: logits that exist at once, at most (one position of each row is the least).
+
+    """
+    return _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients=False)[0]
+
+
+def _forward(h_BTD, wte_VD, target_BT, weight_BT, chunk):
+    loss, dh_BTD, dwte_VD = _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients=True)
+    return loss, (dh_BTD, dwte_VD)
+
+
+def _backward(chunk, gradients, d_loss):
+    dh_BTD, dwte_VD = gradients
+    return (d_loss * dh_BTD).astype(dh_BTD.dtype), (d_loss * dwte_VD).astype(dwte_VD.dtype), None, None
+
+
+token_loss.defvjp(_forward, _backward)
+
+
+def _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients):
+    """Return the loss, and its gradients by h and wte if asked for (else None)."""
+    n_rows, n_positions, width = h_BTD.shape
+    n_chunks = min(n_positions, -(-n_rows * n_positions * wte_VD.shape[0] // chunk))
+    size = -(-n_positions // n_chunks)
+    wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
+    head_VD = wte_VD.astype(h_BTD.dtype)
+
+    def chunks(array: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [chunks, B, C, ...], padded at the end with zeros: positions that weigh nothing."""
+        padding = [(0, 0), (0, n_chunks * size - n_positions)] + [(0, 0)] * (array.ndim - 2)
+        array = jnp.pad(array, padding)
+        return jnp.moveaxis(array.reshape(n_rows, n_chunks, size, *array.shape[2:]), 1, 0)
+
+    def one(carry, part):
+        loss, dwte_VD = carry
+        h_BCD, target_BC, weight_BC = part
+        logits_BCV = jnp.einsum("BCD,VD->BCV", h_BCD, head_VD, preferred_element_type=wide)
+        top_BC1 = logits_BCV.max(-1, keepdims=True)
+        exp_BCV = jnp.exp(logits_BCV - top_BC1)
+        total_BC1 = exp_BCV.sum(-1, keepdims=True)
+        chosen_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1, mode="fill")[..., 0]
+        loss += jnp.sum(weight_BC * ((jnp.log(total_BC1) + top_BC1)[..., 0] - chosen_BC), where=weight_BC != 0)
+        if not gradients:
+            return (loss, None), None
+        is_target_BCV = target_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
+        dlogits_BCV = (exp_BCV / total_BC1 - is_target_BCV) * weight_BC[..., None]
+        dlogits_BCV = jnp.where(weight_BC[..., None] == 0, 0, dlogits_BCV).astype(h_BCD.dtype)
+        dh_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=wide)
+        dwte_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, h_BCD, preferred_element_type=wide)
+        return (loss, dwte_VD), dh_BCD.astype(h_BCD.dtype)
+
+    start = (jnp.zeros((), wide), jnp.zeros(wte_VD.shape, wide) if gradients else None)
+    parts = (chunks(h_BTD), chunks(target_BT), chunks(weight_BT.astype(wide)))
+    (loss, dwte_VD), dh = lax.scan(one, start, parts)
+    if not gradients:
+        return loss, None, None
+    dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(n_rows, n_chunks * size, width)[:, :n_positions]
+    return loss, dh_BTD, dwte_VD.astype(wte_VD.dtype)

@@ -1,0 +1,82 @@
+"""Optax optimizers as a recipe describes them, over {name: array}."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import optax
+
+from gpt2_jax.params import by_rules
+from gpt2_jax.training.recipe import Optimizer
+
+
+def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
+    """Return the learning rate of step 0, 1, ..., steps - 1.
+
+    The warm-up rises linearly, from peak / warmup_steps at step 0 to the peak at its last step. What follows falls to
+    final_fraction of the peak, which the last step of all has.
+
+    Raises:
+      ValueError: there are fewer steps than the warm-up has.
+
+    """
+    if optimizer.warmup_steps > steps:
+        raise ValueError(f"optimizer.warmup_steps, {optimizer.warmup_steps}, must not be more than steps, {steps}")
+
+    def schedule(step):
+        progress = (step + 1 - optimizer.warmup_steps) / max(steps - optimizer.warmup_steps, 1)
+        progress = jnp.clip(progress, 0, 1)
+        falling = {"cosine": (1 + jnp.cos(jnp.pi * progress)) / 2, "linear": 1 - progress, "constant": None}
+        left = falling[optimizer.schedule]
+        share = 1.0 if left is None else optimizer.final_fraction + (1 - optimizer.final_fraction) * left
+        rising = (step + 1) / max(optimizer.warmup_steps, 1)
+        return optimizer.learning_rate * jnp.where(step < optimizer.warmup_steps, rising, share)
+
+    return schedule
+
+
+def make_optimizer(optimizer: Optimizer, steps: int, names: Iterable[str]) -> optax.GradientTransformation:
+    """Return the transformation that turns averaged gradients into what is added to the parameters.
+
+    In order: clipping by the norm of all gradients together, the optimizer itself, weight decay apart from its moments
+    (Loshchilov and Hutter 2017, for all of the optimizers), and the learning rate.
+
+    Args:
+      optimizer: the recipe's part.
+      steps: of the whole run, which the schedule spans.
+      names: of the parameters that are trained.
+
+    Raises:
+      ValueError: the rules for learning rates or decay leave a name out.
+
+    """
+    names = list(names)
+    factors = by_rules(optimizer.learning_rates, names, "optimizer.learning_rates")
+    decays = by_rules(optimizer.decay, names, "optimizer.decay")
+
+    def decayed(updates, params):
+        rate = optimizer.weight_decay
+        return {k: u + rate * decays[k] * params[k] if rate * decays[k] else u for k, u in updates.items()}
+
+    def scaled(updates, params):
+        return {k: factors[k] * u if factors[k] != 1 else u for k, u in updates.items()}
+
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip) if optimizer.clip else optax.identity(),
+        _core(optimizer),
+        optax.stateless(decayed),
+        optax.stateless(scaled),
+        optax.scale_by_learning_rate(make_schedule(optimizer, steps)),
+    )
+
+
+def _core(optimizer: Optimizer) -> optax.GradientTransformation:
+    if optimizer.name == "adamw":
+        return optax.scale_by_adam(*optimizer.betas, eps=optimizer.epsilon)
+    if optimizer.name == "lion":
+        return optax.scale_by_lion(*optimizer.betas)
+    if optimizer.name == "sgd":
+        return optax.trace(optimizer.momentum) if optimizer.momentum else optax.identity()
+    # Adafactor (Shazeer and Stern 2018): factored second moments, and steps relative to the size of the weights.
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
