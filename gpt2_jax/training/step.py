@@ -175,7 +175,7 @@ def make_train_step(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
         n_tokens = batch.weights.sum()
         loss, grads = gradients(state, batch, n_tokens)
         changing = trained(state, recipe)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, changing)
         skip = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         if recipe.monitor.on_spike != "ignore":

@@ -1,0 +1,160 @@
+"""One picture of a run: the training loss of its steps, and the validation losses with the best of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2_jax.checkpoints.folders import replacing_file
+from gpt2_jax.training.records import read_records
+
+# matplotlib is imported inside the functions that draw: the package does without it otherwise.
+
+RAW, SMOOTH, VALIDATION = "#9cc4e4", "#0072b2", "#d55e00"
+MOST_POINTS = 2000  # steps that are drawn one by one; more are drawn as the range of several
+SMOOTHED = 50  # a mean is over one in so many of the steps
+
+
+def plot_curve(metrics_jsonl: str | os.PathLike, png: str | os.PathLike) -> None:
+    """Draw what a metrics.jsonl holds into a PNG file, which is replaced in one step.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not what `Report` writes.
+
+    """
+    figure = draw(*read_losses(metrics_jsonl))
+    with replacing_file(Path(png)) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def read_losses(metrics_jsonl: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return (step, training loss) and (step, validation loss), float64 [n, 2] each; null is NaN."""
+    losses: dict[str, list[tuple[float, float]]] = {"loss": [], "val_loss": []}
+    for record in read_records(metrics_jsonl):
+        for name, points in losses.items():
+            if name in record:
+                points.append((record["step"], math.nan if record[name] is None else record[name]))
+    return tuple(np.array(points, np.float64).reshape(-1, 2) for points in losses.values())
+
+
+def draw(train: np.ndarray, validation: np.ndarray) -> Any:
+    """Return a matplotlib Figure of (step, loss) points, [n, 2] each; losses that are not finite are gaps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+    ax = figure.subplots()
+    smooth = smoothed(train[:, 1])
+    _draw_train(ax, train, smooth)
+    _draw_validation(ax, validation)
+    _limit(ax, train, smooth, validation)
+    ax.set(title="Loss by optimizer step", xlabel="optimizer steps", ylabel="loss (nats a token)")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    ax.grid(alpha=0.25)
+    ax.spines["top"].set_visible(False)
+    if not np.isfinite(np.concatenate([train[:, 1], validation[:, 1]])).any():
+        ax.text(0.5, 0.5, "no loss is a finite number", ha="center", transform=ax.transAxes)
+        return figure
+    ax.legend(fontsize=9, frameon=False)
+    _add_perplexity(ax)
+    return figure
+
+
+def smoothed(losses: np.ndarray) -> np.ndarray:
+    """Return the mean of the finite losses about each step, float64 [n]; NaN where the step has none itself."""
+    finite = np.isfinite(losses)
+    sums = np.concatenate([[0], np.cumsum(np.where(finite, losses, 0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    place = np.arange(len(losses))
+    # As many on either side: towards the ends fewer, or the mean would lag behind a steep beginning.
+    width = np.minimum(np.minimum(place, place[::-1]), _width(losses))
+    first, end = place - width, place + width + 1
+    means = (sums[end] - sums[first]) / np.maximum(counts[end] - counts[first], 1)
+    return np.where(finite, means, np.nan)
+
+
+def _width(losses: np.ndarray) -> int:
+    """Return how many steps on either side a mean is over."""
+    return len(losses) // SMOOTHED // 2
+
+
+def _draw_train(ax: Any, train: np.ndarray, smooth: np.ndarray) -> None:
+    steps, losses = train.T
+    losses = np.where(np.isfinite(losses), losses, np.nan)
+    n_mean = 2 * _width(losses) + 1
+    colour = RAW if n_mean > 1 else SMOOTH
+    size = -(-len(steps) // MOST_POINTS)
+    if size > 1:  # every extreme is drawn, in far fewer points
+        starts = np.arange(0, len(steps), size)
+        low, high = np.fmin.reduceat(losses, starts), np.fmax.reduceat(losses, starts)
+        ax.fill_between(
+            steps[starts], low, high, color=colour, linewidth=0.5, label=f"training, range of {size:,} steps"
+        )
+    elif len(steps):
+        alone = {"marker": "o", "markersize": 4} if np.isfinite(losses).sum() < 3 else {}
+        ax.plot(steps, losses, color=colour, linewidth=0.8, label="training, each step", **alone)
+    if n_mean > 1:
+        ax.plot(steps, smooth, color=SMOOTH, linewidth=1.6, label=f"training, mean of {n_mean:,} steps")
+
+
+def _draw_validation(ax: Any, validation: np.ndarray) -> None:
+    """Draw the validation losses, and name the best."""
+    points = validation[np.isfinite(validation[:, 1])]
+    if not len(points):
+        return
+    ax.plot(*points.T, color=VALIDATION, marker="o", markersize=4, linewidth=1.4, label="validation")
+    step, loss = points[points[:, 1].argmin()]
+    label = f"best: {loss:.3f} at step {step:,.0f} (perplexity {_perplexity(loss):.4g})"
+    ax.plot(step, loss, "*", color=VALIDATION, markeredgecolor="black", markersize=14, label=label, zorder=5)
+
+
+def _perplexity(loss: Any) -> Any:
+    return np.exp(np.clip(loss, -700, 700))
+
+
+def _limit(ax: Any, train: np.ndarray, smooth: np.ndarray, validation: np.ndarray) -> None:
+    """Let the axis show the means and the validation losses whole, and nearly all steps: a spike flattens nothing."""
+    raw = train[np.isfinite(train[:, 1]), 1]
+    ends = np.quantile(raw, [0.002, 0.998]) if len(raw) else []
+    values = np.concatenate([smooth, validation[:, 1], ends])
+    values = values[np.isfinite(values)]
+    if len(values):
+        low, high = values.min(), values.max()
+        room = 0.06 * (high - low) or 0.05 * max(abs(high), 1)
+        ax.set_ylim(low - room, high + room)
+
+
+def _add_perplexity(ax: Any) -> None:
+    """Add a scale of perplexity, e ** loss, on the right, with round numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = ax.get_ylim()
+    if not (math.isfinite(_perplexity(low)) and high < 30 and high > low):
+        return
+    right = ax.secondary_yaxis("right", functions=(_perplexity, lambda value: np.log(np.maximum(value, 1e-300))))
+    right.set_ylabel("perplexity (e to the loss)")
+    right.yaxis.set_major_locator(FixedLocator(_round_numbers(*_perplexity(np.array([low, high])))))
+    right.yaxis.set_minor_locator(NullLocator())
+    right.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
+    )
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return about five numbers of few digits between two positive ones, spread evenly by their logarithm."""
+    scale = 10.0 ** math.floor(math.log10(high))
+    for digits in ([1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 5, 7]):
+        found = [d * 10.0**e for e in range(-3, 16) for d in digits if low <= d * 10.0**e <= high]
+        if len(found) >= 4:
+            return found
+    for step in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001):  # a small range: even steps will do
+        first = math.ceil(low / (step * scale))
+        found = [n * step * scale for n in range(first, int(high / (step * scale)) + 1)]
+        if len(found) >= 4:
+            return found
+    return [low, high]

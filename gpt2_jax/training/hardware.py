@@ -1,0 +1,107 @@
+"""What a device can do at most, and what share of it a run uses: the MFU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import jax
+
+from gpt2_jax.config import GPT2Config
+
+# Operations a second of dense bfloat16 matrix products that are added up in float32, a multiply-add being two. NVIDIA
+# prints the double in large, "with sparsity": these are the others.
+PEAKS = {
+    # "HGX B200/B300" and "GB200/GB300 NVL72" data sheets, of one GPU.
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    # "H100", "H200" and "GH200 Superchip" data sheets: half of the sparse 1,979, 1,513 and 1,671.
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H200 NVL": 835.5e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
+    "H800": 989e12,
+    # "A100", "A800", "A40", "A30", "A10" and "RTX A6000" data sheets; Amazon's A10G has about half of an A10's.
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "RTX A6000": 154.8e12,
+    # "L40S", "L40", "L4" and "RTX 6000 Ada Generation" data sheets.
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada Generation": 364.2e12,
+    # "V100" and "T4" data sheets. They have no bfloat16 (XLA computes it in float32): this is their float16's.
+    "V100-SXM2": 125e12,
+    "V100-SXM3": 125e12,
+    "V100-PCIE": 112e12,
+    "V100S-PCIE": 130e12,
+    "T4": 65e12,
+    # GeForce: the whitepapers "RTX Blackwell", "Ada GPU Architecture" and "Ampere GA102", appendices.
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090 Ti": 80e12,
+    "RTX 3090": 71e12,
+    # Google's page of each TPU gives a chip's; a JAX device of v2, v3 and 7x is one of a chip's two cores.
+    "TPU7x": 2307e12 / 2,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v4": 275e12,
+    "TPU v3": 123e12 / 2,
+    "TPU v2": 45e12 / 2,
+}
+"""{device: operations a second}"""
+# What stands before and after these names in `device_kind`: the maker, the memory, how it is mounted. Not what makes
+# another device of it: "Ti", "Laptop GPU", a part of one ("MIG 1g.10gb").
+KIND = re.compile(r"(NVIDIA |Tesla |GeForce )*({})(-(SXM\d|PCIE|SXM))?([- ]\d+GB)?( HBM\w+| PCIe)?")
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Return the operations a second that a device does at most, in dense bfloat16; None where that is not known.
+
+    The yardstick is bfloat16's also for a run in float32, which so has a smaller MFU: it leaves that speed unused.
+    """
+    names = "|".join(map(re.escape, sorted(PEAKS, key=len, reverse=True)))
+    found = re.fullmatch(KIND.pattern.replace("{}", names), device.device_kind)
+    return None if found is None or device.platform == "cpu" else PEAKS[found[2]]
+
+
+def flops_per_token(config: GPT2Config, n_tokens: int) -> float:
+    """Return the operations that training takes for a token in windows of n_tokens: 6 N + 12 L D T.
+
+    N are all parameters, the embeddings too; L layers of width D attend over T tokens. This is the count of PaLM
+    (Chowdhery et al. 2022, appendix B): attention counts whole, also the half that the causal mask leaves out, and
+    what `remat` computes again does not count.
+    """
+    return 6.0 * config.n_params + 12.0 * config.n_layer * config.n_embd * n_tokens
+
+
+def mfu(tokens_per_second: float, config: GPT2Config, n_tokens: int, devices: Sequence[jax.Device]) -> float | None:
+    """Return the share of the devices' peak that a run uses: "model FLOPs utilization", 0 to 1.
+
+    Args:
+      tokens_per_second: over all devices together.
+      config: of the model.
+      n_tokens: of a window.
+      devices: that compute.
+
+    Returns:
+      None where there are no devices, or the peak of one is not known.
+
+    """
+    peaks = [peak_flops(device) for device in devices]
+    if not peaks or None in peaks:
+        return None
+    return tokens_per_second * flops_per_token(config, n_tokens) / sum(peaks)

@@ -1,0 +1,233 @@
+"""What a run says of itself while it goes on: a bar or lines on standard error, JSON lines, TensorBoard."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.training.hardware import mfu
+from gpt2_jax.training.recipe import Recipe
+from gpt2_jax.training.records import Records
+
+FIRST_LINES = 3  # steps of which each has a line where there is no terminal
+SECONDS_A_LINE = 10  # between two lines later on
+RECENT = 20  # steps of which the mean speed is shown
+
+
+class Report:
+    """Tells how a run goes: `with Report(...) as report:`, and a call for each thing that happens.
+
+    It writes RUN/metrics.jsonl, RUN/samples.jsonl, with recipe.monitor.tensorboard RUN/tensorboard, and to standard
+    error: on a terminal a progress bar, else a line now and then. Standard output stays untouched.
+
+    Args:
+      run_dir: the run's folder; it is there.
+      recipe: of the run.
+      config: of the model.
+      first_step: optimizer steps that were done before; what the files hold of later ones is removed.
+      devices: that compute, for the MFU; none means that it is not known.
+      n_tokens: tokens of a window, for the MFU; 0 is the recipe's, or the model's n_ctx.
+      clock: seconds, from any moment on.
+
+    Raises:
+      ValueError: a line of the files that is whole is no JSON object with a step.
+
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        recipe: Recipe,
+        config: GPT2Config,
+        first_step: int = 0,
+        devices: Sequence[jax.Device] = (),
+        n_tokens: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._folder, self._recipe, self._config = Path(run_dir), recipe, config
+        self._devices, self._n_tokens = devices, n_tokens or recipe.data.n_tokens or config.n_ctx
+        self._clock, self._first_step = clock, first_step
+        self._started: tuple[int, float] | None = None  # the first step of this process, and when it was done
+        self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=RECENT)  # (tokens, seconds)
+        self._shown: dict[str, str] = {}
+        self._last_line = -math.inf
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Report:
+        with contextlib.ExitStack() as stack:  # what was opened is closed again if the next cannot be
+            self._metrics = stack.enter_context(_closing(Records(self._folder / "metrics.jsonl", self._first_step)))
+            self._samples = stack.enter_context(_closing(Records(self._folder / "samples.jsonl", self._first_step)))
+            self._board = _tensorboard(self._folder, self._first_step) if self._recipe.monitor.tensorboard else None
+            if self._board is not None:
+                stack.enter_context(_closing(self._board))
+            self._bar = _bar(self._recipe.steps, self._first_step) if sys.stderr.isatty() else None
+            if self._bar is not None:
+                stack.enter_context(self._bar)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, and close the files."""
+        self._open.close()
+
+    def step(self, step: int, metrics: Mapping[str, float], tokens: int, seconds: float) -> None:
+        """Report an optimizer step.
+
+        The first of a process compiles: it has no speed, and does not count in the time that is left.
+
+        Args:
+          step: its number, from 1 on.
+          metrics: what train_step gave; "loss" among it.
+          tokens: that it read, over all devices.
+          seconds: that it took.
+
+        """
+        now = self._clock()
+        speed = None if self._started is None else tokens / max(seconds, 1e-9)
+        record = {"step": step, **metrics, "tokens": tokens, "seconds": seconds, "tokens_per_second": speed}
+        self._metrics.write(record | {"mfu": self._mfu(speed)})
+        self._plot(step, {f"train/{name}": value for name, value in metrics.items()})
+        self._plot(step, {"speed/tokens_per_second": speed, "speed/mfu": self._mfu(speed)})
+        if self._started is None:
+            self._started = step, now
+        else:
+            self._recent.append((tokens, seconds))
+        self._shown["loss"] = f"loss {float(metrics['loss']):.3f}"
+        self._shown |= self._speed() | {"left": f"{_duration(self._seconds_left(step, now))} left"}
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, shown=self._place(step) + self._sentence())
+        elif self._is_due(step, now):
+            self._line(step, self._sentence())
+            self._last_line = now
+
+    def evaluation(self, step: int, loss: float, perplexity: float, best: bool) -> None:
+        """Report a validation loss in nats a token, and whether it is the best so far."""
+        self._metrics.write({"step": step, "val_loss": loss, "perplexity": perplexity, "best": best})
+        self._plot(step, {"val/loss": loss, "val/perplexity": perplexity})
+        self._shown["val"] = f"val {loss:.3f}"
+        said = f"validation loss {loss:.4f} nats a token, perplexity {perplexity:.2f}{', the best so far' * bool(best)}"
+        self._line(step, said)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Report what the model writes after a prompt; `text` is without it."""
+        self._samples.write({"step": step, "prompt": prompt, "text": text})
+        if self._board is not None:
+            self._board.add_text(f"sample/{prompt or 'from nothing'}", text, step)
+        self._line(step, f"a sample\n{_printable(prompt + text)}\n")
+
+    def message(self, text: str) -> None:
+        """Say something, above the bar if there is one."""
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, step: int, text: str) -> None:
+        self.message(self._place(step) + text)
+
+    def _place(self, step: int) -> str:
+        return f"step {step:,}/{self._recipe.steps:,}: "
+
+    def _sentence(self) -> str:
+        return ", ".join(self._shown[name] for name in ("loss", "val", "speed", "mfu", "left") if name in self._shown)
+
+    def _is_due(self, step: int, now: float) -> bool:
+        """Say whether a step has a line where there is no terminal."""
+        first_or_last = step - self._first_step <= FIRST_LINES or step == self._recipe.steps
+        return first_or_last or now - self._last_line >= SECONDS_A_LINE
+
+    def _speed(self) -> dict[str, str]:
+        """Return what is shown of the mean speed of the last steps; evaluations between them do not count."""
+        if not self._recent:
+            return {}
+        tokens, seconds = map(sum, zip(*self._recent, strict=True))
+        speed = tokens / max(seconds, 1e-9)
+        used = self._mfu(speed)
+        return {"speed": f"{_short(speed)} tokens/s", "mfu": "MFU n/a" if used is None else f"MFU {used:.1%}"}
+
+    def _mfu(self, speed: float | None) -> float | None:
+        return None if speed is None else mfu(speed, self._config, self._n_tokens, self._devices)
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        """Return the seconds that are left at the pace so far: of all that happens, evaluations and saves too."""
+        if self._started is None or step <= self._started[0]:
+            return None
+        first, then = self._started
+        return (now - then) / (step - first) * (self._recipe.steps - step)
+
+    def _plot(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Give numbers to TensorBoard; what is not finite is left out, as it would draw nothing and complain."""
+        if self._board is None:
+            return
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                self._board.add_scalar(name, float(value), step)
+
+
+@contextlib.contextmanager
+def _closing(thing: Any) -> Any:
+    """Give a thing, and close it at the end."""
+    with contextlib.closing(thing):
+        yield thing
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    """Return a writer of TensorBoard's event files, which tells it to forget what came after `first_step`."""
+    from tensorboardX import SummaryWriter
+
+    purge = first_step + 1 if first_step else 0
+    # Files are named by the second: one that is resumed within it must not overwrite its own beginning.
+    name = f".from-{first_step}"
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10, filename_suffix=name)
+
+
+def _bar(steps: int, first_step: int) -> Any:
+    """Return a progress bar on standard error, with one task."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.fields[shown]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    width = min(40, console.width - 85)  # the numbers take about 80 columns, and the bar gives way to them
+    columns = (BarColumn(bar_width=width), text) if width >= 10 else (text,)
+    bar = Progress(*columns, console=console, redirect_stdout=False, refresh_per_second=4)
+    bar.add_task("training", total=steps, completed=first_step, shown="compiling the step")
+    return bar
+
+
+def _short(speed: float) -> str:
+    """Return a number in about four characters: 812, 26.4k, 1.31M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if speed >= size:
+            return f"{speed / size:.3g}{letter}"
+    return f"{speed:.3g}"
+
+
+def _duration(seconds: float | None) -> str:
+    """Return seconds as 0:12:33, or 2d 03:04 for days."""
+    if seconds is None:
+        return "n/a"
+    minutes, second = divmod(max(round(seconds), 0), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}:{minute:02}:{second:02}"
+    return f"{hours // 24}d {hours % 24:02}:{minute:02}"
+
+
+def _printable(text: str) -> str:
+    """Return text without what would move a terminal's cursor or change its colours."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

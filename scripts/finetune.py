@@ -1,0 +1,86 @@
+"""Train or fine-tune a model by a recipe. `python scripts/finetune.py --help` shows every part of one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gpt2_jax.training.recipe import Recipe
+
+
+@dataclasses.dataclass
+class Args:
+    """Train or fine-tune a model by a recipe, and print the run's folder. The same command goes on where it ended.
+
+    Every part of the recipe is an option too: --optimizer.learning-rate 1e-3.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """The recipe, a TOML file: configs/finetune_shakespeare.toml. Without one, defaults."""
+    run: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/NAME of the recipe)")] = None
+    """The run's folder: checkpoints, the best model, metrics, samples, the loss curve. generate.py --model takes it."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; bad input is one line on standard error and exit status 2."""
+    try:
+        sys.exit(run(parse(argv)))
+    except (ValueError, OSError) as error:
+        print(f"gpt2-finetune: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(argv: Sequence[str] | None) -> Args:
+    """Read the recipe that --config names, and let the other options change it.
+
+    Raises:
+      ValueError, OSError: the recipe cannot be read, or an option is out of range.
+
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    default = Args(Recipe.from_toml(path) if path else Recipe())
+    return tyro.cli(Args, prog="gpt2-finetune", description=Args.__doc__, args=argv, default=default)
+
+
+def run(args: Args) -> int:
+    """Train, and print the run's folder; the exit status is 0 where the run came to its end.
+
+    Raises:
+      ValueError, OSError: bad input, or something cannot be written.
+
+    """
+    from gpt2_jax.checkpoints.folders import expanded
+    from gpt2_jax.compilation import keep_compiled
+    from gpt2_jax.training import fit, start_data, start_model
+
+    keep_compiled()
+    folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
+    config, params, tokenizer = start_model(args.recipe)
+    data = start_data(args.recipe, tokenizer, folder / "data")
+    n_val = data.val.n_tokens if data.val else 0
+    print(
+        f"{config.n_params:,} parameters; {data.train.n_tokens:,} tokens to train, {n_val:,} to validate on",
+        file=sys.stderr,
+    )
+    fitted = fit(config, params, data, folder, args.recipe, tokenizer)
+    print(f"hear it: python scripts/generate.py --model {folder}", file=sys.stderr)
+    print(folder)
+    if fitted.signal:
+        return 128 + signal.Signals[fitted.signal].value
+    return 0
+
+
+if __name__ == "__main__":
+    main()
