@@ -62,7 +62,7 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
         yield temporary
         if directory.exists():
             check()
-            _exchange(temporary, directory)
+            exchange(temporary, directory)
         else:
             temporary.rename(directory)
     finally:
@@ -92,7 +92,7 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
-def _exchange(new: Path, old: Path) -> None:
+def exchange(new: Path, old: Path) -> None:
     """Let two folders exchange their names: in one system call where the system and the file system have it."""
     libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     if hasattr(libc, "renameat2"):  # Linux; AT_FDCWD is -100, RENAME_EXCHANGE 2

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import copies, download, huggingface, huggingface_tokenizer, orbax, tensorflow
+from gpt2_jax.checkpoints import copies, download, huggingface, huggingface_tokenizer, orbax, runs, tensorflow
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DamagedError, Leaves, count_strange
 from gpt2_jax.checkpoints.progress import shown
 from gpt2_jax.checkpoints.sources import form_of, locate, size_meant
@@ -30,8 +30,10 @@ def load(
 
     Args:
       source: a directory with a TensorFlow checkpoint in OpenAI's layout, with Hugging Face's config.json and
-        safetensors, or written by `save` in any format; a size, "124M", "355M", "774M" or "1558M" (or "117M", "gpt2",
-        "gpt2-xl", ...), fetched if it is not there yet; or an id of the Hugging Face hub, "distilbert/distilgpt2".
+        safetensors, or written by `save` in any format; the folder of a training run, for its best model, or of one of
+        its checkpoints, "RUN/checkpoints/1600", LoRA merged; a size, "124M", "355M", "774M" or "1558M" (or "117M",
+        "gpt2", "gpt2-xl", ...), fetched if it is not there yet; or an id of the Hugging Face hub,
+        "distilbert/distilgpt2".
       dtype: float32, bfloat16 or float16, cast to tensor by tensor; None leaves what is stored.
       sharding: where the params go: a jax Device or Sharding for all of them, or a tree of these shaped as the params;
         None is the default device.
@@ -76,6 +78,8 @@ def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
         config, leaves = huggingface.read(directory)
     elif form == "orbax":
         config, leaves = orbax.read(directory)
+    elif form == "checkpoint":
+        config, leaves = runs.read(directory)
     elif keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0":
         config, leaves = copies.read(directory)
     else:
@@ -124,6 +128,8 @@ def load_config(source: str | os.PathLike) -> GPT2Config:
         return huggingface.read(directory)[0]
     if form == "orbax":
         return orbax.read_config(directory)
+    if form == "checkpoint":
+        return runs.read_config(directory)
     config = tensorflow.read_hparams(directory)
     try:
         data = directory.glob(tensorflow.data_pattern(tensorflow.find_checkpoint(directory)))
@@ -142,7 +148,7 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
       ValueError: a file is malformed, or the number of ids is not the model's n_vocab.
 
     """
-    directory = locate(source, "tokenizer")
+    directory = runs.run_of(locate(source, "tokenizer"))
     if _any_of(directory, OPENAI_VOCABULARY):
         tokenizer = Tokenizer.from_files(*(directory / name for name in OPENAI_VOCABULARY))
     elif _any_of(directory, huggingface_tokenizer.VOCABULARY):
@@ -152,7 +158,11 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
             f"{directory} holds no vocabulary: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
         )
     for name, read_config in _CONFIGS.items():
-        if (directory / name).is_file() and (n_vocab := read_config(directory).n_vocab) != tokenizer.n_vocab:
+        if (
+            (directory / name).is_file()
+            and (name != runs.RUN or runs.is_run(directory))
+            and (n_vocab := read_config(directory).n_vocab) != tokenizer.n_vocab
+        ):
             raise ValueError(
                 f"the vocabulary in {directory} has {tokenizer.n_vocab} ids, but the embedding has n_vocab = {n_vocab} "
                 "rows: the vocabulary is that of another model"
@@ -167,7 +177,7 @@ def has_vocabulary(source: str | os.PathLike) -> bool:
       as `load_tokenizer`.
 
     """
-    return _any_of(locate(source, "tokenizer"), (*OPENAI_VOCABULARY, *huggingface_tokenizer.VOCABULARY))
+    return _any_of(runs.run_of(locate(source, "tokenizer")), (*OPENAI_VOCABULARY, *huggingface_tokenizer.VOCABULARY))
 
 
 def _any_of(directory: Path, names: Sequence[str]) -> bool:
@@ -179,4 +189,5 @@ _CONFIGS = {
     "hparams.json": tensorflow.read_hparams,
     "config.json": huggingface.read_config,
     orbax.MANIFEST: orbax.read_config,
+    runs.RUN: runs.read_config,
 }

@@ -5,7 +5,7 @@ Orbax itself finds damage only where its compression happens to. Its v1 interfac
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt2_jax.checkpoints import parts
 from gpt2_jax.checkpoints.integrity import (
     DamagedError,
     Leaves,
     check_hash,
+    hash_files,
     one_line,
     read_manifest,
     sha256,
     write_manifest,
 )
-from gpt2_jax.checkpoints.tensorflow import check_path
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import flatten, unflatten
@@ -52,11 +53,10 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     from orbax.checkpoint import v1 as ocp
 
     config, manifest = _read_manifest(directory)
-    check_path(directory)
     path = (directory / TREE).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{directory} holds no folder {TREE} beside {MANIFEST}")
-    found = _hash_files(path)  # before Orbax opens them: given damaged files it leaves threads with errors behind
+    found = hash_files(path)  # before Orbax opens them: given damaged files it leaves threads with errors behind
     if wrong := [name for name, digest in manifest["files"].items() if found.get(name) != digest]:
         raise DamagedError(f"{path} is damaged: {wrong[0]} is not what was written, or is missing")
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(config))
@@ -85,24 +85,12 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     from orbax.checkpoint import v1 as ocp
 
     path = (directory / TREE).resolve()
-    try:
+    odd = "[" in str(path)  # of which Orbax's database, a few large files, makes a pattern
+    with parts.told(), parts.plain_files() if odd else contextlib.nullcontext():
         ocp.save(path, unflatten(flat))
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a full disk is whatever the library that met it makes of it
-        raise OSError(f"Orbax says: {one_line(error)}") from error
     hashes = {name: sha256(array) for name, array in flat.items()}
-    manifest = write_manifest(config, hashes, files=_hash_files(path))
+    manifest = write_manifest(config, hashes, files=hash_files(path))
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")
-
-
-def _hash_files(path: Path) -> dict[str, str]:
-    found = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as opened:
-                found[file.relative_to(path).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
 
 
 def _read_manifest(directory: Path) -> tuple[GPT2Config, dict[str, Any]]:

@@ -65,7 +65,7 @@ def save(
     if tokenizer is not None and tokenizer.n_vocab != config.n_vocab:
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, the config n_vocab = {config.n_vocab}")
     directory = expanded(directory)
-    if format != "huggingface":
+    if format == "tensorflow":
         tensorflow.check_path(directory)
     check = functools.partial(check_replaceable, directory, with_vocabulary=tokenizer is not None)
     check()

@@ -8,13 +8,14 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from gpt2_jax.checkpoints import download, hub
+from gpt2_jax.checkpoints import download, hub, runs
 from gpt2_jax.checkpoints.folders import expanded
 from gpt2_jax.config import SIZES
 
-Form = Literal["tensorflow", "huggingface", "orbax"]
+Form = Literal["tensorflow", "huggingface", "orbax", "checkpoint"]
 Part = Literal["model", "tokenizer"]
 
+EMBEDDED = "shakespeare"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIGS: dict[str, Form] = {"hparams.json": "tensorflow", "config.json": "huggingface"}
 WEIGHTS: dict[str, Form] = {
@@ -26,7 +27,8 @@ WEIGHTS: dict[str, Form] = {
 UNDERSTOOD = """understood are:
   OpenAI's layout: hparams.json, checkpoint, model.ckpt.index, model.ckpt.data-00000-of-00001
   Hugging Face's: config.json, model.safetensors (or model.safetensors.index.json and its files)
-  Orbax, as gpt2_jax.save writes it: gpt2_jax.json, params"""
+  Orbax, as gpt2_jax.save writes it: gpt2_jax.json, params
+  a training run of gpt2_jax: run.json, and best or checkpoints"""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -34,8 +36,9 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
     """Return the directory of a source, having fetched what `part` needs if it is a size or a hub id.
 
     Args:
-      source: a directory; a size ("124M", also "117M", "gpt2", "gpt2-xl", ...); or a hub id ("distilbert/distilgpt2").
-        A folder of that name which holds a model comes first.
+      source: a directory; a size ("124M", also "117M", "gpt2", "gpt2-xl", ...); a hub id ("distilbert/distilgpt2"); or
+        "shakespeare", the model in this package. A folder of that name which holds a model comes first. The model of a
+        training run's folder is RUN/best, or the newest checkpoint if that is not there.
       part: what of it is wanted: all, or what its tokenizer needs.
 
     Raises:
@@ -50,14 +53,16 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
         return download.fetch(size, files=_PARTS[part])
     directory = expanded(source)
     if directory.is_dir():
-        return directory
+        return runs.model_folder(directory) if part == "model" and runs.is_run(directory) else directory
     if directory.exists():
         raise FileNotFoundError(f"{directory} is a file: a model is named by the directory that it is in")
     name = os.fspath(source)
+    if name == EMBEDDED:
+        return embedded_model()
     if HUB_ID.fullmatch(name):
         return hub.fetch(name, tokenizer_only=part == "tokenizer")
     raise FileNotFoundError(
-        f"no such model: {name!r} is no directory, no released size ({', '.join(SIZES)}), "
+        f"no such model: {name!r} is no directory, no released size ({', '.join(SIZES)}), not {EMBEDDED!r}, "
         "and no id of the Hugging Face hub (owner/name)"
     )
 
@@ -82,6 +87,8 @@ def form_of(directory: Path) -> Form:
       ValueError: it holds several, or pickled weights alone.
 
     """
+    if runs.is_checkpoint(directory):
+        return "checkpoint"
     for patterns in (WEIGHTS, CONFIGS):
         forms = {form: pattern for pattern, form in patterns.items() if any(directory.glob(pattern))}
         if len(forms) > 1:
@@ -115,7 +122,8 @@ def _pickles(directory: Path) -> list[str]:
 
 
 def _holds_model(directory: Path) -> bool:
-    return any(any(directory.glob(pattern)) for pattern in (*WEIGHTS, *CONFIGS))
+    ours = runs.is_run(directory) or runs.is_checkpoint(directory)
+    return ours or any(any(directory.glob(pattern)) for pattern in (*WEIGHTS, *CONFIGS))
 
 
 def embedded_model() -> Path:

@@ -95,14 +95,14 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
 
 
 def check_path(path: Path) -> None:
-    """Check that TensorFlow, and Orbax too, can read what is at a path.
+    """Check that TensorFlow can read what is at a path.
 
     Raises:
       ValueError: they cannot.
 
     """
     if "[" in str(path.resolve()):
-        raise ValueError(f"{path}: TensorFlow and Orbax take [ in a path for a pattern; choose another folder")
+        raise ValueError(f"{path}: TensorFlow takes [ in a path for a pattern; choose another folder")
 
 
 def read_hparams(directory: Path) -> GPT2Config:

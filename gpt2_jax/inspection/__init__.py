@@ -62,7 +62,8 @@ def report(
 
     Returns:
       A dict with the keys
-        directory; form: "tensorflow", "huggingface" or "orbax"; size: "124M", ..., or None for a shape not released;
+        directory; form: "tensorflow", "huggingface", "orbax" or "checkpoint", one of a training run;
+        size: "124M", ..., or None for a shape not released;
         files: of `list_files`; hyperparameters: n_vocab, n_ctx, n_embd, n_head, n_layer;
         param_dtype: name; parameters: of `count_parameters`; memory: of `memory`, bytes;
         tensors: for each, wte and wpe first and then by layer, its name and what `describe_tensor` gives;

@@ -26,6 +26,11 @@ WEIGHTS = {
         "gpt2_jax.json": "the hyperparameters and the sha256 of each tensor; text",
         "params/": "the weights, as Orbax writes them",
     },
+    "checkpoint": {
+        "checkpoint.json": "the names and shapes of all tensors and the sha256 of each file; text",
+        "params/": "the weights, as Orbax writes them",
+        "lora/": "LoRA's small matrices, which are added to the weights",
+    },
 }
 SHARDED = ("model.safetensors.index.json", "model-*-of-*.safetensors")
 VOCABULARIES = (  # the first of which there is a file is read
@@ -57,6 +62,8 @@ NOT_READ = {
     "generation_config.json": "Hugging Face's sampling defaults",
     "tokenizer_config.json": "Hugging Face's tokenizer settings",
     "special_tokens_map.json": "Hugging Face's tokenizer settings",
+    "trainer/": "the optimizer's state, for training on",
+    **dict.fromkeys(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"), "Orbax's own notes"),
     "*.md": "a description",
     "*": "",
 }

@@ -1,0 +1,275 @@
+"""The checkpoints of a run: saved while training goes on, and restored bit for bit on whatever devices there are."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.checkpoints import parts, runs
+from gpt2_jax.checkpoints.folders import exchange, expanded
+from gpt2_jax.checkpoints.integrity import DamagedError
+from gpt2_jax.params import differences
+
+State = TypeVar("State")
+HIDDEN = re.compile(r"\.[0-9]+\.(saving|deleted)(\.orbax-checkpoint-tmp)?")
+SHOWN = 3  # differences that a message lists
+
+
+class Checkpoints:
+    """The checkpoints RUN/checkpoints/<step> of a training run.
+
+    To look and to restore, make one; to save, open it, which one process at a time can do:
+
+        with Checkpoints(run_dir) as checkpoints:
+            state = checkpoints.restore(abstract_state)
+            checkpoints.save(step, state)
+
+    A checkpoint is written under a hidden name and takes its own in one step; older ones go after that. So a process
+    that is killed at any moment leaves the newest checkpoint that was complete, and what it had begun is cleared away
+    when the run is opened next. Of several processes with one run (a cluster) all call every method.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, keep: int = 1):
+        """Nothing is read or written yet.
+
+        Args:
+          run_dir: the run's folder.
+          keep: how many of the newest checkpoints stay when another is saved.
+
+        Raises:
+          ValueError: keep is not positive.
+
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be 1 checkpoint or more, not {keep!r}")
+        self.run_dir = expanded(run_dir).resolve()
+        self.directory = self.run_dir / runs.CHECKPOINTS
+        self.keep = keep
+        self._resources: contextlib.ExitStack | None = None
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
+
+    def __enter__(self) -> Self:
+        """Open the run for saving.
+
+        Raises:
+          OSError: the folder cannot be made, or another process has it open.
+
+        """
+        with contextlib.ExitStack() as resources:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            resources.enter_context(_locked(self.directory / ".lock"))
+            self._thread = resources.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+            self._clear()
+            self._resources = resources.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Wait for the last save, as `close`; beside an error of the block, one of the save becomes a note to it."""
+        try:
+            self.close()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"Besides: {failed}")
+
+    def close(self) -> None:
+        """Wait for the last save, and let others open the run.
+
+        Raises:
+          OSError: that save failed.
+
+        """
+        try:
+            self.wait()
+        finally:
+            if self._resources is not None:
+                self._resources.close()
+                self._resources = None
+
+    def save(self, step: int, state: Any, wait: bool = False) -> None:
+        """Save a state; the one before, if it is still being written, is waited for.
+
+        Args:
+          step: the optimizer steps that have been done. A checkpoint of the same step is replaced; of later ones, which
+            there are if an older was gone back to, none is removed.
+          state: a flax.struct.dataclass of jax arrays. It may be donated as soon as this returns: what is to be written
+            is then on the host. (On CPU devices it is not copied: until it is written donation has no effect.)
+          wait: return when it is complete.
+
+        Raises:
+          OSError: this save failed, or the one before, or a folder of that name is not a checkpoint. A failure of the
+            rest, which is written in the background, is raised by the next `save`, `wait` or `close`.
+
+        """
+        if self._resources is None:
+            raise ValueError("open the checkpoints to save: with Checkpoints(run_dir) as checkpoints")
+        self.wait()
+        path = self.directory / str(step)
+        if path.exists() and not (path / parts.MANIFEST).is_file():
+            raise FileExistsError(f"{path} is no checkpoint of this package: move it elsewhere")
+        with self._told(step):
+            self._clear()
+            finish = parts.start_writing(self._hidden(step, "saving"), step, _in_parts(state, jnp.asarray))
+        self._saving = step, self._thread.submit(self._complete, step, finish)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save is complete.
+
+        Raises:
+          OSError: it failed.
+
+        """
+        if self._saving is None:
+            return
+        step, saving = self._saving
+        concurrent.futures.wait([saving])  # interrupted here, the save is still to be waited for
+        self._saving = None
+        with self._told(step):
+            saving.result()
+
+    def steps(self) -> list[int]:
+        """Return the steps of which there is a checkpoint, in order; a damaged one counts."""
+        return runs.steps(self.run_dir)
+
+    def latest(self) -> int | None:
+        """Return the newest step of which there is a checkpoint, None if there is none."""
+        return max(self.steps(), default=None)
+
+    def restore(self, abstract_state: State, step: int | None = None) -> State:
+        """Read a checkpoint, whatever devices it was saved from.
+
+        Args:
+          abstract_state: the state as jax.ShapeDtypeStruct, whose shardings say where its arrays go now.
+          step: of which; None is the newest.
+
+        Returns:
+          The state, its containers of the same types as those of `abstract_state`.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint.
+          ValueError: it is one of another model or optimizer; the message says what differs.
+          DamagedError: a file of it is missing, or not what was written; the message says what older ones there are.
+          OSError: it cannot be read.
+
+        """
+        there = self.steps()
+        step = self.latest() if step is None else step
+        if step not in there:
+            of = "" if step is None else f" of step {step}"
+            listed = f"those of steps {', '.join(map(str, there))}" if there else "none"
+            raise FileNotFoundError(f"{self.directory} holds no checkpoint{of}: there are {listed}")
+        path = self.directory / str(step)
+        wanted = _in_parts(abstract_state)
+        try:
+            manifest = parts.read_manifest(path)
+            _check_fits(path, manifest, wanted)
+            parts.check_files(path, manifest, list(wanted))
+        except DamagedError as error:
+            older = [other for other in there if other < step]
+            listed = f"an older one is of step {', '.join(map(str, older))}" if older else "there is no older one"
+            raise DamagedError(f"{error}; {listed}") from error
+        return _from_parts(abstract_state, parts.read(path, wanted))
+
+    def _complete(self, step: int, finish: Any) -> None:
+        """Wait until all is written, give it its name, and remove those that it makes obsolete."""
+        written, path = self._hidden(step, "saving"), self.directory / str(step)
+        finish()
+        if jax.process_index() != 0:
+            return
+        if path.exists():
+            exchange(written, path)
+            shutil.rmtree(written)
+        else:
+            written.rename(path)
+        ours = [old for old in self.steps() if old <= step and (self.directory / str(old) / parts.MANIFEST).is_file()]
+        for old in ours[: -self.keep]:
+            deleted = self._hidden(old, "deleted")
+            (self.directory / str(old)).rename(deleted)  # whole or not at all, for those that look
+            shutil.rmtree(deleted)
+
+    def _clear(self) -> None:
+        """Remove what killed processes, or saves that failed, had begun."""
+        if jax.process_index() == 0:
+            for path in self.directory.iterdir():
+                if HIDDEN.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+
+    def _hidden(self, step: int, why: str) -> Path:
+        return self.directory / f".{step}.{why}"
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            told = OSError(f"the checkpoint of step {step} could not be saved in {self.directory}: {reason}")
+            told.errno = error.errno
+            raise told from error
+
+
+def _in_parts(state: Any, convert: Any = lambda leaf: leaf) -> dict[str, dict[str, Any]]:
+    """Return the leaves of a state by the part that they are stored in, and their names there."""
+    found: dict[str, dict[str, Any]] = {runs.PARAMS: {}, runs.LORA: {}, runs.TRAINER: {}}
+    for part, name, leaf in _named(state):
+        found[part][name] = convert(leaf)
+    return found
+
+
+def _from_parts(abstract_state: State, found: Mapping[str, Mapping[str, Any]]) -> State:
+    leaves = [found[part][name] for part, name, _ in _named(abstract_state)]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+
+def _named(state: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yield each leaf of a state with its part and its name in that."""
+    if not dataclasses.is_dataclass(state):
+        raise ValueError(f"a state must be a dataclass with params, not {type(state).__name__}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        part, _, name = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
+        if part in (runs.PARAMS, runs.LORA):
+            yield part, name, leaf
+        else:
+            yield runs.TRAINER, f"{part}/{name}" if name else part, leaf
+
+
+def _check_fits(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    for part, what in {runs.PARAMS: "model", runs.LORA: "LoRA", runs.TRAINER: "optimizer"}.items():
+        stored = parts.abstract_part(manifest, part)
+        if not differences(stored, wanted[part]):
+            continue
+        if part == runs.LORA and not (stored and wanted[part]):
+            raise ValueError(f"{path} was trained {'with' if stored else 'without'} LoRA, and this run is not so")
+        lines = differences(stored, wanted[part])
+        more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        raise ValueError(f"{path} is of another {what} than this run: {'; '.join(lines[:SHOWN])}{more}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system takes back when the process ends, however it ends; none on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system that knows no locks
+                raise OSError(f"{path.parent} is open in another process, which is training in it") from error
+        yield

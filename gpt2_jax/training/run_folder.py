@@ -1,0 +1,152 @@
+"""A run's folder: run.json says what is trained and how, so that it can be read, and resumed as it was begun."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2_jax.checkpoints import runs
+from gpt2_jax.checkpoints.folders import expanded, replacing_file
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training.recipe import Recipe, from_dict, to_dict
+from gpt2_jax.training.token_files import fingerprint
+
+VOCABULARY = ("encoder.json", "vocab.bpe")
+DATA = "data"
+
+# What may be changed when a run is resumed: it decides what is still to come, what is watched, or how the same numbers
+# are computed (on other devices, or in other parts, the same but for rounding). `data.path` may: the data's hash is
+# compared.
+FREE = re.compile(
+    r"recipe\.(steps|accumulate|remat|mesh\..*|monitor\..*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What run.json says.
+
+    Attributes:
+      config: the model's.
+      recipe: how it is trained.
+      data: what it is trained on: whatever `write_run` was given, of the values that JSON has.
+      tokenizer: sha256 of its tokenizer, None if there is none.
+    """
+
+    config: GPT2Config
+    recipe: Recipe
+    data: dict[str, Any]
+    tokenizer: str | None
+
+
+def read_run(run_dir: str | os.PathLike) -> Run:
+    """Read a run's run.json.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is malformed, or of another version of this package.
+
+    """
+    directory = expanded(run_dir)
+    told = runs.read_run(directory)
+    try:
+        recipe = from_dict(Recipe, told["recipe"])
+    except ValueError as error:
+        raise ValueError(f"{directory / runs.RUN} holds no recipe: {error}") from error
+    config = runs.config_of(told, directory / runs.RUN)
+    return Run(config, recipe, told.get("data") or {}, told.get("tokenizer"))
+
+
+def write_run(
+    run_dir: str | os.PathLike,
+    config: GPT2Config,
+    recipe: Recipe,
+    data: Mapping[str, Any],
+    tokenizer: Tokenizer | None = None,
+) -> bool:
+    """Begin a run, or take one up again: write run.json and the vocabulary, nothing else, and remove nothing.
+
+    Args:
+      run_dir: a folder that is not there, is empty (but for `data`, text that was prepared there), or is a run's.
+      config: of the model.
+      recipe: how it is trained.
+      data: what it is trained on, with a hash; "name" and "path" in it may be others when the run is resumed.
+      tokenizer: None trains without one.
+
+    Returns:
+      Whether there was a run: it goes on.
+
+    Raises:
+      FileExistsError: the folder holds something else.
+      ValueError: the run there was begun otherwise; the message lists what differs.
+      OSError: it cannot be written.
+
+    """
+    directory = expanded(run_dir)
+    run = Run(config, recipe, json.loads(json.dumps(dict(data))), tokenizer and fingerprint(tokenizer))
+    _check_free(directory)
+    resumed = runs.is_run(directory)
+    if resumed:
+        check_resumable(directory, read_run(directory), run)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing_file(directory / runs.RUN) as temporary:
+        temporary.write_text(json.dumps(_to_json(run), indent=1) + "\n", encoding="utf-8")
+    if tokenizer and not all((directory / name).is_file() for name in VOCABULARY):
+        with replacing_file(directory / VOCABULARY[0]) as encoder, replacing_file(directory / VOCABULARY[1]) as merges:
+            tokenizer.to_files(encoder, merges)
+    return resumed
+
+
+def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
+    """Check that a run, gone on with as `new` says, is the run that it was.
+
+    Raises:
+      ValueError: it is not; the message lists the fields that decide what was computed so far and differ.
+
+    """
+    before, now = dict(_fields(_to_json(old))), dict(_fields(_to_json(new)))
+    names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
+    if names:
+        listed = ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in names)
+        raise ValueError(
+            f"{run_dir} holds a run that was begun otherwise: {listed}; set it as it was, or choose another folder "
+            "(a new run may start from this one: model.source)"
+        )
+
+
+def _check_free(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: choose another name for the run")
+    if not directory.exists() or runs.is_run(directory):
+        return
+    begun = re.compile(rf"{DATA}|\.{re.escape(runs.RUN)}\.[0-9a-f]{{32}}")  # the second of a run killed as it began
+    if others := sorted(path.name for path in directory.iterdir() if not begun.fullmatch(path.name)):
+        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise FileExistsError(f"{directory} holds other things than a run ({listed}): choose another folder")
+
+
+def _to_json(run: Run) -> dict[str, Any]:
+    config = {field.name: getattr(run.config, field.name) for field in dataclasses.fields(run.config)}
+    dtypes = {name: config[name].name for name in ("param_dtype", "compute_dtype")}
+    told = {"config": config | dtypes, "recipe": to_dict(run.recipe), "data": run.data, "tokenizer": run.tokenizer}
+    return {runs.MARK: runs.VERSION} | told
+
+
+def _fields(told: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("recipe.optimizer.name", "adamw"), ... of nested dicts."""
+    if not isinstance(told, dict):
+        yield name, told
+        return
+    for key, value in told.items():
+        yield from _fields(value, f"{name}.{key}" if name else key)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
