@@ -28,16 +28,16 @@ from gpt2_jax.training.batch import Batch
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
 from gpt2_jax.training.data import batches, windows
-from gpt2_jax.training.memory import check_memory
+from gpt2_jax.training.memory import gigabytes
 from gpt2_jax.training.recipe import Recipe
 from gpt2_jax.training.records import read_records
 from gpt2_jax.training.report import Report
-from gpt2_jax.training.run_folder import write_run
+from gpt2_jax.training.run_folder import read_run, write_run
 from gpt2_jax.training.signals import Stop, stopping
+from gpt2_jax.training.start import check_data, check_model
 from gpt2_jax.training.step import (
     TrainState,
     abstract_state,
-    check_rows,
     init_state,
     make_eval_step,
     make_train_step,
@@ -48,7 +48,7 @@ from gpt2_jax.training.token_files import Prepared
 from gpt2_jax.training.verbatim import verbatim_shares
 
 SEARCHED = 10**8  # tokens of the training text that samples are compared with, at most
-METRICS, CURVE = "metrics.jsonl", "loss.png"
+METRICS, SAMPLES, CURVE = "metrics.jsonl", "samples.jsonl", "loss.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,8 @@ def fit(
     """Train a model, or go on where a run in `run_dir` ended, was stopped or was killed.
 
     A resumed run does what one that was never interrupted would have done, bit for bit on the same devices. Ctrl-C and
-    SIGTERM save and return; a kill loses the steps since the last save.
+    SIGTERM save and return; a kill loses the steps since the last save. With more `steps` than before it goes on with
+    the learning rates of a run of so many from the beginning: where they have fallen already, that is a step up.
 
     Args:
       config: of the model; the recipe's dropout and dtypes take the place of its own.
@@ -106,9 +107,10 @@ def fit(
     """
     config = training_config(config, recipe)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.model)
-    check(config, data, recipe, tokenizer, mesh)
-    check_memory(config, recipe, mesh)
+    memory = check_model(config, recipe, tokenizer, mesh)
+    check_data(config, recipe, data)
     run_dir = expanded(run_dir)
+    begun = read_run(run_dir).recipe if runs.is_run(run_dir) else recipe
     write_run(run_dir, config, recipe, {"sha256": data.digests()}, tokenizer)
     with Checkpoints(run_dir) as checkpoints:
         first_step = checkpoints.latest() or 0
@@ -118,32 +120,15 @@ def fit(
             state = init_state(config, recipe, params, mesh)
         devices = list(mesh.devices.flat)
         with Report(run_dir, recipe, config, first_step, devices) as report, stopping() as stop:
+            parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in memory.items() if size and name != "total")
+            report.message(f"each device needs about {gigabytes(memory['total'])} of memory: {parts}")
+            if begun.steps != recipe.steps:
+                was = f"the run was begun with steps = {begun.steps:,} and has {recipe.steps:,} now"
+                report.message(f"{was}: the learning rate goes on as in a run of so many from the beginning")
             run = _Run(config, data, run_dir, recipe, tokenizer, mesh, checkpoints, report, stop, state)
             fitted = run.run(first_step)
     plot_curve(run_dir / METRICS, run_dir / CURVE)
     return fitted
-
-
-def check(config: GPT2Config, data: Prepared, recipe: Recipe, tokenizer: Tokenizer | None, mesh: Mesh) -> None:
-    """Check that model, data, recipe and devices fit together.
-
-    Raises:
-      ValueError: they do not.
-
-    """
-    if recipe.data.n_tokens > config.n_ctx:
-        raise ValueError(
-            f"data.n_tokens, {recipe.data.n_tokens}, must not be more than the model's n_ctx, {config.n_ctx}"
-        )
-    if data.train.n_vocab > config.n_vocab:
-        raise ValueError(
-            f"the text has {data.train.n_vocab:,} different ids at most, the model only {config.n_vocab:,}"
-        )
-    if tokenizer is not None and tokenizer.n_vocab != config.n_vocab:
-        raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, the model n_vocab = {config.n_vocab:,}")
-    if recipe.monitor.patience and (data.val is None or not recipe.monitor.evaluate_every):
-        raise ValueError("monitor.patience needs validation losses: text to validate on, and monitor.evaluate_every")
-    check_rows(recipe, mesh)
 
 
 class _Run:
@@ -168,25 +153,25 @@ class _Run:
         self.train_step = make_train_step(config, recipe, mesh)
         self.eval_step = make_eval_step(config, recipe, mesh)
         self.pending: tuple[int, dict[str, Any], float] | None = None
-        self.why = ""
-        self.best_step, self.best_loss, self.n_worse = self._best_so_far()
+        self.why, self.missed = "", False  # missed: a signal kept something from being done that was due
+        self.best_step, self.best_loss, self.n_worse, self.evaluated = self._evaluated_so_far()
+        self.sampled = max((record["step"] for record in read_records(run_dir / SAMPLES)), default=0)
 
     def run(self, first_step: int) -> Fitted:
         """Take all steps from `first_step` on, and do what is due between them."""
-        monitor, last = self.recipe.monitor, self.recipe.steps
-        if first_step:
+        last = self.recipe.steps
+        if first_step >= last:
+            self.report.message(f"all {last:,} steps are done; with more, --steps {2 * last} say, the run goes on")
+        elif first_step:
             self.report.message(f"going on after step {first_step:,}")
-        if not first_step:
-            self._evaluate(0)
+        self._look(first_step)  # at a state that was saved when a signal came, what was due may be missing
+        self._check_patience()
         saved, step = first_step, first_step
         with contextlib.closing(self._batches(first_step)) as stream:
             while step < last and not self.stop and not self.why:
                 step = self._step(step, next(stream))
-                if _due(step, monitor.evaluate_every, last):
-                    self._evaluate(step)
-                if _due(step, monitor.sample_every, last):
-                    self._sample(step)
-                if _due(step, monitor.save_every, last):
+                self._look(step)
+                if _due(step, self.recipe.monitor.save_every, last):
                     self._fetch()
                     self.checkpoints.save(step, self.state)
                     saved = step
@@ -197,14 +182,17 @@ class _Run:
         return self._fitted(step)
 
     def _fitted(self, step: int) -> Fitted:
-        signal = self.stop.signal if step < self.recipe.steps else None
+        signal = self.stop.signal if step < self.recipe.steps or self.missed else None
         why = self.why or (f"{signal} came" if signal else "")
         if why:
-            self.report.message(f"stopped after step {step:,}, which is saved: {why}")
+            saved = "which is saved" if step else "before the first: nothing is saved"
+            self.report.message(f"stopped after step {step:,}, {saved}: {why}")
         if self.best_step is not None:
             best = f"the best validation loss is {self.best_loss:.4f}, after step {self.best_step:,}"
-            worse = f"; {self.n_worse} evaluations since were no better: the model overfits" if self.n_worse else ""
-            self.report.message(best + worse)
+            if self.n_worse:
+                counted = "one evaluation" if self.n_worse == 1 else f"{self.n_worse} evaluations"
+                best += f"; {counted} since found no better: the model overfits"
+            self.report.message(best)
         return Fitted(model_params(self.state, self.recipe), step, self.best_step, self.best_loss, why, signal)
 
     # ---- a step
@@ -259,24 +247,36 @@ class _Run:
 
     # ---- what is due between steps
 
+    def _look(self, step: int) -> None:
+        """Evaluate and sample, if that is due at this step and has not been done before."""
+        monitor, last = self.recipe.monitor, self.recipe.steps
+        if self.data.val is not None and _due(step, monitor.evaluate_every, last) and self.evaluated != step:
+            self._evaluate(step)
+        prompts = monitor.prompts if step and self.tokenizer is not None else ()
+        if prompts and _due(step, monitor.sample_every, last) and self.sampled != step:
+            self._sample(step)
+
     def _evaluate(self, step: int) -> None:
         """Measure the validation loss; keep the model if it is the best so far, and stop if patience is at its end."""
-        monitor = self.recipe.monitor
-        if self.data.val is None or not monitor.evaluate_every:
-            return
         self._fetch()
         loss = self._validation_loss()
         if loss is None:
+            self.missed = True
             return
-        best = self.best_step is None or loss < self.best_loss
+        best = loss < self.best_loss  # NaN is not
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
-            save(self.run_dir / runs.BEST, self._kept_config(), self._params(), "orbax", self.tokenizer)
+            save(self.run_dir / runs.BEST, *self._kept(), "orbax", self.tokenizer)
         else:
             self.n_worse += 1
-        self.report.evaluation(step, loss, math.exp(min(loss, 700)), best)
-        if monitor.patience and self.n_worse >= monitor.patience:
-            self.why = f"{self.n_worse} evaluations in a row were no better than step {self.best_step:,}"
+        self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else loss, best)
+        self._check_patience()
+
+    def _check_patience(self) -> None:
+        patience = self.recipe.monitor.patience
+        if patience and self.n_worse >= patience:
+            best = "none was finite" if self.best_step is None else f"no better than step {self.best_step:,}"
+            self.why = f"{self.n_worse} evaluations in a row: {best}"
 
     def _validation_loss(self) -> float | None:
         """Return nats a token over the fixed windows; None if a signal came meanwhile."""
@@ -292,7 +292,8 @@ class _Run:
     def _sample(self, step: int) -> None:
         """Continue the prompts, with the same draws each time, and say how much of it stands in the training text."""
         monitor = self.recipe.monitor
-        if self.tokenizer is None or not monitor.sample_every or not monitor.prompts or self.stop:
+        if self.stop:
+            self.missed = True
             return
         self._fetch()
         prompts = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in monitor.prompts]
@@ -306,20 +307,23 @@ class _Run:
     def _params(self) -> Params:
         return model_params(self.state, self.recipe)
 
-    def _kept_config(self) -> GPT2Config:
-        return self.config.replace(compute_dtype=self.config.param_dtype)
+    def _kept(self) -> tuple[GPT2Config, Params]:
+        """Return config and params as they are kept: float32, also after training in more."""
+        config = self.config.replace(param_dtype="float32", compute_dtype="float32")
+        return config, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self._params())
 
-    def _best_so_far(self) -> tuple[int | None, float, int]:
-        """Return step and loss of the best evaluation before this process, and how many came after it."""
-        step, loss, n_worse = None, math.inf, 0
+    def _evaluated_so_far(self) -> tuple[int | None, float, int, int | None]:
+        """Return step and loss of the best evaluation yet, how many came after it, and the step of the last."""
+        step, loss, n_worse, last = None, math.inf, 0, None
         for record in read_records(self.run_dir / METRICS):
-            if record.get("val_loss") is None:
+            if "val_loss" not in record:
                 continue
-            if record["val_loss"] < loss:
-                step, loss, n_worse = record["step"], record["val_loss"], 0
+            last, value = record["step"], record["val_loss"]
+            if value is not None and value < loss:
+                step, loss, n_worse = last, value, 0
             else:
                 n_worse += 1
-        return step, loss, n_worse
+        return step, loss, n_worse, last
 
 
 def _due(step: int, every: int, last: int) -> bool:

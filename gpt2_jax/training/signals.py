@@ -42,4 +42,5 @@ def stopping() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not set from Python cannot be put back
+                signal.signal(number, handler)

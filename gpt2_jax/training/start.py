@@ -1,19 +1,30 @@
-"""What a recipe names, made ready: the model to start from, and the text as tokens."""
+"""What a recipe names, made ready and checked: the model to start from, and the text as tokens."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from gpt2_jax.checkpoints import load, load_tokenizer
+from gpt2_jax.checkpoints import load, load_tokenizer, runs
+from gpt2_jax.checkpoints.folders import replacing_file
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training import run_folder
+from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.prepare import prepare
 from gpt2_jax.training.recipe import Recipe
-from gpt2_jax.training.token_files import Prepared, is_prepared, open_prepared
+from gpt2_jax.training.sources import STDIN, Fields, Sources
+from gpt2_jax.training.step import check_rows
+from gpt2_jax.training.token_files import Prepared, fingerprint, is_prepared, open_prepared, sha256_of
+
+ORIGIN = "origin.json"  # in the folder of tokens: what text they were made of, and how
 
 
 def start_model(recipe: Recipe) -> tuple[GPT2Config, Params, Tokenizer]:
@@ -45,19 +56,93 @@ def new_params(config: GPT2Config, seed: int) -> Params:
     return unflatten({name: leaf * scale if name.endswith("c_proj/w") else leaf for name, leaf in flat.items()})
 
 
+def check_model(config: GPT2Config, recipe: Recipe, tokenizer: Tokenizer | None, mesh: Mesh) -> dict[str, int]:
+    """Check that model, recipe and devices fit together; return the memory that `memory_needed` estimates.
+
+    Raises:
+      ValueError: they do not, or the memory of the devices is too small.
+
+    """
+    if recipe.data.n_tokens > config.n_ctx:
+        raise ValueError(
+            f"data.n_tokens, {recipe.data.n_tokens}, must not be more than the model's n_ctx, {config.n_ctx}"
+        )
+    if tokenizer is not None and tokenizer.n_vocab != config.n_vocab:
+        raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, the model n_vocab = {config.n_vocab:,}")
+    check_rows(recipe, mesh)
+    return check_memory(config, recipe, mesh)
+
+
+def check_data(config: GPT2Config, recipe: Recipe, data: Prepared) -> None:
+    """Check that the text fits the model and the recipe.
+
+    Raises:
+      ValueError: it does not.
+
+    """
+    if data.train.n_vocab > config.n_vocab:
+        raise ValueError(
+            f"the text has {data.train.n_vocab:,} different ids at most, the model only {config.n_vocab:,}"
+        )
+    if data.train.n_tokens < 2:
+        raise ValueError(f"{data.train.path} has {data.train.n_tokens} tokens: there is nothing to predict")
+    if data.val is not None and data.val.n_tokens < 2:
+        raise ValueError(
+            f"{data.val.path} has 1 token, and nothing to predict: make data.val_fraction larger, or 0 to do without"
+        )
+    if recipe.monitor.patience and (data.val is None or not recipe.monitor.evaluate_every):
+        raise ValueError("monitor.patience needs validation losses: text to validate on, and monitor.evaluate_every")
+
+
 def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     """Return the tokens that a recipe names; text is tokenised into `folder` first, where it stays for the next start.
 
+    Args:
+      recipe: whose `data` to read.
+      tokenizer: whose ids to make.
+      folder: RUN/data. Where the run has begun with another text it is refused; where it has not, replaced.
+
     Raises:
+      FileExistsError: the run's folder holds other things.
+      ValueError: no text is named, or the run has begun with another.
       as `prepare` and `open_prepared`.
 
     """
-    data = recipe.data
+    data, run_dir = recipe.data, folder.parent
     if not data.path:
         raise ValueError("data.path must name text or a folder that prepare_data.py wrote: pass --data.path")
     if is_prepared(data.path):
         return open_prepared(data.path, tokenizer)
-    if folder.exists():
-        return open_prepared(folder, tokenizer)
+    run_folder._check_free(run_dir)
     settings = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
-    return prepare([data.path], folder, tokenizer, field=data.field, **settings)
+    origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
+    told = _origin(folder)
+    if folder.exists() and runs.is_run(run_dir):
+        if told is not None and origin["text"] != STDIN and told["text"] != origin["text"]:
+            raise ValueError(f"{run_dir} holds a run on another text than {data.path}: choose another folder (--run)")
+        return open_prepared(folder, tokenizer)
+    if folder.exists() and told == origin and origin["text"] != STDIN:
+        return open_prepared(folder, tokenizer)
+    (folder / ORIGIN).unlink(missing_ok=True)
+    prepared = prepare([data.path], folder, tokenizer, field=data.field, overwrite=folder.exists(), **settings)
+    with replacing_file(folder / ORIGIN) as temporary:
+        temporary.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    return prepared
+
+
+def _digest(recipe: Recipe, tokenizer: Tokenizer) -> str:
+    """Return the sha256 of the text that a recipe names: of its files in order, and the field that is read of them."""
+    if recipe.data.path == STDIN:
+        return STDIN
+    digest = hashlib.sha256()
+    for file in Sources([recipe.data.path], Fields(recipe.data.field), tokenizer.n_vocab, tokenizer.eot).files:
+        kind = file.suffix.lower()
+        field = recipe.data.field if kind in (".jsonl", ".csv") else ""
+        digest.update(f"{kind} {field} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _origin(folder: Path) -> dict[str, Any] | None:
+    """Return what is known of the text that a folder of tokens was made of; None if nothing is."""
+    path = folder / ORIGIN
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
