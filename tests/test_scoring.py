@@ -264,7 +264,8 @@ def test_sliding_perplexity_is_hugging_face_s(tmp_path, shakespeare, tokenizer):
 
 def test_one_program_a_bucket(params):
     """Other prompts, lengths, strides, weights and orders of the same buckets compile nothing."""
-    score(CONFIG, params, some_prompts([5, 9, 33]))
+    score(CONFIG, params, some_prompts([5, 9, 33]))  # rows of up to 32 ids, four
+    score(CONFIG, params, some_prompts([40, 9, 8]))  # two of these, and one of up to 41
     other = random_params(CONFIG, 1)  # making them compiles something too
     before = len(COMPILATIONS)
     score(CONFIG, params, some_prompts([3, 33, 2]))
