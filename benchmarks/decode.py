@@ -13,36 +13,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
-import multiprocessing
 import os
 import platform
-import shlex
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from peers import PEERS, peak_bytes, prepare, start, survey, timed
+from peers import PEERS, prepare, start, timed
+from turns import (
+    ENVIRONMENT,
+    Report,
+    Turns,
+    add_options,
+    alone,
+    choose,
+    command_line,
+    peak_bytes,
+    ratio,
+    survey,
+    versions,
+)
 
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config
 
-SIZES = ("124M", "355M", "774M", "1558M")
 GRID = [(n_rows, n_prompt) for n_rows in (1, 8, 64) for n_prompt in (64, 512, 960)]
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what compiling takes is measured
-    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the libraries share one GPU
-}
 HEADINGS = "model, batch, prompt | library | prefill ms | ms/step | tok/s | MB/step | floor ms | x floor | compile s | "
 HEADINGS += "peak MB | prefill ratio | step ratio | same ids | rounds"
 LEGEND = """\
@@ -73,33 +71,17 @@ def parse_case(text: str) -> tuple[int, int]:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser, list(PEERS), rounds=5)
     add = parser.add_argument
-    add("--model", action="append", default=[], metavar="DIR", help="a checkpoint in any form; may be repeated")
-    add("--random", action="append", default=[], choices=SIZES, help="random weights of this size; may be repeated")
     add("--cases", nargs="+", type=parse_case, default=GRID, metavar="B,P", help="rows, and tokens of each prompt")
     add("--new-tokens", type=int, default=64, help="tokens that a call adds to each row, 2 or more")
-    add("--rounds", type=int, default=5, help="turns each library takes at each case")
-    add("--case-seconds", type=float, default=600, help="no further round of a case begins after so long")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our and torch's weights and products")
-    add("--peers", nargs="+", choices=PEERS, help="default: those for the device that are installed")
-    add("--output", type=Path, metavar="FILE.md", help="write the table there too")
     args = parser.parse_args()
     if not args.model + args.random:
         parser.error("give --model DIR or --random SIZE")
     if args.new_tokens < 2 or args.rounds < 1:
         parser.error("--new-tokens must be 2 or more, --rounds 1 or more")
     return args
-
-
-def worker() -> ProcessPoolExecutor:
-    """Return one fresh process."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-
-
-def alone(call: Callable, *args: Any) -> Any:
-    """Run one call in a process of its own, which gives back all it took when it ends."""
-    with worker() as pool:
-        return pool.submit(call, *args).result()
 
 
 @dataclasses.dataclass
@@ -126,18 +108,7 @@ def measure(
       The times of the libraries that did it, and why the others did not.
 
     """
-    begin = time.perf_counter()
-    pools = {name: worker() for name in names}
-    times, failed = {}, {}
-
-    def take_turns(turn: Callable[[str, Callable], None]) -> None:
-        for name in [name for name in names if name not in failed]:
-            try:
-                turn(name, lambda *call, pool=pools[name]: pool.submit(*call).result())
-            except BrokenProcessPool:
-                failed[name] = "its process was killed; memory may have run out"
-            except Exception as error:  # whatever a library raises: it is told, and the others go on
-                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    times = {}
 
     def first(name: str, call: Callable) -> None:
         call(start, name, folder, PEERS[name].dtype or args.dtype, where)
@@ -149,15 +120,10 @@ def measure(
         times[name].whole.append(call(timed, prompts_BP, args.new_tokens)[0])
         times[name].peak = call(peak_bytes, where)
 
-    try:
-        take_turns(first)
-        for done in range(args.rounds):
-            if done == 0 or time.perf_counter() - begin < args.case_seconds:
-                take_turns(once_more)
-    finally:
-        for pool in pools.values():
-            pool.shutdown()
-    return {name: times[name] for name in names if name not in failed}, failed
+    with Turns(names) as turns:
+        turns.take(first)
+        turns.rounds(args.rounds, args.case_seconds, once_more)
+    return {name: times[name] for name in names if name not in turns.failed}, turns.failed
 
 
 def bytes_read(config: GPT2Config, dtype: str, n_rows: int, n_tokens: int) -> int:
@@ -191,9 +157,6 @@ def table_rows(
     n_rows, n_prompt = case
     ours = times.get("ours")
 
-    def ratio(theirs: list[float], ours: list[float]) -> str:
-        return f"{statistics.median(a / b for a, b in zip(theirs, ours, strict=False)):.2f}"
-
     for name, mine in times.items():
         step = statistics.median(mine.steps())
         read = bytes_read(config, dtypes[name], n_rows, n_prompt + len(mine.ids[0]) // 2)
@@ -208,41 +171,16 @@ def table_rows(
         yield [*cells, str(len(mine.one))]
 
 
-def choose_peers(asked: list[str] | None, where: str) -> tuple[list[str], list[str]]:
-    """Return the libraries to time, and a line on each that is not installed."""
-    names = asked or [name for name, peer in PEERS.items() if where in peer.devices]
-    found = [name for name in names if importlib.util.find_spec(PEERS[name].package)]
-    return found, [f"{name}: {PEERS[name].package} is not installed" for name in names if name not in found]
-
-
-def versions() -> list[str]:
-    """Return the versions of the libraries that are installed."""
-    names = ("jax", "flax", "torch", "transformers", "ctranslate2")
-    return [f"{name} {version(name)}" for name in names if importlib.util.find_spec(name)]
-
-
-def command_line() -> str:
-    """Return the command that is running, without the folders of this machine."""
-    words = [f"DIR/{Path(word).name}" if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", "benchmarks/decode.py", *words])
-
-
 def main(args: argparse.Namespace) -> None:
     """Measure and print a Markdown table."""
     os.environ |= ENVIRONMENT
     import gpt2_jax
 
-    lines = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-        if args.output:
-            args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
+    report = Report(args.output)
+    say = report.say
     busy = os.getloadavg()[0]  # of others: peers whose threads wait for each other suffer from them more than we do
     machine = alone(survey)
-    names, left_out = choose_peers(args.peers, machine.where)
+    names, left_out = choose(args.peers, PEERS, machine.where)
     dtypes = {name: PEERS[name].dtype or args.dtype for name in names}
     say(f"# Greedy decoding, {args.dtype}\n\n    {command_line()}\n")
     say(f"{machine.name}, Python {platform.python_version()}, {', '.join(versions())}.")
@@ -250,7 +188,7 @@ def main(args: argparse.Namespace) -> None:
     say(f"Bandwidth measured in this run ({kind}): {machine.bandwidth / 1e9:.1f} GB/s. Load when it began: {busy:.1f}.")
     say(f"{args.new_tokens} new tokens a row; times are medians over the rounds.\n")
     say(LEGEND.format(peak=PEAK[machine.where]) + "\n")
-    say(f"| {HEADINGS} |\n|" + "---|" * (HEADINGS.count("|") + 1))
+    report.headings(HEADINGS)
     sources = [(source, False) for source in args.model] + [(size, True) for size in args.random]
     for source, random in sources:
         with tempfile.TemporaryDirectory() as folder:

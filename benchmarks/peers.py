@@ -1,4 +1,4 @@
-"""What benchmarks/decode.py runs in processes of their own: a look at the machine, and the libraries it times.
+"""What benchmarks/decode.py runs in processes of their own: the libraries it times.
 
 Every loader returns greedy(prompts_BP, n_new), which gives the new ids once they are on the host, so that whoever times
 it has waited for the device. Nothing stops a row early. No library is imported but in the process that needs it.
@@ -8,66 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from turns import forget_peak, save_weights
 
 Greedy = Callable[[np.ndarray, int], list[list[int]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Where this runs: "cpu" or "gpu", its name, its bandwidth in bytes a second, and bytes of memory to be had."""
-
-    where: str
-    name: str
-    bandwidth: float
-    memory: int
-
-
-def survey() -> Machine:
-    """Look at the machine."""
-    import jax
-
-    device = jax.devices()[0]
-    if device.platform == "gpu":
-        return Machine("gpu", device.device_kind, copy_bandwidth(), device.memory_stats()["bytes_limit"])
-    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    name = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
-    return Machine("cpu", name, read_bandwidth(), int(available.split()[1]) * 1024)
-
-
-def read_bandwidth() -> float:
-    """Return bytes a second of going through 1 GiB with every core: the best of seven."""
-    import torch
-
-    block = torch.ones(2**28)
-    return block.nbytes / best_of(7, block.sum)
-
-
-def copy_bandwidth() -> float:
-    """Return bytes a second, read and written, of copying 4 GiB on the device: the best of seven."""
-    import jax
-    import jax.numpy as jnp
-
-    copy = jax.jit(lambda x: x + 1)
-    block = copy(jnp.zeros(2**30))
-    return 2 * block.nbytes / best_of(7, lambda: copy(block).block_until_ready())
-
-
-def best_of(n: int, call: Callable[[], Any]) -> float:
-    """Return the seconds of the fastest of n calls."""
-    seconds = []
-    for _ in range(n):
-        begin = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
 
 
 def prepare(source: str, random: bool, folder: Path, with_ctranslate2: bool) -> dict[str, int]:
@@ -75,17 +23,7 @@ def prepare(source: str, random: bool, folder: Path, with_ctranslate2: bool) -> 
 
     In `folder`, hf is Hugging Face's form, and ct2 CTranslate2's, where it is wanted. Runs on the CPU.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-
-    import gpt2_jax
-
-    if random:
-        config = gpt2_jax.SIZES[source]
-        params = gpt2_jax.init_params(config, jax.random.key(0))
-    else:
-        config, params = gpt2_jax.load(source, dtype="float32")
-    gpt2_jax.save(folder / "hf", config, params, format="huggingface")
+    config, params = save_weights(source, random, folder)
     if with_ctranslate2:
         save_ctranslate2(folder / "ct2", config, params)
     return config.to_hparams()
@@ -222,8 +160,7 @@ def start(name: str, folder: Path, dtype: str, where: str) -> None:
     """Load a library in a worker process, and forget what that took at its peak."""
     global greedy
     greedy = PEERS[name].load(folder, dtype, where)
-    if where == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+    forget_peak(where)
 
 
 def timed(prompts_BP: np.ndarray, n_new: int) -> tuple[float, list[list[int]]]:
@@ -231,15 +168,3 @@ def timed(prompts_BP: np.ndarray, n_new: int) -> tuple[float, list[list[int]]]:
     begin = time.perf_counter()
     ids = greedy(prompts_BP, n_new)
     return time.perf_counter() - begin, ids
-
-
-def peak_bytes(where: str) -> int:
-    """Return a worker's peak: of resident memory since it loaded the model; on a GPU, of the device memory it took."""
-    if where == "cpu":
-        status = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
-    if torch := sys.modules.get("torch"):
-        return torch.cuda.max_memory_allocated()
-    import jax
-
-    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]

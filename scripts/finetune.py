@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,9 +25,11 @@ class Args:
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    config: Path | None = None
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """The recipe, a TOML file: configs/finetune_shakespeare.toml. Without one, defaults."""
-    run: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/NAME of the recipe)")] = None
+    run: Annotated[
+        Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/NAME of the recipe)")
+    ] = None
     """The run's folder: checkpoints, the best model, metrics, samples, the loss curve. generate.py --model takes it."""
 
 
@@ -47,11 +51,11 @@ def parse(argv: Sequence[str] | None) -> Args:
       ValueError, OSError: the recipe cannot be read, or an option is out of range.
 
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog="gpt2-finetune", add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
     default = Args(Recipe.from_toml(path) if path else Recipe())
-    return tyro.cli(Args, prog="gpt2-finetune", description=Args.__doc__, args=argv, default=default)
+    return tyro.cli(Args, prog="gpt2-finetune", description=inspect.getdoc(Args), args=argv, default=default)
 
 
 def run(args: Args) -> int:
@@ -63,11 +67,14 @@ def run(args: Args) -> int:
     """
     from gpt2_jax.checkpoints.folders import expanded
     from gpt2_jax.compilation import keep_compiled
+    from gpt2_jax.sharding import make_mesh
     from gpt2_jax.training import fit, start_data, start_model
+    from gpt2_jax.training.start import check_model
 
     keep_compiled()
     folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
     config, params, tokenizer = start_model(args.recipe)
+    check_model(config, args.recipe, tokenizer, make_mesh(args.recipe.mesh.data, args.recipe.mesh.model))  # before text
     data = start_data(args.recipe, tokenizer, folder / "data")
     n_val = data.val.n_tokens if data.val else 0
     print(
@@ -75,7 +82,7 @@ def run(args: Args) -> int:
         file=sys.stderr,
     )
     fitted = fit(config, params, data, folder, args.recipe, tokenizer)
-    print(f"hear it: python scripts/generate.py --model {folder}", file=sys.stderr)
+    print(f"hear it: python scripts/generate.py --model {shlex.quote(str(folder))}", file=sys.stderr)
     print(folder)
     if fitted.signal:
         return 128 + signal.Signals[fitted.signal].value

@@ -241,7 +241,8 @@ class _Run:
             what = "a spike in the loss" if finite else "the loss or its gradient is not a finite number"
             self.report.message(f"step {step:,} changed nothing: {what} ({values['loss']:.4g}; {choice})")
             if choice == "stop":
-                self.why = f"{what} at step {step:,}"
+                # The next is on its way already, and may be no better: the first is the reason.
+                self.why = self.why or f"{what} at step {step:,}"
 
     last_end = -math.inf
 

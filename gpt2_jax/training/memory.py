@@ -83,7 +83,7 @@ def _on_accelerator(config: GPT2Config, recipe: Recipe, mesh: Mesh, n_rows: int,
     stream = n_rows * n_tokens * config.n_embd * itemsize
     weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
     block = 4 * stream + (12 * stream + weights) // n_parts
-    logits = _n_logits(config, n_rows, n_tokens, mesh) * (_wide(config) + itemsize)  # and their gradient
+    logits = _n_logits(config, n_rows, n_tokens) * (_wide(config) + itemsize)  # and their gradient
     if recipe.remat:
         return config.n_layer * stream + max(block, logits)
     return config.n_layer * block + logits
@@ -98,7 +98,7 @@ def _on_cpu(config: GPT2Config, recipe: Recipe, mesh: Mesh, n_rows: int, n_token
     stream = n_rows * n_tokens * config.n_embd * itemsize
     weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
     block = 4 * stream + (20.5 * stream + 2 * weights) / n_parts
-    return int(config.n_layer * block + 4 * stream + 3.25 * itemsize * _n_logits(config, n_rows, n_tokens, mesh))
+    return int(config.n_layer * block + 4 * stream + 3.25 * itemsize * _n_logits(config, n_rows, n_tokens))
 
 
 def _wide(config: GPT2Config) -> int:
@@ -113,10 +113,9 @@ def _n_seen(n_tokens: int) -> int:
     return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
 
 
-def _n_logits(config: GPT2Config, n_rows: int, n_tokens: int, mesh: Mesh) -> int:
+def _n_logits(config: GPT2Config, n_rows: int, n_tokens: int) -> int:
     """Return how many logits one device has at once, as `token_loss` takes them in chunks."""
-    n_all = n_rows * mesh.shape[DATA] * n_tokens * config.n_vocab
-    n_chunks = min(n_tokens, -(-n_all // CHUNK))
+    n_chunks = min(n_tokens, -(-n_rows * n_tokens * config.n_vocab // CHUNK))
     return n_rows * -(-n_tokens // n_chunks) * config.n_vocab
 
 

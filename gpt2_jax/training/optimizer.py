@@ -14,8 +14,8 @@ from gpt2_jax.training.recipe import Optimizer
 def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     """Return the learning rate of step 0, 1, ..., steps - 1.
 
-    The warm-up rises linearly, from peak / warmup_steps at step 0 to the peak at its last step. What follows falls to
-    final_fraction of the peak, which the last step of all has.
+    The warm-up rises linearly, from peak / warmup_steps at step 0 to the peak at its last step; without one, step 0 has
+    the peak. From there it falls to final_fraction of the peak, which the last step of all has.
 
     Raises:
       ValueError: there are fewer steps than the warm-up has.
@@ -24,27 +24,28 @@ def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     if optimizer.warmup_steps > steps:
         raise ValueError(f"optimizer.warmup_steps, {optimizer.warmup_steps}, must not be more than steps, {steps}")
 
+    peak_step = max(optimizer.warmup_steps - 1, 0)
+
     def schedule(step):
-        progress = (step + 1 - optimizer.warmup_steps) / max(steps - optimizer.warmup_steps, 1)
-        progress = jnp.clip(progress, 0, 1)
-        falling = {"cosine": (1 + jnp.cos(jnp.pi * progress)) / 2, "linear": 1 - progress, "constant": None}
-        left = falling[optimizer.schedule]
-        share = 1.0 if left is None else optimizer.final_fraction + (1 - optimizer.final_fraction) * left
-        rising = (step + 1) / max(optimizer.warmup_steps, 1)
-        return optimizer.learning_rate * jnp.where(step < optimizer.warmup_steps, rising, share)
+        step = jnp.asarray(step, float)  # JAX divides int32 in float32 even where float64 is on
+        progress = jnp.clip((step - peak_step) / max(steps - 1 - peak_step, 1), 0, 1)
+        left = {"cosine": (1 + jnp.cos(jnp.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
+        final = 1.0 if optimizer.schedule == "constant" else optimizer.final_fraction
+        falling = final + (1 - final) * left[optimizer.schedule]
+        return optimizer.learning_rate * jnp.where(step < peak_step, (step + 1) / (peak_step + 1), falling)
 
     return schedule
 
 
-def make_optimizer(optimizer: Optimizer, steps: int, names: Iterable[str]) -> optax.GradientTransformation:
-    """Return the transformation that turns averaged gradients into what is added to the parameters.
+def make_optimizer(optimizer: Optimizer, names: Iterable[str]) -> optax.GradientTransformation:
+    """Return the transformation that turns averaged gradients into what is taken off, times the learning rate.
 
     In order: clipping by the norm of all gradients together, the optimizer itself, weight decay apart from its moments
-    (Loshchilov and Hutter 2017, for all of the optimizers), and the learning rate.
+    (Loshchilov and Hutter 2017, for all of the optimizers), and the rules' factors of the learning rate. The rate
+    itself, `make_schedule`'s, follows the run's steps; the optimizer's own count leaves out those that were skipped.
 
     Args:
       optimizer: the recipe's part.
-      steps: of the whole run, which the schedule spans.
       names: of the parameters that are trained.
 
     Raises:
@@ -67,7 +68,6 @@ def make_optimizer(optimizer: Optimizer, steps: int, names: Iterable[str]) -> op
         _core(optimizer),
         optax.stateless(decayed),
         optax.stateless(scaled),
-        optax.scale_by_learning_rate(make_schedule(optimizer, steps)),
     )
 
 

@@ -78,7 +78,7 @@ class Optimizer:
       name: adamw, adafactor, sgd (with momentum) or lion.
       learning_rate: the peak.
       schedule: what follows the warm-up: cosine or linear down to `final_fraction` of the peak, or constant.
-      warmup_steps: optimizer steps from 0 up to the peak.
+      warmup_steps: optimizer steps up to the peak, which the last of them has.
       final_fraction: of the peak, reached at the last step.
       betas: decay of the first and second moment (adamw, lion).
       epsilon: added to the root of the second moment (adamw).
@@ -112,6 +112,7 @@ class Optimizer:
             _check(0 <= beta < 1, self, "betas", "two numbers in [0, 1)")
         _check(len(self.betas) == 2, self, "betas", "two numbers in [0, 1)")
         _real(self, "epsilon", 0)
+        _check(self.epsilon > 0, self, "epsilon", "above 0")  # 0 / 0 for what has no gradient
         _real(self, "momentum", 0, below=1)
         _real(self, "weight_decay", 0)
         _real(self, "clip", 0)
@@ -122,6 +123,8 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Training small matrices beside frozen weights: w + alpha / rank * a @ b, a (in, rank) and b (rank, out).
+
+    The optimizer's rules are for their names then, h0/attn/c_attn/w/a and .../b, which by default do not decay.
 
     Attributes:
       rank: 0 trains the weights themselves.
@@ -192,6 +195,8 @@ class Monitor:
         counts = ("evaluate_every", "evaluate_windows", "patience", "save_every", "sample_every", "sample_tokens")
         for name in counts:
             _whole(self, name, 0)
+        if not isinstance(self.prompts, tuple):
+            raise ValueError(f"prompts must be a tuple of texts, not {self.prompts!r}")
         _choice(self, "on_nan")
         _choice(self, "on_spike")
         _real(self, "spike", 1)
@@ -208,7 +213,7 @@ class Recipe:
       seed: of the order of the data, dropout, samples and new weights.
       compute_dtype: of the matrix products' inputs; parameters, optimizer and loss are float32.
       remat: compute each block anew in the backward pass instead of keeping what it computed: a third more work, and
-        memory that hardly grows with n_layer.
+        memory that hardly grows with n_layer. Not on a CPU, where XLA undoes the saving.
     """
 
     model: Model = dataclasses.field(default_factory=Model)

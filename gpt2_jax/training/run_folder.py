@@ -24,7 +24,7 @@ DATA = "data"
 # are computed (on other devices, or in other parts, the same but for rounding). `data.path` may: the data's hash is
 # compared.
 FREE = re.compile(
-    r"recipe\.(steps|accumulate|remat|mesh\..*|monitor\..*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
+    r"recipe\.(steps|accumulate|remat|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
 
 
@@ -125,7 +125,8 @@ def _check_free(directory: Path) -> None:
         raise FileExistsError(f"{directory} is a file: choose another name for the run")
     if not directory.exists() or runs.is_run(directory):
         return
-    begun = re.compile(rf"{DATA}|\.{re.escape(runs.RUN)}\.[0-9a-f]{{32}}")  # the second of a run killed as it began
+    # The second is what a run leaves that was killed as it began, or while it prepared its text.
+    begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(runs.RUN)})\.[0-9a-f]{{32}}")
     if others := sorted(path.name for path in directory.iterdir() if not begun.fullmatch(path.name)):
         listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise FileExistsError(f"{directory} holds other things than a run ({listed}): choose another folder")

@@ -22,7 +22,7 @@ from gpt2_jax.model import GPT2, abstract_params, check_params
 from gpt2_jax.params import Params, by_rules, flatten, unflatten
 from gpt2_jax.sharding import DATA, param_shardings
 from gpt2_jax.training.batch import Batch
-from gpt2_jax.training.loss import token_loss
+from gpt2_jax.training.loss import CHUNK, token_loss
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.recipe import Recipe
 
@@ -38,7 +38,7 @@ class TrainState:
       params: the model's params, as everywhere; float32 (float64 under a float64 `compute_dtype`).
       lora: the small tree of `gpt2_jax.lora` that is trained in their place, None without LoRA.
       opt_state: Optax's, of what is trained alone.
-      mean_loss: float32 scalar, running mean of the loss; 0 before the first step.
+      mean_loss: float32 scalar, running mean of the loss, by which spikes are told; 0 before the first step.
     """
 
     step: jax.Array
@@ -95,7 +95,7 @@ def _new_state(config: GPT2Config, recipe: Recipe, params: Params) -> TrainState
         lora = init_lora(params, recipe.lora.rank, recipe.lora.targets, key)
     state = TrainState(jnp.int32(0), params, lora, None, jnp.float32(0))
     changing = trained(state, recipe)
-    optimizer = make_optimizer(recipe.optimizer, recipe.steps, changing)
+    optimizer = make_optimizer(recipe.optimizer, changing)
     return state.replace(opt_state=optimizer.init(changing))
 
 
@@ -111,7 +111,8 @@ def init_state(config: GPT2Config, recipe: Recipe, params: Params, mesh: Mesh) -
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(config.param_dtype), params)
     shardings = state_shardings(config, recipe, mesh)
     params = jax.tree.map(jax.device_put, params, shardings.params)
-    return jax.jit(lambda params: _new_state(config, recipe, params), out_shardings=shardings)(params)
+    make = jax.jit(lambda params: _new_state(config, recipe, params), out_shardings=shardings, donate_argnums=0)
+    return make(params)
 
 
 def abstract_state(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> TrainState:
@@ -155,10 +156,10 @@ def make_train_step(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
       mesh: where; the rows of each part are divided over its `data` axis.
 
     Returns:
-      A jitted function of a TrainState and a Batch of [A, B, T] arrays, A = recipe.accumulate. The metrics are float32
+      A jitted function of a TrainState and a Batch of [A, B, T] arrays, A = recipe.accumulate. The metrics are
       scalars: `loss` (nats a token, mean over the weights), `grad_norm` (of all gradients, before clipping),
       `learning_rate`, `n_tokens` (sum of the weights), and the bool `skipped`: the loss or a gradient was not finite,
-      or a spike that the recipe does not ignore, and nothing but `step` was changed.
+      there was a spike that the recipe does not ignore, or no target counted; nothing that is trained was changed.
 
     Raises:
       ValueError: the rows of a part cannot be divided over the mesh, or the recipe's rules do not cover the params.
@@ -167,7 +168,7 @@ def make_train_step(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
     config = training_config(config, recipe)
     check_rows(recipe, mesh)
     shapes = _shapes(config, recipe)
-    optimizer = make_optimizer(recipe.optimizer, recipe.steps, trained(shapes, recipe))
+    optimizer = make_optimizer(recipe.optimizer, trained(shapes, recipe))
     gradients = _make_gradients(config, recipe, mesh)
     learning_rate = make_schedule(recipe.optimizer, recipe.steps)
 
@@ -177,23 +178,22 @@ def make_train_step(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
         changing = trained(state, recipe)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, changing)
-        skip = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        rate = learning_rate(state.step)
+        changed = jax.tree.map(lambda leaf, update: leaf - (rate * update).astype(leaf.dtype), changing, updates)
+        skip = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)) | (n_tokens == 0)
         if recipe.monitor.on_spike != "ignore":
             skip |= (state.mean_loss > 0) & (loss > recipe.monitor.spike * state.mean_loss)
-        mean_loss = MEAN_DECAY * state.mean_loss + (1 - MEAN_DECAY) * loss.astype(jnp.float32)
-        mean_loss = jnp.where(state.mean_loss > 0, mean_loss, loss.astype(jnp.float32))
-        new = with_trained(state, optax.apply_updates(changing, updates)).replace(
-            opt_state=opt_state, mean_loss=mean_loss
-        )
+        new = with_trained(state, changed).replace(opt_state=opt_state)
         new = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state, new)
+        new = new.replace(step=state.step + 1, mean_loss=_mean_loss(state.mean_loss, loss, n_tokens, recipe))
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": learning_rate(state.step),
+            "learning_rate": rate,
             "n_tokens": n_tokens,
             "skipped": skip,
         }
-        return new.replace(step=state.step + 1), metrics
+        return new, metrics
 
     shardings = state_shardings(config, recipe, mesh)
     return jax.jit(
@@ -204,20 +204,30 @@ def make_train_step(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
     )
 
 
+def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, recipe: Recipe) -> jax.Array:
+    """Return the running mean with one more loss: a spike counts as the least one, so that it hides no other."""
+    first = mean == 0
+    loss = jnp.where(first, loss, jnp.minimum(loss, recipe.monitor.spike * mean)).astype(mean.dtype)
+    new = jnp.where(first, loss, MEAN_DECAY * mean + (1 - MEAN_DECAY) * loss)
+    return jnp.where(jnp.isfinite(loss) & (n_tokens > 0), new, mean)
+
+
 def _make_gradients(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
     """Return f(state, batch, n_tokens) -> (mean loss, its gradients by what is trained)."""
     model = GPT2(config, remat=recipe.remat)
     deterministic = recipe.model.dropout == 0
+    wide = jnp.promote_types(config.compute_dtype, jnp.float32)
+    chunk = CHUNK * mesh.shape[DATA]  # that much on each device
 
     def loss_of(changing, state, tokens_BT, target_BT, weight_BT, key):
         params = model_params(with_trained(state, changing), recipe)
         params = _gathered(params, mesh)
         rngs = None if deterministic else {"dropout": key}
         h_BTD, _ = model.apply({"params": params}, tokens_BT, None, None, deterministic, method="hidden", rngs=rngs)
-        return token_loss(h_BTD, params["wte"], target_BT, weight_BT)
+        return token_loss(h_BTD, params["wte"], target_BT, weight_BT, chunk)
 
     def gradients(state, batch, n_tokens):
-        weights = batch.weights / jnp.where(n_tokens > 0, n_tokens, 1)
+        weights = batch.weights.astype(wide) / jnp.where(n_tokens > 0, n_tokens, 1).astype(wide)
         key = jax.random.fold_in(_key(recipe), state.step)
         changing = trained(state, recipe)
 
@@ -229,8 +239,7 @@ def _make_gradients(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
         if recipe.accumulate == 1:
             arrays = (batch.tokens[0], batch.targets[0], weights[0])
             return jax.value_and_grad(loss_of)(changing, state, *arrays, jax.random.fold_in(key, 0))
-        zero = jnp.zeros((), jnp.promote_types(config.compute_dtype, jnp.float32))
-        start = (zero, jax.tree.map(jnp.zeros_like, changing))
+        start = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, changing))
         return lax.scan(part, start, jnp.arange(recipe.accumulate))[0]
 
     return gradients
@@ -241,11 +250,12 @@ def make_eval_step(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
     config = training_config(config, recipe)
     model = GPT2(config)
     shardings = unflatten(param_shardings(flatten(abstract_params(config)), mesh))
+    chunk = CHUNK * mesh.shape[DATA]
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params = _gathered(params, mesh)
         h_BTD, _ = model.apply({"params": params}, batch.tokens, method="hidden")
-        return token_loss(h_BTD, params["wte"], batch.targets, batch.weights), batch.weights.sum()
+        return token_loss(h_BTD, params["wte"], batch.targets, batch.weights, chunk), batch.weights.sum()
 
     return jax.jit(eval_step, in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(DATA))))
 
@@ -257,11 +267,13 @@ def check_rows(recipe: Recipe, mesh: Mesh) -> None:
       ValueError: they cannot.
 
     """
-    n_rows, n_parts = recipe.batch_size // recipe.accumulate, mesh.shape[DATA]
-    if n_rows % n_parts:
+    n_parts, n_devices = recipe.accumulate, mesh.shape[DATA]
+    if recipe.batch_size % (n_parts * n_devices):
+        fitting = [n for n in range(1, n_parts) if recipe.batch_size % (n * n_devices) == 0]
+        advice = f"accumulate {fitting[-1]}" if fitting else f"a batch_size that is a multiple of {n_parts * n_devices}"
         raise ValueError(
-            f"{n_rows} rows (batch_size {recipe.batch_size} in accumulate {recipe.accumulate} parts) cannot be divided "
-            f"over {n_parts} devices: make batch_size a multiple of {recipe.accumulate * n_parts}, or mesh.data smaller"
+            f"batch_size {recipe.batch_size} in accumulate {n_parts} parts leaves {recipe.batch_size // n_parts} rows, "
+            f"which {n_devices} devices cannot share: set {advice}, or mesh.data smaller"
         )
 
 

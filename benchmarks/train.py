@@ -1,0 +1,198 @@
+"""Time training steps against Hugging Face torch, on the same weights and batch, in one run; print a table.
+
+COMMAND: python benchmarks/train.py --random 124M --batch 4 --tokens 256 [--rounds 5] [--output FILE.md]     (CPU)
+         python benchmarks/train.py --random 124M --batch 32 --tokens 1024 --dtype bfloat16 [--remat]        (GPU)
+
+Needs Linux and the `parity` extra; the first command takes 3 minutes and 5 GB on two CPU cores.
+
+On a CPU the peer is eager torch, on a GPU torch.compile. Each library has a process of its own, so that neither's
+memory nor threads disturb the other's, and they take turns. Arguments by argparse, weights by safetensors: a GPU
+machine often has neither tyro nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainers import OPTIMIZER, PEERS, Case, device_flops, prepare, start, timed
+from turns import (
+    ENVIRONMENT,
+    Report,
+    Turns,
+    add_options,
+    alone,
+    choose,
+    command_line,
+    peak_bytes,
+    ratio,
+    survey,
+    versions,
+)
+
+if TYPE_CHECKING:
+    from gpt2_jax import GPT2Config
+
+N_FIRST = 3  # steps before any is timed, whose losses are shown
+HEADINGS = "model, batch x tokens | library | tok/s | ms/step | MFU | peak MB | compile s | first losses | "
+HEADINGS += "ratio | rounds"
+LEGEND = """\
+Every step is on the same batch of random ids: forward, backward, gradients clipped to norm {clip:g}, AdamW (learning
+rate {learning_rate:g}, betas {betas}, epsilon {epsilon:g}, decay {weight_decay:g} on matrices). Dropout is 0 in every
+library. Parameters, optimizer and loss are float32, and matrix products {dtype}{autocast}.{saving}
+torch is Hugging Face's GPT2LMHeadModel{compiled}, with scaled_dot_product_attention and torch's fused AdamW.
+Times are medians over the rounds, of {n_steps}. MFU: tokens/s times 6 N + 12 L D T, N all parameters, over the device's
+bfloat16 peak: {flops}. Compile: the first step less a later one, with no cache on disk. First losses: of the first
+{n_first} steps, a check that all do the same. Ratio: the library's time over ours, the median over rounds.
+Peak MB: {peak}."""
+PEAK = {
+    "cpu": "of the process's resident memory once it has loaded, with its weights and its libraries' code",
+    "gpu": "of the device memory that the process's arrays took, from its start",
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser, list(PEERS), rounds=5)
+    add = parser.add_argument
+    add("--batch", type=int, nargs="+", default=[4], help="rows of a step; several make several cases")
+    add("--tokens", type=int, default=256, help="tokens of a row")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
+    add("--accumulate", type=int, default=1, help="parts that a step's rows are computed in")
+    add("--remat", action="store_true", help="compute each block anew in the backward pass, in every library")
+    add("--steps", type=int, help="steps of a turn; default 1 on a CPU, 20 on a GPU")
+    args = parser.parse_args()
+    if not args.model + args.random:
+        parser.error("give --model DIR or --random SIZE")
+    if min(args.tokens, args.rounds, args.accumulate, args.steps or 1, *args.batch) < 1:
+        parser.error("--batch, --tokens, --rounds, --accumulate and --steps must be 1 or more")
+    if any(n_rows % args.accumulate for n_rows in args.batch):
+        parser.error("--accumulate must divide --batch")
+    return args
+
+
+@dataclasses.dataclass
+class Times:
+    """One library's times at one case, in seconds a step, one a round, and what else was seen of it."""
+
+    first_step: float
+    losses: list[float]
+    step: list[float] = dataclasses.field(default_factory=list)
+    peak: int = 0
+
+
+def measure(
+    names: list[str], folder: Path, case: Case, where: str, args: argparse.Namespace
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Time one case: every library in turn, for `args.rounds` rounds or `args.case_seconds`.
+
+    Returns:
+      The times of the libraries that did it, and why the others did not.
+
+    """
+    times = {}
+
+    def first(name: str, call: Callable) -> None:
+        call(start, name, folder, case, where)
+        times[name] = Times(*call(timed, 1))
+        times[name].losses += call(timed, N_FIRST - 1)[1]
+
+    def once_more(name: str, call: Callable) -> None:
+        times[name].step.append(call(timed, args.steps)[0] / args.steps)
+        times[name].peak = call(peak_bytes, where)
+
+    with Turns(names) as turns:
+        turns.take(first)
+        turns.rounds(args.rounds, args.case_seconds, once_more)
+    return {name: times[name] for name in names if name not in turns.failed}, turns.failed
+
+
+def why_not(config: GPT2Config, case: Case, n_libraries: int, memory: int) -> str | None:
+    """Return why a case cannot run here, if it cannot."""
+    if case.n_tokens > config.n_ctx:
+        return f"{case.n_tokens} tokens are more than n_ctx = {config.n_ctx}"
+    if (held := n_libraries * config.adam_bytes) > memory:
+        needed, free = f"{held / 1e9:.1f} GB", f"{memory / 1e9:.1f}"
+        return f"weights, gradients and moments of {n_libraries} libraries at once take {needed}, and {free} are free"
+    return None
+
+
+def table_rows(times: dict[str, Times], config: GPT2Config, case: Case, peak: float | None) -> Iterator[list[str]]:
+    """Yield the cells of each library, from its name on."""
+    from gpt2_jax.training.hardware import flops_per_token
+
+    ours = times.get("ours")
+    for name, mine in times.items():
+        step = statistics.median(mine.step)
+        speed = case.n_rows * case.n_tokens / step
+        mfu = f"{speed * flops_per_token(config, case.n_tokens) / peak:.1%}" if peak else "n/a"
+        yield [
+            *(name, f"{speed:.0f}", f"{step * 1e3:.1f}", mfu, f"{mine.peak / 1e6:.0f}"),
+            f"{mine.first_step - step:.1f}",
+            " ".join(f"{loss:.5f}" for loss in mine.losses),
+            "" if ours is None or name == "ours" else ratio(mine.step, ours.step),
+            str(len(mine.step)),
+        ]
+
+
+def legend(args: argparse.Namespace, where: str, peak: float | None) -> str:
+    """Say what is in the table."""
+    saving = [f"A step's rows are computed in {args.accumulate} parts."] * (args.accumulate > 1)
+    saving += ["Blocks are computed anew in the backward pass."] * args.remat
+    return LEGEND.format(
+        **OPTIMIZER,
+        dtype=args.dtype,
+        autocast=" (torch's by autocast)" if args.dtype == "bfloat16" else "",
+        saving="".join(f" {sentence}" for sentence in saving),
+        n_steps=f"{args.steps} steps in a row" if args.steps > 1 else "one step",
+        flops=f"{peak / 1e12:.0f} TFLOP/s" if peak else "not known here, so n/a",
+        n_first=N_FIRST,
+        compiled=" under torch.compile" if where == "gpu" else ", eager",
+        peak=PEAK[where],
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print a Markdown table."""
+    os.environ |= ENVIRONMENT
+    import gpt2_jax
+
+    report = Report(args.output)
+    busy = os.getloadavg()[0]  # of others
+    machine = alone(survey)
+    args.steps = args.steps or (20 if machine.where == "gpu" else 1)
+    names, left_out = choose(args.peers, PEERS, machine.where)
+    peak = alone(device_flops)
+    report.say(f"# Training steps, {args.dtype}\n\n    {command_line()}\n")
+    report.say(f"{machine.name}, Python {platform.python_version()}, {', '.join(versions())}.")
+    report.say(f"Load when it began: {busy:.1f}.\n")
+    report.say(legend(args, machine.where, peak) + "\n")
+    report.headings(HEADINGS)
+    for source, random in [(source, False) for source in args.model] + [(size, True) for size in args.random]:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            config = gpt2_jax.GPT2Config.from_hparams(alone(prepare, source, random, folder))
+            for n_rows in args.batch:
+                label = f"{Path(source).name}, {n_rows} x {args.tokens}"
+                case = Case(n_rows, args.tokens, args.dtype, args.accumulate, args.remat)
+                if reason := why_not(config, case, len(names), machine.memory):
+                    left_out.append(f"{label}: {reason}")
+                    continue
+                times, failed = measure(names, folder, case, machine.where, args)
+                left_out += [f"{label}, {name}: {reason}" for name, reason in failed.items()]
+                for cells in table_rows(times, config, case, peak):
+                    report.say(f"| {label} | {' | '.join(cells)} |")
+    for line in left_out:
+        report.say(f"\nLeft out: {line}.")
+
+
+if __name__ == "__main__":
+    main(parse_args())

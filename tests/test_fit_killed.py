@@ -1,0 +1,99 @@
+"""A run that is killed, again and again and in the midst of saves, ends as one that never was: to the bit."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import commands
+import killed_fit
+import numpy as np
+import pytest
+from killed_fit import CONFIG, N_STEPS, RECIPE
+from train_states import assert_same
+
+import gpt2_jax
+from gpt2_jax.params import flatten
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.training import abstract_state
+from gpt2_jax.training.checkpoints import Checkpoints
+
+N_KILLS = 20
+TIMES = {"seconds", "tokens_per_second", "mfu"}
+
+
+def records(run: Path) -> list[dict]:
+    """What metrics.jsonl says, but for what the clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def last_state(run: Path):
+    return Checkpoints(run).restore(abstract_state(CONFIG, RECIPE, make_mesh(1, 1)))
+
+
+def what_is_there(run: Path) -> set[str]:
+    """The kinds of leftovers that the last kill left: of a checkpoint, of the best model, of a file."""
+    kinds = {"saving": ".saving", "best": ".best.", "deleted": ".deleted"}
+    names = [path.name for folder in (run, run / "checkpoints") if folder.is_dir() for path in folder.iterdir()]
+    return {kind for kind, part in kinds.items() if any(part in name for name in names)}
+
+
+@pytest.fixture
+def helper(tmp_path):
+    """Give ask(run, ...) -> answer of the process that forks."""
+    killed_fit.write_text(tmp_path / "data")
+    command = [sys.executable, "-W", "ignore", killed_fit.__file__, tmp_path / "data", tmp_path / "cache"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, env=environment, cwd=commands.ROOT / "tests", **pipes) as process:
+
+        def ask(run: Path, **how) -> dict:
+            print(json.dumps({"run": str(run)} | how), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+
+
+def assert_same_runs(run: Path, straight: Path) -> None:
+    """State, metrics and best model are the same to the bit, each step is told once, and nothing else is there."""
+    assert_same(last_state(run), last_state(straight))
+    assert int(last_state(run).step) == N_STEPS
+    assert records(run) == records(straight)
+    best = [flatten(gpt2_jax.load(folder / "best")[1]) for folder in (run, straight)]
+    for name, leaf in best[0].items():
+        np.testing.assert_array_equal(leaf, best[1][name], name)
+    # What a killed process was writing has hidden names; it is cleared away a day later.
+    shown = [{path.name for path in folder.iterdir() if not path.name.startswith(".")} for folder in (run, straight)]
+    assert shown[0] == shown[1]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {".lock", str(N_STEPS)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a trainer for each round")
+def test_killed_twenty_times_a_run_ends_as_if_it_never_was(tmp_path, helper):
+    straight, runs, rng = tmp_path / "straight", [tmp_path / "run0"], random.Random(11)
+    assert helper(straight) == {"killed": False, "error": ""}
+    losses = [[line for line in records(straight) if name in line] for name in ("loss", "val_loss")]
+    assert [line["step"] for line in losses[0]] == list(range(1, N_STEPS + 1))
+    assert [line["step"] for line in losses[1]] == list(range(0, N_STEPS + 1, 8))
+    assert len({line["loss"] for line in losses[0]}) == N_STEPS
+    seen, kept = set(), []
+    while len(kept) < N_KILLS:
+        # Most come while a save is under way: its operations on files are many, and each third step has one.
+        how = {"delay": rng.uniform(0, 0.5)} if len(kept) % 4 == 3 else {"operation": rng.randrange(420)}
+        answer = helper(runs[-1], **how)
+        assert answer["error"] == ""
+        if answer["killed"]:
+            seen |= what_is_there(runs[-1])
+            kept.append(Checkpoints(runs[-1]).latest() or 0)
+        else:  # it came to its end meanwhile: kill another
+            runs.append(tmp_path / f"run{len(runs)}")
+    assert helper(runs[-1]) == {"killed": False, "error": ""}
+    print(f"after each kill the newest checkpoint was of step {kept}; left were {sorted(seen)}")
+    assert "saving" in seen  # some were in the midst of saves, that is
+    assert len(set(kept)) > 3  # and at many places of the run
+    for run in runs:
+        assert_same_runs(run, straight)

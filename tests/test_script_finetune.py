@@ -1,0 +1,183 @@
+"""scripts/finetune.py: from a text to a run that speaks; stopped, gone on with; one clear message for any mistake."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import commands
+import pytest
+
+import gpt2_jax
+
+TEXT = "".join(f"Then came the {i % 7}th of the {'lords' if i % 3 else 'ladies'}, and spoke.\n" for i in range(61))
+# A model that is compiled in no time, with the embedded vocabulary.
+TINY = ["--model.source", "", "--model.tokenizer", "shakespeare", "--model.n-layer", 1, "--model.n-embd", 8]
+TINY += ["--model.n-head", 1, "--model.n-ctx", 31, "--batch-size", 2]
+QUIET = ["--monitor.sample-every", 0, "--monitor.no-tensorboard"]
+
+
+@pytest.fixture(scope="module")
+def main():
+    with commands.loaded("finetune") as script:
+        yield script.main
+
+
+@pytest.fixture
+def run(main, capfd, tmp_path, monkeypatch):
+    """Call the entry point in this process, where text.txt is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    with commands.config_of_jax_kept():
+        yield commands.caller(main, capfd)
+
+
+def last_step(folder):
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def assert_refused(done, message):
+    assert done.code == 2, done
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    plain = re.sub(r"\x1b\[[0-9;]*m|[│\n ]+", " ", done.err)
+    assert re.search(message, plain), plain
+
+
+def test_from_a_text_to_a_model_that_speaks(run, tmp_path, capfd):
+    """The embedded model, in windows of 31 tokens; `generate.py --model RUN` takes what comes of it."""
+    (tmp_path / "verdict.toml").write_text(
+        "steps = 9\nbatch_size = 1\n[data]\nn_tokens = 7\n[monitor]\nevaluate_every = 2\n"
+    )
+    options = ["--config", "verdict.toml", "--data.path", "text.txt", "--data.n-tokens", 31, "--steps", 2]
+    options += ["--monitor.sample-tokens", 3, "--optimizer.learning-rate", 1e-3]
+    done = run(*options)
+    assert (done.code, done.out) == (0, "runs/verdict\n"), done.err
+    assert "3,553,024 parameters; " in done.err
+    folder = tmp_path / "runs" / "verdict"
+    told = json.loads((folder / "run.json").read_text())["recipe"]
+    assert (told["steps"], told["batch_size"], told["data"]["n_tokens"]) == (2, 1, 31)
+    assert told["optimizer"]["learning_rate"] == 1e-3
+    assert "python scripts/generate.py --model runs/verdict" in done.err
+    again = run(*options)
+    assert (again.code, again.out) == (0, "runs/verdict\n"), again.err
+    assert "all 2 steps are done" in again.err
+    with commands.loaded("generate") as generate:
+        spoken = commands.caller(generate.main, capfd)("--model", folder, "--prompt", "Then", "--max-new-tokens", 5)
+    assert spoken.code == 0, spoken.err
+    assert spoken.out.startswith("Then")
+    assert len(spoken.out) > len("Then\n")
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path):
+    """SIGTERM and Ctrl-C to the process itself: statuses 143 and 130, as a shell has them."""
+    options = ["--data.path", "text.txt", "--run", "a b", "--steps", 3000, *TINY, *QUIET]
+    options += ["--monitor.evaluate-every", 0, "--monitor.save-every", 0]
+    done = [0]
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        command = [sys.executable, commands.SCRIPTS / "finetune.py", *map(str, options)]
+        with subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            err = ""
+            while not re.search(rf"step {done[-1] + 2:,}/", err):
+                line = process.stderr.readline()
+                assert line, err
+                err += line
+            process.send_signal(number)
+            out, rest = process.communicate(timeout=120)
+        assert (process.returncode, out) == (status, "a b\n"), err + rest
+        assert "Traceback" not in err + rest
+        assert "--model 'a b'" in rest
+        found = re.search(rf"stopped after step ([\d,]+), which is saved: {number.name} came", rest)
+        done.append(int(found[1].replace(",", "")))
+        assert (f"going on after step {done[-2]:,}" in err) == (done[-2] > 0)
+        assert [path.name for path in (tmp_path / "a b" / "checkpoints").glob("[0-9]*")] == [str(done[-1])]
+        assert last_step(tmp_path / "a b") == done[-1]
+    assert 0 < done[1] < done[2] < 3000
+    options[options.index("--steps") + 1] = done[2] + 2
+    ended = run(*options)
+    assert ended.code == 0, ended.err
+    assert f"going on after step {done[2]:,}" in ended.err
+    assert last_step(tmp_path / "a b") == done[2] + 2
+    assert gpt2_jax.load(tmp_path / "a b")[0].n_embd == 8
+
+
+def test_another_text_is_never_taken_for_the_one_that_was_begun_with(run, tmp_path):
+    options = ["--steps", 1, *TINY, *QUIET]
+    run("--data.path", "text.txt", "--run", "begun", *options)
+    (tmp_path / "other.txt").write_text(TEXT.replace("spoke", "wept"))
+    assert_refused(
+        run("--data.path", "other.txt", "--run", "begun", *options), "begun holds a run on another text than other.txt"
+    )
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    assert run("--data.path", "moved.txt", "--run", "begun", *options).code == 0
+    assert run("--data.path", "begun/data", "--run", "begun", *options).code == 0
+    # A run that was killed before it began: its tokens are made anew.
+    (tmp_path / "killed").mkdir()
+    shutil.copytree(tmp_path / "begun" / "data", tmp_path / "killed" / "data")
+    for changes in (["--data.path", "other.txt"], ["--data.path", "other.txt", "--data.val-fraction", 0.3]):
+        before = (tmp_path / "killed" / "data" / "train.bin").read_bytes()
+        refused = run(*changes, "--run", "killed", *options, "--monitor.patience", 2, "--monitor.evaluate-every", 0)
+        assert_refused(refused, "monitor.patience needs validation losses")
+        assert (tmp_path / "killed" / "data" / "train.bin").read_bytes() != before
+    assert not (tmp_path / "killed" / "run.json").exists()
+
+
+REFUSED = {
+    "no text named": ([], "data.path must name text"),
+    "no such text": (["--data.path", "no.txt"], "no such file or folder: no.txt"),
+    "a text of another kind": (["--data.path", "text.pdf"], "text.pdf is none of .txt, .jsonl"),
+    "no recipe": (["--config", "no.toml"], "no.toml"),
+    "--config of nothing": (["--config"], "gpt2-finetune: error: argument --config"),
+    "a field that is none": (["--config", "field.toml"], "field.toml: optimizer.learning_rat is no part of a recipe"),
+    "a value of another type": (["--config", "type.toml"], "type.toml: steps must be .*int, not 'many'"),
+    "not TOML": (["--config", "broken.toml"], "broken.toml: .*line 1"),
+    "a value out of range": (["--optimizer.learning-rate", -1], "learning_rate must be a number of 0 or more, not -1"),
+    "an option that is none": (["--learning-rate", 1], "--learning-rate"),
+    "a word for a number": (["--steps", "many"], "many"),
+    "no such model": (["--data.path", "text.txt", "--model.source", "no/such/model"], "no such model: 'no/such/model'"),
+    "no vocabulary": (["--data.path", "text.txt", "--model.source", ""], "model.tokenizer must name a vocabulary"),
+    "windows too long": (["--data.path", "text.txt", "--data.n-tokens", 257], "must not be more than .* n_ctx, 256"),
+    "too little memory": (
+        ["--data.path", "text.txt", "--batch-size", 1000000],
+        "about .* GB on each device, which has .* parameters .* activations .* takes less: a larger accumulate",
+    ),
+    "a folder of other things": (["--data.path", "text.txt", "--run", "other"], "other holds other things than a run"),
+    "a file": (["--data.path", "text.txt", "--run", "text.txt"], "text.txt is a file"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_a_mistake_is_one_clear_message(run, tmp_path, mistake):
+    (tmp_path / "field.toml").write_text("[optimizer]\nlearning_rat = 1e-3\n")
+    (tmp_path / "type.toml").write_text('steps = "many"\n')
+    (tmp_path / "broken.toml").write_text("steps =\n")
+    (tmp_path / "text.pdf").write_text("%PDF")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("three weeks of work")
+    before = sorted(tmp_path.rglob("*"))
+    options, message = REFUSED[mistake]
+    assert_refused(run(*options), message)
+    assert sorted(tmp_path.rglob("*")) == before  # and nothing was written
+
+
+def test_another_recipe_for_a_run_is_refused(run):
+    options = ["--data.path", "text.txt", "--run", "begun", "--steps", 1, *TINY, *QUIET]
+    assert run(*options).code == 0
+    assert_refused(run(*options, "--seed", 3), "begun otherwise: recipe.seed was 0 and is 3")
+
+
+def test_help_says_units_and_defaults(run):
+    done = run("--help")
+    assert done.code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m|[│\n ]+", " ", done.out)
+    for text in (
+        "--config FILE", "--run FOLDER", "(default: runs/NAME of the recipe)",
+        "optimizer steps of the whole run. (default: 1000)", "the peak. (default: 0.0001)",
+        "tokens of one window; 0 is the model's n_ctx. (default: 0)",
+        "share of the tokens that is kept for validation, in [0, 1). (default: 0.1)",
+    ):  # fmt: skip
+        assert text in plain, plain

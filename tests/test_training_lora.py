@@ -1,0 +1,114 @@
+"""LoRA: a small tree beside frozen weights, merged as w + alpha / rank * a @ b."""
+
+import jax
+import numpy as np
+import pytest
+import training_steps as ts
+
+import gpt2_jax
+from gpt2_jax.lora import init_lora, merge_lora
+from gpt2_jax.training.step import model_params
+
+TARGETS = r"attn/(c_attn|c_proj)/w$|mlp/c_fc/w$"
+LORA = {"rank": 3, "alpha": 7.0, "targets": TARGETS}
+NAMES = {"h0/mlp/c_fc/w", "h0/attn/c_attn/w", "h0/attn/c_proj/w"}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def merged_by_hand(base, lora, alpha=7.0, rank=3):
+    """{name: w + alpha / rank * a @ b} where there is a pair, and the base elsewhere."""
+    change = {name: alpha / rank * np.asarray(pair["a"]) @ np.asarray(pair["b"]) for name, pair in lora.items()}
+    return {name: w + change.get(name, 0) for name, w in base.items()}
+
+
+def test_only_the_targets_get_a_pair():
+    params = ts.params_of(ts.CONFIG)
+    lora = init_lora(params, 3, TARGETS, jax.random.key(0))
+    assert set(lora) == NAMES
+    for name, pair in lora.items():
+        n_in, n_out = ts.flat(params)[name].shape
+        assert (pair["a"].shape, pair["b"].shape) == ((n_in, 3), (3, n_out))
+        assert np.asarray(pair["a"]).any()  # with both 0 nothing would ever be learned
+
+
+def test_pairs_differ_by_matrix_and_by_key():
+    params = ts.params_of(ts.DEEP)
+    draws = [init_lora(params, 3, r"attn/c_proj/w$", jax.random.key(seed)) for seed in (0, 0, 1)]
+    assert ts.bits(draws[0]) == ts.bits(draws[1]) != ts.bits(draws[2])
+    assert ts.bits(draws[0]["h0/attn/c_proj/w"]["a"]) != ts.bits(draws[0]["h1/attn/c_proj/w"]["a"])
+
+
+@pytest.mark.parametrize("targets", ["attn/c_atn/w$", r"c_attn/b$"])
+def test_targets_that_find_no_matrix_are_refused(targets):
+    with pytest.raises(ValueError, match=r"LoRA|matrix"):
+        init_lora(ts.params_of(ts.CONFIG), 3, targets, jax.random.key(0))
+
+
+def test_before_the_first_step_the_merged_model_is_the_base():
+    recipe = ts.recipe(lora=LORA)
+    state = ts.begin(recipe)
+    assert ts.bits(model_params(state, recipe)) == ts.bits(ts.params_of(ts.CONFIG))
+
+
+def test_merging_is_the_definition(x64):
+    config = ts.CONFIG.replace(param_dtype="float64")
+    params = ts.params_of(config)
+    lora = init_lora(params, 3, TARGETS, jax.random.key(0))
+    lora = jax.tree.map(lambda leaf: np.random.default_rng(5).normal(size=leaf.shape), lora)
+    merged = ts.flat(merge_lora(params, lora, 7.0))
+    assert ts.furthest(merged, merged_by_hand(ts.flat(params), lora)) <= 1e-14
+
+
+def test_only_the_small_tree_is_trained():
+    """The base stays to the bit, and the optimizer holds two moments of the small tree and of nothing else."""
+    recipe = ts.recipe(lora=LORA, optimizer={"weight_decay": 0.3, "clip": 0.5})
+    before = ts.begin(recipe)
+    start = jax.tree.map(np.array, before.lora)
+    state, seen = ts.run(recipe, [ts.batch(recipe, seed) for seed in range(3)])
+    assert ts.bits(state.params) == ts.bits(ts.params_of(ts.CONFIG))
+    assert all(one != other for one, other in zip(ts.bits(state.lora), ts.bits(start), strict=True))
+    n_small = sum(leaf.size for leaf in jax.tree.leaves(state.lora))
+    n_held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    assert 2 * n_small <= n_held <= 2 * n_small + 5
+    assert seen[-1]["loss"] != seen[0]["loss"]
+
+
+def test_training_it_is_the_gradient_through_the_merge(x64):
+    """By the chain rule: of a, alpha / rank * g @ b.T, of b, alpha / rank * a.T @ g, of the merged matrix's g."""
+    rate, scale = 1e-3, 7.0 / 3
+    recipe = ts.recipe(compute_dtype="float64", lora=LORA, optimizer={"learning_rate": rate, "clip": 0.4})
+    batches = [ts.batch(recipe, seed) for seed in range(5)]
+    config, base = ts.config_of(recipe), ts.flat(ts.params_of(ts.config_of(recipe)))
+    small = ts.flat(ts.begin(recipe).lora)
+    slow = ts.Slow(recipe.optimizer, small)
+    for batch in batches:
+        pairs = {name: {"a": slow.weights[f"{name}/a"], "b": slow.weights[f"{name}/b"]} for name in NAMES}
+        _, gradients = ts.plain_gradients(config, ts.forms.nested(merged_by_hand(base, pairs)), batch)
+        g = ts.flat(gradients)
+        by_a = {f"{name}/a": scale * g[name] @ pairs[name]["b"].T for name in NAMES}
+        by_b = {f"{name}/b": scale * pairs[name]["a"].T @ g[name] for name in NAMES}
+        slow.step(by_a | by_b, rate)
+    state, _ = ts.run(recipe, batches)
+    assert ts.furthest(ts.flat(state.lora), slow.weights) <= 1e-11
+
+
+def test_the_merged_model_exported_says_the_same(tmp_path):
+    """Saved as any model and loaded again: the logits of base plus pairs."""
+    recipe = ts.recipe(lora=LORA, optimizer={"learning_rate": 0.02})
+    batch = ts.batch(recipe)
+    state, _ = ts.run(recipe, [batch] * 3)
+    config = ts.CONFIG.replace(embd_pdrop=0.1)
+    gpt2_jax.save(tmp_path / "merged", config, model_params(state, recipe), format="huggingface")
+    _, params = gpt2_jax.load(tmp_path / "merged")
+    by_hand = ts.forms.nested(merged_by_hand(ts.flat(state.params), state.lora))
+    ours, theirs, base = (
+        np.asarray(gpt2_jax.GPT2(ts.CONFIG).apply({"params": p}, batch.tokens[0]).logits)
+        for p in (params, by_hand, state.params)
+    )
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    assert np.abs(ours - base).max() > 1e-2 * np.abs(base).max()

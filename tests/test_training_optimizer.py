@@ -1,0 +1,142 @@
+"""Optimizers, schedules and rules over parameter names, against their definitions in NumPy and against optax."""
+
+import re
+
+import checkpoint_forms as forms
+import jax
+import numpy as np
+import optax
+import pytest
+import training_steps as ts
+
+FROZEN = r"^(wte|wpe)$|^h0/mlp/"
+LION = {"name": "lion", "learning_rate": 1e-3, "betas": (0.8, 0.95)}
+KINDS = {
+    "adamw": {"learning_rate": 1e-3, "betas": (0.8, 0.93), "epsilon": 1e-6},
+    "sgd": {"name": "sgd", "learning_rate": 0.03, "momentum": 0.7},
+    "lion": LION,
+}
+RULES = {
+    "learning_rates": [[r"^wte$", 0.0], [r"^h0/attn/", 0.25], [r"/b$", 3.0], [".*", 1.0]],
+    "decay": [[r"^h0/mlp", 0.0], [r"/(w|g)$", 1.5], [".*", 0.5]],
+    "weight_decay": 0.2,
+}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["default", "rules"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_the_definition(x64, kind, rules):
+    """With clipping; the rules' learning rates multiply the decay too, and what is frozen is no part of the norm.
+
+    Lion takes the sign of a gradient, and that of the key bias is noise.
+    """
+    recipe = ts.recipe(compute_dtype="float64", optimizer=KINDS[kind] | {"clip": 0.9, "weight_decay": 0.2} | rules)
+    batches = [ts.batch(recipe, seed) for seed in range(5)]
+    theirs, _, norms = ts.slow_run(recipe, batches, [KINDS[kind]["learning_rate"]] * 5)
+    state, seen = ts.run(recipe, batches)
+    ours = ts.flat(state.params)
+    assert ts.furthest(ours, theirs, but=ts.KEY_BIAS if kind == "lion" else None) <= 1e-11
+    np.testing.assert_allclose([one["grad_norm"] for one in seen], norms, rtol=1e-6)
+    before = ts.flat(ts.params_of(ts.config_of(recipe)))
+    moved = {name for name in ours if not np.array_equal(ours[name], before[name])}
+    assert moved == set(ours) - ({"wte"} if rules else set())
+
+
+def test_adafactor_is_optax_own(x64):
+    """With its usual settings; but for what holds the key bias, whose noise it would make steps of as large as any."""
+    held = [["c_attn/b$", 0.0], [".*", 1.0]]
+    recipe = ts.recipe(
+        compute_dtype="float64", optimizer={"name": "adafactor", "learning_rate": 0.01, "learning_rates": held}
+    )
+    batches = [ts.batch(recipe, seed) for seed in range(5)]
+    state, _ = ts.run(recipe, batches)
+    config = ts.config_of(recipe)
+    params, theirs = ts.params_of(config), optax.adafactor(0.01)
+    theirs_state = theirs.init(params)
+    for batch in batches:
+        _, gradients = ts.plain_gradients(config, params, batch)
+        updates, theirs_state = theirs.update(gradients, theirs_state, params)
+        updates["h0"]["attn"]["c_attn"]["b"] *= 0
+        params = optax.apply_updates(params, updates)
+    assert ts.furthest(ts.flat(state.params), ts.flat(params)) <= 1e-9
+
+
+# ---- schedules
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 4])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules(x64, schedule, warmup_steps):
+    """As the recipe says it, in what the metrics show and in what the weights did."""
+    recipe = ts.recipe(
+        compute_dtype="float64",
+        steps=9,
+        optimizer={
+            "schedule": schedule,
+            "warmup_steps": warmup_steps,
+            "final_fraction": 0.25,
+            "learning_rate": 0.5,
+            "name": "sgd",
+        },
+    )
+    batches = [ts.batch(recipe, seed) for seed in range(9)]
+    wanted = [ts.learning_rate(recipe, step) for step in range(9)]
+    theirs, _, _ = ts.slow_run(recipe, batches, wanted)
+    state, seen = ts.run(recipe, batches)
+    np.testing.assert_allclose([float(one["learning_rate"]) for one in seen], wanted, rtol=1e-6)
+    assert ts.furthest(ts.flat(state.params), theirs) <= 1e-7
+    assert max(wanted[warmup_steps - 1 :]) == 0.5 or not warmup_steps
+    assert wanted[-1] == pytest.approx(0.5 if schedule == "constant" else 0.125)
+
+
+# ---- rules
+
+
+@pytest.mark.parametrize("rule", ["learning_rates", "decay"])
+def test_rules_that_leave_a_parameter_uncovered_are_refused(rule):
+    recipe = ts.recipe(optimizer={rule: [[r"^wte$", 1.0], [r"/", 1.0]]})
+    with pytest.raises(ValueError, match=r"\bwpe\b") as refused:
+        ts.begin(recipe)
+    assert rule in str(refused.value)
+    assert forms.is_clear(refused.value)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "adafactor"])
+def test_what_is_frozen_stays_and_has_no_optimizer_state(kind):
+    """To the bit, though decay is asked for; and a gradient that nobody needs is not computed."""
+    optimizer = {"name": "adamw", "weight_decay": 0.5, "clip": 0.3} | KINDS.get(kind, {"name": kind})
+    free = ts.recipe(optimizer=optimizer)
+    frozen = ts.recipe(optimizer=optimizer | {"learning_rates": [[FROZEN, 0.0], [".*", 1.0]]})
+    batches = [ts.batch(frozen, seed) for seed in range(3)]
+    before = ts.flat(ts.params_of(ts.CONFIG))
+    state, _ = ts.run(frozen, batches)
+    for name, array in ts.flat(state.params).items():
+        assert np.array_equal(array, before[name]) == bool(re.search(FROZEN, name)), name
+    n_frozen = sum(array.size for name, array in before.items() if re.search(FROZEN, name))
+    n_all = sum(array.size for array in before.values())
+    held, held_by_all = (sum(leaf.size for leaf in jax.tree.leaves(ts.begin(r).opt_state)) for r in (frozen, free))
+    copies = round(held_by_all / n_all)
+    assert held_by_all - held >= copies * n_frozen
+
+
+def test_gradients_of_what_is_frozen_are_not_computed():
+    """All but the last norm is frozen: what is left is the forward pass and the loss."""
+
+    def flops(learning_rates):
+        recipe = ts.recipe(optimizer={"learning_rates": learning_rates})
+        program = ts.train_step(recipe).lower(ts.begin(recipe), ts.batch(recipe)).compile()
+        return program.cost_analysis()["flops"]
+
+    assert flops([["^ln_f/", 1.0], [".*", 0.0]]) < 0.6 * flops([[".*", 1.0]])
+
+
+def test_a_recipe_that_freezes_everything_is_refused():
+    recipe = ts.recipe(optimizer={"learning_rates": [[".*", 0.0]]})
+    with pytest.raises(ValueError, match=r"learning_rates|frozen|train"):
+        ts.begin(recipe)
