@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> Args:
 
 
 def run(args: Args) -> int:
-    """Train, and print the run's folder; the exit status is 0 where the run came to its end.
+    """Train, and print the run's folder; return the exit status: 0, 1 where the loss ended the run, or the signal's.
 
     Raises:
       ValueError, OSError: bad input, or something cannot be written.
@@ -67,26 +67,27 @@ def run(args: Args) -> int:
     """
     from gpt2_jax.checkpoints.folders import expanded
     from gpt2_jax.compilation import keep_compiled
-    from gpt2_jax.sharding import make_mesh
     from gpt2_jax.training import fit, start_data, start_model
-    from gpt2_jax.training.start import check_model
 
     keep_compiled()
     folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
-    config, params, tokenizer = start_model(args.recipe)
-    check_model(config, args.recipe, tokenizer, make_mesh(args.recipe.mesh.data, args.recipe.mesh.model))  # before text
-    data = start_data(args.recipe, tokenizer, folder / "data")
+    recipe = args.recipe
+    config, params, tokenizer = start_model(recipe, folder)
+    data = start_data(recipe, tokenizer, folder / "data")
+    split = data.manifest and (data.manifest["split"], data.manifest["val_fraction"])
+    if split and (recipe.data.split not in ("auto", split[0]) or recipe.data.val_fraction != split[1]):
+        print(f"the text was split when it was prepared, by {split[0]} at {split[1]:g}: that holds", file=sys.stderr)
     n_val = data.val.n_tokens if data.val else 0
     print(
         f"{config.n_params:,} parameters; {data.train.n_tokens:,} tokens to train, {n_val:,} to validate on",
         file=sys.stderr,
     )
-    fitted = fit(config, params, data, folder, args.recipe, tokenizer)
+    fitted = fit(config, params, data, folder, recipe, tokenizer)
     print(f"hear it: python scripts/generate.py --model {shlex.quote(str(folder))}", file=sys.stderr)
     print(folder)
     if fitted.signal:
         return 128 + signal.Signals[fitted.signal].value
-    return 0
+    return int(fitted.failed)
 
 
 if __name__ == "__main__":

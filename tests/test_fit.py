@@ -20,7 +20,7 @@ from training_steps import recipe
 import gpt2_jax
 from gpt2_jax.params import flatten
 from gpt2_jax.sharding import make_mesh
-from gpt2_jax.training import abstract_state, fit, loop, prepare
+from gpt2_jax.training import abstract_state, fit, loop, observer, prepare
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.optimizer import make_schedule
 from gpt2_jax.training.step import training_config
@@ -113,9 +113,9 @@ def plain_loss(config, params, tokens, n_tokens):
 
 
 class Noticing:
-    """Takes the place of something in the loop, and does something before or after it at the n-th call."""
+    """Takes the place of something in the observer, and does something before or after it at the n-th call."""
 
-    def __init__(self, monkeypatch, name, act, at, owner=loop):
+    def __init__(self, monkeypatch, name, act, at, owner=observer):
         self.was, self.n, self.act, self.at = getattr(owner, name), 0, act, at
         monkeypatch.setattr(owner, name, lambda *args, **named: self(*args, **named))
 
@@ -227,6 +227,28 @@ def test_patience_ends_a_run_and_it_stays_ended(tmp_path, run, capfd):
 # ---- what is not a number
 
 
+def test_a_run_that_would_skip_for_ever_ends(tmp_path, run, monkeypatch):
+    """Weights that are no numbers make every step one to skip."""
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+    params = random_weights()
+    params["ln_f"]["g"] = params["ln_f"]["g"].at[0].set(np.nan)
+    fitted = run(small(monitor={"on_nan": "skip"}), params=params)
+    assert fitted.failed
+    assert fitted.stopped.startswith("step 3 changed nothing like the 2 before it: ")
+    assert fitted.step < 7
+
+
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew(tmp_path, run):
+    """What its files say of three weeks of training is not written over."""
+    wanted = small(monitor={"save_every": 2})
+    run(wanted)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ValueError, match="metrics up to step 7, but no checkpoint any more"):
+        run(wanted)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("choice", ["stop", "skip"])
 def test_a_loss_that_is_no_number(tmp_path, run, choice, capfd):
     params = random_weights()
@@ -239,7 +261,7 @@ def test_a_loss_that_is_no_number(tmp_path, run, choice, capfd):
     assert (fitted.best_step, fitted.best_loss) == (None, math.inf)
     assert not (folder / "best").exists()  # no evaluation was one
     assert fitted.step == (2 if choice == "stop" else 7)
-    assert fitted.stopped == ("the loss or its gradient is not a finite number at step 1" if choice == "stop" else "")
+    assert fitted.failed == fitted.stopped.startswith("step 1 changed nothing: the loss") == (choice == "stop")
     assert set(metrics(folder).values()) == {None}
     assert_same_params(state_of(folder, poisoned).params, params)
 
@@ -247,7 +269,7 @@ def test_a_loss_that_is_no_number(tmp_path, run, choice, capfd):
 def test_weights_that_overflow_are_stopped_at_and_what_is_saved_is_finite(tmp_path, run):
     absurd = small(steps=9, optimizer={"learning_rate": 1e30, "name": "sgd"}, monitor={"evaluate_every": 2})
     fitted = run(absurd)
-    assert re.fullmatch("the loss or its gradient is not a finite number at step [23]", fitted.stopped)
+    assert re.match("step [23] changed nothing: the loss or its gradient is not a finite number", fitted.stopped)
     assert fitted.step < 9
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state_of(tmp_path / "run", absurd)))
     assert fitted.best_step == 0
@@ -267,8 +289,11 @@ def test_a_spike(tmp_path, run, data, choice, capfd):
     told = [step for step, skipped in metrics(tmp_path / "run", "skipped").items() if skipped]
     assert told == {"ignore": [], "skip": [6, 7], "stop": [6]}[choice]
     assert fitted.step == (6 if choice == "stop" else 7)
-    assert fitted.stopped == ("a spike in the loss at step 6" if choice == "stop" else "")
-    assert capfd.readouterr().err.count("changed nothing: a spike in the loss (") == len(told)
+    assert fitted.failed == fitted.stopped.startswith("step 6 changed nothing: the loss, ") == (choice == "stop")
+    said = capfd.readouterr().err.splitlines()
+    assert sum(bool(re.match(r"step \d changed nothing: the loss, [\d.]+, is a spike", line)) for line in said) == len(
+        told
+    )
     if choice != "ignore":
         assert_same_params(fitted.params, state.params)
 
@@ -323,10 +348,10 @@ def test_stopped_by_a_signal_anywhere_it_goes_on_as_if_it_never_was(tmp_path, ru
     straight = run(wanted, tokenizer=tokenizer, name="straight")
     moments = [
         ("jax", "device_get", 2, jax),  # in a step
-        ("the evaluation after step 3", "windows", 1, loop),
-        ("the sample after step 3", "generate", 1, loop),
-        ("the last evaluation", "windows", 2, loop),
-        ("the last sample", "generate", 2, loop),
+        ("the evaluation after step 3", "windows", 1, observer),
+        ("the sample after step 3", "generate", 1, observer),
+        ("the last evaluation", "windows", 2, observer),
+        ("the last sample", "generate", 2, observer),
     ]
     ended = []
     for number, (_, name, at, owner) in enumerate(moments):

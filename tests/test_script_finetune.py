@@ -133,7 +133,7 @@ REFUSED = {
     "no recipe": (["--config", "no.toml"], "no.toml"),
     "--config of nothing": (["--config"], "gpt2-finetune: error: argument --config"),
     "a field that is none": (["--config", "field.toml"], "field.toml: optimizer.learning_rat is no part of a recipe"),
-    "a value of another type": (["--config", "type.toml"], "type.toml: steps must be .*int, not 'many'"),
+    "a value of another type": (["--config", "type.toml"], "type.toml: steps must be a whole number, not 'many'"),
     "not TOML": (["--config", "broken.toml"], "broken.toml: .*line 1"),
     "a value out of range": (["--optimizer.learning-rate", -1], "learning_rate must be a number of 0 or more, not -1"),
     "an option that is none": (["--learning-rate", 1], "--learning-rate"),
@@ -176,7 +176,7 @@ def test_help_says_units_and_defaults(run):
     plain = re.sub(r"\x1b\[[0-9;]*m|[│\n ]+", " ", done.out)
     for text in (
         "--config FILE", "--run FOLDER", "(default: runs/NAME of the recipe)",
-        "optimizer steps of the whole run. (default: 1000)", "the peak. (default: 0.0001)",
+        "optimizer steps of the whole run, which the schedule spans.", "the peak. (default: 0.0001)",
         "tokens of one window; 0 is the model's n_ctx. (default: 0)",
         "share of the tokens that is kept for validation, in [0, 1). (default: 0.1)",
     ):  # fmt: skip

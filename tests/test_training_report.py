@@ -94,9 +94,9 @@ def test_samples(tmp_path, capfd):
     """A sample is a line, exactly; on the screen nothing of it can move the cursor."""
     text = ' of "Nile"\x1b[2J\né\u2028\ud83d\ude00'.encode("utf-16", "surrogatepass").decode("utf-16")
     with Report(tmp_path, RECIPE, CONFIG) as report:
-        report.sample(7, "Antony", text)
+        report.sample(7, "Antony", text, 0.25)
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()] == [
-        {"step": 7, "prompt": "Antony", "text": text}
+        {"step": 7, "prompt": "Antony", "text": text, "verbatim": 0.25}
     ]
     out, err = capfd.readouterr()
     assert 'step 7/1,009: a sample\nAntony of "Nile"\ufffd[2J' in err

@@ -45,17 +45,6 @@ def test_parts_make_the_same_step_as_the_whole(x64, accumulate):
         np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-6)
 
 
-def test_a_batch_without_targets_changes_no_weight():
-    """No target counts: there is no loss to learn from, and 0 / 0 must not become a weight."""
-    recipe = ts.recipe(optimizer={"learning_rate": 1e-3})
-    batch = ts.batch(recipe)
-    batch.weights[:] = 0
-    before = ts.flat(ts.begin(recipe).params)
-    state, (metrics,) = ts.run(recipe, [batch])
-    assert metrics["n_tokens"] == 0
-    assert ts.furthest(before, ts.flat(state.params)) == 0
-
-
 def test_remat_makes_the_same_step(x64):
     """With dropout too: the backward pass must draw what the forward pass drew."""
     runs = []

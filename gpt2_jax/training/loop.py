@@ -12,23 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.folders import expanded
-from gpt2_jax.checkpoints.saving import save
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
 from gpt2_jax.sharding import DATA, make_mesh
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.batch import Batch
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
-from gpt2_jax.training.data import batches, windows
+from gpt2_jax.training.data import batches
 from gpt2_jax.training.memory import gigabytes
+from gpt2_jax.training.observer import METRICS, Observer, due
 from gpt2_jax.training.recipe import Recipe
 from gpt2_jax.training.records import read_records
 from gpt2_jax.training.report import Report
@@ -39,16 +37,14 @@ from gpt2_jax.training.step import (
     TrainState,
     abstract_state,
     init_state,
-    make_eval_step,
     make_train_step,
     model_params,
     training_config,
 )
 from gpt2_jax.training.token_files import Prepared
-from gpt2_jax.training.verbatim import verbatim_shares
 
-SEARCHED = 10**8  # tokens of the training text that samples are compared with, at most
-METRICS, SAMPLES, CURVE = "metrics.jsonl", "samples.jsonl", "loss.png"
+MOST_SKIPPED = 100  # steps in a row that change nothing, before a run ends that would skip for ever
+CURVE = "loss.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +58,7 @@ class Fitted:
       best_loss: that loss in nats a token.
       stopped: why it ended before its last step; "" where it did not.
       signal: the signal among these reasons, "SIGINT" say.
+      failed: whether the reason is a loss that is no number, or a spike.
 
     """
 
@@ -71,11 +68,12 @@ class Fitted:
     best_loss: float
     stopped: str = ""
     signal: str | None = None
+    failed: bool = False
 
 
 def fit(
     config: GPT2Config,
-    params: Params,
+    params: Params | None,
     data: Prepared,
     run_dir: str | os.PathLike,
     recipe: Recipe,
@@ -83,13 +81,14 @@ def fit(
 ) -> Fitted:
     """Train a model, or go on where a run in `run_dir` ended, was stopped or was killed.
 
-    A resumed run does what one that was never interrupted would have done, bit for bit on the same devices. Ctrl-C and
-    SIGTERM save and return; a kill loses the steps since the last save. With more `steps` than before it goes on with
+    A resumed run does what one that was never interrupted would have done: bit for bit on a CPU, and on accelerators as
+    far as XLA's programs give the same twice (on GPUs --xla_gpu_deterministic_ops makes them). Ctrl-C and SIGTERM save
+    and return; a kill loses the steps since the last save. With more `steps` than before it goes on with
     the learning rates of a run of so many from the beginning: where they have fallen already, that is a step up.
 
     Args:
       config: of the model; the recipe's dropout and dtypes take the place of its own.
-      params: to start from, `load(...)[1]` or `init_params(...)`; they are copied.
+      params: to start from, `load(...)[1]` or `init_params(...)`; they are copied. None goes on with a run alone.
       data: `open_prepared(folder)`.
       run_dir: the run's folder: checkpoints, the best model, metrics, samples, the loss curve. `load(run_dir)` and
         `load_tokenizer(run_dir)` take it.
@@ -105,6 +104,8 @@ def fit(
       OSError: something cannot be written.
 
     """
+    if jax.process_count() > 1:
+        raise ValueError("fit runs in one process with all its devices; train_step can be used from several")
     config = training_config(config, recipe)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.model)
     memory = check_model(config, recipe, tokenizer, mesh)
@@ -117,6 +118,7 @@ def fit(
         if first_step:
             state = checkpoints.restore(abstract_state(config, recipe, mesh))
         else:
+            _check_new(run_dir, recipe, params)
             state = init_state(config, recipe, params, mesh)
         devices = list(mesh.devices.flat)
         with Report(run_dir, recipe, config, first_step, devices) as report, stopping() as stop:
@@ -129,6 +131,19 @@ def fit(
             fitted = run.run(first_step)
     plot_curve(run_dir / METRICS, run_dir / CURVE)
     return fitted
+
+
+def _check_new(run_dir: Path, recipe: Recipe, params: Params | None) -> None:
+    """Check that there is something to begin with, and nothing that would be lost."""
+    if params is None:
+        raise ValueError(f"{run_dir} holds no checkpoint to go on from: pass params")
+    path = run_dir / METRICS
+    reached = max((record["step"] for record in read_records(path)), default=0) if path.exists() else 0
+    if reached > 2 * recipe.monitor.save_every > 0:  # by then the first was complete
+        raise ValueError(
+            f"{run_dir} has metrics up to step {reached:,}, but no checkpoint any more: it cannot go on, and would "
+            "begin anew over what there is; choose another folder"
+        )
 
 
 class _Run:
@@ -147,15 +162,14 @@ class _Run:
         stop: Stop,
         state: TrainState,
     ):
-        self.config, self.data, self.run_dir, self.recipe, self.tokenizer = config, data, run_dir, recipe, tokenizer
-        self.mesh, self.checkpoints, self.report, self.stop, self.state = mesh, checkpoints, report, stop, state
+        self.data, self.recipe, self.mesh, self.checkpoints = data, recipe, mesh, checkpoints
+        self.report, self.stop, self.state = report, stop, state
         self.n_tokens = recipe.data.n_tokens or config.n_ctx
         self.train_step = make_train_step(config, recipe, mesh)
-        self.eval_step = make_eval_step(config, recipe, mesh)
+        self.observer = Observer(config, data, run_dir, recipe, tokenizer, mesh, report, stop)
         self.pending: tuple[int, dict[str, Any], float] | None = None
-        self.why, self.missed = "", False  # missed: a signal kept something from being done that was due
-        self.best_step, self.best_loss, self.n_worse, self.evaluated = self._evaluated_so_far()
-        self.sampled = max((record["step"] for record in read_records(run_dir / SAMPLES)), default=0)
+        self.last_end = -math.inf  # of a step, in seconds
+        self.why, self.failed, self.n_skipped = "", False, 0
 
     def run(self, first_step: int) -> Fitted:
         """Take all steps from `first_step` on, and do what is due between them."""
@@ -165,13 +179,12 @@ class _Run:
         elif first_step:
             self.report.message(f"going on after step {first_step:,}")
         self._look(first_step)  # at a state that was saved when a signal came, what was due may be missing
-        self._check_patience()
         saved, step = first_step, first_step
         with contextlib.closing(self._batches(first_step)) as stream:
             while step < last and not self.stop and not self.why:
                 step = self._step(step, next(stream))
                 self._look(step)
-                if _due(step, self.recipe.monitor.save_every, last):
+                if due(step, self.recipe.monitor.save_every, last):
                     self._fetch()
                     self.checkpoints.save(step, self.state)
                     saved = step
@@ -181,33 +194,37 @@ class _Run:
         self.checkpoints.wait()
         return self._fitted(step)
 
+    def _look(self, step: int) -> None:
+        """Let the observer do what is due at this step, once all before it is known and well."""
+        if self.observer.is_due(step):
+            self._fetch()
+        if not self.why:
+            self.observer.look(step, self.state)
+            self.why = self.observer.out_of_patience()
+
     def _fitted(self, step: int) -> Fitted:
-        signal = self.stop.signal if step < self.recipe.steps or self.missed else None
+        observer = self.observer
+        signal = self.stop.signal if step < self.recipe.steps or observer.missed else None
         why = self.why or (f"{signal} came" if signal else "")
         if why:
             saved = "which is saved" if step else "before the first: nothing is saved"
             self.report.message(f"stopped after step {step:,}, {saved}: {why}")
-        if self.best_step is not None:
-            best = f"the best validation loss is {self.best_loss:.4f}, after step {self.best_step:,}"
-            if self.n_worse:
-                counted = "one evaluation" if self.n_worse == 1 else f"{self.n_worse} evaluations"
-                best += f"; {counted} since found no better: the model overfits"
-            self.report.message(best)
-        return Fitted(model_params(self.state, self.recipe), step, self.best_step, self.best_loss, why, signal)
+        observer.sum_up()
+        params = model_params(self.state, self.recipe)
+        return Fitted(params, step, observer.best_step, observer.best_loss, why, signal, self.failed)
 
     # ---- a step
 
     def _batches(self, first_step: int) -> Iterator[Batch]:
         """Yield what each step reads, on the devices."""
-        index, count = jax.process_index(), jax.process_count()
         recipe = self.recipe
         sharding = NamedSharding(self.mesh, PartitionSpec(None, DATA))
 
         def place(array: np.ndarray) -> jax.Array:
             parts = array.reshape(recipe.accumulate, -1, array.shape[-1])
-            return jax.make_array_from_process_local_data(sharding, parts)
+            return jax.device_put(parts, sharding)
 
-        stream = batches(self.data.train, self.n_tokens, recipe.batch_size, recipe.seed, first_step, index, count)
+        stream = batches(self.data.train, self.n_tokens, recipe.batch_size, recipe.seed, first_step)
         with contextlib.closing(stream):
             for batch in stream:
                 yield jax.tree.map(place, batch)
@@ -234,99 +251,21 @@ class _Run:
         seconds, self.last_end = now - max(started, self.last_end), now
         n_tokens = self.recipe.batch_size * self.n_tokens
         self.report.step(step, values, n_tokens, seconds)
+        self.n_skipped = self.n_skipped + 1 if values["skipped"] else 0
         if values["skipped"]:
-            monitor = self.recipe.monitor
-            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-            choice = monitor.on_spike if finite else monitor.on_nan
-            what = "a spike in the loss" if finite else "the loss or its gradient is not a finite number"
-            self.report.message(f"step {step:,} changed nothing: {what} ({values['loss']:.4g}; {choice})")
-            if choice == "stop":
-                # The next is on its way already, and may be no better: the first is the reason.
-                self.why = self.why or f"{what} at step {step:,}"
+            self._skipped(step, values)
 
-    last_end = -math.inf
-
-    # ---- what is due between steps
-
-    def _look(self, step: int) -> None:
-        """Evaluate and sample, if that is due at this step and has not been done before."""
-        monitor, last = self.recipe.monitor, self.recipe.steps
-        if self.data.val is not None and _due(step, monitor.evaluate_every, last) and self.evaluated != step:
-            self._evaluate(step)
-        prompts = monitor.prompts if step and self.tokenizer is not None else ()
-        if prompts and _due(step, monitor.sample_every, last) and self.sampled != step:
-            self._sample(step)
-
-    def _evaluate(self, step: int) -> None:
-        """Measure the validation loss; keep the model if it is the best so far, and stop if patience is at its end."""
-        self._fetch()
-        loss = self._validation_loss()
-        if loss is None:
-            self.missed = True
-            return
-        best = loss < self.best_loss  # NaN is not
-        if best:
-            self.best_step, self.best_loss, self.n_worse = step, loss, 0
-            save(self.run_dir / runs.BEST, *self._kept(), "orbax", self.tokenizer)
-        else:
-            self.n_worse += 1
-        self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else loss, best)
-        self._check_patience()
-
-    def _check_patience(self) -> None:
-        patience = self.recipe.monitor.patience
-        if patience and self.n_worse >= patience:
-            best = "none was finite" if self.best_step is None else f"no better than step {self.best_step:,}"
-            self.why = f"{self.n_worse} evaluations in a row: {best}"
-
-    def _validation_loss(self) -> float | None:
-        """Return nats a token over the fixed windows; None if a signal came meanwhile."""
-        rows = -(-self.recipe.batch_size // (self.recipe.accumulate * self.mesh.shape[DATA])) * self.mesh.shape[DATA]
-        params, nats, weights = self._params(), jnp.float32(0), jnp.float32(0)
-        for batch in windows(self.data.val, self.n_tokens, rows, self.recipe.monitor.evaluate_windows):
-            if self.stop:
-                return None
-            part_nats, part_weights = self.eval_step(params, batch)
-            nats, weights = nats + part_nats, weights + part_weights
-        return float(nats) / max(float(weights), 1.0)
-
-    def _sample(self, step: int) -> None:
-        """Continue the prompts, with the same draws each time, and say how much of it stands in the training text."""
+    def _skipped(self, step: int, values: dict[str, Any]) -> None:
+        """Say why a step changed nothing, and end the run if the recipe says so, or if it goes on like this."""
         monitor = self.recipe.monitor
-        if self.stop:
-            self.missed = True
-            return
-        self._fetch()
-        prompts = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in monitor.prompts]
-        settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": [self.tokenizer.eot]}
-        rows = generate(self.config, self._params(), prompts, monitor.sample_tokens, overflow="slide", **settings)
-        overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
-        for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):
-            self.report.sample(step, prompt, self.tokenizer.decode(row))
-            self.report.message(str(overlap))
-
-    def _params(self) -> Params:
-        return model_params(self.state, self.recipe)
-
-    def _kept(self) -> tuple[GPT2Config, Params]:
-        """Return config and params as they are kept: float32, also after training in more."""
-        config = self.config.replace(param_dtype="float32", compute_dtype="float32")
-        return config, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self._params())
-
-    def _evaluated_so_far(self) -> tuple[int | None, float, int, int | None]:
-        """Return step and loss of the best evaluation yet, how many came after it, and the step of the last."""
-        step, loss, n_worse, last = None, math.inf, 0, None
-        for record in read_records(self.run_dir / METRICS):
-            if "val_loss" not in record:
-                continue
-            last, value = record["step"], record["val_loss"]
-            if value is not None and value < loss:
-                step, loss, n_worse = last, value, 0
-            else:
-                n_worse += 1
-        return step, loss, n_worse, last
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    """Say whether something that happens every so many steps, and at the last, is due; 0 is never."""
-    return bool(every) and (step % every == 0 or step == last)
+        if not values["n_tokens"]:
+            what, choice = "no target in its batch counts", "skip"
+        elif math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            what, choice = f"the loss, {values['loss']:.4g}, is a spike", monitor.on_spike
+        else:
+            what, choice = "the loss or its gradient is not a finite number", monitor.on_nan
+        self.report.message(f"step {step:,} changed nothing: {what}")
+        if (choice == "stop" or self.n_skipped >= MOST_SKIPPED) and not self.why:  # the next is on its way already
+            again = f" like the {MOST_SKIPPED - 1} before it" if choice != "stop" else ""
+            self.failed = True
+            self.why = f"step {step:,} changed nothing{again}: {what}; run again, it goes on behind it"

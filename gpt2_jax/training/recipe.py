@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 Rules = tuple[tuple[str, float], ...]
 """(regular expression, value) in order: a parameter gets the value of the first that is found in its name."""
+KINDS = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,8 @@ class Recipe:
     """All that decides how a model is trained.
 
     Attributes:
-      steps: optimizer steps of the whole run.
+      steps: optimizer steps of the whole run, which the schedule spans. A run that goes on with more has the learning
+        rates of one that had so many from the beginning.
       batch_size: windows of one optimizer step.
       accumulate: parts that these are computed in, one after the other, for want of memory; divides batch_size.
       seed: of the order of the data, dropout, samples and new weights.
@@ -250,6 +252,8 @@ class Recipe:
         """
         try:
             return from_dict(cls, tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no recipe {path}") from error
         except ValueError as error:  # also of TOML's own errors, and of bytes that are no text
             raise ValueError(f"{path}: {error}") from error
 
@@ -306,7 +310,7 @@ def _typed(value: Any, wanted: Any, name: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{name} must be a {kind.__name__}, not {value!r}")
+        raise ValueError(f"{name} must be {KINDS[kind]}, not {value!r}")
     return value
 
 

@@ -121,9 +121,9 @@ class Report:
         said = f"validation loss {loss:.4f} nats a token, perplexity {perplexity:.2f}{', the best so far' * bool(best)}"
         self._line(step, said)
 
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """Report what the model writes after a prompt; `text` is without it."""
-        self._samples.write({"step": step, "prompt": prompt, "text": text})
+    def sample(self, step: int, prompt: str, text: str, verbatim: float | None = None) -> None:
+        """Report what the model writes after a prompt, without it, and the share that stands in the training text."""
+        self._samples.write({"step": step, "prompt": prompt, "text": text, "verbatim": verbatim})
         if self._board is not None:
             self._board.add_text(f"sample/{prompt or 'from nothing'}", text, step)
         self._line(step, f"a sample\n{_printable(prompt + text)}\n")

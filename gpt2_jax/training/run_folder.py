@@ -90,7 +90,7 @@ def write_run(
     """
     directory = expanded(run_dir)
     run = Run(config, recipe, json.loads(json.dumps(dict(data))), tokenizer and fingerprint(tokenizer))
-    _check_free(directory)
+    check_free(directory)
     resumed = runs.is_run(directory)
     if resumed:
         check_resumable(directory, read_run(directory), run)
@@ -120,7 +120,13 @@ def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
         )
 
 
-def _check_free(directory: Path) -> None:
+def check_free(directory: Path) -> None:
+    """Check that a run may be begun in a folder, or gone on with.
+
+    Raises:
+      FileExistsError: it holds something else.
+
+    """
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: choose another name for the run")
     if not directory.exists() or runs.is_run(directory):

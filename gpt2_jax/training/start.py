@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from gpt2_jax.checkpoints import load, load_tokenizer, runs
-from gpt2_jax.checkpoints.folders import replacing_file
+from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
+from gpt2_jax.checkpoints.folders import expanded, replacing_file
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import run_folder
+from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.prepare import prepare
 from gpt2_jax.training.recipe import Recipe
@@ -27,22 +30,46 @@ from gpt2_jax.training.token_files import Prepared, fingerprint, is_prepared, op
 ORIGIN = "origin.json"  # in the folder of tokens: what text they were made of, and how
 
 
-def start_model(recipe: Recipe) -> tuple[GPT2Config, Params, Tokenizer]:
-    """Return config, params and tokenizer that a recipe starts from.
+def start_model(
+    recipe: Recipe, run_dir: str | os.PathLike | None = None
+) -> tuple[GPT2Config, Params | None, Tokenizer]:
+    """Return config, params and tokenizer that a recipe starts from; params on the host.
+
+    What a step will need is checked before weights are read. Where `run_dir` holds a run with a checkpoint, params are
+    None: they are there, and the source is not looked at.
 
     Raises:
-      as `load` and `load_tokenizer`; ValueError: new weights without a vocabulary.
+      as `load` and `load_tokenizer`; ValueError: new weights without a vocabulary, or as `check_model`.
 
     """
     model = recipe.model
     if not (model.source or model.tokenizer):
         raise ValueError("model.tokenizer must name a vocabulary where model.source is empty: new weights have none")
-    tokenizer = load_tokenizer(model.tokenizer or model.source)
-    if model.source:
-        config, params = load(model.source, dtype="float32")
-        return config, params, tokenizer
-    config = GPT2Config(tokenizer.n_vocab, model.n_ctx, model.n_embd, model.n_head, model.n_layer)
-    return config, new_params(config, recipe.seed), tokenizer
+    goes_on = run_dir is not None and runs.is_run(expanded(run_dir)) and Checkpoints(run_dir).latest() is not None
+    tokenizer = load_tokenizer(run_dir if goes_on else model.tokenizer or model.source)
+    if goes_on:
+        config = run_folder.read_run(run_dir).config
+    elif model.source:
+        config = load_config(model.source)
+    else:
+        config = GPT2Config(tokenizer.n_vocab, model.n_ctx, model.n_embd, model.n_head, model.n_layer)
+    check_model(config, recipe, tokenizer, make_mesh(recipe.mesh.data, recipe.mesh.model))
+    if goes_on:
+        return config, None, tokenizer
+    with jax.default_device(_host()):
+        if model.source:
+            config, params = load(model.source, dtype="float32")
+        else:
+            params = new_params(config, recipe.seed)
+    return config, params, tokenizer
+
+
+def _host() -> jax.Device | None:
+    """Return where params wait until they are divided over the devices: the CPU, if JAX was let have it."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def new_params(config: GPT2Config, seed: int) -> Params:
@@ -90,6 +117,8 @@ def check_data(config: GPT2Config, recipe: Recipe, data: Prepared) -> None:
         raise ValueError(
             f"{data.val.path} has 1 token, and nothing to predict: make data.val_fraction larger, or 0 to do without"
         )
+    if data.val is not None and (data.manifest or {}).get("val", {}).get("targets") == 0:
+        raise ValueError(f"{data.val.path} has no token that counts: all of it is prompts")
     if recipe.monitor.patience and (data.val is None or not recipe.monitor.evaluate_every):
         raise ValueError("monitor.patience needs validation losses: text to validate on, and monitor.evaluate_every")
 
@@ -113,7 +142,7 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
         raise ValueError("data.path must name text or a folder that prepare_data.py wrote: pass --data.path")
     if is_prepared(data.path):
         return open_prepared(data.path, tokenizer)
-    run_folder._check_free(run_dir)
+    run_folder.check_free(run_dir)
     settings = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
     origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
     told = _origin(folder)

@@ -1,0 +1,162 @@
+"""What is looked at between the steps of a run: the validation loss, and samples."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gpt2_jax.checkpoints import runs
+from gpt2_jax.checkpoints.saving import save
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.generation import generate
+from gpt2_jax.params import Params
+from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training.data import windows
+from gpt2_jax.training.recipe import Recipe
+from gpt2_jax.training.records import read_records
+from gpt2_jax.training.report import Report
+from gpt2_jax.training.signals import Stop
+from gpt2_jax.training.step import TrainState, make_eval_step, model_params
+from gpt2_jax.training.token_files import Prepared
+from gpt2_jax.training.verbatim import verbatim_shares
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+SEARCHED = 10**8  # tokens of the training text that samples are compared with, at most
+
+
+class Observer:
+    """Evaluates and samples where the recipe says so, once a step, and keeps the best model.
+
+    What was done before is read from the run's files, so that a run that goes on neither repeats nor leaves out any.
+
+    Attributes:
+      best_step: the step of the best validation loss yet; None where none was measured.
+      best_loss: that loss in nats a token, infinite where there is none.
+      n_worse: evaluations since then.
+      missed: whether a signal kept something from being done that was due.
+
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        data: Prepared,
+        run_dir: Path,
+        recipe: Recipe,
+        tokenizer: Tokenizer | None,
+        mesh: Mesh,
+        report: Report,
+        stop: Stop,
+    ):
+        self.config, self.data, self.run_dir, self.recipe, self.tokenizer = config, data, run_dir, recipe, tokenizer
+        self.report, self.stop = report, stop
+        self.n_tokens = recipe.data.n_tokens or config.n_ctx
+        self.eval_step = make_eval_step(config, recipe, mesh)
+        self.missed = False
+        self.best_step, self.best_loss, self.n_worse, self.evaluated = self._evaluated_so_far()
+        self.sampled = max((record["step"] for record in read_records(run_dir / SAMPLES)), default=0)
+
+    def is_due(self, step: int) -> bool:
+        """Say whether there is something to do at a step that has not been done."""
+        return self._evaluation_is_due(step) or self._samples_are_due(step)
+
+    def look(self, step: int, state: TrainState) -> None:
+        """Do what is due at a step, unless a signal came."""
+        if self.is_due(step):
+            params = model_params(state, self.recipe)
+            if self._evaluation_is_due(step):
+                self._evaluate(step, params)
+            if self._samples_are_due(step):
+                self._sample(step, params)
+
+    def out_of_patience(self) -> str:
+        """Return why training should end, "" if it should not."""
+        patience = self.recipe.monitor.patience
+        if not patience or self.n_worse < patience:
+            return ""
+        best = "none was finite" if self.best_step is None else f"no better than step {self.best_step:,}"
+        return f"{self.n_worse} evaluations in a row: {best}"
+
+    def sum_up(self) -> None:
+        """Name the best step."""
+        if self.best_step is None:
+            return
+        said = f"the best validation loss is {self.best_loss:.4f}, after step {self.best_step:,}"
+        if self.n_worse:
+            counted = "one evaluation" if self.n_worse == 1 else f"{self.n_worse} evaluations"
+            said += f"; {counted} since found no better: where the training loss still fell, the model overfits"
+        self.report.message(said)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.recipe.monitor.evaluate_every
+        return self.data.val is not None and due(step, every, self.recipe.steps) and self.evaluated != step
+
+    def _samples_are_due(self, step: int) -> bool:
+        monitor = self.recipe.monitor
+        wanted = step and self.tokenizer is not None and monitor.prompts
+        return bool(wanted) and due(step, monitor.sample_every, self.recipe.steps) and self.sampled != step
+
+    def _evaluate(self, step: int, params: Params) -> None:
+        """Measure the validation loss, and keep the model if it is the best so far."""
+        loss = self._validation_loss(params)
+        if loss is None:
+            self.missed = True
+            return
+        best = loss < self.best_loss  # NaN is not
+        if best:
+            self.best_step, self.best_loss, self.n_worse = step, loss, 0
+            config = self.config.replace(param_dtype="float32", compute_dtype="float32")
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also after training in more
+            save(self.run_dir / runs.BEST, config, params, "orbax", self.tokenizer)
+        else:
+            self.n_worse += 1
+        self.evaluated = step
+        self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
+
+    def _validation_loss(self, params: Params) -> float | None:
+        """Return nats a token over the fixed windows, NaN where no target counts; None if a signal came meanwhile."""
+        n_rows = self.recipe.batch_size // self.recipe.accumulate
+        nats, weights = jnp.float32(0), jnp.float32(0)
+        for batch in windows(self.data.val, self.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
+            if self.stop:
+                return None
+            part_nats, part_weights = self.eval_step(params, batch)
+            nats, weights = nats + part_nats, weights + part_weights
+        return float(nats) / float(weights) if weights else math.nan
+
+    def _sample(self, step: int, params: Params) -> None:
+        """Continue the prompts, with the same draws each time, and say how much of it stands in the training text."""
+        if self.stop:
+            self.missed = True
+            return
+        monitor = self.recipe.monitor
+        prompts = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in monitor.prompts]
+        settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": [self.tokenizer.eot]}
+        rows = generate(self.config, params, prompts, monitor.sample_tokens, overflow="slide", **settings)
+        overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
+        for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):
+            self.report.sample(step, prompt, self.tokenizer.decode(row), overlap.share)
+            self.report.message(str(overlap))
+        self.sampled = step
+
+    def _evaluated_so_far(self) -> tuple[int | None, float, int, int | None]:
+        """Return step and loss of the best evaluation yet, how many came after it, and the step of the last."""
+        step, loss, n_worse, last = None, math.inf, 0, None
+        for record in read_records(self.run_dir / METRICS):
+            if "val_loss" not in record:
+                continue
+            last, value = record["step"], record["val_loss"]
+            if value is not None and value < loss:
+                step, loss, n_worse = last, value, 0
+            else:
+                n_worse += 1
+        return step, loss, n_worse, last
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Say whether something that happens every so many steps, and at the last, is due; 0 is never."""
+    return bool(every) and (step % every == 0 or step == last)
