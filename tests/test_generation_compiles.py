@@ -39,6 +39,12 @@ def some_call(rng):
     return prompts, settings
 
 
+def compile_all(params, **settings):
+    """Compile what `some_call` may need: 5 to 8 rows are decoded together, and prefilled by 8, 4, 2 and 1."""
+    for n_rows in (8, 7):
+        gpt2_jax.generate(CONFIG, params, [[1] * 23] * n_rows, 17, **settings)
+
+
 def held():
     """Number and bytes of the arrays that live on the devices."""
     arrays = jax.live_arrays()
@@ -49,8 +55,7 @@ def test_a_thousand_calls_compile_once_and_hold_nothing(many_params):
     """Any settings, seeds, stops, lengths of one bucket and params: nothing is compiled after the first call, and as
     many bytes are held after a thousand as before."""
     rng = np.random.default_rng(1)
-    prompts, _ = some_call(rng)
-    gpt2_jax.generate(CONFIG, many_params[0], prompts, 17)
+    compile_all(many_params[0])
     compiled, before = len(COMPILATIONS), held()
     for call in range(1000):
         prompts, settings = some_call(rng)
@@ -62,8 +67,7 @@ def test_a_thousand_calls_compile_once_and_hold_nothing(many_params):
 def test_logprobs_of_other_settings_compile_nothing(many_params):
     """The number of alternatives is a shape, and all else is not."""
     rng = np.random.default_rng(2)
-    prompts, settings = some_call(rng)
-    gpt2_jax.generate(CONFIG, many_params[0], prompts, logprobs=5, **settings)
+    compile_all(many_params[0], logprobs=5)
     compiled, before = len(COMPILATIONS), held()
     for call in range(31):
         prompts, settings = some_call(rng)
