@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -73,9 +74,14 @@ def peak_flops(device: jax.Device) -> float | None:
 
     The yardstick is bfloat16's also for a run in float32, which so has a smaller MFU: it leaves that speed unused.
     """
+    return None if device.platform == "cpu" else _peak_of_kind(device.device_kind)
+
+
+@functools.cache  # it is asked for at every step
+def _peak_of_kind(device_kind: str) -> float | None:
     names = "|".join(map(re.escape, sorted(PEAKS, key=len, reverse=True)))
-    found = re.fullmatch(KIND.pattern.replace("{}", names), device.device_kind)
-    return None if found is None or device.platform == "cpu" else PEAKS[found[2]]
+    found = re.fullmatch(KIND.pattern.replace("{}", names), device_kind)
+    return None if found is None else PEAKS[found[2]]
 
 
 def flops_per_token(config: GPT2Config, n_tokens: int) -> float:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gpt2_jax.checkpoints.folders import expanded, replacing
+from gpt2_jax.checkpoints.integrity import sha256_of
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.encoding import encode_all, processes_for
 from gpt2_jax.training.sources import Fields, Sources
@@ -29,7 +30,6 @@ from gpt2_jax.training.token_files import (
     fingerprint,
     id_dtype,
     open_prepared,
-    sha256_of,
 )
 
 

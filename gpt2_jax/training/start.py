@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
 from gpt2_jax.checkpoints.folders import expanded, replacing_file
+from gpt2_jax.checkpoints.integrity import sha256_of
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
@@ -25,7 +26,7 @@ from gpt2_jax.training.prepare import prepare
 from gpt2_jax.training.recipe import Recipe
 from gpt2_jax.training.sources import STDIN, Fields, Sources
 from gpt2_jax.training.step import check_rows
-from gpt2_jax.training.token_files import Prepared, fingerprint, is_prepared, open_prepared, sha256_of
+from gpt2_jax.training.token_files import Prepared, fingerprint, is_prepared, open_prepared
 
 ORIGIN = "origin.json"  # in the folder of tokens: what text they were made of, and how
 

@@ -132,13 +132,12 @@ def state_shardings(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> TrainStat
 
     An array of the optimizer's belongs to the parameter that its path names.
     """
-    shapes = _shapes(training_config(config, recipe), recipe)
-    named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
-        named[jax.tree_util.keystr(path)] = ("/".join(keys), leaf)
-    by_path = {path: param_shardings({name: leaf}, mesh)[name] for path, (name, leaf) in named.items()}
-    return jax.tree_util.tree_map_with_path(lambda path, _: by_path[jax.tree_util.keystr(path)], shapes)
+
+    def sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return param_shardings({name: leaf}, mesh)[name]
+
+    return jax.tree_util.tree_map_with_path(sharding, _shapes(training_config(config, recipe), recipe))
 
 
 # ---- the step
@@ -231,16 +230,14 @@ def _make_gradients(config: GPT2Config, recipe: Recipe, mesh: Mesh) -> Callable:
         key = jax.random.fold_in(_key(recipe), state.step)
         changing = trained(state, recipe)
 
-        def part(total, a):
+        def part(a):
             arrays = (batch.tokens[a], batch.targets[a], weights[a])
-            result = jax.value_and_grad(loss_of)(changing, state, *arrays, jax.random.fold_in(key, a))
-            return jax.tree.map(jnp.add, total, result), None
+            return jax.value_and_grad(loss_of)(changing, state, *arrays, jax.random.fold_in(key, a))
 
         if recipe.accumulate == 1:
-            arrays = (batch.tokens[0], batch.targets[0], weights[0])
-            return jax.value_and_grad(loss_of)(changing, state, *arrays, jax.random.fold_in(key, 0))
+            return part(0)
         start = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, changing))
-        return lax.scan(part, start, jnp.arange(recipe.accumulate))[0]
+        return lax.fori_loop(0, recipe.accumulate, lambda a, total: jax.tree.map(jnp.add, total, part(a)), start)
 
     return gradients
 

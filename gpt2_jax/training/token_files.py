@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoints.folders import expanded
+from gpt2_jax.checkpoints.integrity import sha256_of
 from gpt2_jax.tokenizer import Tokenizer, read_json
 
 MANIFEST = "tokens.json"
@@ -35,12 +36,6 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     """Return the sha256 of a tokenizer's tokens and merges, in hexadecimal."""
     merges = [list(pair) for pair in tokenizer.merges]
     return hashlib.sha256(json.dumps([tokenizer.tokens, merges]).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
