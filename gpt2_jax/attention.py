@@ -15,13 +15,24 @@ MASKED_SCORE = -1e10
 SMALLEST_BLOCK = 128  # queries that are worth a block of their own
 
 
+Change = Callable[[jax.Array], jax.Array]
+"""Takes an array and gives what goes on in its place."""
+
+
+def unchanged(array: jax.Array) -> jax.Array:
+    """Return the array."""
+    return array
+
+
 def attention(
     q_BTNH: jax.Array,
     k_BNHS: jax.Array,
     v_BNSH: jax.Array,
     mask_BTS: jax.Array,
-    dropout: Callable[[jax.Array], jax.Array] = lambda weights_BNTS: weights_BNTS,
+    dropout: Change = unchanged,
     past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    on_scores: Change = unchanged,
+    on_weights: Change = unchanged,
 ) -> jax.Array:
     """Scaled dot-product attention; scores and softmax in float32 at least, whatever the inputs' dtype.
 
@@ -33,27 +44,18 @@ def attention(
       mask_BTS: bool, True where query t may see slot s; a leading 1 broadcasts over the batch.
       dropout: applied to the attention weights [B, N, T, S].
       past: k_BNHS, v_BNSH and mask_BTS of more slots, which stand before the others in one softmax over both.
+      on_scores, on_weights: applied to the masked scores [B, N, T, S], and to their softmax before the dropout.
 
     Returns:
       z_BTNH in the dtype of the queries. A query that may see nothing gets the mean of all values: finite, and without
       meaning.
 
     """
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     parts = [(k_BNHS, v_BNSH, mask_BTS)] if past is None else [past, (k_BNHS, v_BNSH, mask_BTS)]
-
-    def scores(k_BNHS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-        scores_BNTS = jnp.einsum("BTNH,BNHS->BNTS", q_BTNH, k_BNHS, preferred_element_type=wide)
-        scores_BNTS = scores_BNTS / jnp.sqrt(jnp.asarray(q_BTNH.shape[-1], wide))
-        return jnp.where(mask_BTS[:, None], scores_BNTS, MASKED_SCORE)
-
-    scores_BNTS = jnp.concatenate([scores(k_BNHS, mask_BTS) for k_BNHS, _, mask_BTS in parts], axis=-1)
-    weights_BNTS = dropout(jax.nn.softmax(scores_BNTS, axis=-1)).astype(q_BTNH.dtype)
+    scores_BNTS = jnp.concatenate([_scores(q_BTNH, k_BNHS, mask_BTS) for k_BNHS, _, mask_BTS in parts], axis=-1)
+    weights_BNTS = dropout(on_weights(jax.nn.softmax(on_scores(scores_BNTS), axis=-1))).astype(q_BTNH.dtype)
     weights = jnp.split(weights_BNTS, [past[0].shape[-1]], axis=-1) if past is not None else [weights_BNTS]
-    z_BTNH = sum(
-        jnp.einsum("BNTS,BNSH->BTNH", weights_BNTS, v_BNSH, preferred_element_type=wide)
-        for weights_BNTS, (_, v_BNSH, _) in zip(weights, parts, strict=True)
-    )
+    z_BTNH = sum(_mix(weights_BNTS, v_BNSH) for weights_BNTS, (_, v_BNSH, _) in zip(weights, parts, strict=True))
     return z_BTNH.astype(q_BTNH.dtype)
 
 
@@ -62,23 +64,74 @@ def causal_attention(
     k_BNHS: jax.Array,
     v_BNSH: jax.Array,
     mask_BTS: jax.Array,
-    dropout: Callable[[jax.Array], jax.Array] = lambda weights_BNTS: weights_BNTS,
+    dropout: Change = unchanged,
 ) -> jax.Array:
     """Attention where query t sees no slot beyond its own, t (S = T), without computing most of what is masked.
 
     The queries are taken in up to four blocks, each over the slots up to its end. On two CPU cores a layer of 12 heads
     of 64 over 1,024 tokens takes 31 ms, against 66 ms in one block.
     """
-    n_queries = q_BTNH.shape[1]
-    size = max(SMALLEST_BLOCK, -(-n_queries // 4))
     blocks = [
-        attention(
-            q_BTNH[:, start : start + size],
-            k_BNHS[..., : start + size],
-            v_BNSH[..., : start + size, :],
-            mask_BTS[:, start : start + size, : start + size],
-            dropout,
-        )
-        for start in range(0, max(n_queries, 1), size)
+        attention(q_BTNH[:, block], k_BNHS[..., :end], v_BNSH[..., :end, :], mask_BTS[:, block, :end], dropout)
+        for block, end in _blocks(q_BTNH.shape[1])
     ]
     return jnp.concatenate(blocks, axis=1)
+
+
+def open_causal_attention(
+    q_BTNH: jax.Array,
+    k_BNHS: jax.Array,
+    v_BNSH: jax.Array,
+    mask_BTS: jax.Array,
+    dropout: Change,
+    on_scores: Change,
+    on_weights: Change,
+) -> jax.Array:
+    """Return what `causal_attention` does, bit for bit for real tokens, with all scores and weights [B, N, T, S] open.
+
+    So the softmax and the mix of values go over the same blocks. What stands behind a block's end, nothing unless it
+    has been changed, comes in apart: a sum over it in another order would round differently.
+    """
+    n_slots = k_BNHS.shape[-1]
+    blocks = _blocks(q_BTNH.shape[1])
+
+    def whole(scores_BNTS: jax.Array) -> jax.Array:
+        ends = [(0, 0), (0, 0), (0, 0), (0, n_slots - scores_BNTS.shape[-1])]
+        return jnp.pad(scores_BNTS, ends, constant_values=MASKED_SCORE)
+
+    scores = [_scores(q_BTNH[:, block], k_BNHS[..., :end], mask_BTS[:, block, :end]) for block, end in blocks]
+    scores_BNTS = on_scores(jnp.concatenate([whole(part) for part in scores], axis=2))
+    weights = [_softmax_in_two(scores_BNTS[:, :, block], end) for block, end in blocks]
+    weights_BNTS = on_weights(jnp.concatenate(weights, axis=2))
+    z = []
+    for block, end in blocks:
+        seen_BNTS, beyond_BNTS = jnp.split(weights_BNTS[:, :, block], [end], axis=-1)
+        z_BTNH = _mix(dropout(seen_BNTS).astype(q_BTNH.dtype), v_BNSH[..., :end, :])
+        z.append(z_BTNH + _mix(beyond_BNTS.astype(q_BTNH.dtype), v_BNSH[..., end:, :]))
+    return jnp.concatenate(z, axis=1).astype(q_BTNH.dtype)
+
+
+def _blocks(n_queries: int) -> list[tuple[slice, int]]:
+    """Return the queries of each block, and the slot behind the last that one of them sees."""
+    size = max(SMALLEST_BLOCK, -(-n_queries // 4))
+    starts = range(0, max(n_queries, 1), size)
+    return [(slice(start, start + size), min(start + size, n_queries)) for start in starts]
+
+
+def _scores(q_BTNH: jax.Array, k_BNHS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    scores_BNTS = jnp.einsum("BTNH,BNHS->BNTS", q_BTNH, k_BNHS, preferred_element_type=wide)
+    scores_BNTS = scores_BNTS / jnp.sqrt(jnp.asarray(q_BTNH.shape[-1], wide))
+    return jnp.where(mask_BTS[:, None], scores_BNTS, MASKED_SCORE)
+
+
+def _softmax_in_two(scores_BNTS: jax.Array, end: int) -> jax.Array:
+    """Return the softmax over all slots, whose sum takes those up to `end` by themselves."""
+    exp_BNTS = jnp.exp(scores_BNTS - jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True)))
+    seen_BNTS, beyond_BNTS = jnp.split(exp_BNTS, [end], axis=-1)
+    return exp_BNTS / (seen_BNTS.sum(-1, keepdims=True) + beyond_BNTS.sum(-1, keepdims=True))
+
+
+def _mix(weights_BNTS: jax.Array, v_BNSH: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(v_BNSH.dtype, jnp.float32)
+    return jnp.einsum("BNTS,BNSH->BTNH", weights_BNTS, v_BNSH, preferred_element_type=wide)

@@ -18,7 +18,8 @@ from flax import struct
 from flax.errors import InvalidRngError, ScopeParamShapeError
 from jax.nn.initializers import Initializer, normal, ones, zeros
 
-from gpt2_jax.attention import attention, causal_attention
+from gpt2_jax.activations import NO_TAPS, Tap, Taps, check_names
+from gpt2_jax.attention import attention, causal_attention, open_causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.dropout import Dropout
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
@@ -61,14 +62,19 @@ class LayerNorm(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
         """Return x_BTD normalised over D, scaled by `g` and shifted by `b`, in `compute_dtype`."""
         g_D = param(self, "g", ones, (x_BTD.shape[-1],))
         b_D = param(self, "b", zeros, (x_BTD.shape[-1],))
         x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
         x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
-        x_BTD = x_BTD * jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + EPSILON)
-        return (x_BTD * g_D + b_D).astype(self.config.compute_dtype)
+        variance_BT1 = jnp.square(x_BTD).mean(-1, keepdims=True) + EPSILON
+        inverse_BT1 = jax.lax.rsqrt(variance_BT1)
+        if taps.on(self, "scale"):
+            scale_BT1 = jnp.sqrt(variance_BT1)
+            inverse_BT1 = inverse_BT1 * (scale_BT1 / taps(self, "scale", scale_BT1))  # times 1 where nothing changes
+        x_BTD = taps(self, "normalized", x_BTD * inverse_BT1)
+        return taps(self, "out", (x_BTD * g_D + b_D).astype(self.config.compute_dtype))
 
 
 class Conv1D(nn.Module):
@@ -103,6 +109,7 @@ class Attention(nn.Module):
         start: jax.Array | int = 0,
         past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
+        taps: Taps = NO_TAPS,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attend over the slots of this layer, the T new ones written from `start` on.
 
@@ -113,6 +120,7 @@ class Attention(nn.Module):
           start: the first slot to write in `kv`.
           past: k_BNHS, v_BNSH and mask_BTS of earlier slots, if the cache has them apart.
           deterministic: no dropout.
+          taps: see and change activations.
 
         Returns:
           What attention adds to the residual stream [B, T, D], and the layer's new (k_BNHS, v_BNSH).
@@ -122,18 +130,22 @@ class Attention(nn.Module):
         heads = (*x_BTD.shape[:2], config.n_head, config.head_dim)
         qkv_BT3D = Conv1D(config, 3 * config.n_embd, train_bias=config.qkv_bias, name="c_attn")(x_BTD)
         qkv = jnp.split(qkv_BT3D, 3, axis=-1)
-        q_BTNH, k_BTNH, v_BTNH = (part.reshape(heads) for part in qkv)
+        q_BTNH, k_BTNH, v_BTNH = (taps(self, name, part.reshape(heads)) for name, part in zip("qkv", qkv, strict=True))
         k_BNHS, v_BNSH = k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3)
         if kv is not None:
             k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
         dropout = functools.partial(Dropout(config.attn_pdrop), deterministic=deterministic)
-        if past is None and k_BNHS.shape[-1] == x_BTD.shape[1]:  # the new tokens are all there is: `start` is 0
-            z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout)
+        see = [functools.partial(taps, self, name) for name in ("scores", "pattern")]
+        if past is not None or k_BNHS.shape[-1] != x_BTD.shape[1]:
+            z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past, *see)
+        elif taps.on(self, "scores", "pattern"):  # from here on the new tokens are all there is: `start` is 0
+            z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see)
         else:
-            z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past)
-        z_BTD = z_BTNH.reshape(x_BTD.shape)
+            z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout)
+        z_BTD = taps(self, "z", z_BTNH).reshape(x_BTD.shape)
         out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTD)
-        return Dropout(config.resid_pdrop)(out_BTD, deterministic), (k_BNHS, v_BNSH)
+        out_BTD = Dropout(config.resid_pdrop)(out_BTD, deterministic)
+        return taps(self, "out", out_BTD), (k_BNHS, v_BNSH)
 
 
 class MLP(nn.Module):
@@ -142,12 +154,12 @@ class MLP(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, deterministic: bool = True) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, deterministic: bool = True, taps: Taps = NO_TAPS) -> jax.Array:
         """Return what the MLP adds to the residual stream [B, T, D]."""
-        h_BTF = Conv1D(self.config, 4 * self.config.n_embd, name="c_fc")(x_BTD)
-        h_BTF = jax.nn.gelu(h_BTF, approximate=True)
+        h_BTF = taps(self, "pre", Conv1D(self.config, 4 * self.config.n_embd, name="c_fc")(x_BTD))
+        h_BTF = taps(self, "post", jax.nn.gelu(h_BTF, approximate=True))
         out_BTD = Conv1D(self.config, self.config.n_embd, name="c_proj")(h_BTF)
-        return Dropout(self.config.resid_pdrop)(out_BTD, deterministic)
+        return taps(self, "out", Dropout(self.config.resid_pdrop)(out_BTD, deterministic))
 
 
 class Block(nn.Module):
@@ -164,13 +176,16 @@ class Block(nn.Module):
         start: jax.Array | int = 0,
         past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
+        taps: Taps = NO_TAPS,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Return the residual stream after this layer, and its new (k_BNHS, v_BNSH); arguments as Attention's."""
-        h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD)
-        h_BTD, kv = Attention(self.config, name="attn")(h_BTD, mask_BTS, kv, start, past, deterministic)
-        x_BTD = x_BTD + h_BTD
-        h_BTD = LayerNorm(self.config, name="ln_2")(x_BTD)
-        return x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic), kv
+        x_BTD = taps(self, "resid_pre", x_BTD)
+        h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD, taps)
+        h_BTD, kv = Attention(self.config, name="attn")(h_BTD, mask_BTS, kv, start, past, deterministic, taps)
+        x_BTD = taps(self, "resid_mid", x_BTD + h_BTD)
+        h_BTD = LayerNorm(self.config, name="ln_2")(x_BTD, taps)
+        x_BTD = x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic, taps)
+        return taps(self, "resid_post", x_BTD), kv
 
 
 class GPT2(nn.Module):
@@ -194,7 +209,7 @@ class GPT2(nn.Module):
             raise ValueError('JAX computes float64 in float32 without jax.config.update("jax_enable_x64", True)')
         self.wte = param(self, "wte", normal(0.02), (config.n_vocab, config.n_embd))
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
-        block = nn.remat(Block, static_argnums=(6,)) if self.remat else Block  # 6: `deterministic`
+        block = nn.remat(Block, static_argnums=(6, 7)) if self.remat else Block  # `deterministic` and `taps`
         for i in range(config.n_layer):
             setattr(self, f"h{i}", block(config))
         self.ln_f = LayerNorm(config)
@@ -206,6 +221,7 @@ class GPT2(nn.Module):
         mask_BT: jax.Array | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
+        taps: Mapping[str, Tap] | None = None,
     ) -> Output:
         """Compute the logits of the next token at every position.
 
@@ -216,16 +232,19 @@ class GPT2(nn.Module):
             tokens, and nobody sees the padding, so that a padded row equals the row alone.
           cache: what came before, from `init_cache` or an earlier call; None means that this is all there is.
           deterministic: False asks for dropout and needs `rngs={"dropout": key}`.
+          taps: {activation's name: function (value, position_BT) -> what goes on in its place}; position_BT, int32,
+            are the tokens' places in the row. `gpt2_jax.activations` has the names, `gpt2_jax.research` ready taps.
 
         Returns:
           Output with logits [B, T, V] and the new cache.
 
         Raises:
           ValueError: a shape or dtype that does not fit, more than n_ctx tokens in a call without a mask (with one, the
-            padding does not count), or a cache of another model, of other rows, or with fewer slots than tokens.
+            padding does not count), a cache of another model, of other rows, or with fewer slots than tokens, or a tap
+            on what is no activation, or on one that is computed twice (`remat`).
 
         """
-        h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic)
+        h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic, taps)
         return Output(logits=self.unembed(h_BTD), cache=cache)
 
     def hidden(
@@ -234,6 +253,7 @@ class GPT2(nn.Module):
         mask_BT: jax.Array | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
+        taps: Mapping[str, Tap] | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the residual stream after ln_f [B, T, D], and the new cache; arguments as `__call__`'s."""
         tokens_BT, mask_BT = self._check(tokens_BT, mask_BT, cache, deterministic)
@@ -246,8 +266,9 @@ class GPT2(nn.Module):
             full = start + tokens_BT.shape[1] > cache.n_slots
             position_BT = jnp.where(full, self.config.n_ctx, position_BT)
         mask_BTS = _causal_mask(tokens_BT.shape[1], mask_BS, start)
+        taps = self._taps(taps, position_BT)
 
-        x_BTD = self._embed(tokens_BT, mask_BT, position_BT)
+        x_BTD = self._embed(tokens_BT, mask_BT, position_BT, taps)
         x_BTD = self.embd_dropout(x_BTD, deterministic)
         new_kv = []
         for i in range(self.config.n_layer):
@@ -255,12 +276,12 @@ class GPT2(nn.Module):
             past = None
             if cache is not None and cache.past is not None:
                 past = (cache.past.k_BNHS[i], cache.past.v_BNSH[i], cache.past.mask_BS[:, None])
-            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, past, deterministic)
+            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, past, deterministic, taps)
             new_kv.append(kv)
         if cache is not None:
             k_BNHS, v_BNSH = zip(*new_kv, strict=True)
             cache = KVCache(k_BNHS, v_BNSH, mask_BS, start + tokens_BT.shape[1], cache.past)
-        return self.ln_f(x_BTD), cache
+        return self.ln_f(x_BTD, taps), cache
 
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
         """Return the logits [..., V] of hidden states [..., D]: a product with `wte` itself, accumulated in float32."""
@@ -268,12 +289,22 @@ class GPT2(nn.Module):
         wide = jnp.promote_types(dtype, jnp.float32)
         return jnp.einsum("...D,VD->...V", h_BTD.astype(dtype), self.wte.astype(dtype), preferred_element_type=wide)
 
-    def _embed(self, tokens_BT: jax.Array, mask_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+    def _taps(self, taps: Mapping[str, Tap] | None, position_BT: jax.Array) -> Taps:
+        if not taps:
+            return NO_TAPS
+        check_names(self.config, list(taps))
+        if self.remat:
+            raise ValueError("a tap would see what is computed anew for the backward pass: use GPT2 without remat")
+        return Taps(taps, position_BT)
+
+    def _embed(self, tokens_BT: jax.Array, mask_BT: jax.Array, position_BT: jax.Array, taps: Taps) -> jax.Array:
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.config.n_vocab)
         tokens_BT = jnp.where(known_BT, tokens_BT, self.config.n_vocab)
         # What is padded may hold any id, -1 say: it must not become a NaN that 0 * NaN would spread over its row.
         tokens_BT = jnp.where(mask_BT, tokens_BT, 0)
-        return (_rows(self.wte, tokens_BT) + _rows(self.wpe, position_BT)).astype(self.config.compute_dtype)
+        embed_BTD = taps(self, "embed", _rows(self.wte, tokens_BT))
+        pos_embed_BTD = taps(self, "pos_embed", _rows(self.wpe, position_BT))
+        return (embed_BTD + pos_embed_BTD).astype(self.config.compute_dtype)
 
     def _check(
         self, tokens_BT: jax.Array, mask_BT: jax.Array | None, cache: KVCache | None, deterministic: bool

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 # A module imports modules of lower levels, or of its own room, alone.
 LEVELS = [
     {"config", "params", "dropout", "sampling", "tokenizer", "attention"},
-    {"kv_cache", "lora"},
+    {"kv_cache", "lora", "activations"},
     {"model", "sharding"},
+    {"edits"},
     {"generation", "checkpoints"},
     {"evaluate", "research", "inspection", "compilation"},
     {"training"},
@@ -23,7 +24,7 @@ LEVELS = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LAZY = {
     *("tensorflow", "torch", "transformers", "orbax", "safetensors", "huggingface_hub", "matplotlib", "rich", "tyro"),
-    *("grain", "tensorboardX", "tokenizers"),
+    *("grain", "tensorboardX", "tokenizers", "lm_eval", "transformer_lens", "datasets"),
 }
 
 

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit, check_edits, with_edits
 from gpt2_jax.generation.engine import Picked, decode_rows
 from gpt2_jax.generation.settings import Settings, check_first_row, check_fits, check_prompt, check_prompts
 from gpt2_jax.generation.text import RowText
-from gpt2_jax.model import GPT2, check_params
+from gpt2_jax.model import check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sampling import NO_LOGITS
 from gpt2_jax.sharding import placed
@@ -75,6 +76,7 @@ def generate(
     overflow: str = "error",
     logprobs: int | None = None,
     first_row: int = 0,
+    edits: Edit | Sequence[Edit] = (),
 ) -> list[list[int]] | tuple[list[list[int]], list[Logprobs]]:
     """Continue each prompt by `max_new_tokens` tokens; as in the original, not even `<|endoftext|>` stops earlier.
 
@@ -107,6 +109,7 @@ def generate(
         reads anew at positions from 0 on.
       logprobs: also return the log-probabilities of the chosen tokens and of this many most likely ones.
       first_row: row i draws as row first_row + i, below 2**32, so that a long list may be taken in parts.
+      edits: of activations, as `gpt2_jax.research` makes them, in every forward pass; each value is one for all tokens.
 
     Returns:
       The new ids, one list for each prompt; with `logprobs`, these and a list of Logprobs.
@@ -119,7 +122,7 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
         overflow, logprobs,
     ).check(config, tokenizer)  # fmt: skip
-    rows = _run(config, params, prompts, settings, tokenizer, first_row)
+    rows = _run(config, params, prompts, settings, tokenizer, first_row, edits)
     ids = [row.ids for row in rows]
     return ids if logprobs is None else (ids, [row.logprobs() for row in rows])
 
@@ -131,6 +134,7 @@ def complete(
     tokenizer: Tokenizer,
     settings: Settings,
     first_row: int = 0,
+    edits: Edit | Sequence[Edit] = (),
 ) -> list[Completion]:
     """Continue each prompt as `generate` does, and give text, cut exactly before a stop string.
 
@@ -139,7 +143,7 @@ def complete(
 
     """
     settings = settings.check(config, tokenizer)
-    rows = _run(config, params, prompts, settings, tokenizer, first_row, wants_text=True)
+    rows = _run(config, params, prompts, settings, tokenizer, first_row, edits, wants_text=True)
     wants_logprobs = settings.logprobs is not None
     return [
         Completion(row.new_text(last=True), row.ids, row.stopped, row.logprobs() if wants_logprobs else None)
@@ -164,6 +168,7 @@ def stream(
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     overflow: str = "error",
+    edits: Edit | Sequence[Edit] = (),
 ) -> Iterator[str]:
     """Yield the continuation of a prompt as it comes: text, or token ids, in; pieces of text out.
 
@@ -177,7 +182,7 @@ def stream(
       prompt: the text to continue, or its token ids.
       tokenizer: the model's, as `load_tokenizer` gives it.
       max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
-        overflow: as `generate`'s.
+        overflow, edits: as `generate`'s.
 
     Raises:
       ValueError: as `generate`, for a bad argument at once.
@@ -192,10 +197,11 @@ def stream(
     ids = check_prompt(config, "prompt", tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
     check_fits(config, "prompt", ids, settings)
     check_params(config, params, dtypes=False)
+    edits = check_edits(config, edits, whole_rows=False)
     row = _Row("prompt", ids, settings, tokenizer, wants_text=True)
 
     def pieces() -> Iterator[str]:
-        for _ in _decode(config, params, [row], settings, steps_a_call=STEPS_A_PIECE):
+        for _ in _decode(config, params, [row], settings, edits, steps_a_call=STEPS_A_PIECE):
             if piece := row.new_text():
                 yield piece
         if piece := row.new_text(last=True):
@@ -211,14 +217,17 @@ def _run(
     settings: Settings,
     tokenizer: Tokenizer | None,
     first_row: int,
+    edits: Edit | Sequence[Edit],
     wants_text: bool = False,
 ) -> list[_Row]:
     """Decode all rows to their ends."""
     prompts = check_prompts(config, prompts, settings)
     check_params(config, params, dtypes=False)
     check_first_row(first_row, len(prompts))
+    edits = check_edits(config, edits, whole_rows=False)
     rows = [_Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(prompts)]
-    for _ in _decode(config, params, rows, settings, first_row=first_row, look_ahead=not settings.stop_strings):
+    how = {"first_row": first_row, "look_ahead": not settings.stop_strings}
+    for _ in _decode(config, params, rows, settings, edits, **how):
         pass
     return rows
 
@@ -228,6 +237,7 @@ def _decode(
     params: Params,
     rows: list[_Row],
     settings: Settings,
+    edits: tuple[Edit, ...],
     **how: Any,
 ) -> Iterator[None]:
     """Decode into the rows; yields each time they have been given more."""
@@ -235,7 +245,8 @@ def _decode(
         return
     finished_B = np.zeros(len(rows), bool)
     prompts = [row.prompt for row in rows]
-    for picked in decode_rows(GPT2(config), placed(params), prompts, settings, finished_B, **how):
+    model, params = with_edits(config, placed(params), edits)
+    for picked in decode_rows(model, params, prompts, settings, finished_B, **how):
         for b in np.flatnonzero(~finished_B):
             finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
         yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ import numpy as np
 from jax import lax
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit, check_edits, with_edits
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
-from gpt2_jax.generation.settings import Settings, check_prompts
+from gpt2_jax.generation.settings import Settings, check_prompt, check_prompts
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sharding import placed, platform
@@ -35,15 +36,19 @@ class Score:
 
     Attributes:
       logprobs: [T - 1], the log-probability, base e, of each token but the first, given those before it; float32
-        (float64 under a float64 `compute_dtype`).
+        (float64 under a float64 `compute_dtype`). [T - first] where `first` was given.
       sum: of `logprobs`.
       perplexity: exp(-mean of `logprobs`).
+      greedy: as long, whether no token was more likely: greedy decoding would have chosen it.
+      greedy_aside: as long, whether no token was more likely but those of `aside`; None where none were given.
 
     """
 
     logprobs: np.ndarray
     sum: float
     perplexity: float
+    greedy: np.ndarray
+    greedy_aside: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,15 @@ class Window:
 
 
 def score(
-    config: GPT2Config, params: Params, prompts: Sequence[Sequence[int]], stride: int | None = None
+    config: GPT2Config,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    stride: int | None = None,
+    *,
+    first: Sequence[int] | None = None,
+    aside: Sequence[int] = (),
+    track: Callable[[list], Iterable] = iter,
+    edits: Edit | Sequence[Edit] = (),
 ) -> list[Score]:
     """Score the tokens of each prompt, of any length: the log-probability of every token but the first.
 
@@ -86,6 +99,11 @@ def score(
       params: its parameters, as `load` gives them.
       prompts: a list of token-id sequences, each of at least two ids.
       stride: from 1 to n_ctx; None means n_ctx // 2.
+      first: for each prompt, the place of the first token to score, from 1 to its length - 1; None means 1 for all.
+        Tokens before it are read alone, which takes less time.
+      aside: ids for `Score.greedy_aside`.
+      track: takes the list of batches and gives them one by one, rich.progress.track say.
+      edits: of activations, as `gpt2_jax.research` makes them; each value is one for all tokens.
 
     Returns:
       A Score for each prompt, in their order.
@@ -99,19 +117,25 @@ def score(
         if len(row) < 2:
             raise ValueError(f"prompts[{i}] has 1 token, and the first of a prompt has no score: give two or more")
     stride = _check_stride(config, stride)
+    first = _check_first(rows, first)
+    aside_V = np.isin(np.arange(config.n_vocab), check_prompt(config, "aside", aside)) if len(aside) else None
     check_params(config, params, dtypes=False)
-    params = placed(params)
-    model = GPT2(config)
+    model, params = with_edits(config, placed(params), check_edits(config, edits, whole_rows=False))
     wide = jnp.promote_types(config.compute_dtype, jnp.float32)
-    logprobs = [np.empty(len(row) - 1, wide) for row in rows]
-    windows = [window for i, row in enumerate(rows) for window in _windows(i, row, config.n_ctx, stride)]
+    logprobs = [np.empty(len(row) - start, wide) for row, start in zip(rows, first, strict=True)]
+    greedy, greedy_aside = ([np.empty(row.shape, bool) for row in logprobs] for _ in range(2))
+    windows = [window for i, row in enumerate(rows) for window in _windows(i, row, config.n_ctx, stride, first[i])]
     most_tokens = TOKENS_PER_CALL.get(platform(params), TOKENS_PER_CALL_ELSEWHERE)
-    for n_tokens, batch in _batches(windows, config.n_ctx, most_tokens):
-        scored = np.asarray(_logprobs(model, params, *_arrays(batch, n_tokens)))
-        parts = np.split(scored.ravel(), np.cumsum([len(window.targets) for window in batch]))
-        for window, part in zip(batch, parts[:-1], strict=True):
-            logprobs[window.prompt][window.first - 1 :][: len(part)] = part
-    return [_score(i, row) for i, row in enumerate(logprobs)]
+    for n_tokens, batch in track(list(_batches(windows, config.n_ctx, most_tokens))):
+        scored = jax.device_get(_logprobs(model, params, *_arrays(batch, n_tokens), aside_V))
+        for into, values in zip((logprobs, greedy, greedy_aside), scored, strict=True):
+            parts = np.split(values.ravel(), np.cumsum([len(window.targets) for window in batch]))
+            for window, part in zip(batch, parts[:-1], strict=True):
+                into[window.prompt][window.first - first[window.prompt] :][: len(part)] = part
+    return [
+        _score(i, first[i], logprobs[i], greedy[i], None if aside_V is None else greedy_aside[i])
+        for i in range(len(rows))
+    ]
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -123,26 +147,37 @@ def _logprobs(
     position_PC: jax.Array,
     target_PC: jax.Array,
     n_chunks: jax.Array,
-) -> jax.Array:
-    """Return logprob_PC of the targets, which follow the flat positions (b T + t) given; `n_chunks` rows are real."""
+    aside_V: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return logprob_PC of the targets, which follow the flat positions (b T + t) given; `n_chunks` rows are real.
+
+    And whether no token was more likely: greedy_PC of all tokens, greedy_aside_PC of those not in `aside_V`.
+    """
     h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
     h_PD = h_BTD.reshape(-1, h_BTD.shape[-1])
 
-    def chunk(i: jax.Array, logprob_PC: jax.Array) -> jax.Array:
+    def chunk(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         logits_CV = model.apply({"params": params}, h_PD[position_PC[i]], method="unembed")
         target_C1 = jnp.take_along_axis(logits_CV, target_PC[i][:, None], axis=-1)
-        return logprob_PC.at[i].set(target_C1[:, 0] - jax.nn.logsumexp(logits_CV, axis=-1))
+        logprob_C = target_C1[:, 0] - jax.nn.logsumexp(logits_CV, axis=-1)
+        greedy_C = greedy_aside_C = target_C1[:, 0] >= logits_CV.max(axis=-1)
+        if aside_V is not None:
+            greedy_aside_C = target_C1[:, 0] >= jnp.where(aside_V, -jnp.inf, logits_CV).max(axis=-1)
+        values = (logprob_C, greedy_C, greedy_aside_C)
+        return tuple(all_PC.at[i].set(of_C) for all_PC, of_C in zip(found, values, strict=True))
 
     wide = jnp.promote_types(model.config.compute_dtype, jnp.float32)
-    return lax.fori_loop(0, n_chunks, chunk, jnp.zeros(position_PC.shape, wide))
+    return lax.fori_loop(0, n_chunks, chunk, tuple(jnp.zeros(position_PC.shape, dtype) for dtype in (wide, bool, bool)))
 
 
-def _windows(prompt: int, row: np.ndarray, n_ctx: int, stride: int) -> Iterator[Window]:
+def _windows(prompt: int, row: np.ndarray, n_ctx: int, stride: int, scored_from: int = 1) -> Iterator[Window]:
     start, first = 0, 1
     while first < len(row):
         # Without an overlap, a window also scores the token behind it, which follows none of the next.
         stop = min(start + n_ctx + (stride == n_ctx), len(row))
-        yield Window(prompt, row[start : stop - 1], row[first:stop], first)
+        if stop > scored_from:
+            first = max(first, scored_from)
+            yield Window(prompt, row[start : stop - 1], row[first:stop], first)
         start, first = start + stride, stop
 
 
@@ -183,13 +218,24 @@ def _in_chunks(values: np.ndarray, at_most: int, n_at_once: int) -> np.ndarray:
     return padded
 
 
-def _score(i: int, logprobs: np.ndarray) -> Score:
+def _score(i: int, first: int, logprobs: np.ndarray, greedy: np.ndarray, greedy_aside: np.ndarray | None) -> Score:
     if np.isnan(logprobs).any():
-        token = np.argmax(np.isnan(logprobs)) + 1
+        token = np.argmax(np.isnan(logprobs)) + first
         raise ValueError(f"prompts[{i}] got NaN for logits at its token {token}: look for NaN in the params")
     total = float(logprobs.sum(dtype=np.float64))
     with np.errstate(over="ignore"):  # beyond float64 it is inf
-        return Score(logprobs, total, float(np.exp(-total / len(logprobs))))
+        return Score(logprobs, total, float(np.exp(-total / len(logprobs))), greedy, greedy_aside)
+
+
+def _check_first(rows: list[np.ndarray], first: Sequence[int] | None) -> list[int]:
+    if first is None:
+        return [1] * len(rows)
+    if len(first) != len(rows):
+        raise ValueError(f"first must hold a number for each of the {len(rows)} prompts, not {len(first)}")
+    for i, (row, start) in enumerate(zip(rows, first, strict=True)):
+        if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 1 <= start < len(row):
+            raise ValueError(f"first[{i}] must be a whole number from 1 to {len(row) - 1}, not {start!r}")
+    return [int(start) for start in first]
 
 
 def _check_stride(config: GPT2Config, stride: int | None) -> int:

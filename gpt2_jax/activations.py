@@ -1,0 +1,137 @@
+"""The activations of a forward pass by name, and the taps that see and change them.
+
+Shape letters: B batch, T query, S cache slot, D n_embd, N heads, H head width, F mlp width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import jax
+
+from gpt2_jax.config import GPT2Config
+
+Tap = Callable[[jax.Array, jax.Array], jax.Array]
+"""Takes an activation and position_BT, int32, the tokens' places in the model's window; gives what goes on instead."""
+
+_NORM = {"scale": "BT1", "normalized": "BTD", "out": "BTD"}
+_ATTENTION = {"q": "BTNH", "k": "BTNH", "v": "BTNH", "scores": "BNTS", "pattern": "BNTS", "z": "BTNH", "out": "BTD"}
+_MLP = {"pre": "BTF", "post": "BTF", "out": "BTD"}
+
+
+def _below(room: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"{room}/{name}": axes for name, axes in names.items()}
+
+
+BEFORE = {"embed": "BTD", "pos_embed": "BTD"}
+BLOCK = {
+    "resid_pre": "BTD",
+    **_below("ln_1", _NORM),
+    **_below("attn", _ATTENTION),
+    "resid_mid": "BTD",
+    **_below("ln_2", _NORM),
+    **_below("mlp", _MLP),
+    "resid_post": "BTD",
+}
+AFTER = _below("ln_f", _NORM)
+AXES = MappingProxyType({**BEFORE, **BLOCK, **AFTER})
+"""The axes of each activation, those of a block without its "h3/", in the order in which they are computed.
+
+embed, pos_embed: the rows of wte and wpe; their sum is h0/resid_pre.
+resid_pre, resid_mid, resid_post: the residual stream before a block, between attention and MLP, and behind it.
+ln_*/scale: sqrt(variance + epsilon); normalized: (x - mean) / scale, before g and b; out: after them.
+attn/scores: what goes into the softmax, -1e10 where a token may not look; pattern: what comes out.
+attn/z: each head's mix of values. attn/out, mlp/out: what is added to the residual stream, bias included.
+mlp/pre, mlp/post: the neurons before and after GELU.
+scale, scores and pattern are float32 at least, the others of `compute_dtype`.
+"""
+
+
+def activation_names(config: GPT2Config) -> list[str]:
+    """Return the names of all activations of a model, in the order in which they are computed."""
+    blocks = [f"h{i}/{name}" for i in range(config.n_layer) for name in BLOCK]
+    return [*BEFORE, *blocks, *AFTER]
+
+
+def axes(name: str) -> str:
+    """Return the axes of an activation: "BTNH" of "h3/attn/q"."""
+    return AXES[re.sub(r"^h\d+/", "", name)]
+
+
+def shape(config: GPT2Config, name: str, n_rows: int, n_tokens: int, n_slots: int | None = None) -> tuple[int, ...]:
+    """Return the shape of an activation of `n_rows` rows of `n_tokens` tokens; S is T where there is no cache."""
+    sizes = {
+        "B": n_rows,
+        "T": n_tokens,
+        "S": n_tokens if n_slots is None else n_slots,
+        "D": config.n_embd,
+        "N": config.n_head,
+        "H": config.head_dim,
+        "F": 4 * config.n_embd,
+        "1": 1,
+    }
+    return tuple(sizes[axis] for axis in axes(name))
+
+
+def select(config: GPT2Config, patterns: str | Sequence[str]) -> list[str]:
+    r"""Return the names in which a pattern, a regular expression, is found: r"h\d+/attn/pattern", "resid_post$", ".".
+
+    Raises:
+      ValueError: a pattern that is none, or is found in no name.
+
+    """
+    names = activation_names(config)
+    chosen = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            found = [name for name in names if re.search(pattern, name)]
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        if not found:
+            raise ValueError(f"no activation's name holds {pattern!r}{_like(pattern, names)}")
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def check_names(config: GPT2Config, names: Sequence[str]) -> None:
+    """Check that these are names of activations.
+
+    Raises:
+      ValueError: one is not.
+
+    """
+    known = activation_names(config)
+    for name in set(names) - set(known):
+        raise ValueError(f"the model has no activation {name!r}{_like(str(name), known)}")
+
+
+def _like(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3) or [names[0], names[-1]]
+    return f"; there are {', '.join(close)} and others: activation_names(config) lists them all"
+
+
+class _Module(Protocol):
+    path: tuple[str, ...]
+
+
+class Taps:
+    """The taps of one forward pass, which the modules call with each activation; without a tap it is left alone."""
+
+    def __init__(self, taps: Mapping[str, Tap], position_BT: Any = None):
+        self._taps, self._position_BT = taps, position_BT
+
+    def on(self, module: _Module, *names: str) -> bool:
+        """Say whether one of the module's activations has a tap."""
+        return any("/".join([*module.path, name]) in self._taps for name in names)
+
+    def __call__(self, module: _Module, name: str, value: jax.Array) -> jax.Array:
+        """Return what goes on in place of the module's activation."""
+        tap = self._taps.get("/".join([*module.path, name])) if self._taps else None
+        return value if tap is None else tap(value, self._position_BT)
+
+
+NO_TAPS = Taps({})

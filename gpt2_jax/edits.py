@@ -1,0 +1,245 @@
+"""Edits of a forward pass: activations replaced, added to or scaled by traced values, at chosen positions and heads.
+
+An edit is data: a pytree whose name and kind are static and whose value, positions and heads are traced. So one
+compiled program serves all edits alike, `vmap` runs many at once, and `grad` differentiates with respect to a value.
+
+Shape letters: B batch, T query, S cache slot, N heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from gpt2_jax.activations import Tap, axes, check_names, shape
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import GPT2
+from gpt2_jax.params import Params
+
+Where = int | Sequence[int] | jax.Array | None
+END = np.iinfo(np.int32).max
+
+
+@struct.dataclass
+class Edit:
+    """One change to one activation; made by `replace`, `add`, `scale` or `patch`.
+
+    Attributes:
+      name: the activation's, "h3/attn/z".
+      kind: "replace", "add" or "scale".
+      value: a number or an array that broadcasts against the activation.
+      positions: int32 [P], the places in a row where it holds; None means all.
+      span: int32 [2], or the first place and the one behind the last.
+      heads: int32 [K], the heads for which it holds; None means all.
+
+    """
+
+    name: str = struct.field(pytree_node=False)
+    kind: str = struct.field(pytree_node=False)
+    value: jax.Array
+    positions: jax.Array | None = None
+    span: jax.Array | None = None
+    heads: jax.Array | None = None
+
+
+def replace(name: str, value: Any, positions: Where | slice = None, heads: Where = None) -> Edit:
+    """Return the edit that puts `value` in the place of an activation.
+
+    Args:
+      name: the activation's, one of `activation_names(config)`.
+      value: a number or an array that broadcasts against the activation, whose axes `gpt2_jax.activations.AXES` says:
+        [D] or [B, T, D] for "h3/resid_pre", [H], [N, H] or [B, T, N, H] for "h3/attn/z".
+      positions: where it holds: a place in the row, several, or a slice; None means everywhere. Places count a row's
+        tokens from 0, padding left out; while a text slides beyond n_ctx, those of the window.
+      heads: the heads for which it holds, one or several; None means all.
+
+    Raises:
+      ValueError: a name that no model has, heads where the activation has none, or places or heads that are no ints or
+        negative (where their values are known: inside a compiled program a negative one is nowhere).
+
+    """
+    return _edit(name, "replace", value, positions, heads)
+
+
+def add(name: str, value: Any, positions: Where | slice = None, heads: Where = None) -> Edit:
+    """Return the edit that adds `value` to an activation; arguments as `replace`'s."""
+    return _edit(name, "add", value, positions, heads)
+
+
+def scale(name: str, value: Any, positions: Where | slice = None, heads: Where = None) -> Edit:
+    """Return the edit that multiplies an activation by `value`, 0 to ablate it; arguments as `replace`'s."""
+    return _edit(name, "scale", value, positions, heads)
+
+
+def patch(
+    name: str, activations: Mapping[str, jax.Array], positions: Where | slice = None, heads: Where = None
+) -> Edit:
+    """Return the edit that replaces an activation by what it was in another run of as many tokens.
+
+    Args:
+      name: the activation's.
+      activations: of the other run, as `research.forward` captures them; `name` is among them.
+      positions, heads: as `replace`'s.
+
+    Raises:
+      ValueError: as `replace`, or `name` was not captured.
+
+    """
+    if name not in activations:
+        raise ValueError(f"{name} was not captured in the run to patch from: there are {', '.join(activations)}")
+    return _edit(name, "replace", activations[name], positions, heads)
+
+
+def _edit(name: str, kind: str, value: Any, positions: Where | slice, heads: Where) -> Edit:
+    try:
+        letters = axes(name)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no model has an activation {name!r}: activation_names(config) lists a model's") from error
+    if heads is not None and "N" not in letters:
+        raise ValueError(f"{name} is not divided into heads: its axes are {letters}")
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        value = value.astype(np.float32)
+    span = None
+    if isinstance(positions, slice):
+        span, positions = _span(positions), None
+    return Edit(name, kind, value, _whole("positions", positions), span, _whole("heads", heads))
+
+
+def _span(positions: slice) -> jax.Array:
+    start = 0 if positions.start is None else positions.start
+    stop = END if positions.stop is None else positions.stop
+    if positions.step not in (None, 1):
+        raise ValueError(f"positions must be a slice of step 1, not {positions}: list the places")
+    return jnp.concatenate([_whole("positions", start), _whole("positions", stop)])
+
+
+def _whole(what: str, places: Where) -> jax.Array | None:
+    if places is None:
+        return None
+    known = not any(isinstance(place, jax.core.Tracer) for place in jax.tree.leaves(places))
+    places = np.atleast_1d(np.asarray(places)) if known else jnp.atleast_1d(jnp.asarray(places))
+    if places.ndim != 1 or not jnp.issubdtype(places.dtype, jnp.integer) or (known and (places < 0).any()):
+        raise ValueError(f"{what} must be whole numbers, 0 or more, not {places}")
+    return places.astype(np.int32)
+
+
+def check_edits(config: GPT2Config, edits: Sequence[Edit], whole_rows: bool = True) -> tuple[Edit, ...]:
+    """Return the edits as a tuple.
+
+    Args:
+      config: the model's.
+      edits: one or several.
+      whole_rows: False where rows come and go, so that values must not have axes of rows, tokens or slots.
+
+    Raises:
+      ValueError: they are no edits, of activations or heads that the model has not, or of values that do not broadcast.
+
+    """
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise ValueError(f"edits must be made by replace, add, scale or patch of research, not {edit!r}")
+        check_names(config, [edit.name])
+        if (
+            edit.heads is not None
+            and not isinstance(edit.heads, jax.core.Tracer)
+            and (edit.heads >= config.n_head).any()
+        ):
+            raise ValueError(
+                f"the edit of {edit.name} is for heads {edit.heads}, and the model has {config.n_head}, from 0"
+            )
+        if not whole_rows:
+            one = shape(config, edit.name, 1, 1)
+            if not _fits(jnp.shape(edit.value), one):
+                raise ValueError(
+                    f"the edit of {edit.name} has a value of shape {jnp.shape(edit.value)}: while rows come and go it "
+                    f"must be one for all tokens, and broadcast against {one}"
+                )
+    return edits
+
+
+def _fits(value: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(value, target) == target
+    except ValueError:
+        return False
+
+
+def taps_of(edits: Sequence[Edit]) -> dict[str, Tap]:
+    """Return the taps that make these edits, those of one activation in their order."""
+    taps: dict[str, Tap] = {}
+    for edit in edits:
+        before = taps.get(edit.name)
+        taps[edit.name] = _tap(edit) if before is None else _in_turn(before, _tap(edit))
+    return taps
+
+
+def _in_turn(first: Tap, second: Tap) -> Tap:
+    return lambda value, position_BT: second(first(value, position_BT), position_BT)
+
+
+def _tap(edit: Edit) -> Tap:
+    return lambda x, position_BT: _apply(edit, x, position_BT)
+
+
+def _apply(edit: Edit, x: jax.Array, position_BT: jax.Array) -> jax.Array:
+    """Return an activation with the edit made."""
+    value = edit.value.astype(x.dtype)
+    if not _fits(value.shape, x.shape):
+        raise ValueError(
+            f"the edit of {edit.name} has a value of shape {value.shape}, which does not broadcast to {x.shape}"
+        )
+    how: dict[str, Callable[[], jax.Array]] = {
+        "replace": lambda: jnp.broadcast_to(value, x.shape),
+        "add": lambda: x + value,
+        "scale": lambda: x * value,
+    }
+    here = _here(edit, x.shape, position_BT)
+    new = how[edit.kind]()
+    return new if here is None else jnp.where(here, new, x)
+
+
+def _here(edit: Edit, of: tuple[int, ...], position_BT: jax.Array) -> jax.Array | None:
+    """Return where the edit holds, bool, to broadcast against an activation of shape `of`; None means everywhere."""
+    letters = axes(edit.name)
+    here = None
+    if edit.positions is not None:
+        here = (position_BT[..., None] == edit.positions).any(-1)
+    if edit.span is not None:
+        here = (position_BT >= edit.span[0]) & (position_BT < edit.span[1])
+    if here is not None:
+        here = here.reshape([n if axis in "BT" else 1 for axis, n in zip(letters, of, strict=True)])
+    if edit.heads is not None:
+        head_N = (jnp.arange(of[letters.index("N")])[:, None] == edit.heads).any(-1)
+        head_N = head_N.reshape([n if axis == "N" else 1 for axis, n in zip(letters, of, strict=True)])
+        here = head_N if here is None else here & head_N
+    return here
+
+
+@dataclasses.dataclass(frozen=True)
+class EditedGPT2:
+    """GPT2 whose parameters are {"params": (params, edits)}: what takes a model and its params takes this one too.
+
+    Hashable by config alone, so that edits of other values compile nothing.
+    """
+
+    config: GPT2Config
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+        """Apply GPT2's method with the edits made."""
+        params, edits = variables["params"]
+        if method != "unembed":  # behind all activations
+            kwargs["taps"] = taps_of(edits)
+        return GPT2(self.config).apply({"params": params}, *args, method=method, **kwargs)
+
+
+def with_edits(config: GPT2Config, params: Params, edits: Sequence[Edit]) -> tuple[GPT2 | EditedGPT2, Any]:
+    """Return the model and its params with the edits, checked ones, in them; without any the plain ones."""
+    return (EditedGPT2(config), (params, edits)) if edits else (GPT2(config), params)
