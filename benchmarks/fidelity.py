@@ -1,0 +1,175 @@
+"""How close to the truth logits and gradients are: ours, Hugging Face torch's, the original's TensorFlow graph's.
+
+COMMAND: python benchmarks/fidelity.py --random 124M [355M ...] [--model DIR] [--output FILE.md]
+         (124M: 3 minutes on two CPU cores, 4 GB of memory; the truth of 1558M takes 17 GB)
+
+The truth is Hugging Face torch in float64 on the same device, with the float32 weights as they are. Needs the `parity`
+extra; without TensorFlow its row is left out. Arguments by argparse, weights by safetensors: a GPU machine often has
+neither tyro nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from forwards import CONTESTANTS, TRUTH, Contestant, Way, write_gradients, write_logits
+from turns import ENVIRONMENT, SIZES, Report, alone, command_line, save_weights, survey, versions
+
+LEGEND = """\
+Truth: Hugging Face torch in float64, the same float32 weights. Logits: the largest difference from the truth over {n:,}
+positions of random ids, and the root mean square of all, over the largest absolute logit. KL: of the next token's
+distribution from the truth's, mean and largest over the positions, nats. Top-1: positions where the most likely token
+is the truth's. Gradients, of the mean loss of {m:,} positions: for each parameter the largest difference over its
+largest absolute gradient; the worst parameter, and the median one. In bfloat16 the weights are rounded too."""
+HEADINGS = "shape | device | dtype | library | logits | their RMS | mean KL | largest KL | top-1 | worst gradient | "
+HEADINGS += "median gradient"
+AT_A_TIME = 64  # positions whose logits are compared together
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--random", nargs="+", default=[], choices=SIZES, help="random weights of these sizes")
+    add("--model", nargs="+", default=[], metavar="DIR", help="checkpoints in any form")
+    add("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"], choices=["float64", "float32", "bfloat16"])
+    add("--positions", type=int, default=1024, help="at which logits are compared")
+    add("--gradient-positions", type=int, default=256, help="of the loss whose gradients are compared; 0 for none")
+    add("--output", type=Path, metavar="FILE.md", help="write the table there too")
+    args = parser.parse_args()
+    if not args.random + args.model:
+        parser.error("give --random SIZE or --model DIR")
+    if args.positions < 1 or args.gradient_positions < 0:
+        parser.error("--positions must be 1 or more, --gradient-positions 0 or more")
+    return args
+
+
+def contests(dtypes: list[str], where: str) -> Iterator[tuple[str, Contestant, Way]]:
+    """Yield each row's label, library and way of computing; on a GPU float32 with and without TF32."""
+    for dtype, (name, contestant) in itertools.product(dtypes, CONTESTANTS.items()):
+        if dtype not in contestant.dtypes or where not in contestant.devices:
+            continue
+        if importlib.util.find_spec(contestant.package) is None:
+            continue
+        yield name, contestant, Way(dtype, where)
+        if (where, dtype) == ("gpu", "float32"):
+            yield f"{name}, TF32", contestant, Way(dtype, where, rounded=True)
+
+
+def compare_logits(path: Path, truth: Path) -> list[str]:
+    """Return the relative error of logits, its root mean square, mean and largest KL, and the share of equal tops."""
+    ours_TV, true_TV = np.load(path, mmap_mode="r"), np.load(truth, mmap_mode="r")
+    error, largest, square, divergence, same = 0.0, 0.0, 0.0, [], []
+    for start in range(0, len(true_TV), AT_A_TIME):
+        ours, true = (array[start : start + AT_A_TIME].astype(np.float64) for array in (ours_TV, true_TV))
+        error, largest = max(error, abs(ours - true).max()), max(largest, abs(true).max())
+        square += np.square(ours - true).mean(-1).sum() / len(true_TV)
+        logp, logq = (x - x.max(-1, keepdims=True) for x in (true, ours))
+        logp, logq = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (logp, logq))
+        divergence.extend((np.exp(logp) * (logp - logq)).sum(-1))
+        same.extend(ours.argmax(-1) == true.argmax(-1))
+    numbers = [error / largest, square**0.5 / largest, np.mean(divergence), max(divergence)]
+    return [*(f"{number:.1e}" for number in numbers), f"{np.mean(same):.2%}"]
+
+
+def compare_gradients(folder: Path, truth: Path) -> list[str]:
+    """Return the relative error of the worst parameter's gradient, and of the median one's."""
+    errors = []
+    for path in sorted(truth.iterdir()):
+        ours, true = np.load(folder / path.name).astype(np.float64), np.load(path)
+        errors.append(abs(ours - true).max() / abs(true).max())
+    return [f"{max(errors):.1e}", f"{np.median(errors):.1e}"]
+
+
+def attempt(call: Callable, *args: object) -> str | None:
+    """Run a call in a process of its own; return why it failed, if it did."""
+    try:
+        alone(call, *args)
+    except BrokenProcessPool:
+        return "its process was killed; memory may have run out"
+    except Exception as error:  # whatever a library raises: it is told, and the others go on
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def table_rows(
+    label: str, folder: Path, tokens_T: np.ndarray, args: argparse.Namespace, where: str, left_out: list[str]
+) -> Iterator[str]:
+    """Yield the rows of one model."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for what, (write, compare, n_tokens, _) in JOBS.items():
+        tokens = tokens_T[: n_tokens(args)]
+        truth, path = folder / f"true-{what}.npy", folder / f"{what}.npy"
+        reason = attempt(write, TRUTH, folder, tokens, Way("float64", where), truth) if len(tokens) else "not asked for"
+        if reason:
+            left_out.append(f"{label}, {what}: {reason}")
+            continue
+        for name, contestant, way in contests(args.dtypes, where):
+            cells = found.setdefault((way.dtype, name), {})
+            if reason := attempt(write, contestant, folder, tokens, way, path):
+                left_out.append(f"{label}, {name}, {way.dtype}, {what}: {reason}")
+            else:
+                cells[what] = compare(path, truth)
+            _remove(path)
+        _remove(truth)
+    for (dtype, name), cells in found.items():
+        numbers = [cell for what, (*_, n_cells) in JOBS.items() for cell in cells.get(what, [""] * n_cells)]
+        yield " | ".join([label, where, dtype, name, *numbers])
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+JOBS = {  # how a row's cells come about: what writes and compares, the tokens it takes, and how many cells it gives
+    "logits": (write_logits, compare_logits, lambda args: args.positions, 5),
+    "gradients": (
+        write_gradients,
+        compare_gradients,
+        lambda args: args.gradient_positions and args.gradient_positions + 1,
+        2,
+    ),
+}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print a Markdown table."""
+    os.environ |= ENVIRONMENT
+    report = Report(args.output)
+    machine = alone(survey)
+    report.say(f"# Distance from float64\n\n    {command_line()}\n")
+    report.say(f"{machine.name}, Python {platform.python_version()}, {', '.join(versions())}.\n")
+    report.say(LEGEND.format(n=args.positions, m=args.gradient_positions) + "\n")
+    report.headings(HEADINGS)
+    left_out: list[str] = []
+    for source, random in [(size, True) for size in args.random] + [(source, False) for source in args.model]:
+        with tempfile.TemporaryDirectory() as folder:
+            n_vocab, n_ctx = alone(_prepare, source, random, Path(folder))
+            n_tokens = max(args.positions, args.gradient_positions + 1)
+            if n_tokens > n_ctx:
+                left_out.append(f"{source}: {n_tokens} tokens do not fit its n_ctx of {n_ctx}")
+                continue
+            tokens_T = np.random.default_rng(0).integers(n_vocab, size=n_tokens)
+            for row in table_rows(Path(source).name, Path(folder), tokens_T, args, machine.where, left_out):
+                report.say(f"| {row} |")
+    for line in left_out:
+        report.say(f"\nLeft out: {line}.")
+
+
+def _prepare(source: str, random: bool, folder: Path) -> tuple[int, int]:
+    config, _ = save_weights(source, random, folder)
+    return config.n_vocab, config.n_ctx
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,63 @@
+"""Find the heads that copy what followed a token before, and see what is lost without them. (Olsson et al. 2022.)
+
+COMMAND: python examples/induction_heads.py     (a minute on two CPU cores: trains a small model that has such heads)
+         python examples/induction_heads.py --model 124M
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+import gpt2_jax
+from gpt2_jax import research
+
+
+def train(n_steps: int) -> tuple:
+    """Train two layers on repeated random tokens until induction heads form."""
+    config = gpt2_jax.GPT2Config(n_vocab=61, n_ctx=64, n_embd=64, n_head=2, n_layer=2)
+    params, optimizer = gpt2_jax.init_params(config, jax.random.key(0)), optax.adamw(2e-3)
+
+    @jax.jit
+    def step(params, state, key):
+        def loss(params):
+            rows, period = jax.random.split(key)
+            period = jax.random.randint(period, (32, 1), 8, 25)  # not always one: it must look, not count
+            tokens = jax.random.randint(rows, (32, 24), 0, 61)[np.arange(32)[:, None], np.arange(48) % period]
+            logits = gpt2_jax.GPT2(config).apply({"params": params}, tokens[:, :-1]).logits
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            return loss.mean(where=np.arange(47) >= period)
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for i in range(n_steps):
+        params, state = step(params, state, jax.random.key(i + 1))
+    return config, params
+
+
+def main(model: str = "", n_steps: int = 1500, output: Path = Path("induction_heads.png")) -> None:
+    """Print the loss on the second copy of random rows without this or that head; draw all induction scores."""
+    config, params = gpt2_jax.load(model) if model else train(n_steps)
+    tokens = np.asarray(research.repeated_tokens(config, jax.random.key(0), 4, 24))
+    found = research.head_scores(config, params, tokens)
+    scores, previous = np.asarray(found.induction), np.asarray(found.previous)
+    best = sorted(np.ndindex(scores.shape), key=lambda head: -scores[head])[:4]
+    groups = {"nothing": []} | {f"h{layer} head {head}": [(layer, head)] for layer, head in best}
+    groups["all above 0.4"] = [head for head in best if scores[head] > 0.4]
+    for name, heads in groups.items():
+        ablated = research.surgery.ablate_heads(config, params, heads)
+        loss = -np.mean([row.logprobs[24:].mean() for row in gpt2_jax.score(config, ablated, tokens)])
+        kind = [f"induction {scores[head]:.2f}, previous token {previous[head]:.2f}" for head in heads]
+        print(f"without {name}: {loss:.2f} nats a token   {' and '.join(kind)}")
+    names = {"row_name": "layer", "column_name": "head", "value_name": "attention to what followed last time"}
+    research.pictures.save(research.pictures.heat_map(scores, **names), output)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

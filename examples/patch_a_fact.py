@@ -1,0 +1,55 @@
+"""Where does the model keep what it will need later? Patch one run with another's activations, place by place.
+
+COMMAND: python examples/patch_a_fact.py     (15 s on two CPU cores)
+         python examples/patch_a_fact.py --model 124M --clean "The Eiffel Tower is in the city of" --corrupted \\
+             "The Colosseum Tower is in the city of" --answer " Paris" --wrong " Rome"
+
+After "First Senator" the speaker that follows "Second" is a senator too; the two runs differ in that one word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+import gpt2_jax
+from gpt2_jax import research
+
+
+def main(
+    model: str = "shakespeare",
+    clean: str = "First Senator:\nO\n\nSecond",
+    corrupted: str = "First Murderer:\nO\n\nSecond",
+    answer: str = " S",
+    wrong: str = " M",
+    output: Path = Path("patch_a_fact.png"),
+) -> None:
+    """Draw how much of the clean run's answer each patched stream gives back: 0 none of it, 1 all."""
+    config, params = gpt2_jax.load(model)
+    tokenizer = gpt2_jax.load_tokenizer(model)
+    clean_ids, corrupted_ids, answer_ids, wrong_ids = map(tokenizer.encode, (clean, corrupted, answer, wrong))
+    metric = research.logit_difference(answer_ids[0], wrong_ids[0])
+    grid = research.activation_patching(config, params, [corrupted_ids], [clean_ids], metric)
+    ends = [metric(research.forward(config, params, [ids])[0].logits[:, -1]) for ids in (corrupted_ids, clean_ids)]
+    grid = (np.asarray(grid) - ends[0]) / (ends[1] - ends[0])
+
+    columns = [
+        f"{a} ← {b}" if a != b else a
+        for a, b in zip(
+            *(research.pictures.token_labels(tokenizer, ids) for ids in (corrupted_ids, clean_ids)), strict=True
+        )
+    ]
+    best = grid.argmax(-1)
+    for layer, position in enumerate(best):
+        print(f"h{layer}/resid_pre: most comes back at {columns[position]!r}, {grid[layer, position]:.2f}")
+    title = f"logit of {answer!r} less that of {wrong!r}, share that comes back"
+    names = {"title": title, "row_name": "layer", "column_name": "corrupted ← clean token", "value_name": "share"}
+    rows = [f"h{i}" for i in range(config.n_layer)]
+    research.pictures.save(research.pictures.heat_map(grid, rows, columns, **names), output)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,51 @@
+"""The books' temperature sweep: the same next token at several temperatures, as probabilities and as draws.
+
+COMMAND: python examples/temperature_sweep.py     (10 s on two CPU cores)
+         python examples/temperature_sweep.py --model 124M --prompt "Every effort moves you"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import gpt2_jax
+from gpt2_jax import research
+
+
+def main(
+    model: str = "shakespeare",
+    prompt: str = "My lord",
+    temperatures: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0, 5.0),
+    n_draws: int = 1000,
+    k: int = 8,
+    output: Path = Path("temperature_sweep.png"),
+) -> None:
+    """Print how often each of the k likeliest tokens is drawn, beside its probability, and draw the probabilities."""
+    config, params = gpt2_jax.load(model)
+    tokenizer = gpt2_jax.load_tokenizer(model)
+    ids = tokenizer.encode(prompt)
+    out, _ = research.forward(config, params, [ids])
+    logits = np.asarray(out.logits[0, -1], np.float64)
+    top = np.argsort(-logits)[:k]
+    labels = research.pictures.token_labels(tokenizer, top)
+    rows, table = [], Table("T", *labels, title=f"after {prompt!r}: share of {n_draws} draws, and probability")
+    for temperature in temperatures:
+        weights = np.exp((logits - logits.max()) / temperature)
+        rows.append((weights / weights.sum())[top])
+        drawn = np.ravel(gpt2_jax.generate(config, params, [ids] * n_draws, 1, temperature))
+        shares = [f"{np.mean(drawn == i):.0%}, {p:.0%}" for i, p in zip(top, rows[-1], strict=True)]
+        table.add_row(str(temperature), *shares)
+    Console().print(table, markup=False)
+    names = {"row_name": "temperature", "column_name": "next token", "value_name": "probability"}
+    figure = research.pictures.heat_map(rows, temperatures, labels, title=f"after {prompt!r}", **names)
+    research.pictures.save(figure, output)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,52 @@
+"""What tying the head means: one array at both ends of the model, and a gradient from both.
+
+COMMAND: python examples/tied_head.py [--model 124M]     (10 s on two CPU cores)
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import gpt2_jax
+
+
+def main(model: str = "shakespeare", text: str = "To be, or not to be, that is the question.") -> None:
+    """Print the gradient of the loss with respect to wte, from the embedding, from the head, and from both.
+
+    Args:
+      model: a size, a folder or a hub id.
+      text: whose loss it is.
+
+    """
+    config, params = gpt2_jax.load(model)
+    ids = jnp.asarray([gpt2_jax.load_tokenizer(model).encode(text)])
+    gpt2 = gpt2_jax.GPT2(config)
+
+    def loss(embedding: jax.Array, head: jax.Array) -> jax.Array:
+        h, _ = gpt2.apply({"params": params | {"wte": embedding}}, ids[:, :-1], method="hidden")
+        logits = gpt2.apply({"params": params | {"wte": head}}, h, method="unembed")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+    wte = params["wte"]
+    ends = dict(zip(("embedding", "head"), jax.jit(jax.grad(loss, argnums=(0, 1)))(wte, wte), strict=True))
+    tied = jax.jit(jax.grad(lambda wte: loss(wte, wte)))(wte)
+    table = Table(
+        "gradient from", "norm", "rows that are not 0", title=f"wte of {model}, {wte.shape}: one array, two uses"
+    )
+    for name, gradient in {**ends, "both, as it is trained": tied}.items():
+        n_rows = int((gradient != 0).any(-1).sum())
+        table.add_row(name, f"{jnp.linalg.norm(gradient):.4f}", f"{n_rows:,} of {len(wte):,}")
+    Console().print(table, markup=False)
+    apart = abs(tied - ends["embedding"] - ends["head"]).max() / abs(tied).max()
+    share = wte.size / config.n_params
+    print(f"the two ends add up to it: {apart:.0e} of its largest number is left")
+    print(f"a head of its own would be {wte.size:,} parameters more, {share:.0%} of the {config.n_params:,} there are")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,51 @@
+"""Transpose one matrix of every block, as a loader with the wrong orientation would: who notices?
+
+COMMAND: python examples/transplant.py [--model 124M]     (10 s on two CPU cores)
+
+Three of a block's four matrices are not square, and refuse. attn/c_proj is: nothing fails, and the text turns to noise.
+"""
+
+from __future__ import annotations
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import gpt2_jax
+from gpt2_jax.params import flatten, unflatten
+from gpt2_jax.research import surgery
+
+MATRICES = ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
+
+
+def main(model: str = "shakespeare", text: str = TEXT, max_new_tokens: int = 24) -> None:
+    """Print what each transposed matrix does to a model.
+
+    Args:
+      model: a size, a folder or a hub id.
+      text: whose perplexity is measured, and which is continued.
+      max_new_tokens: of the continuation.
+
+    """
+    config, params = gpt2_jax.load(model)
+    tokenizer = gpt2_jax.load_tokenizer(model)
+    ids = tokenizer.encode(text)
+    table = Table("transposed", "shape", "perplexity", "what it says next", title=f"{model}: one matrix of every block")
+    for name in ("nothing", *MATRICES):
+        edited, shape = params, ""
+        if name in MATRICES:
+            shape = str(params["h0"][name.split("/")[0]][name.split("/")[1]]["w"].shape)
+            transposed = {key: w.T for key, w in surgery.select(params, rf"{name}/w$").items()}
+            edited = unflatten(flatten(params) | transposed)
+        try:
+            perplexity = f"{gpt2_jax.score(config, edited, [ids])[0].perplexity:.1f}"
+            said = repr(tokenizer.decode(gpt2_jax.generate(config, edited, [ids], max_new_tokens, temperature=0)[0]))
+        except ValueError as error:  # the shapes are checked before anything is computed
+            perplexity, said = "refused", str(error).splitlines()[1].strip()
+        table.add_row(name, shape, perplexity, said)
+    Console().print(table, markup=False)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,246 @@
+"""EleutherAI's lm-evaluation-harness on our models: what its `simple_evaluate` takes for a model.
+
+    import gpt2_jax, lm_eval
+    from gpt2_jax.evaluate.harness import language_model
+
+    config, params = gpt2_jax.load("models/124M")
+    model = language_model(config, params, gpt2_jax.load_tokenizer("models/124M"))
+    results = lm_eval.simple_evaluate(model, tasks=["lambada_openai", "wikitext"])
+    print(lm_eval.utils.make_table(results))
+
+Texts become tokens, and long ones are cut and read in windows, as by the harness's own adapter for Hugging Face models
+(HFLM, in lm_eval/models/huggingface.py), so that the numbers compare. Needs the `lm-eval` package, 0.4.13 or later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit
+from gpt2_jax.generation.decoding import complete
+from gpt2_jax.generation.scoring import score
+from gpt2_jax.generation.settings import Settings
+from gpt2_jax.params import Params
+from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+
+REQUESTS_A_CALL = 256  # of `score`, which divides them further: the progress bar moves, and a cache fills, this often
+# What a task may ask of the generation beside when to end it, under generate's names, which are Hugging Face's too.
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def language_model(
+    config: GPT2Config,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 8,
+    max_gen_toks: int = 256,
+    seed: int = 0,
+    edits: Edit | Sequence[Edit] = (),
+) -> TemplateLM:
+    """Return the model as the harness's `simple_evaluate` and `evaluate` take one.
+
+    Args:
+      config: the model's hyperparameters.
+      params: its parameters, as `load` gives them.
+      tokenizer: the model's, as `load_tokenizer` gives it.
+      batch_size: texts that are generated at a time; each needs a cache of n_ctx tokens at most.
+      max_gen_toks: most new tokens of a text, where the task does not say; at least 1, less than n_ctx where used.
+      seed: of the draws, where a task samples; in [0, 2**32).
+      edits: of activations, as `gpt2_jax.research` makes them, in every forward pass; each value is one for all tokens.
+
+    Raises:
+      ValueError: batch_size or max_gen_toks is not a whole number of at least 1.
+      ModuleNotFoundError: the harness is not installed.
+
+    """
+    from lm_eval.api.model import TemplateLM
+
+    for name, value in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+    kind = type("GPT2", (_Answers, TemplateLM), {"__doc__": _Answers.__doc__})
+    return kind(config, params, tokenizer, batch_size, max_gen_toks, seed, edits)
+
+
+class _Answers:
+    """Answers to the three kinds of request; TemplateLM, which comes behind it, has `loglikelihood` itself.
+
+    That one encodes each context with its continuation (spaces at the end of the context go to the continuation, and
+    <|endoftext|> stands for an empty context) and has the tokens scored by `_loglikelihood_tokens`.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        params: Params,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        max_gen_toks: int,
+        seed: int,
+        edits: Edit | Sequence[Edit],
+    ):
+        super().__init__()
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.batch_size, self.max_gen_toks, self.seed, self.edits = batch_size, max_gen_toks, seed, edits
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id of <|endoftext|>, which stands before a text."""
+        return self.tokenizer.eot
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the ids of a text; <|endoftext|> in it is the special id, and none is added."""
+        return self.tokenizer.encode(string, allow_special=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation, and whether each of its tokens was the most likely.
+
+        Of a context and continuation of more than n_ctx + 1 tokens the last n_ctx + 1 count.
+
+        Args:
+          requests: (context, continuation) as the texts that were encoded, or None; their tokens.
+          disable_tqdm: show no progress bar.
+
+        Raises:
+          ValueError: a continuation has no token of its own, or more than n_ctx.
+
+        """
+        from tqdm import tqdm
+
+        rows = [self._row(*request) for request in requests]
+        _warn_of_cuts(sum(len(context) + len(own) > self.config.n_ctx + 1 for _, context, own in requests), len(rows))
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        with tqdm(total=len(rows), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+            for block in _longest_first(rows, REQUESTS_A_CALL):
+                some = [rows[i] for i in block]
+                first = [len(rows[i]) - len(requests[i][2]) for i in block]
+                # With windows that do not overlap, n_ctx + 1 tokens are one: the last of them is only predicted.
+                scores = score(self.config, self.params, some, stride=self.config.n_ctx, first=first, edits=self.edits)
+                for i, scored in zip(block, scores, strict=True):
+                    answers[i] = (scored.sum, bool(scored.greedy.all()))
+                    if (texts := requests[i][0]) is not None:
+                        self.cache_hook.add_partial("loglikelihood", texts, answers[i])
+                bar.update(len(block))
+        return answers
+
+    def _row(self, texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> list[int]:
+        """Return the tokens to score for one request."""
+        n_ctx = self.config.n_ctx
+        if not 1 <= len(continuation) <= n_ctx:
+            raise ValueError(
+                f"a continuation must have 1 to {n_ctx} (n_ctx) tokens of its own, not {len(continuation)}: "
+                f"{texts!r:.200}"
+            )
+        row = (context or [self.prefix_token_id]) + continuation  # a context of spaces alone leaves none
+        return row[-(n_ctx + 1) :]
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-probability of each whole text.
+
+        The first window is <|endoftext|> and as many tokens as fit; each following one reads n_ctx tokens, and predicts
+        those that no other did: all after the first token it reads, but in the last window.
+
+        Args:
+          requests: of one text each.
+          disable_tqdm: show no progress bar.
+
+        """
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows, text_of = [], []
+        for i, request in enumerate(requests):
+            tokens = self.tok_encode(*request.args)
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.config.n_ctx, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                text_of.append(i)
+        totals = [0.0] * len(requests)
+        for i, (total, _) in zip(text_of, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[i] += total
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the continuation of each context, up to a stop string, <|endoftext|> or the most tokens.
+
+        Of a context that does not fit in n_ctx together with the most new tokens, the last tokens are read.
+
+        Args:
+          requests: of a context and the task's generation kwargs each: until (a stop string or a list of them);
+            max_gen_toks, or one of its other names; do_sample; temperature, by default 0, which is greedy; top_k,
+            top_p, min_p and repetition_penalty, by default none of them (HFLM draws from the 50 most likely). top_p
+            keeps the token that crosses it.
+          disable_tqdm: show no progress bar.
+
+        Raises:
+          ValueError: a generation kwarg that is unknown or out of range, before anything is generated.
+
+        """
+        from tqdm import tqdm
+
+        groups: dict[Settings, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(self._settings(request.args[1]), []).append(i)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as bar:
+            for settings, group in groups.items():
+                prompts = [self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in group]
+                n_fit = self.config.n_ctx - settings.max_new_tokens
+                _warn_of_cuts(sum(len(prompt) > n_fit for prompt in prompts), len(prompts))
+                n_done = 0
+                for block in _longest_first(prompts, self.batch_size):
+                    some = [prompts[k][-n_fit:] for k in block]
+                    rows = complete(self.config, self.params, some, self.tokenizer, settings, n_done, self.edits)
+                    for k, row in zip(block, rows, strict=True):
+                        texts[group[k]] = row.text
+                        self.cache_hook.add_partial("generate_until", requests[group[k]].args, row.text)
+                    n_done += len(block)
+                    bar.update(len(block))
+        return texts
+
+    def _settings(self, kwargs: Mapping[str, Any]) -> Settings:
+        """Return what a task's generation kwargs ask for."""
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        asked = dict(normalize_gen_kwargs(kwargs, self.max_gen_toks))
+        stop_strings = handle_stop_sequences(asked.pop("until"), eos=END_OF_TEXT)
+        n_new, samples, temperature = asked.pop("max_gen_toks"), asked.pop("do_sample"), asked.pop("temperature", 0)
+        if asked.get("num_beams") == 1:  # many tasks say so: no beam search
+            del asked["num_beams"]
+        if unknown := asked.keys() - set(FILTERS):
+            known = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *FILTERS))
+            wrong = ", ".join(f"{name}={asked[name]!r}" for name in sorted(unknown))
+            raise ValueError(f"a task asks for a generation with {wrong}, and none but these can be given: {known}")
+        if samples and temperature == 0:
+            raise ValueError("a task asks for do_sample at a temperature of 0: set its temperature above 0")
+        if n_new >= self.config.n_ctx:
+            raise ValueError(
+                f"a task asks for up to max_gen_toks={n_new} new tokens, which leaves no room for a context in the "
+                f"model's n_ctx, {self.config.n_ctx}: set fewer, by simple_evaluate's gen_kwargs say"
+            )
+        settings = Settings(n_new, temperature, seed=self.seed, top_p_rule="common", stop_strings=stop_strings, **asked)
+        return settings.check(self.config, self.tokenizer)
+
+
+def _longest_first(rows: Sequence[Sequence[int]], n_rows: int) -> list[list[int]]:
+    """Return the places of all rows, `n_rows` at a time; the first of them show whether the memory suffices."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    return [order[start : start + n_rows] for start in range(0, len(order), n_rows)]
+
+
+def _warn_of_cuts(n_cut: int, n: int) -> None:
+    if n_cut:
+        logging.getLogger(__name__).warning(
+            f"{n_cut} of {n} contexts do not fit in the model's n_ctx together with what follows them: only their last "
+            "tokens are read"
+        )

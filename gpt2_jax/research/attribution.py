@@ -1,0 +1,245 @@
+"""Direct logit attribution: which part of the model gives a token its logit.
+
+The residual stream is a sum, of the embeddings and what each layer adds, and the last step to a logit,
+
+    ((x - mean(x)) / scale * g + b) @ wte[token],
+
+is linear in x once ln_f's scale is held at what it was. So the logit is a sum too: each part p of the stream gives
+((p - mean(p)) / scale * g) @ wte[token], and b @ wte[token] is nobody's. (Elhage et al. 2021, "A Mathematical Framework
+for Transformer Circuits"; Wang et al. 2022, "Interpretability in the Wild", section 3.1.)
+
+Shape letters: B batch, T query, P places asked for, L layers, D n_embd, N heads, H head width, F mlp width.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import reprlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.params import Params
+from gpt2_jax.research.forward import as_params, as_tokens, forward
+from gpt2_jax.research.trees import in_range
+
+By = Literal["component", "head", "neuron"]
+
+STREAM = r"resid_|^ln_f/"
+# For each way to divide the model: what is captured, and what an edit may not change, as the parts would not add up.
+DIVISIONS = {
+    "component": (("attn/out", "mlp/out"), STREAM),
+    "head": (("attn/z", "mlp/out"), rf"{STREAM}|attn/out"),
+    "neuron": (("attn/out", "mlp/post"), rf"{STREAM}|mlp/out"),
+}
+ORDER = ("attn/out", "attn/z", "attn/c_proj/b", "mlp/out", "mlp/post", "mlp/c_proj/b")
+
+
+@struct.dataclass
+class Attribution:
+    """The logits of B x P tokens, or differences of two, and the parts that they are the sums of.
+
+    Attributes:
+      parts: {"embed": [B, P], "pos_embed": [B, P], ..., "ln_f/b": [B, P]}, and between them those that each layer has,
+        [L, B, P], each head, [L, N, B, P], or each neuron, [L, F, B, P]. By component these are "attn/out" and
+        "mlp/out"; by head "attn/z" by head, "attn/c_proj/b" and "mlp/out"; by neuron "attn/out", "mlp/post" by neuron
+        and "mlp/c_proj/b".
+      logits: [B, P], the model's; float32 at least. NaN at a place where the row has no token.
+
+    """
+
+    parts: dict[str, jax.Array]
+    logits: jax.Array
+
+    def flat(self) -> tuple[list[str], jax.Array]:
+        """Return the parts one by one: labels, "h3/attn/z/7" for head 7 of layer 3, and values [parts, B, P].
+
+        In the order of computation; ln_f/b is the last.
+        """
+        whole = self.logits.ndim
+        layered = {name: part for name, part in self.parts.items() if part.ndim > whole}
+        labels, values = ["embed", "pos_embed"], [self.parts["embed"][None], self.parts["pos_embed"][None]]
+        for layer in range(len(next(iter(layered.values())))):
+            for name, part in layered.items():
+                one = part.ndim == whole + 1
+                labels += [f"h{layer}/{name}"] if one else [f"h{layer}/{name}/{i}" for i in range(part.shape[1])]
+                values.append(part[layer][None] if one else part[layer])
+        return [*labels, "ln_f/b"], jnp.concatenate([*values, self.parts["ln_f/b"][None]])
+
+
+def logit_attribution(
+    config: GPT2Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    *,
+    answers: Any,
+    against: Any = None,
+    positions: Any = None,
+    by: By = "component",
+    edits: Edit | Sequence[Edit] = (),
+) -> Attribution:
+    """Divide the logits of some tokens into what each part of the model gives to them; the parts sum to the logits.
+
+    Computed in float32 at least, from activations of `compute_dtype`: in bfloat16 the parts sum to the logits up to
+    bfloat16's rounding of the stream.
+
+    Args:
+      config, params: the model.
+      tokens_BT, mask_BT: as `forward` takes them.
+      answers: the tokens whose logits are divided, ids: one, several [P], or [B, P]; one for each row is [B, 1].
+      against: the tokens whose logits are subtracted, alike; None means none.
+      positions: the places at whose output to look, alike. They count a row's tokens from 0, padding left out. None
+        means the last token of each row. The three broadcast to one shape, [B, P].
+      by: what to divide into: "component", "head" or "neuron".
+      edits: as `forward` takes them, but of nothing that is itself a sum of parts.
+
+    Raises:
+      ValueError: as `forward`, a bad argument, ids or places that are out of range (where their values are known), or
+        an edit of the residual stream, of ln_f, or of what is divided further.
+
+    """
+    tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
+    if by not in tuple(DIVISIONS):
+        raise ValueError(f"by must be one of {', '.join(DIVISIONS)}, not {by!r}")
+    edits = _check_edits(config, edits, DIVISIONS[by][1])
+    n_rows, n_tokens = jnp.shape(tokens_BT)
+    asked = _alike(
+        n_rows,
+        answers=_whole("answers", answers, config.n_vocab),
+        against=_whole("against", against, config.n_vocab),
+        positions=_whole("positions", positions, n_tokens),
+    )
+    parts, logits = _attribute(config, by, params, tokens_BT, mask_BT, asked, edits)
+    order = ["embed", "pos_embed", *(name for name in ORDER if name in parts), "ln_f/b"]
+    return Attribution({name: parts[name] for name in order}, logits)
+
+
+def residual_parts(
+    config: GPT2Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    *,
+    layer: int | None = None,
+    edits: Edit | Sequence[Edit] = (),
+) -> dict[str, jax.Array]:
+    """Return the parts that the residual stream before a layer is the sum of: {"embed", ..., "h1/mlp/out"}, [B, T, D].
+
+    Args:
+      config, params: the model.
+      tokens_BT, mask_BT: as `forward` takes them.
+      layer: the parts sum to its resid_pre; None means behind the last one.
+      edits: as `forward` takes them, but not of the residual stream itself.
+
+    Raises:
+      ValueError: as `forward`, a layer out of range, or an edit of the stream.
+
+    """
+    n_layers = config.n_layer if layer is None else in_range("layer", layer, config.n_layer)
+    edits = _check_edits(config, edits, "resid_")
+    blocks = [f"^h{i}/(attn|mlp)/out$" for i in range(n_layers)]
+    _, parts = forward(config, params, tokens_BT, mask_BT, capture=["^embed$", "^pos_embed$", *blocks], edits=edits)
+    return parts
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attribute(
+    config: GPT2Config,
+    by: By,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+    asked: dict[str, jax.Array],
+    edits: tuple[Edit, ...],
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    names = DIVISIONS[by][0]
+    capture = ["^(embed|pos_embed|ln_f/(scale|out))$", *(f"{name}$" for name in names)]
+    _, captured = forward(config, params, tokens_BT, mask_BT, capture=capture, edits=edits)
+    slots_BP = jnp.broadcast_to(_slots(tokens_BT.shape, mask_BT, asked["positions"]), asked["answers"].shape)
+    wide = jnp.promote_types(config.compute_dtype, jnp.float32)
+
+    def at(name: str) -> jax.Array:
+        x = captured[name].astype(wide)
+        return jax.vmap(lambda row, slots: row.at[slots].get(mode="fill", fill_value=jnp.nan))(x, slots_BP)
+
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), params)
+    with jax.default_matmul_precision("highest"):
+        unembed_BPD = _rows(params["wte"], asked["answers"])
+        if asked["against"] is not None:
+            unembed_BPD = unembed_BPD - _rows(params["wte"], asked["against"])
+        # (p - mean(p)) @ u = p @ (u - mean(u)): the part stays as it is, and what it is multiplied with is centred.
+        read_BPD = unembed_BPD * params["ln_f"]["g"]
+        read_BPD = (read_BPD - read_BPD.mean(-1, keepdims=True)) / at("ln_f/scale")
+        parts = {name: jnp.einsum("BPD,BPD->BP", at(name), read_BPD) for name in ("embed", "pos_embed")}
+        for name in names:
+            layers = [_part(config, name, params[f"h{i}"], at(f"h{i}/{name}"), read_BPD) for i in range(config.n_layer)]
+            parts |= {key: jnp.stack([layer[key] for layer in layers]) for key in layers[0]}
+        parts["ln_f/b"] = jnp.where(slots_BP < tokens_BT.shape[1], unembed_BPD @ params["ln_f"]["b"], jnp.nan)
+        logits_BP = jnp.einsum("BPD,BPD->BP", at("ln_f/out"), unembed_BPD)
+    return parts, logits_BP
+
+
+def _part(config: GPT2Config, name: str, block: Params, value: jax.Array, read_BPD: jax.Array) -> dict[str, jax.Array]:
+    """Return what a layer's activation gives along `read`: as a whole [B, P], or by head or neuron, and the bias's."""
+    if name.endswith("/out"):
+        return {name: jnp.einsum("BPD,BPD->BP", value, read_BPD)}
+    room = name.split("/")[0]
+    c_proj = block[room]["c_proj"]
+    along = jnp.einsum("BPD,KD->BPK", read_BPD, c_proj["w"])  # of each row of c_proj: K is N * H, or F
+    units = value.reshape(along.shape) * along
+    if name == "attn/z":
+        units = units.reshape(*units.shape[:2], config.n_head, config.head_dim).sum(-1)
+    return {name: jnp.moveaxis(units, -1, 0), f"{room}/c_proj/b": read_BPD @ c_proj["b"]}
+
+
+def _slots(shape: tuple[int, int], mask_BT: jax.Array | None, positions_BP: jax.Array | None) -> jax.Array:
+    """Return in which slot of its row each place is, [B, P]; T, which is none, where the row has no such token."""
+    mask_BT = jnp.ones(shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
+    if positions_BP is None:
+        positions_BP = mask_BT.sum(-1, keepdims=True) - 1
+    place_BT = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=-1) - 1, -1)
+    here_BPT = (place_BT[:, None] == positions_BP[..., None]) & (positions_BP[..., None] >= 0)
+    return jnp.where(here_BPT.any(-1), here_BPT.argmax(-1), shape[1])
+
+
+def _rows(wte_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    return wte_VD.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _alike(n_rows: int, **values: Any) -> dict[str, jax.Array]:
+    """Return arrays broadcast to one shape, [B, P]; None stays None."""
+    try:
+        shape = np.broadcast_shapes((n_rows, 1), *(jnp.shape(x) for x in values.values() if x is not None))
+    except ValueError:
+        shape = ()
+    if len(shape) != 2 or shape[0] != n_rows:
+        shapes = ", ".join(f"{name} {list(jnp.shape(x))}" for name, x in values.items() if x is not None)
+        raise ValueError(f"{shapes} must broadcast to [B, P], with B = {n_rows} rows: one for each row is [B, 1]")
+    return {name: x if x is None else jnp.broadcast_to(x, shape) for name, x in values.items()}
+
+
+def _whole(name: str, values: Any, limit: int) -> jax.Array | None:
+    """Return whole numbers from 0 to limit - 1 as an array; None stays None."""
+    if values is None:
+        return None
+    known = not any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values))
+    array = np.asarray(values) if known else jnp.asarray(values)
+    if not jnp.issubdtype(array.dtype, jnp.integer) or (known and ((array < 0) | (array >= limit)).any()):
+        raise ValueError(f"{name} must be whole numbers from 0 to {limit - 1}, not {reprlib.repr(values)}")
+    return array.astype(np.int32)
+
+
+def _check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], refused: str) -> tuple[Edit, ...]:
+    edits = check_edits(config, edits)
+    for edit in edits:
+        if re.search(refused, edit.name):
+            raise ValueError(f"with {edit.name} edited the parts do not add up: edit the parts instead")
+    return edits

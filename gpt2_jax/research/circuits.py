@@ -1,0 +1,202 @@
+"""What a head does, read from its weights: the QK and OV circuits, their SVD, and how heads are composed.
+
+A head's weights are products of a [D, H] and an [H, D] matrix and are kept so: nothing here makes a [D, D] matrix, let
+alone a [V, V] one. Vectors are rows, as in the params: x @ W.
+
+- OV, W_V @ W_O: a token with the stream x that a head looks at adds x @ OV where the head looks from.
+- QK, W_Q @ W_K.T: a token with the stream x looks at one with y by x @ QK @ y / sqrt(H), before the softmax.
+
+x and y are what the head reads, the stream behind ln_1. The weights are taken as they are, without their biases; those
+of `fold_layer_norm(config, params)` have ln_1's g in them.
+(Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".)
+
+Shape letters: D n_embd, N heads, H head width, V vocab, L layers, K tokens kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.params import Params
+from gpt2_jax.research.forward import as_params
+from gpt2_jax.research.trees import in_range, product, wide
+from gpt2_jax.research.units import split_heads
+
+
+@struct.dataclass
+class LowRank:
+    """A [D, D] matrix of rank H as two factors, left @ right; leading axes are several matrices.
+
+    Attributes:
+      left: [..., D, H], float32 at least.
+      right: [..., H, D].
+
+    """
+
+    left: jax.Array
+    right: jax.Array
+
+    def dense(self) -> jax.Array:
+        """Return the matrix itself, [..., D, D]."""
+        return product(self.left, self.right)
+
+    def svd(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return its singular value decomposition: u_DH, s_H, the largest first, v_HD; u * s @ v is the matrix.
+
+        Of the factors' QR decompositions the small triangles are multiplied, and the SVD is of that [H, H] matrix.
+        """
+        q_left, r_left = jnp.linalg.qr(self.left)
+        q_right, r_right = jnp.linalg.qr(self.right.mT)
+        u, s, v = jnp.linalg.svd(product(r_left, r_right.mT), full_matrices=False)
+        return product(q_left, u), s, product(v, q_right.mT)
+
+    def norm(self) -> jax.Array:
+        """Return its Frobenius norm, [...]."""
+        return jnp.linalg.norm(product(_triangle(self.left), _triangle(self.right.mT).mT), axis=(-2, -1))
+
+
+def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> LowRank:
+    """Return W_Q @ W_K.T of a head: the rows belong to the token that looks, the columns to the one looked at.
+
+    Raises:
+      ValueError: params that are not the config's, or a layer or head out of range.
+
+    """
+    weights = _weights(config, params, layer)
+    head = in_range("head", head, config.n_head)
+    return LowRank(weights["q"][head], weights["k"][head].mT)
+
+
+def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> LowRank:
+    """Return W_V @ W_O of a head: the rows belong to what is read, the columns to what is written.
+
+    Raises:
+      ValueError: as `qk_circuit`.
+
+    """
+    weights = _weights(config, params, layer)
+    head = in_range("head", head, config.n_head)
+    return LowRank(weights["v"][head], weights["out"][head])
+
+
+def top_tokens(
+    config: GPT2Config, params: Params, vectors: Any, k: int = 10, *, ln_f: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Return the tokens whose embeddings lie furthest along vectors of the stream: ids and values, [..., K].
+
+    A singular vector's sign is arbitrary: look at -vector too.
+
+    Args:
+      config, params: the model.
+      vectors: [..., D]: a row of `svd()`'s v, what an OV circuit writes, or a column of its u, what it reads.
+      k: how many.
+      ln_f: False: wte @ vector, which tokens a vector looks like on entering. True: through ln_f, its g and the mean
+        taken off, not divided by its scale: which tokens' logits a vector raises on leaving.
+
+    Raises:
+      ValueError: params that are not the config's, vectors of another width, or k that is not from 1 to n_vocab.
+
+    """
+    params = as_params(config, params)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= config.n_vocab:
+        raise ValueError(f"k must be a whole number from 1 to n_vocab, {config.n_vocab}, not {k!r}")
+    vectors = jnp.asarray(vectors)
+    if vectors.shape[-1:] != (config.n_embd,):
+        raise ValueError(f"vectors must be [..., {config.n_embd}], as n_embd, not {list(vectors.shape)}")
+    values, ids = jax.lax.top_k(product(vectors, _unembedding(params, ln_f).T), k)
+    return ids, values
+
+
+def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k", "v"]) -> jax.Array:
+    """Return how much of what each head writes each later head reads: [L, N, L, N], the writer first.
+
+    The score is |A @ B| / (|A| |B|) in Frobenius norms, A being the writer's OV and B the reader's QK (kind "q": what
+    is written goes into its queries), QK.T ("k": its keys) or OV ("v": its values); 0 where the reader is in no later
+    layer, or a head's weights are. Random matrices score about 1 / sqrt(D).
+    (Elhage et al. 2021, "Path Expansion of Attention Scores": Q-, K- and V-composition.)
+
+    Raises:
+      ValueError: params that are not the config's, or `kind` is no letter of the three.
+
+    """
+    if kind not in ("q", "k", "v"):
+        raise ValueError(f'kind must be "q", "k" or "v", not {kind!r}')
+    return _composition(config, as_params(config, params), kind)
+
+
+def copying_scores(config: GPT2Config, params: Params, *, ln_f: bool = False) -> jax.Array:
+    """Return for each head, [L, N], whether looking at a token raises that token's own logit: 1 copies, -1 suppresses.
+
+    Of the eigenvalues of the full OV circuit, wte @ OV @ wte.T, their sum over the sum of their sizes. Those which are
+    not 0 are the eigenvalues of the [H, H] matrix W_O @ wte.T @ wte @ W_V. NaN where all are 0.
+    (Elhage et al. 2021, "Summarizing OV/QK Matrices".)
+
+    Args:
+      config, params: the model.
+      ln_f: whether what is written goes through ln_f, its g and the mean taken off, to the logits.
+
+    Raises:
+      ValueError: params that are not the config's.
+      NotImplementedError: JAX has no eigenvalues of such matrices on the device at hand: move the params to a CPU.
+
+    """
+    return _copying(config, ln_f, as_params(config, params))
+
+
+def _weights(config: GPT2Config, params: Params, layer: int) -> dict[str, jax.Array]:
+    """Return the weights of a layer's heads, float32 at least: q, k, v [N, D, H], out [N, H, D]."""
+    heads = {name: wide(jnp.asarray(part["w"])) for name, part in split_heads(config, params, layer).items()}
+    return {name: w if name == "out" else w.swapaxes(0, 1) for name, w in heads.items()}
+
+
+def _triangle(a: jax.Array) -> jax.Array:
+    """Return the triangle R of a matrix [..., D, H]: |a @ x| is |R @ x|, for any x."""
+    return jnp.linalg.qr(a, mode="r")
+
+
+def _unembedding(params: Params, ln_f: bool) -> jax.Array:
+    """Return [V, D]: the rows of wte, or, through ln_f, what a vector of the stream is multiplied with for a logit."""
+    wte_VD = wide(jnp.asarray(params["wte"]))
+    if not ln_f:
+        return wte_VD
+    read_VD = wte_VD * wide(jnp.asarray(params["ln_f"]["g"]))
+    return read_VD - read_VD.mean(-1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _composition(config: GPT2Config, params: Params, kind: str) -> jax.Array:
+    layers = [_weights(config, params, layer) for layer in range(config.n_layer)]
+    heads = {name: jnp.concatenate([layer[name] for layer in layers]) for name in ("q", "k", "v", "out")}
+    writers = LowRank(heads["v"], heads["out"])
+    factors = {"q": ("q", "k"), "k": ("k", "q"), "v": ("v", "out")}[kind]
+    left, right = (heads[name] for name in factors)
+    readers = LowRank(left, right if kind == "v" else right.mT)
+    behind = _triangle(readers.right.mT).mT
+
+    def of_writer(writer: tuple[jax.Array, jax.Array]) -> jax.Array:
+        before_HH, out_HD = writer
+        return jnp.linalg.norm(product(product(before_HH, product(out_HD, readers.left)), behind), axis=(-2, -1))
+
+    norms = jax.lax.map(of_writer, (_triangle(writers.left), writers.right))
+    sizes = writers.norm()[:, None] * readers.norm()
+    layer = jnp.repeat(jnp.arange(config.n_layer), config.n_head)
+    scores = jnp.where((layer[:, None] < layer) & (sizes > 0), norms / sizes, 0)
+    return scores.reshape((config.n_layer, config.n_head) * 2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _copying(config: GPT2Config, ln_f: bool, params: Params) -> jax.Array:
+    in_out_DD = product(_unembedding(params, ln_f).T, _unembedding(params, False))
+    scores = []
+    for layer in range(config.n_layer):
+        weights = _weights(config, params, layer)
+        around_NHH = product(product(weights["out"], in_out_DD), weights["v"])
+        eigenvalues_NH = jnp.linalg.eigvals(around_NHH)
+        scores.append(eigenvalues_NH.real.sum(-1) / jnp.abs(eigenvalues_NH).sum(-1))
+    return jnp.stack(scores)

@@ -1,0 +1,187 @@
+"""What attention heads look at: scores that find induction heads and the heads they are made of.
+
+Shape letters: B batch, T query, S the token looked at, L layers, N heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.params import Params
+from gpt2_jax.research.forward import as_params, as_tokens, forward
+
+
+@struct.dataclass
+class HeadScores:
+    """How much of its attention each head gives to certain tokens: [L, N], 0 to 1, means over the tokens that have one.
+
+    NaN where no token has one. Olsson et al. 2022, "In-context Learning and Induction Heads".
+
+    Attributes:
+      previous: to the token before; of all tokens but the first of a row.
+      duplicate: to earlier tokens equal to the one that looks; of the tokens that came before.
+      induction: to tokens that stand behind earlier ones equal to the one that looks; of the tokens that came before.
+
+    """
+
+    previous: jax.Array
+    duplicate: jax.Array
+    induction: jax.Array
+
+
+def head_scores(
+    config: GPT2Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    *,
+    edits: Edit | Sequence[Edit] = (),
+) -> HeadScores:
+    """Score every head as a previous-token, duplicate-token and induction head, in one pass.
+
+    On the rows of `repeated_tokens` each token of the second copy has one equal before it, and the scores are those
+    that are usually given; on a text, attention to several such tokens is added up.
+
+    Args:
+      config, params: the model.
+      tokens_BT, mask_BT, edits: as `forward` takes them. Padding counts for nothing.
+
+    Raises:
+      ValueError: as `forward`.
+
+    """
+    tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
+    return HeadScores(**_head_scores(config, params, tokens_BT, mask_BT, edits))
+
+
+def mean_attention(
+    config: GPT2Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    *,
+    to: Mapping[str, Any],
+    edits: Edit | Sequence[Edit] = (),
+) -> dict[str, jax.Array]:
+    """Return {name: [L, N]}, how much of its attention each head gives to tokens of your choice.
+
+    The patterns of one layer exist at a time: each is reduced as soon as it is there.
+
+    Args:
+      config, params: the model.
+      tokens_BT, mask_BT, edits: as `forward` takes them.
+      to: {name: bool [B, T, S], or without B}, True where token s is one to look at for token t.
+
+    Returns:
+      For each name, the attention of a token to its chosen ones, added up, and the mean of that over all tokens which
+      have one to choose that they can see, neither being padding; NaN where no token has.
+
+    Raises:
+      ValueError: as `forward`, or a choice of another shape or dtype.
+
+    """
+    tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
+    shape = (*jnp.shape(tokens_BT), jnp.shape(tokens_BT)[1])
+    to = {name: jnp.asarray(chosen) for name, chosen in to.items()}
+    for name, chosen in to.items():
+        if chosen.dtype != bool or chosen.shape not in (shape, shape[1:]):
+            raise ValueError(f"to[{name!r}] must be bool{list(shape)}, not {chosen.dtype}{list(chosen.shape)}")
+    found = _mean_attention(config, params, tokens_BT, mask_BT, to, edits)
+    return {name: found[name] for name in to}
+
+
+def repeated_tokens(
+    config: GPT2Config, key: jax.Array, n_rows: int, n_tokens: int, first: int | None = None
+) -> jax.Array:
+    """Return rows of random tokens, each followed by itself: int32 [n_rows, 2 n_tokens], in which no text helps.
+
+    Args:
+      config: the model's.
+      key: `jax.random.key(seed)`.
+      n_rows: rows.
+      n_tokens: tokens of one copy, all different from one another and from `first`.
+      first: a token to stand before both copies, one column more: the end-of-text token, which starts the texts of
+        released models.
+
+    Raises:
+      ValueError: fewer ids than tokens, more tokens than n_ctx, or a number that is none.
+
+    """
+    for name, value in (("n_rows", n_rows), ("n_tokens", n_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+    if first is not None and (isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < config.n_vocab):
+        raise ValueError(f"first must be an id from 0 to {config.n_vocab - 1}, not {first!r}")
+    start = [] if first is None else [first]
+    if n_tokens + len(start) > config.n_vocab or 2 * n_tokens + len(start) > config.n_ctx:
+        raise ValueError(
+            f"{n_tokens} different tokens twice do not fit the model's n_vocab of {config.n_vocab} and n_ctx of "
+            f"{config.n_ctx}: ask for fewer"
+        )
+    ids = jnp.delete(jnp.arange(config.n_vocab), jnp.array(start, int), assume_unique_indices=True)
+    once = jax.vmap(lambda key: jax.random.permutation(key, ids)[:n_tokens])(jax.random.split(key, n_rows))
+    return jnp.concatenate([jnp.full((n_rows, len(start)), first or 0), once, once], axis=1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _head_scores(
+    config: GPT2Config, params: Params, tokens_BT: jax.Array, mask_BT: jax.Array | None, edits: tuple[Edit, ...]
+) -> dict[str, jax.Array]:
+    tokens_BT = jnp.asarray(tokens_BT)
+    place_BT, before_BT = _places(mask_BT, tokens_BT.shape), _tokens_before(tokens_BT, mask_BT)
+    to = {
+        "previous": place_BT[:, None, :] == place_BT[:, :, None] - 1,
+        "duplicate": tokens_BT[:, None, :] == tokens_BT[:, :, None],
+        "induction": before_BT[:, None, :] == tokens_BT[:, :, None],
+    }
+    itself = jnp.eye(tokens_BT.shape[1], dtype=bool)  # every token is its own duplicate
+    to = {name: chosen & ~itself for name, chosen in to.items()}
+    return _mean_attention(config, params, tokens_BT, mask_BT, to, edits)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean_attention(
+    config: GPT2Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+    to: dict[str, jax.Array],
+    edits: tuple[Edit, ...],
+) -> dict[str, jax.Array]:
+    # One program with the reductions, so that each pattern's memory is the next one's.
+    _, captured = forward(config, params, tokens_BT, mask_BT, capture="attn/pattern$", edits=edits)
+    place_BT = _places(mask_BT, tokens_BT.shape)
+    seen_BTS = (place_BT[:, None, :] >= 0) & (place_BT[:, None, :] <= place_BT[:, :, None])
+    found = {}
+    for name, chosen in to.items():
+        chosen_BTS = chosen & seen_BTS
+        count = chosen_BTS.any(-1).sum()
+        sums = [
+            jnp.einsum("BNTS,BTS->N", pattern, chosen_BTS.astype(pattern.dtype), precision="highest")
+            for pattern in captured.values()
+        ]
+        found[name] = jnp.stack(sums) / count
+    return found
+
+
+def _places(mask_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+    """Return the place of each token in its row, padding left out: 0, 1, ...; -1 at padding."""
+    mask_BT = jnp.ones(shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
+    return jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=-1) - 1, -1)
+
+
+def _tokens_before(tokens_BT: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+    """Return the real token before each one in its row; -1, which no real token is, where there is none."""
+    n_tokens = tokens_BT.shape[1]
+    slot_BT = jnp.where(_places(mask_BT, tokens_BT.shape) < 0, -1, jnp.arange(n_tokens))
+    before_BT = jnp.pad(jax.lax.cummax(slot_BT, axis=1)[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
+    before_BT = jnp.where(before_BT < 0, n_tokens, before_BT)  # beyond the row, where a negative one would wrap
+    return jnp.take_along_axis(tokens_BT, before_BT, axis=1, mode="fill", fill_value=-1)

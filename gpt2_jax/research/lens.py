@@ -1,0 +1,146 @@
+"""The logit lens: what each layer's residual stream predicts when it is read as the last one is.
+
+The stream behind each layer goes through ln_f and `wte`, as if no layer came after (nostalgebraist 2020,
+"interpreting GPT: the logit lens").
+
+Shape letters: B batch, T query, D n_embd, V vocab, L activations read, K tokens kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from gpt2_jax.activations import axes, select
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.model import GPT2
+from gpt2_jax.params import Params
+from gpt2_jax.research.forward import as_params, as_tokens, forward
+
+STREAM = ("^h0/resid_pre$", "/resid_post$")
+CHUNK = 256  # positions whose logits are held at a time: 51 MB of float32 for 50,257 tokens
+
+
+@struct.dataclass
+class Lens:
+    """What each activation predicts at each position.
+
+    Attributes:
+      names: of the L activations, in the order of computation.
+      ids: int32 [L, B, T, K], the likeliest tokens, the likeliest first.
+      logprobs: [L, B, T, K], their log-probabilities, base e; float32 at least.
+      next_logprobs: [L, B, T], that of the token that stands next in the row; NaN where none does, and at padding.
+      next_ranks: int32 [L, B, T], how many tokens are likelier than that one, 0 where it is the prediction; -1 where
+        there is none.
+
+    """
+
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    ids: jax.Array
+    logprobs: jax.Array
+    next_logprobs: jax.Array
+    next_ranks: jax.Array
+
+
+def logit_lens(
+    config: GPT2Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    *,
+    names: str | Sequence[str] = STREAM,
+    k: int = 5,
+    edits: Edit | Sequence[Edit] = (),
+) -> Lens:
+    """Read the residual stream of every layer as a prediction of the next token: the k likeliest, and the true one.
+
+    One compiled program, in which the logits of `CHUNK` positions exist at a time; `stream_logits` gives all the logits
+    of one activation.
+
+    Args:
+      config, params: the model.
+      tokens_BT, mask_BT: as `forward` takes them.
+      names: regular expressions, as `forward`'s `capture`, of what to read: activations [B, T, D]. By default
+        h0/resid_pre, which is the embeddings, and each layer's resid_post, of which the last gives the model's output.
+      k: tokens to keep.
+      edits: as `forward` takes them; the reading itself is not edited.
+
+    Raises:
+      ValueError: as `forward`, an activation that is not [B, T, D], or k that is not from 1 to n_vocab.
+
+    """
+    tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= config.n_vocab:
+        raise ValueError(f"k must be a whole number from 1 to n_vocab, {config.n_vocab}, not {k!r}")
+    names = tuple(select(config, names))
+    for name in names:
+        if axes(name) != "BTD":
+            raise ValueError(f"{name} cannot be read as the residual stream: its axes are {axes(name)}, not BTD")
+    return Lens(names, **_read(config, names, k, params, tokens_BT, mask_BT, edits))
+
+
+def stream_logits(config: GPT2Config, params: Params, stream_BTD: jax.Array) -> jax.Array:
+    """Return the logits [B, T, V] of a residual stream, read through ln_f and `wte` as the model reads its last.
+
+    Args:
+      config, params: the model.
+      stream_BTD: an activation that `forward` captured, or anything else [..., D].
+
+    Raises:
+      ValueError: params that are not the config's, or another width than n_embd.
+
+    """
+    params = as_params(config, params)
+    if jnp.shape(stream_BTD)[-1:] != (config.n_embd,):
+        raise ValueError(f"the stream must be [..., {config.n_embd}], as n_embd, not {jnp.shape(stream_BTD)}")
+    return _logits(config, params, stream_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: GPT2Config, params: Params, stream: jax.Array) -> jax.Array:
+    return GPT2(config).apply({"params": params}, stream, method=lambda model, x: model.unembed(model.ln_f(x)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _read(
+    config: GPT2Config,
+    names: tuple[str, ...],
+    k: int,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+    edits: tuple[Edit, ...],
+) -> dict[str, jax.Array]:
+    patterns = [f"^{name}$" for name in names]
+    _, captured = forward(config, params, tokens_BT, mask_BT, capture=patterns, edits=edits)
+    stream_LBTD = jnp.stack([captured[name] for name in names])
+    next_LBT = jnp.broadcast_to(_next_tokens(tokens_BT, mask_BT), stream_LBTD.shape[:-1])
+
+    def read(place: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
+        stream_D, token = place
+        logits_V = _logits(config, params, stream_D)
+        total = jax.nn.logsumexp(logits_V)
+        best_K, ids_K = jax.lax.top_k(logits_V, k)
+        known = (token >= 0) & (token < config.n_vocab)
+        logit = jnp.where(known, logits_V[token], jnp.nan)
+        rank = jnp.where(known, (logits_V > logit).sum(), -1)
+        return {"ids": ids_K, "logprobs": best_K - total, "next_logprobs": logit - total, "next_ranks": rank}
+
+    places = stream_LBTD.reshape(-1, config.n_embd), next_LBT.reshape(-1)
+    found = jax.lax.map(read, places, batch_size=CHUNK)
+    return {name: values.reshape(*next_LBT.shape, *values.shape[1:]) for name, values in found.items()}
+
+
+def _next_tokens(tokens_BT: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+    """Return the real token behind each one in its row, int32; -1 where there is none, and at padding."""
+    n_tokens = tokens_BT.shape[1]
+    mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
+    nearest_BT = jax.lax.cummin(jnp.where(mask_BT, jnp.arange(n_tokens), n_tokens), axis=1, reverse=True)
+    next_BT = jnp.pad(nearest_BT[:, 1:], [(0, 0), (0, 1)], constant_values=n_tokens)
+    token_BT = jnp.take_along_axis(tokens_BT, next_BT, axis=1, mode="fill", fill_value=-1)
+    return jnp.where(mask_BT, token_BT.astype(jnp.int32), -1)

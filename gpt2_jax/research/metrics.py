@@ -1,0 +1,87 @@
+"""Metrics: what a run is judged by, a number made of its logits, and the logits at the places that it looks at.
+
+Shape letters: B batch, T query, D n_embd, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from gpt2_jax.activations import Tap
+from gpt2_jax.edits import Where
+from gpt2_jax.model import GPT2
+from gpt2_jax.params import Params
+
+Metric = Callable[[jax.Array], jax.Array]
+"""Takes logits, [B, V] at one place of each row or [B, T, V] at all, and gives a number."""
+
+
+def logit_difference(answer: Any, wrong: Any) -> Metric:
+    """Return the metric that gives the logit of `answer` less that of `wrong`, the mean over rows, at one place.
+
+    It is `jax.tree_util.Partial(function, answer, wrong)` of a function (answer, wrong, logits_BV): other ids compile
+    nothing. Metrics of your own that take numbers are best made like it.
+
+    Args:
+      answer, wrong: token ids, one for all rows or one for each, [B]. One outside the vocabulary gives NaN.
+
+    """
+    return Partial(_logit_difference, jnp.asarray(answer), jnp.asarray(wrong))
+
+
+def _logit_difference(answer: jax.Array, wrong: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    if logits_BV.ndim != 2:
+        raise ValueError(f"logit_difference takes logits [B, V], so `at` one place, not {logits_BV.shape}")
+    known = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+    rows = jnp.arange(len(logits_BV))
+    return (logits_BV.at[rows, answer].get(**known) - logits_BV.at[rows, wrong].get(**known)).mean()
+
+
+def traceable(metric: Metric) -> Metric:
+    """Return a metric as a pytree: the function is static, numbers that a Partial holds are traced."""
+    return metric if isinstance(metric, Partial) else Partial(metric)
+
+
+def as_place(at: Where, shape: tuple[int, int]) -> jax.Array | None:
+    """Return the place of each row [B] of tokens [B, T], -1 for the last; None stands for all.
+
+    Raises:
+      ValueError: not a whole number, or one for each row, or outside the rows.
+
+    """
+    if at is None:
+        return None
+    n_rows, n_tokens = shape
+    place = np.asarray(at)
+    fits = place.shape in ((), (n_rows,)) and np.issubdtype(place.dtype, np.integer)
+    if not fits or not ((place >= -n_tokens) & (place < n_tokens)).all():
+        raise ValueError(f"at must be a place in rows of {n_tokens} tokens, or one for each of {n_rows}, not {at!r}")
+    return jnp.broadcast_to(jnp.asarray(place, jnp.int32), (n_rows,))
+
+
+def logits_at(
+    model: GPT2,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+    at_B: jax.Array | None,
+    taps: Mapping[str, Tap],
+) -> jax.Array:
+    """Return the logits [B, V] at one place of each row, and no others; [B, T, V] where `at_B` is None.
+
+    Places count real tokens, from the end where they are negative; where a row has no such place it gets NaN.
+    """
+    h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, taps=taps, method="hidden")
+    if at_B is not None:
+        mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else jnp.asarray(mask_BT, bool)
+        at_B = jnp.where(at_B < 0, at_B + mask_BT.sum(-1), at_B)
+        here_BT = mask_BT & (jnp.cumsum(mask_BT, -1) - 1 == at_B[:, None])
+        slot_B = jnp.where(here_BT.any(-1), here_BT.argmax(-1), mask_BT.shape[1])
+        h_BTD = h_BTD.at[jnp.arange(len(h_BTD)), slot_B].get(mode="fill", fill_value=jnp.nan)
+    return model.apply({"params": params}, h_BTD, method="unembed")

@@ -1,0 +1,248 @@
+"""Pictures of what the other modules compute: heat maps, attention patterns, lenses and bars, labelled with tokens.
+
+Each function draws into a matplotlib Figure and returns it; `save` writes it into a file.
+
+Shape letters: T query, S the token looked at, L layers, N heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpt2_jax.checkpoints.folders import expanded, replacing_file
+from gpt2_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from gpt2_jax.research.lens import Lens
+
+# matplotlib is imported inside the functions that draw: the package does without it otherwise.
+
+FORMATS = (".png", ".svg", ".pdf")
+VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥"}
+CELL = 0.32  # inches
+COLUMNS = 4  # of attention patterns beside each other
+
+
+def token_labels(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    r"""Return how each token is written at an axis: "·the", "⏎", "\xe2" for the first byte of a longer character."""
+    return [_visible(tokenizer.token_bytes(int(i)).decode("utf-8", "backslashreplace")) for i in ids]
+
+
+def _visible(text: str) -> str:
+    glyphs = _glyphs()
+    shown = (VISIBLE.get(character, character) for character in text)
+    return "".join(c if ord(c) in glyphs and c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Return the characters that matplotlib's own font has: it warns of others, and draws boxes."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
+
+
+def heat_map(
+    values: Any,
+    rows: Sequence[Any] | None = None,
+    columns: Sequence[Any] | None = None,
+    *,
+    title: str = "",
+    row_name: str = "",
+    column_name: str = "",
+    value_name: str = "",
+    signed: bool | None = None,
+) -> Figure:
+    """Draw numbers [rows, columns] as colours: a patching grid, head scores.
+
+    Args:
+      values: the numbers; NaN stays white.
+      rows, columns: the labels of each, as `token_labels` gives them; None numbers them.
+      title: stands above.
+      row_name, column_name, value_name: of the axes, and of the colours.
+      signed: red above 0 and blue below; None does so where there are numbers of both signs.
+
+    Raises:
+      ValueError: not two axes, or labels of another number.
+
+    """
+    from matplotlib.figure import Figure
+
+    values = _matrix(values, rows, columns)
+    figure = Figure(figsize=_size(values.shape), layout="constrained")
+    _draw_map(figure, figure.subplots(), values, rows, columns, title, row_name, column_name, value_name, signed)
+    return figure
+
+
+def attention_patterns(pattern_NTS: Any, tokens: Sequence[Any], heads: Sequence[int] | None = None) -> Figure:
+    """Draw what heads look at, one square a head: the token that looks goes down, the one looked at across.
+
+    Args:
+      pattern_NTS: "h3/attn/pattern" of one row, as `forward` captures it.
+      tokens: the row's tokens, as `token_labels` gives them.
+      heads: which heads these are; None means all, from 0.
+
+    Raises:
+      ValueError: another shape than [N, T, T], or labels of another number.
+
+    """
+    from matplotlib.figure import Figure
+
+    pattern_NTS = np.asarray(pattern_NTS, np.float64)
+    if pattern_NTS.ndim != 3:
+        raise ValueError(f"a pattern to draw is [N, T, S], of one row, not of shape {pattern_NTS.shape}")
+    heads = range(len(pattern_NTS)) if heads is None else heads
+    if len(heads) != len(pattern_NTS):
+        raise ValueError(f"there are {len(pattern_NTS)} patterns and {len(heads)} numbers of heads")
+    for pattern_TS in pattern_NTS:
+        _matrix(pattern_TS, tokens, tokens)
+    n_columns = min(COLUMNS, len(heads))
+    n_rows = math.ceil(len(heads) / n_columns)
+    width, height = _size(pattern_NTS.shape[1:])
+    figure = Figure(figsize=(width * n_columns, height * n_rows), layout="constrained")
+    squares = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for square in squares[len(heads) :]:
+        square.set_axis_off()
+    for square, head, pattern_TS in zip(squares, heads, pattern_NTS, strict=False):
+        above = np.triu(np.ones(pattern_TS.shape, bool), 1)
+        shown = np.where(above & (pattern_TS == 0), np.nan, pattern_TS)  # what nobody may see stays white
+        _draw_map(figure, square, shown, tokens, tokens, f"head {head}", "looks", "looked at", "", False)
+    return figure
+
+
+def lens_picture(lens: Lens, tokenizer: Tokenizer, tokens_T: Sequence[int], row: int = 0) -> Figure:
+    """Draw what each layer predicts at each token of one row: the likeliest token, coloured by its probability.
+
+    Args:
+      lens: of `logit_lens`.
+      tokenizer: the model's.
+      tokens_T: the row's ids.
+      row: which row of the lens.
+
+    Raises:
+      ValueError: the row has another number of tokens.
+
+    """
+    probability_LT = np.exp(np.asarray(lens.logprobs, np.float64)[:, row, :, 0])
+    ids_LT = np.asarray(lens.ids)[:, row, :, 0]
+    order = slice(None, None, -1)  # the last layer on top, as the stream is drawn
+    columns = token_labels(tokenizer, tokens_T)
+    figure = heat_map(
+        probability_LT[order],
+        list(lens.names)[order],
+        columns,
+        title="what each layer would say next",
+        value_name="probability of the likeliest token",
+        signed=False,
+    )
+    figure.set_size_inches(2.5 + 0.72 * len(columns), 1.6 + CELL * len(lens.names))
+    square = figure.axes[0]
+    for y, (ids_T, probability_T) in enumerate(zip(ids_LT[order], probability_LT[order], strict=True)):
+        for x, label in enumerate(token_labels(tokenizer, ids_T)):
+            colour = "white" if probability_T[x] > 0.5 else "black"
+            square.text(x, y, label, ha="center", va="center", fontsize=7, color=colour, parse_math=False)
+    return figure
+
+
+def bars(labels: Sequence[str], values: Any, *, title: str = "", value_name: str = "", most: int = 20) -> Figure:
+    """Draw the numbers of largest size as bars, the largest first: an attribution.
+
+    Args:
+      labels: of each number.
+      values: the numbers, [n].
+      title: stands above.
+      value_name: what they are, with their unit.
+      most: how many to draw at most.
+
+    Raises:
+      ValueError: labels of another number.
+
+    """
+    from matplotlib.figure import Figure
+
+    values = np.asarray(values, np.float64)
+    if values.shape != (len(labels),):
+        raise ValueError(f"there are {len(labels)} labels and values of shape {values.shape}")
+    chosen = np.argsort(-abs(values), kind="stable")[:most]
+    figure = Figure(figsize=(7, 1.2 + 0.25 * len(chosen)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(np.arange(len(chosen)), values[chosen], color=["#d55e00" if values[i] > 0 else "#0072b2" for i in chosen])
+    axes.set_yticks(np.arange(len(chosen)), [labels[i] for i in chosen], fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_title(title, parse_math=False)
+    axes.set_xlabel(value_name)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure into a file; the format follows the extension: .png, .svg or .pdf.
+
+    Written beside under a temporary name and renamed.
+
+    Raises:
+      ValueError: another extension.
+      FileNotFoundError: the folder for the file is not there.
+
+    """
+    path = expanded(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: a picture's name must end in {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such folder for the picture: {path.parent}")
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=120)
+
+
+def _matrix(values: Any, rows: Sequence[Any] | None, columns: Sequence[Any] | None) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"a map is drawn of numbers [rows, columns], not of shape {values.shape}")
+    for what, labels, count in (("rows", rows, values.shape[0]), ("columns", columns, values.shape[1])):
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"there are {count} {what} and {len(labels)} labels for them")
+    return values
+
+
+def _size(shape: tuple[int, int]) -> tuple[float, float]:
+    return 2.2 + CELL * shape[1], 1.6 + CELL * shape[0]
+
+
+def _draw_map(
+    figure: Figure,
+    axes: Any,
+    values: np.ndarray,
+    rows: Sequence[Any] | None,
+    columns: Sequence[Any] | None,
+    title: str,
+    row_name: str,
+    column_name: str,
+    value_name: str,
+    signed: bool | None,
+) -> None:
+    """Draw one map with its labels and colours."""
+    known = values[np.isfinite(values)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    signed = low < 0 < high if signed is None else signed
+    limits = (-max(-low, high), max(-low, high)) if signed else (min(low, 0.0), max(high, 0.0))
+    image = axes.imshow(values, cmap="RdBu_r" if signed else "Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
+    sides = ((axes.yaxis, rows, row_name), (axes.xaxis, columns, column_name))
+    for count, (axis, labels, name) in zip(values.shape, sides, strict=True):
+        axis.set_ticks(
+            np.arange(count),
+            [str(label) for label in (range(count) if labels is None else labels)],
+            parse_math=False,
+            fontsize=8,
+        )
+        axis.set_label_text(name)
+    axes.tick_params(axis="x", rotation=90)
+    axes.set_title(title, fontsize=10, parse_math=False)
+    figure.colorbar(image, ax=axes, label=value_name, shrink=0.8)

@@ -1,0 +1,237 @@
+"""Whole trees of weights: chosen, changed and compared by name, and several of them made into one.
+
+Nothing is changed in place. NumPy arrays stay NumPy's and JAX's stay JAX's; sums are made in float32 at least. Names
+and patterns are static under `jit`; weights, and numbers like `t`, may be traced everywhere but in `diff`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.model import check_params
+from gpt2_jax.params import Params, differences, flatten, unflatten
+
+# ---- by name
+
+
+def select(params: Params, patterns: str | Sequence[str]) -> dict[str, Any]:
+    """Return {"h0/attn/c_attn/w": array, ...} of the names in which a pattern is found by `re.search`, in their order.
+
+    Raises:
+      ValueError: a pattern is found in no name.
+
+    """
+    patterns, flat = [patterns] if isinstance(patterns, str) else list(patterns), _flat("params", params)
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in flat):
+            raise ValueError(
+                f"{pattern!r} is found in no name of the params: they are {', '.join(list(flat)[:3])}, ..."
+            )
+    return {name: leaf for name, leaf in flat.items() if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def map_params(fn: Callable[[str, Any], Any], params: Params, pattern: str | Sequence[str] = ".*") -> Params:
+    """Return params with fn(name, array) in place of each array that `select` gives for the pattern.
+
+    Raises:
+      ValueError: the pattern is found in no name, or fn gave an array of another shape or dtype.
+
+    """
+    old = select(params, pattern)
+    new = {name: fn(name, leaf) for name, leaf in old.items()}
+    if odd := [name for name, leaf in new.items() if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype")]:
+        raise ValueError(f"the function must give an array for {odd[0]}, not {reprlib.repr(new[odd[0]])}")
+    require_alike("what the function gave does not fit the params", new, old)
+    return unflatten(flatten(params) | new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How one array differs between two trees; printed, a line of a table.
+
+    Attributes:
+      name: "h0/attn/c_attn/w".
+      max_abs: the largest |a - b|.
+      relative: the norm of a - b over that of b (L2, of all values as one vector); infinite where b is all 0.
+
+    """
+
+    name: str
+    max_abs: float
+    relative: float
+
+    def __str__(self) -> str:
+        return f"{self.name:<20} {self.max_abs:10.3e} {self.relative:10.3e}"
+
+
+def diff(a: Params, b: Params, by: Literal["name", "size"] = "name") -> list[Difference]:
+    """Compare two trees of the same names and shapes, of any dtypes, in float64 on the host.
+
+    Args:
+      a, b: the trees; NaN equals NaN.
+      by: the order of the rows: "name", that of the tree, or "size", the largest `relative` first.
+
+    Returns:
+      A row for each array of which a value differs: `print(*diff(a, b), sep="\n")` is a table.
+
+    Raises:
+      ValueError: a name is in one of the trees alone, a shape differs, or `by` is another word.
+
+    """
+    if by not in ("name", "size"):
+        raise ValueError(f'by must be "name" or "size", not {by!r}')
+    flat_a, flat_b = alike([a, b], dtypes=False)
+    rows = [row for name in flat_a if (row := _difference(name, flat_a[name], flat_b[name]))]
+    if by == "size":  # NaN before all numbers: it is what to look at first
+        rows.sort(key=lambda row: -np.nan_to_num(row.relative, nan=np.inf))
+    return rows
+
+
+def _difference(name: str, a: Any, b: Any) -> Difference | None:
+    a, b = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+    differs = (a != b) & ~(np.isnan(a) & np.isnan(b))
+    if not differs.any():
+        return None
+    with np.errstate(invalid="ignore", divide="ignore"):
+        delta = np.subtract(a, b, where=differs, out=np.zeros_like(a))  # not inf - inf where both are
+        relative = np.linalg.norm(delta.reshape(-1)) / np.linalg.norm(b.reshape(-1))
+    return Difference(name, float(np.abs(delta).max()), float(relative))
+
+
+# ---- several trees into one
+
+
+def interpolate(a: Params, b: Params, t: Any) -> Params:
+    """Return (1 - t) a + t b: a at t = 0 and b at t = 1, to the bit; outside [0, 1] it goes on along the line.
+
+    Args:
+      a, b: trees of the same names, shapes and dtypes.
+      t: a number; it may be traced, so that `vmap` over it gives the loss along the line.
+
+    Raises:
+      ValueError: the trees differ in a name, shape or dtype.
+
+    """
+    return _combine([a, b], lambda leaf_a, leaf_b: (1 - t) * leaf_a + t * leaf_b)
+
+
+def average(trees: Sequence[Params], weights: Any = None) -> Params:
+    """Return the mean of several trees, a "model soup" (Wortsman et al. 2022, section 2).
+
+    Args:
+      trees: of the same names, shapes and dtypes.
+      weights: a number for each, which are divided by their sum; they may be traced. None: all the same.
+
+    Raises:
+      ValueError: there is no tree, the trees differ in a name, shape or dtype, or weights are of another number or
+        their sum is 0.
+
+    """
+    weights = np.ones(len(trees)) if weights is None else weights
+    if not trees or len(weights) != len(trees):
+        raise ValueError(f"an average takes a weight for each tree: there are {len(trees)} and {len(weights)} weights")
+    total = sum(weights)
+    if not isinstance(total, jax.core.Tracer) and total == 0:
+        raise ValueError("the weights of an average must not have the sum 0")
+    return _combine(trees, lambda *leaves: sum(w / total * leaf for w, leaf in zip(weights, leaves, strict=True)))
+
+
+def task_vector(a: Params, b: Params) -> Params:
+    """Return a - b, what a fine-tune `a` learned beyond its base `b` (Ilharco et al. 2022, section 2).
+
+    Its dtypes are float32 at least, so that nothing of a difference of bfloat16 weights is lost: applied to b it gives
+    a again, up to a rounding. It adds, scales and averages like params, and is saved as them.
+
+    Raises:
+      ValueError: the trees differ in a name, shape or dtype.
+
+    """
+    flat_a, flat_b = alike([a, b])
+    return unflatten({name: wide(leaf) - wide(flat_b[name]) for name, leaf in flat_a.items()})
+
+
+def apply_task_vector(params: Params, vector: Params, scale: Any = 1.0) -> Params:
+    """Return params + scale * vector, in the dtypes of params; a negative scale unlearns (Ilharco et al. 2022).
+
+    Raises:
+      ValueError: the vector is not of the params' names and shapes.
+
+    """
+    return _combine([params, vector], lambda leaf, change: leaf + scale * change, dtypes=False)
+
+
+def _combine(trees: Sequence[Params], fn: Callable[..., Any], dtypes: bool = True) -> Params:
+    """Return the tree of fn(leaf of each tree), computed in float32 at least, in the dtypes of the first."""
+    first, *others = alike(trees, dtypes)
+    combined = {}
+    for name, leaf in first.items():
+        value = fn(wide(leaf), *(wide(flat[name]) for flat in others))
+        combined[name] = value.astype(leaf.dtype, copy=False)
+    return unflatten(combined)
+
+
+# ---- what edits of weights have in common
+
+
+def alike(trees: Sequence[Params], dtypes: bool = True) -> list[dict[str, Any]]:
+    """Return trees as flat dicts; ValueError, with all that differs, where one is not shaped as the first."""
+    flats = [_flat(f"tree {i}", tree) for i, tree in enumerate(trees)]
+    for i, flat in enumerate(flats):
+        require_alike(f"tree {i} does not fit tree 0", flat, flats[0], dtypes)
+    return flats
+
+
+def require_alike(told: str, found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> None:
+    """Raise ValueError, `told` and all that differs, unless two flat trees have the same names, shapes and dtypes."""
+    if lines := differences(found, expected, dtypes):
+        raise ValueError(told + ":\n  " + "\n  ".join(lines))
+
+
+def wide(array: Any) -> Any:
+    """Return an array in float32 at least."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32), copy=False)
+
+
+def module_of(*arrays: Any) -> ModuleType:
+    """Return jax.numpy if one of the arrays is JAX's, else numpy."""
+    return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
+
+
+def product(x: Any, w: Any) -> Any:
+    """Return x @ w in float32 at least, also where a device's own products are coarser."""
+    with jax.default_matmul_precision("highest"):
+        return wide(x) @ wide(w)
+
+
+def flat_of(config: GPT2Config, params: Params) -> dict[str, Any]:
+    """Return the params of this config as a flat dict; ValueError where they are another's."""
+    check_params(config, params, dtypes=False)
+    return flatten(params)
+
+
+def in_range(what: str, value: Any, count: int) -> int:
+    """Return a number of a layer, head or neuron as an int; ValueError where there is none of that number."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"a {what} must be a whole number, not {value!r}") from None
+    if not 0 <= number < count:
+        raise ValueError(f"there is no {what} {number}: they are 0 to {count - 1}")
+    return number
+
+
+def _flat(what: str, tree: Params) -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{what} must be params, nested dicts of arrays, not {reprlib.repr(tree)}")
+    return flatten(tree)
