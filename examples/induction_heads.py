@@ -4,10 +4,6 @@ COMMAND: python examples/induction_heads.py     (a minute on two CPU cores: trai
          python examples/induction_heads.py --model 124M
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import jax
 import numpy as np
 import optax
@@ -21,6 +17,7 @@ def train(n_steps: int) -> tuple:
     """Train two layers on repeated random tokens until induction heads form."""
     config = gpt2_jax.GPT2Config(n_vocab=61, n_ctx=64, n_embd=64, n_head=2, n_layer=2)
     params, optimizer = gpt2_jax.init_params(config, jax.random.key(0)), optax.adamw(2e-3)
+    state = optimizer.init(params)
 
     @jax.jit
     def step(params, state, key):
@@ -35,28 +32,27 @@ def train(n_steps: int) -> tuple:
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
     for i in range(n_steps):
         params, state = step(params, state, jax.random.key(i + 1))
     return config, params
 
 
-def main(model: str = "", n_steps: int = 1500, output: Path = Path("induction_heads.png")) -> None:
+def main(model: str = "", n_steps: int = 1500, output: str = "induction_heads.png") -> None:
     """Print the loss on the second copy of random rows without this or that head; draw all induction scores."""
     config, params = gpt2_jax.load(model) if model else train(n_steps)
     tokens = np.asarray(research.repeated_tokens(config, jax.random.key(0), 4, 24))
-    found = research.head_scores(config, params, tokens)
-    scores, previous = np.asarray(found.induction), np.asarray(found.previous)
+    found = jax.tree.map(np.asarray, research.head_scores(config, params, tokens))
+    scores = found.induction
     best = sorted(np.ndindex(scores.shape), key=lambda head: -scores[head])[:4]
-    groups = {"nothing": []} | {f"h{layer} head {head}": [(layer, head)] for layer, head in best}
-    groups["all above 0.4"] = [head for head in best if scores[head] > 0.4]
+    groups = {"nothing": [], "all above 0.4": [head for head in best if scores[head] > 0.4]}
+    for i, n in best:
+        groups[f"h{i} head {n} (induction {scores[i, n]:.2f}, previous token {found.previous[i, n]:.2f})"] = [(i, n)]
     for name, heads in groups.items():
         ablated = research.surgery.ablate_heads(config, params, heads)
         loss = -np.mean([row.logprobs[24:].mean() for row in gpt2_jax.score(config, ablated, tokens)])
-        kind = [f"induction {scores[head]:.2f}, previous token {previous[head]:.2f}" for head in heads]
-        print(f"without {name}: {loss:.2f} nats a token   {' and '.join(kind)}")
-    names = {"row_name": "layer", "column_name": "head", "value_name": "attention to what followed last time"}
-    research.pictures.save(research.pictures.heat_map(scores, **names), output)
+        print(f"without {name}: {loss:.2f} nats a token")
+    figure = research.pictures.heat_map(scores, title="induction scores", row_name="layer", column_name="head")
+    research.pictures.save(figure, output)
 
 
 if __name__ == "__main__":
