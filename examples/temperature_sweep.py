@@ -19,7 +19,7 @@ from gpt2_jax import research
 
 def main(
     model: str = "shakespeare",
-    prompt: str = "My lord",
+    prompt: str = "LADY",
     temperatures: tuple[float, ...] = (0.1, 0.5, 1.0, 2.0, 5.0),
     n_draws: int = 1000,
     k: int = 8,

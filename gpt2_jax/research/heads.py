@@ -112,7 +112,7 @@ def repeated_tokens(
         released models.
 
     Raises:
-      ValueError: fewer ids than tokens, more tokens than n_ctx, or a number that is none.
+      ValueError: fewer ids than tokens, more tokens than n_ctx, or a number or a key that is none.
 
     """
     for name, value in (("n_rows", n_rows), ("n_tokens", n_tokens)):
@@ -126,8 +126,12 @@ def repeated_tokens(
             f"{n_tokens} different tokens twice do not fit the model's n_vocab of {config.n_vocab} and n_ctx of "
             f"{config.n_ctx}: ask for fewer"
         )
+    try:
+        keys = jax.random.split(key, n_rows)
+    except TypeError as error:
+        raise ValueError(f"key must be a key, jax.random.key(seed), not {key!r}") from error
     ids = jnp.delete(jnp.arange(config.n_vocab), jnp.array(start, int), assume_unique_indices=True)
-    once = jax.vmap(lambda key: jax.random.permutation(key, ids)[:n_tokens])(jax.random.split(key, n_rows))
+    once = jax.vmap(lambda key: jax.random.permutation(key, ids)[:n_tokens])(keys)
     return jnp.concatenate([jnp.full((n_rows, len(start)), first or 0), once, once], axis=1).astype(jnp.int32)
 
 
@@ -175,6 +179,8 @@ def _mean_attention(
 def _places(mask_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
     """Return the place of each token in its row, padding left out: 0, 1, ...; -1 at padding."""
     mask_BT = jnp.ones(shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
+    if mask_BT.shape != shape:
+        raise ValueError(f"mask must be bool{shape}, as the tokens, not of shape {mask_BT.shape}")
     return jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=-1) - 1, -1)
 
 

@@ -196,7 +196,7 @@ def attribution_patching(
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     chosen = select(config, names)
     if isinstance(source, Mapping) and names == ".":
-        chosen = [name for name in chosen if name in source]
+        chosen = [name for name in chosen if name in source] or chosen
     source = _source(config, tokens_BT, source, chosen)
     at_B = as_place(at, tokens_BT.shape)
     estimates = _estimates(GPT2(config), tuple(chosen), params, tokens_BT, mask_BT, source, traceable(metric), at_B)
@@ -222,7 +222,10 @@ def _estimates(
             return x + added[name].astype(x.dtype)
 
         taps = {name: functools.partial(see, name) for name in names}
-        return metric(logits_at(model, params, tokens_BT, mask_BT, at_B, taps)), seen
+        judged = metric(logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
+        if jnp.shape(judged) != ():
+            raise ValueError(f"the metric must give one number to take a gradient of, not {jnp.shape(judged)}")
+        return judged, seen
 
     if not isinstance(source, dict):
         _, source = forward(model.config, params, source, mask_BT, capture=[f"^{name}$" for name in names])

@@ -213,7 +213,7 @@ def _matrix(values: Any, rows: Sequence[Any] | None, columns: Sequence[Any] | No
 
 
 def _size(shape: tuple[int, int]) -> tuple[float, float]:
-    return 2.2 + CELL * shape[1], 1.6 + CELL * shape[0]
+    return 2.2 + CELL * shape[1], max(2.6, 1.6 + CELL * shape[0])
 
 
 def _draw_map(
