@@ -1,0 +1,162 @@
+"""LAMBADA: is the last word of a passage the one that the model finds most likely?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit
+from gpt2_jax.evaluate.continuations import score_continuations
+from gpt2_jax.generation.scoring import Score
+from gpt2_jax.params import Params
+from gpt2_jax.tokenizer import Tokenizer
+
+# Words that can go on a passage but hardly end one. The paper does not list its own. The last ones are what the
+# tokenizer leaves of contractions: "didn't" is " didn" and "'t".
+_STOP_WORDS = """
+a an the this that these those each every either neither some any no all both few many more most much other another
+such own same several
+i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers
+herself it its itself they them their theirs themselves who whom whose which what
+am is are was were be been being have has had having do does did doing will would shall should can could may might
+must ought cannot
+of at by for with about against between into through during before after above below to from up down in out on off
+over under among upon within without toward towards across along behind beyond around
+and but or nor if because as until while although though unless since than whether so yet
+not only very too just then there here when where why how again further once now also even
+ain aren couldn didn doesn hadn hasn isn mightn mustn needn shouldn wasn weren wouldn
+"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Lambada:
+    """How well a model predicts the last words of passages.
+
+    Attributes:
+      accuracy: share of passages whose last word greedy decoding gives, 0 to 1.
+      accuracy_with_stop_word_filter: the same where stop words are passed over.
+      perplexity_per_word: exp(nats / passages).
+      perplexity_per_token: exp(nats / tokens).
+      nats: the sum of -ln p of the last words.
+      passages: how many.
+      tokens: of all last words.
+      stop_words: passages whose last word is itself a stop word.
+      cut: passages of which the model could not read the beginning.
+      conventions: for each of these, by name, how it is measured or counted.
+
+    """
+
+    accuracy: float
+    accuracy_with_stop_word_filter: float
+    perplexity_per_word: float
+    perplexity_per_token: float
+    nats: float
+    passages: int
+    tokens: int
+    stop_words: int
+    cut: int
+    conventions: dict[str, str]
+
+
+def lambada(
+    config: GPT2Config,
+    params: Params,
+    tokenizer: Tokenizer,
+    passages: Sequence[str],
+    *,
+    stop_words: Iterable[str] = STOP_WORDS,
+    edits: Edit | Sequence[Edit] = (),
+    track: Callable[[list], Iterable] = iter,
+) -> Lambada:
+    """Predict the last word of each passage from what stands before it (GPT-2's paper, section 3.3).
+
+    The last word is what follows the last space; its tokens are those of " word", as the tokenizer would have cut the
+    whole passage. A passage is right if each of them is the most likely one given the passage up to it. That is what
+    greedy decoding would give: as long as it agrees with the word, both have read the same, and at the first token
+    where it does not, the passage is wrong in any case. So one pass over the passage decides.
+
+    The paper adds a filter of stop words, as many predictions would go on with the sentence but not end it. Its code
+    is not public; here, with the filter, greedy decoding passes over stop words: at its first step the tokens that are
+    whole stop words (" the", " The") are left out, unless the last word goes on from one (" over" of "overalls"). So a
+    passage that ends in a stop word is wrong.
+
+    Args:
+      config: the model's hyperparameters.
+      params: its parameters, as `load` gives them.
+      tokenizer: its vocabulary.
+      passages: texts, each with its last word. White space at their end is dropped.
+      stop_words: in lower case.
+      edits: of activations, as `score` takes them.
+      track: takes the list of batches and gives them one by one, rich.progress.track say.
+
+    Raises:
+      ValueError: no passages, or one without a space before its last word.
+
+    """
+    stop_words = frozenset(stop_words)
+    parts = [_split(i, passage) for i, passage in enumerate(passages)]
+    if not parts:
+        raise ValueError("passages is empty: give at least one text")
+    pairs = [(tokenizer.encode(context), tokenizer.encode(f" {word}")) for context, word in parts]
+    aside = _stop_ids(tokenizer, stop_words)
+    scores, n_cut = score_continuations(config, params, pairs, aside=aside, edits=edits, track=track)
+    is_stop_word = [word.lower() in stop_words for _, word in parts]
+    nats = -math.fsum(one.sum for one in scores)
+    n_tokens = sum(len(one.logprobs) for one in scores)
+    right = sum(bool(one.greedy.all()) for one in scores)
+    right_with_filter = sum(_right_with_filter(one) for one, stop in zip(scores, is_stop_word, strict=True) if not stop)
+    with np.errstate(over="ignore"):  # beyond float64 it is inf
+        per_word, per_token = (float(np.exp(nats / n)) for n in (len(parts), n_tokens))
+    return Lambada(
+        accuracy=right / len(parts),
+        accuracy_with_stop_word_filter=right_with_filter / len(parts),
+        perplexity_per_word=per_word,
+        perplexity_per_token=per_token,
+        nats=nats,
+        passages=len(parts),
+        tokens=n_tokens,
+        stop_words=sum(is_stop_word),
+        cut=n_cut,
+        conventions=_conventions(config, len(stop_words)),
+    )
+
+
+def _split(i: int, passage: str) -> tuple[str, str]:
+    """Return a passage without its last word, and that."""
+    if not isinstance(passage, str):
+        raise ValueError(f"passages[{i}] must be a str, not {type(passage).__name__}")
+    context, _, word = passage.rstrip().rpartition(" ")
+    if not context:
+        raise ValueError(f"passages[{i}] (from 0) has no space before its last word, {word[:40]!r}: it needs a context")
+    return context, word
+
+
+def _stop_ids(tokenizer: Tokenizer, stop_words: Iterable[str]) -> list[int]:
+    """Return the tokens that are a space and a stop word, in lower case or capitalized."""
+    forms = sorted({form for word in stop_words for form in (word, word.capitalize())})
+    encoded = [tokenizer.encode(f" {form}") for form in forms]
+    return [ids[0] for ids in encoded if len(ids) == 1]
+
+
+def _right_with_filter(one: Score) -> bool:
+    first = one.greedy if one.greedy_aside is None else one.greedy_aside  # no stop word is a token of this vocabulary
+    return bool(first[0] and one.greedy[1:].all())
+
+
+def _conventions(config: GPT2Config, n_stop_words: int) -> dict[str, str]:
+    return {
+        "accuracy": "share of passages whose last word, by the last space, greedy decoding gives token by token",
+        "accuracy_with_stop_word_filter": f"the same, {n_stop_words} stop words left out of the first step's choice",
+        "perplexity_per_word": "exp(nats / passages), all tokens of a last word together",
+        "perplexity_per_token": "exp(nats / tokens)",
+        "nats": "sum of -ln p of the last words' tokens, each given the passage before it",
+        "passages": "each scored on its own, nothing put before it",
+        "tokens": "of the last words, with the space before them",
+        "stop_words": "passages that end in one, which the filter makes wrong",
+        "cut": f"passages beyond the model's {config.n_ctx} tokens, of which it read the last",
+    }
