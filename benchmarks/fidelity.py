@@ -30,7 +30,8 @@ Truth: Hugging Face torch in float64, the same float32 weights. Logits: the larg
 positions of random ids, and the root mean square of all, over the largest absolute logit. KL: of the next token's
 distribution from the truth's, mean and largest over the positions, nats. Top-1: positions where the most likely token
 is the truth's. Gradients, of the mean loss of {m:,} positions: for each parameter the largest difference over its
-largest absolute gradient; the worst parameter, and the median one. In bfloat16 the weights are rounded too."""
+largest absolute gradient; the worst parameter, and the median one. In bfloat16 the weights are rounded too.
+Ours is under jax.default_matmul_precision("highest"), unless it says that it is not."""
 HEADINGS = "shape | device | dtype | library | logits | their RMS | mean KL | largest KL | top-1 | worst gradient | "
 HEADINGS += "median gradient"
 AT_A_TIME = 64  # positions whose logits are compared together
@@ -55,14 +56,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def contests(dtypes: list[str], where: str) -> Iterator[tuple[str, Contestant, Way]]:
-    """Yield each row's label, library and way of computing; on a GPU float32 with and without TF32."""
+    """Yield each row's label, library and way of computing; float32 also as JAX computes it unasked, and in TF32."""
     for dtype, (name, contestant) in itertools.product(dtypes, CONTESTANTS.items()):
         if dtype not in contestant.dtypes or where not in contestant.devices:
             continue
         if importlib.util.find_spec(contestant.package) is None:
             continue
         yield name, contestant, Way(dtype, where)
-        if (where, dtype) == ("gpu", "float32"):
+        if dtype == "float32" and name == "ours":
+            yield "ours, default precision", contestant, Way(dtype, where, rounded=True)
+        elif (dtype, where) == ("float32", "gpu"):
             yield f"{name}, TF32", contestant, Way(dtype, where, rounded=True)
 
 

@@ -25,7 +25,7 @@ class Way:
     Attributes:
       dtype: of weights and products: "float64", "float32" or "bfloat16".
       where: "cpu" or "gpu".
-      rounded: float32 products in TF32, as JAX does by itself on a GPU.
+      rounded: float32 products at JAX's default precision, and torch's in TF32, which is that on a GPU.
 
     """
 

@@ -26,6 +26,7 @@ from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
 
 EPSILON = 1e-5  # the original's; Flax's own default is 1e-6
+BLOCK = 128  # numbers that are summed straight through where precision is asked for
 
 
 @struct.dataclass
@@ -54,6 +55,20 @@ def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...
         place = "/".join([*module.path, name])
         raise ScopeParamShapeError(name, place, shape, jnp.shape(value))
     return value
+
+
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Return x @ w; under `jax.default_matmul_precision("highest")` as a sum of products of BLOCK rows of w each.
+
+    XLA sums straight through on a CPU: over 768 numbers in float32 that leaves an error of 3.7e-7, in blocks 2.1e-7
+    (torch's library 2.5e-7). A forward pass takes about half as long again.
+    """
+    if jax.config.jax_default_matmul_precision not in ("highest", "float32"):
+        return x @ w
+    parts = [x[..., start : start + BLOCK] @ w[start : start + BLOCK] for start in range(0, len(w), BLOCK)]
+    while len(parts) > 1:
+        parts = [functools.reduce(jnp.add, parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    return parts[0]
 
 
 class LayerNorm(nn.Module):
@@ -92,7 +107,7 @@ class Conv1D(nn.Module):
         if not self.train_bias:
             b = jax.lax.stop_gradient(b)
         dtype = self.config.compute_dtype
-        return x.astype(dtype) @ w.astype(dtype) + b.astype(dtype)
+        return product(x.astype(dtype), w.astype(dtype)) + b.astype(dtype)
 
 
 class Attention(nn.Module):

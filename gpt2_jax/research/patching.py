@@ -6,7 +6,8 @@
 Two runs of as many tokens: "The Eiffel Tower is in" and "The Colosseum is in". Denoising patches the corrupted run with
 activations of the clean one, and asks what suffices to get the answer back; noising patches the clean run with those of
 the corrupted one, and asks what is needed for it. They are the same function with the runs swapped: here `tokens_BT` is
-always the run that is patched, and `source` the one that activations are taken from.
+always the run that is patched, and `source` the one that activations are taken from (Heimersheim and Nanda 2024, "How
+to use and interpret activation patching").
 
 Shape letters: B batch, T query, N heads, V vocab; L layers patched, P patches of a layer, K places of a patch.
 """
@@ -37,7 +38,6 @@ Axis = Literal["head", "position"]
 # products alone, and 32 at half of it. Elsewhere nothing was measured: memory bounds it.
 TOKENS_TOGETHER = {"cpu": 512}
 TOKENS_TOGETHER_ELSEWHERE = 8192
-QKV = ("attn/q", "attn/k", "attn/v")
 
 
 def activation_patching(
@@ -86,12 +86,8 @@ def activation_patching(
       ValueError: as `forward`, runs of two shapes, an activation that was not captured or is no block's, heads where it
         has none, or places out of range.
 
-    References:
-      Meng et al. 2022, "Locating and editing factual associations in GPT", section 2; Heimersheim and Nanda 2024, "How
-      to use and interpret activation patching".
-
     """
-    tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
+    tokens_BT, params = _rows(config, tokens_BT), as_params(config, params)
     if activation not in BLOCK:
         raise ValueError(f"{activation!r} is no activation of a block: there are {', '.join(BLOCK)}")
     each = (each,) if isinstance(each, str) else tuple(each)
@@ -147,15 +143,12 @@ def _patched_runs(
 
 
 def _kept(activation: str) -> list[str]:
-    """Return activations of the same block that a patch leaves as they were, and of which all the others follow.
+    """Return activations of the block from before a patch, of which all that comes behind follows.
 
-    Put in their places, they make what comes before them dead code, which XLA drops: the layers below, and products of
-    their own.
+    Put in place they make all before them dead code, which XLA drops: the layers below, and products of their own.
     """
     before = list(BLOCK)[: list(BLOCK).index(activation)]
-    if activation in QKV:
-        before.extend(QKV)
-    return [name for name in ("resid_pre", *QKV, "resid_mid") if name in before and name != activation]
+    return [name for name in ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid") if name in before]
 
 
 # ---- by the gradient
@@ -193,13 +186,13 @@ def attribution_patching(
       ValueError: as `activation_patching`, or a pattern is found in no name.
 
     """
-    tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
+    tokens_BT, params = _rows(config, tokens_BT), as_params(config, params)
     chosen = select(config, names)
     if isinstance(source, Mapping) and names == ".":
         chosen = [name for name in chosen if name in source] or chosen
     source = _source(config, tokens_BT, source, chosen)
-    at_B = as_place(at, tokens_BT.shape)
-    estimates = _estimates(GPT2(config), tuple(chosen), params, tokens_BT, mask_BT, source, traceable(metric), at_B)
+    args = (params, tokens_BT, mask_BT, source, traceable(metric), as_place(at, tokens_BT.shape))
+    estimates = _estimates(GPT2(config), tuple(chosen), *args)
     return {name: estimates[name] for name in chosen}  # a program gives them by the alphabet
 
 
@@ -233,15 +226,19 @@ def _estimates(
     nothing = {name: jnp.zeros(shape(model.config, name, *tokens_BT.shape), wide) for name in names}
     slopes, before = jax.grad(value, has_aux=True)(nothing)
 
-    def estimate(name: str) -> jax.Array:
-        change = source[name].astype(wide) - before[name].astype(wide)
-        change = (change * slopes[name]).sum((0, -1))
-        return change.T if axes(name) == "BTNH" else change
-
-    return {name: estimate(name) for name in names}
+    moved = {name: source[name].astype(wide) - before[name].astype(wide) for name in names}
+    changes = {name: (moved[name] * slopes[name]).sum((0, -1)) for name in names}
+    return {name: change.T if axes(name) == "BTNH" else change for name, change in changes.items()}
 
 
 # ---- arguments
+
+
+def _rows(config: GPT2Config, tokens_BT: jax.Array) -> jax.Array | np.ndarray:
+    tokens_BT = as_tokens(config, tokens_BT)
+    if tokens_BT.ndim != 2:
+        raise ValueError(f"tokens must be rows of ids, [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
+    return tokens_BT
 
 
 def _source(
@@ -252,7 +249,7 @@ def _source(
         if missing := [name for name in names if name not in source]:
             raise ValueError(f"{missing[0]} was not captured in the run to patch from: there are {', '.join(source)}")
         return {name: source[name] for name in names}
-    source_BT = as_tokens(config, source)
+    source_BT = _rows(config, source)
     if source_BT.shape != tokens_BT.shape:
         raise ValueError(f"the runs must have tokens of one shape, not {tokens_BT.shape} and {source_BT.shape}")
     return source_BT
@@ -267,11 +264,8 @@ def _chosen(
     if "N" not in BLOCK[activation] and ("head" in each or heads is not None):
         raise ValueError(f"{activation} is not divided into heads: its axes are {BLOCK[activation]}")
     asked = {"head": (heads, config.n_head), "position": (positions, n_tokens)}
-    return {
-        axis: _places(f"{axis}s", places, count)
-        for axis, (places, count) in asked.items()
-        if axis in each or places is not None
-    }
+    asked = {axis: of for axis, of in asked.items() if axis in each or of[0] is not None}
+    return {axis: _places(f"{axis}s", *of) for axis, of in asked.items()}
 
 
 def _places(what: str, places: Where | slice, count: int) -> np.ndarray:
@@ -295,8 +289,7 @@ def _grid(chosen: dict[str, np.ndarray], each: tuple[str, ...]) -> dict[str, np.
 def _groups(n_patches: int, together: int | None, n_tokens: int) -> np.ndarray:
     """Return the patches [groups, in a group] that go together: groups of one size, the last repeating some patches."""
     if together is None:
-        tokens = TOKENS_TOGETHER.get(jax.default_backend(), TOKENS_TOGETHER_ELSEWHERE)
-        together = max(1, tokens // n_tokens)
+        together = max(1, TOKENS_TOGETHER.get(jax.default_backend(), TOKENS_TOGETHER_ELSEWHERE) // n_tokens)
     if isinstance(together, bool) or not isinstance(together, int) or together < 1:
         raise ValueError(f"together must be a positive whole number, not {together!r}")
     n_groups = -(-n_patches // together)
