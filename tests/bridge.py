@@ -1,0 +1,65 @@
+"""TransformerLens's view of a model of ours: its bridge around the same weights in their dtype, none processed."""
+
+import jax
+import numpy as np
+import pytest
+
+REASON = "needs transformer-lens, of the `parity` extra: pip install -e '.[parity]'"
+LEAVES = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
+
+
+def bridge_of(config, params, tokenizer=None):
+    """Return a TransformerBridge with these weights, compatibility mode off; skip the test where there is no library.
+
+    `tokenizer` is one of Hugging Face's. Without one the bridge would ask the hub: it gets one whose words are ids.
+    """
+    pytest.importorskip("transformer_lens", reason=REASON)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokenizer = words_of_ids(config.n_vocab) if tokenizer is None else tokenizer
+    bridge = TransformerBridge.boot_transformers("gpt2", hf_model=torch_model(config, params), tokenizer=tokenizer)
+    return bridge.requires_grad_(False)
+
+
+def torch_model(config, params):
+    """Return a GPT2LMHeadModel with these weights."""
+    import torch
+    import transformers
+
+    hf_config = transformers.GPT2Config(
+        vocab_size=config.n_vocab,
+        n_positions=config.n_ctx,
+        n_embd=config.n_embd,
+        n_head=config.n_head,
+        n_layer=config.n_layer,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="eager",
+    )
+    model = transformers.GPT2LMHeadModel(hf_config).eval().requires_grad_(False)
+    model.to(getattr(torch, config.param_dtype.name))
+    theirs = dict(model.named_parameters())
+    ours = {_torch_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    assert theirs.keys() == ours.keys()
+    for name, parameter in theirs.items():
+        assert parameter.shape == ours[name].shape
+        parameter.copy_(torch.tensor(ours[name]))
+    return model
+
+
+def _torch_name(path):
+    """Return transformer.h.3.attn.c_attn.weight for h3/attn/c_attn/w: (in, out) in both."""
+    *modules, leaf = (entry.key for entry in path)
+    modules = [f"h.{name[1:]}" if name[0] == "h" else name for name in modules]
+    return ".".join(["transformer", *modules, LEAVES[leaf]])
+
+
+def words_of_ids(n_vocab):
+    """Return a tokenizer of Hugging Face's that reads "7 3" as the ids 7 and 3."""
+    import tokenizers
+    import transformers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(n_vocab)}, unk_token="0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    # Without a bos_token, or the bridge would load the tokenizer anew from its files; an id of its own would be a 0.
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", unk_token="0")
