@@ -53,6 +53,7 @@ def main(model: str = "shakespeare", n_steps: int = 30, output: Path = Path("mer
     for name, row in zip(models, losses, strict=True):
         print(f"{name:>18}: " + ", ".join(f"{text} {loss:.2f}" for text, loss in zip(TEXTS, row, strict=True)))
     pictures.save(pictures.heat_map(losses, list(models), list(TEXTS), title="nats a token", signed=False), output)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

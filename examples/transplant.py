@@ -2,7 +2,8 @@
 
 COMMAND: python examples/transplant.py [--model 124M]     (10 s on two CPU cores)
 
-Three of a block's four matrices are not square, and refuse. attn/c_proj is: nothing fails, and the text turns to noise.
+Three of a block's four matrices are not square, and refuse. attn/c_proj is: nothing fails, and what the model says is
+no longer about anything.
 """
 
 from __future__ import annotations

@@ -121,17 +121,21 @@ class _Module(Protocol):
 class Taps:
     """The taps of one forward pass, which the modules call with each activation; without a tap it is left alone."""
 
-    def __init__(self, taps: Mapping[str, Tap], position_BT: Any = None):
-        self._taps, self._position_BT = taps, position_BT
+    def __init__(self, taps: Mapping[str, Tap], position_BT: Any = None, n_outer: int = 0):
+        """Take the taps by name; `n_outer` is the number of modules that the model itself stands in."""
+        self._taps, self._position_BT, self._n_outer = taps, position_BT, n_outer
 
     def on(self, module: _Module, *names: str) -> bool:
         """Say whether one of the module's activations has a tap."""
-        return any("/".join([*module.path, name]) in self._taps for name in names)
+        return any(self._name(module, name) in self._taps for name in names)
 
     def __call__(self, module: _Module, name: str, value: jax.Array) -> jax.Array:
         """Return what goes on in place of the module's activation."""
-        tap = self._taps.get("/".join([*module.path, name])) if self._taps else None
+        tap = self._taps.get(self._name(module, name)) if self._taps else None
         return value if tap is None else tap(value, self._position_BT)
+
+    def _name(self, module: _Module, name: str) -> str:
+        return "/".join([*module.path[self._n_outer :], name])
 
 
 NO_TAPS = Taps({})

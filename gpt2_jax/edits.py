@@ -9,7 +9,7 @@ Shape letters: B batch, T query, S cache slot, N heads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,13 +103,26 @@ def _edit(name: str, kind: str, value: Any, positions: Where | slice, heads: Whe
         raise ValueError(f"no model has an activation {name!r}: activation_names(config) lists a model's") from error
     if heads is not None and "N" not in letters:
         raise ValueError(f"{name} is not divided into heads: its axes are {letters}")
-    value = value if isinstance(value, jax.Array) else np.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        value = value.astype(np.float32)
     span = None
     if isinstance(positions, slice):
         span, positions = _span(positions), None
-    return Edit(name, kind, value, _whole("positions", positions), span, _whole("heads", heads))
+    return Edit(name, kind, _number(name, value), _whole("positions", positions), span, _whole("heads", heads))
+
+
+def _number(name: str, value: Any) -> jax.Array | np.ndarray:
+    """Return a value as an array of floats."""
+    if isinstance(value, jax.Array):  # not of weak type, which would make it another program
+        value = jax.lax.convert_element_type(value, value.dtype)
+    else:
+        try:
+            value = np.asarray(value)
+        except ValueError:  # a list of lists of several lengths
+            value = np.asarray(None)
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    if not (jnp.issubdtype(value.dtype, jnp.integer) or value.dtype == bool):
+        raise ValueError(f"the value of an edit of {name} must be a number or an array of them, not {value.dtype}")
+    return value.astype(np.float32)
 
 
 def _span(positions: slice) -> jax.Array:
@@ -117,7 +130,10 @@ def _span(positions: slice) -> jax.Array:
     stop = END if positions.stop is None else positions.stop
     if positions.step not in (None, 1):
         raise ValueError(f"positions must be a slice of step 1, not {positions}: list the places")
-    return jnp.concatenate([_whole("positions", start), _whole("positions", stop)])
+    ends = [_whole("positions", start), _whole("positions", stop)]
+    if [end.size for end in ends] != [1, 1]:
+        raise ValueError(f"positions must be a slice from one place to another, not {positions}")
+    return jnp.concatenate(ends)
 
 
 def _whole(what: str, places: Where) -> jax.Array | None:
@@ -125,6 +141,8 @@ def _whole(what: str, places: Where) -> jax.Array | None:
         return None
     known = not any(isinstance(place, jax.core.Tracer) for place in jax.tree.leaves(places))
     places = np.atleast_1d(np.asarray(places)) if known else jnp.atleast_1d(jnp.asarray(places))
+    if places.size == 0:  # nowhere; an empty list is one of floats
+        places = places.astype(np.int32)
     if places.ndim != 1 or not jnp.issubdtype(places.dtype, jnp.integer) or (known and (places < 0).any()):
         raise ValueError(f"{what} must be whole numbers, 0 or more, not {places}")
     return places.astype(np.int32)
@@ -142,7 +160,7 @@ def check_edits(config: GPT2Config, edits: Sequence[Edit], whole_rows: bool = Tr
       ValueError: they are no edits, of activations or heads that the model has not, or of values that do not broadcast.
 
     """
-    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    edits = (edits,) if isinstance(edits, Edit) or not isinstance(edits, Iterable) else tuple(edits)
     for edit in edits:
         if not isinstance(edit, Edit):
             raise ValueError(f"edits must be made by replace, add, scale or patch of research, not {edit!r}")
@@ -156,6 +174,8 @@ def check_edits(config: GPT2Config, edits: Sequence[Edit], whole_rows: bool = Tr
                 f"the edit of {edit.name} is for heads {edit.heads}, and the model has {config.n_head}, from 0"
             )
         if not whole_rows:
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(edit)):
+                raise ValueError("this runs compiled programs of its own: call it outside of jit, vmap and grad")
             one = shape(config, edit.name, 1, 1)
             if not _fits(jnp.shape(edit.value), one):
                 raise ValueError(

@@ -310,7 +310,7 @@ class GPT2(nn.Module):
         check_names(self.config, list(taps))
         if self.remat:
             raise ValueError("a tap would see what is computed anew for the backward pass: use GPT2 without remat")
-        return Taps(taps, position_BT)
+        return Taps(taps, position_BT, n_outer=len(self.path))
 
     def _embed(self, tokens_BT: jax.Array, mask_BT: jax.Array, position_BT: jax.Array, taps: Taps) -> jax.Array:
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.config.n_vocab)

@@ -92,7 +92,10 @@ def run(args: Args) -> None:
     from gpt2_jax.evaluate import files
 
     readers = {"perplexity": files.read_documents, "lambada": files.read_passages, "cloze": files.read_questions}
-    items = readers[args.task](expanded(args.file))[: args.limit]  # before the weights: those can take long
+    items = readers[args.task](expanded(args.file))  # before the weights: those can take long
+    if args.limit is not None and args.task == "perplexity" and args.file.suffix != ".jsonl":
+        raise ValueError(f"--limit counts documents, and {args.file} is one: cut it, or give a .jsonl")
+    items = items[: args.limit]
     import gpt2_jax
     from gpt2_jax.compilation import keep_compiled
 

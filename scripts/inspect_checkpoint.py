@@ -66,11 +66,11 @@ def run(args: Args) -> None:
       ValueError, OSError: bad input; nothing has been written to standard output.
 
     """
-    from gpt2_jax import checkpoints, inspection
+    from gpt2_jax import checkpoints, figures, inspection
     from gpt2_jax.inspection import plot
 
     if args.plot is not None:
-        plot.check_path(args.plot)
+        figures.check_path(args.plot)
     source = checkpoints.embedded_model() if args.source is None else args.source
     directory = checkpoints.locate(source)
     with warnings.catch_warnings():

@@ -17,6 +17,7 @@ LEVELS = [
     {"model", "sharding"},
     {"edits"},
     {"generation", "checkpoints"},
+    {"figures"},
     {"evaluate", "research", "inspection", "compilation"},
     {"training"},
     {"scripts", "benchmarks", "examples"},

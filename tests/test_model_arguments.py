@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +145,19 @@ def test_abstract_params_keep_no_mesh():
     with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         first = gpt2_jax.abstract_params(config)
     assert all(leaf.sharding is None for leaf in jax.tree.leaves(first))
+
+
+def test_taps_find_the_model_inside_another_module(params):
+    class Outer(flax.linen.Module):
+        def setup(self):
+            self.gpt2 = gpt2_jax.GPT2(CONFIG)
+
+        def __call__(self, tokens_BT, taps):
+            return self.gpt2(tokens_BT, taps=taps).logits
+
+    tokens_BT = some_tokens(CONFIG, 2, 5)
+    taps = {"h0/resid_post": lambda value, position_BT: 2 * value}
+    expected = gpt2_jax.GPT2(CONFIG).apply({"params": params}, tokens_BT, taps=taps).logits
+    found = Outer().apply({"params": {"gpt2": params}}, tokens_BT, taps)
+    np.testing.assert_array_equal(found, expected)
+    assert abs(expected - gpt2_jax.GPT2(CONFIG).apply({"params": params}, tokens_BT).logits).max() > 0.01

@@ -165,10 +165,11 @@ def test_highest_precision_sums_in_blocks():
         found = np.asarray(jax.jit(product)(x, w), np.float64)
         return np.sqrt(np.mean((found - true) ** 2) / np.mean(true**2))
 
-    plain = error()  # measured 4.0e-7
+    with jax.default_matmul_precision("default"):
+        plain = error()  # measured 3.9e-7
+        assert str(jax.make_jaxpr(product)(x, w)).count("dot_general") == 1
     with jax.default_matmul_precision("highest"):
-        assert error() <= min(plain, 2.6e-7)  # measured 2.1e-7
+        assert error() < min(plain, 2.6e-7)  # measured 2.1e-7
         assert str(jax.make_jaxpr(product)(x, w)).count("dot_general") == 9
         narrow = jax.make_jaxpr(product)(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16))
         assert str(narrow).count("dot_general") == 1  # the sums between would be rounded to bfloat16
-    assert str(jax.make_jaxpr(product)(x, w)).count("dot_general") == 1

@@ -149,6 +149,14 @@ def test_a_metric_may_see_all_positions_and_hold_numbers(case):
     np.testing.assert_allclose(grid[0], [logits[:, 2, 5].mean() for logits in rows], rtol=0, atol=BOUND["float64"])
 
 
+def test_ids_of_any_kind_are_one_program_and_others_are_refused():
+    avals = [jax.tree.map(jax.typeof, logit_difference(*ids)) for ids in ((2, 0), (np.int64(2), np.uint16(0)))]
+    assert jax.tree.leaves(avals[0]) == jax.tree.leaves(avals[1])
+    for wrong in (" Paris", 1.5, None):
+        with pytest.raises(ValueError, match=r"^wrong must be a token id"):
+            logit_difference(2, wrong)
+
+
 def test_logit_difference():
     logits_BV = jnp.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     assert logit_difference(2, 0)(logits_BV) == ((4 - 1) + (32 - 8)) / 2
@@ -262,7 +270,7 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
         ({"source": {"h0/attn/z": 0}}, "h0/resid_pre was not captured in the run to patch from: there are h0/attn/z"),
         ({"source": np.zeros((2, 5), int)}, r"must have tokens of one shape, not \(2, 7\) and \(2, 5\)"),
         ({"source": [[99] * 7] * 2}, "holds the id 99"),
-        ({"tokens_BT": jnp.arange(7)}, r"tokens must be rows of ids, \[B, T\], not int"),
+        ({"tokens_BT": jnp.arange(7)}, r"tokens must be whole numbers of shape \[B, T\], not int"),
         (
             {"source": {"h0/resid_pre": np.zeros(5), "h1/resid_pre": np.zeros(5)}},
             r"of shape \(5,\), which does not broad",

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -88,9 +91,31 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
         (lambda: pictures.attention_patterns(np.ones((2, 2)), "ab"), r"\[N, T, S\]"),
         (lambda: pictures.attention_patterns(np.ones((1, 2, 2)), "ab", heads=[1, 2]), "1 patterns and 2"),
         (lambda: pictures.attention_patterns(np.ones((1, 2, 2)), "abc"), "2 rows and 3 labels"),
+        (lambda: pictures.attention_patterns(np.ones((0, 2, 2)), "ab"), "0 patterns and 0"),
         (lambda: pictures.bars(["a"], [1.0, 2.0]), "1 labels"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_large_pictures_keep_a_size_that_can_be_looked_at():
+    figure = pictures.attention_patterns(np.zeros((5, 1031, 1031)), range(1031))
+    assert max(figure.get_size_inches()) < 40
+    assert labels(figure.axes[0].xaxis)[:3] == ["0", "17", "34"]
+    assert max(pictures.heat_map(np.zeros((12, 2053))).get_size_inches()) < 20
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    (tmp_path / "map.png").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        pictures.save(pictures.heat_map([[0.0, 1.0]]), tmp_path / "map.png")
+
+
+def test_the_pictures_of_the_readme_are_there():
+    root = Path(__file__).parents[1]
+    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (root / "README.md").read_text(encoding="utf-8"))
+    assert len(named) >= 3
+    for name in named:
+        assert matplotlib.image.imread(root / name).std() > 0.01

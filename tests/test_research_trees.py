@@ -147,7 +147,8 @@ def test_diff_across_dtypes():
         (lambda p: surgery.diff(p, None), "tree 1 must be params, nested dicts of arrays, not None"),
         (lambda p: surgery.average([]), "0 and 0 weights"),
         (lambda p: surgery.average([p, p], [1, 2, 3]), "2 and 3 weights"),
-        (lambda p: surgery.average([p, p], [1, -1]), "sum 0"),
+        (lambda p: surgery.average([p, p], [1, -1]), "finite and not 0"),
+        (lambda p: surgery.average([p, p], [1, float("nan")]), "finite and not 0"),
     ],
 )
 def test_what_is_not_there_is_refused(edit, told):

@@ -145,13 +145,16 @@ def _conventions(
     before = "<|endoftext|>" if bos else "nothing"
     text = "the text as it is" if detokenizer == "none" else f"the {detokenizer} detokenizer's text"
     original = "" if detokenizer == "none" else " before the detokenizer"
+    # What is divided by counts the first token's word and bytes, which without bos have no nats.
+    unscored = "" if bos else ", of which the first token of each document has no nats"
     with_lines = _exp(nats / (counts["words"] + counts["lines"]))
     counted = f"; counted as words too, as models of words do, {with_lines:.6g}" if per == "word" else ""
     return {
         "perplexity": (
-            f"per {per}: exp(nats / {per}s); {text}; {before} put before it; stride {stride} of {config.n_ctx}"
+            f"per {per}: exp(nats / {per}s){'' if per == 'token' else unscored}; {text}; "
+            f"{before} put before it; stride {stride} of {config.n_ctx}"
         ),
-        "bits_per_byte": "nats / ln 2 / bytes",
+        "bits_per_byte": f"nats / ln 2 / bytes{unscored}",
         "nats": "sum of -ln p of the tokens scored",
         "stride": (
             f"tokens from one window of {config.n_ctx} to the next: beyond the first, a token is given the "

@@ -39,7 +39,7 @@ class Score:
         (float64 under a float64 `compute_dtype`). [T - first] where `first` was given.
       sum: of `logprobs`.
       perplexity: exp(-mean of `logprobs`).
-      greedy: as long, whether no token was more likely: greedy decoding would have chosen it.
+      greedy: as long, whether no token was more likely: greedy decoding would have chosen it, or one just as likely.
       greedy_aside: as long, whether no token was more likely but those of `aside`; None where none were given.
 
     """
@@ -118,7 +118,7 @@ def score(
             raise ValueError(f"prompts[{i}] has 1 token, and the first of a prompt has no score: give two or more")
     stride = _check_stride(config, stride)
     first = _check_first(rows, first)
-    aside_V = np.isin(np.arange(config.n_vocab), check_prompt(config, "aside", aside)) if len(aside) else None
+    aside_V = np.isin(np.arange(config.n_vocab), check_prompt(config, "aside", aside)) if np.size(aside) else None
     check_params(config, params, dtypes=False)
     model, params = with_edits(config, placed(params), check_edits(config, edits, whole_rows=False))
     wide = jnp.promote_types(config.compute_dtype, jnp.float32)
@@ -230,8 +230,8 @@ def _score(i: int, first: int, logprobs: np.ndarray, greedy: np.ndarray, greedy_
 def _check_first(rows: list[np.ndarray], first: Sequence[int] | None) -> list[int]:
     if first is None:
         return [1] * len(rows)
-    if len(first) != len(rows):
-        raise ValueError(f"first must hold a number for each of the {len(rows)} prompts, not {len(first)}")
+    if not hasattr(first, "__len__") or len(first) != len(rows):
+        raise ValueError(f"first must hold a number for each of the {len(rows)} prompts, not {first!r}")
     for i, (row, start) in enumerate(zip(rows, first, strict=True)):
         if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 1 <= start < len(row):
             raise ValueError(f"first[{i}] must be a whole number from 1 to {len(row) - 1}, not {start!r}")

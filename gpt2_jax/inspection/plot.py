@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import uuid
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checkpoints.folders import expanded
+from gpt2_jax import figures
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params, flatten
 
 # matplotlib is imported inside the functions that draw: the package does without it otherwise.
 
-FORMATS = (".png", ".svg", ".pdf")
 DENSE = {  # colour and line; dashed over solid shows both where two coincide
     "attn/c_attn": ("#0072b2", "-"),
     "attn/c_proj": ("#56b4e9", "-"),
@@ -40,26 +37,8 @@ def plot(config: GPT2Config, params: Params, path: str | os.PathLike) -> None:
       FileNotFoundError: the folder for the file is not there.
 
     """
-    path = check_path(path)
-    figure = draw(config, params)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=120)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_path(path: str | os.PathLike) -> Path:
-    """Return the path of a picture that can be written; raises as `plot` does."""
-    path = expanded(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: a picture's name must end in {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the picture another name")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no such folder for the picture: {path.parent}")
-    return path
+    path = figures.check_path(path)
+    figures.save(draw(config, params), path)
 
 
 def draw(config: GPT2Config, params: Params) -> Any:

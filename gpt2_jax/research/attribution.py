@@ -136,14 +136,14 @@ def residual_parts(
     Args:
       config, params: the model.
       tokens_BT, mask_BT: as `forward` takes them.
-      layer: the parts sum to its resid_pre; None means behind the last one.
+      layer: the parts sum to its resid_pre; None, or n_layer, means behind the last one.
       edits: as `forward` takes them, but not of the residual stream itself.
 
     Raises:
       ValueError: as `forward`, a layer out of range, or an edit of the stream.
 
     """
-    n_layers = config.n_layer if layer is None else in_range("layer", layer, config.n_layer)
+    n_layers = config.n_layer if layer is None else in_range("layer", layer, config.n_layer + 1)
     edits = _check_edits(config, edits, "resid_")
     blocks = [f"^h{i}/(attn|mlp)/out$" for i in range(n_layers)]
     _, parts = forward(config, params, tokens_BT, mask_BT, capture=["^embed$", "^pos_embed$", *blocks], edits=edits)
@@ -170,7 +170,12 @@ def _attribute(
         x = captured[name].astype(wide)
         return jax.vmap(lambda row, slots: row.at[slots].get(mode="fill", fill_value=jnp.nan))(x, slots_BP)
 
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), params)
+    # As the model rounds them, all but ln_f's.
+    params = {
+        name: jax.tree.map(lambda leaf, dtype=dtype: jnp.asarray(leaf).astype(dtype).astype(wide), part)
+        for name, part in params.items()
+        for dtype in [wide if name == "ln_f" else config.compute_dtype]
+    }
     with jax.default_matmul_precision("highest"):
         unembed_BPD = _rows(params["wte"], asked["answers"])
         if asked["against"] is not None:

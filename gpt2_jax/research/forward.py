@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.activations import Tap, select
@@ -31,7 +32,11 @@ def forward(
     r"""Run the model, and return the activations asked for: `forward(config, params, tokens, capture="resid_post$")`.
 
     Compiled once for each config, shape, choice of names and kinds of edits: other values, positions and heads compile
-    nothing. What is not asked for is in no program. It may be called under `jit`, `vmap` and `grad` too.
+    nothing. Of the activations, what is not asked for is in no program. It may be called under `jit`, `vmap` and `grad`
+    too; a `jit` of yours that drops the logits [B, T, V] drops all that only they need.
+
+    An edit that changes nothing gives the very same bits in float32 and float64. In bfloat16 XLA may keep sums in
+    float32 where nobody looks at them, so that looking rounds them.
 
     Args:
       config: the model's hyperparameters.
@@ -66,9 +71,13 @@ def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]
 
     """
     if isinstance(tokens_BT, jax.Array):
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise ValueError(f"tokens must be whole numbers of shape [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
         return tokens_BT
     if not hasattr(tokens_BT, "__len__") or len(tokens_BT) == 0:
         raise ValueError(f"tokens must be rows of ids, [B, T], not {tokens_BT!r}")
+    if np.ndim(tokens_BT[0]) == 0:
+        raise ValueError("tokens must be rows of ids, [B, T], not one row: put it into a list, [ids]")
     rows = [check_prompt(config, f"tokens[{b}]", row) for b, row in enumerate(tokens_BT)]
     if len({len(row) for row in rows}) > 1:
         lengths = ", ".join(str(len(row)) for row in rows)

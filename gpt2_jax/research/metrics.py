@@ -32,7 +32,12 @@ def logit_difference(answer: Any, wrong: Any) -> Metric:
       answer, wrong: token ids, one for all rows or one for each, [B]. One outside the vocabulary gives NaN.
 
     """
-    return Partial(_logit_difference, jnp.asarray(answer), jnp.asarray(wrong))
+    for name, ids in (("answer", answer), ("wrong", wrong)):
+        if not jnp.issubdtype(
+            jnp.result_type(ids) if isinstance(ids, jax.Array) else np.asarray(ids).dtype, jnp.integer
+        ):
+            raise ValueError(f"{name} must be a token id or one for each row, not {ids!r}")
+    return Partial(_logit_difference, jnp.asarray(answer, jnp.int32), jnp.asarray(wrong, jnp.int32))
 
 
 def _logit_difference(answer: jax.Array, wrong: jax.Array, logits_BV: jax.Array) -> jax.Array:

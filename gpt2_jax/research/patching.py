@@ -87,7 +87,7 @@ def activation_patching(
         has none, or places out of range.
 
     """
-    tokens_BT, params = _rows(config, tokens_BT), as_params(config, params)
+    tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     if activation not in BLOCK:
         raise ValueError(f"{activation!r} is no activation of a block: there are {', '.join(BLOCK)}")
     each = (each,) if isinstance(each, str) else tuple(each)
@@ -176,7 +176,8 @@ def attribution_patching(
       config, params, tokens_BT, source, at, mask_BT: as `activation_patching` takes them.
       metric: logits -> a number.
       names: regular expressions, as `forward`'s `capture`, of the activations to estimate; by default all, or all that
-        are in `source`.
+        are in `source`. Four arrays of each are held: of attn/scores and attn/pattern [B, N, T, T] a layer, which is
+        5.8 GB for a row of 1,024 tokens at the 124M shape, and 1.6 GB with "resid_pre" alone.
 
     Returns:
       {name: [T], or [N, T] where there are heads}: the change by a patch at each slot, in all rows, to compare with
@@ -186,7 +187,7 @@ def attribution_patching(
       ValueError: as `activation_patching`, or a pattern is found in no name.
 
     """
-    tokens_BT, params = _rows(config, tokens_BT), as_params(config, params)
+    tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     chosen = select(config, names)
     if isinstance(source, Mapping) and names == ".":
         chosen = [name for name in chosen if name in source] or chosen
@@ -234,13 +235,6 @@ def _estimates(
 # ---- arguments
 
 
-def _rows(config: GPT2Config, tokens_BT: jax.Array) -> jax.Array | np.ndarray:
-    tokens_BT = as_tokens(config, tokens_BT)
-    if tokens_BT.ndim != 2:
-        raise ValueError(f"tokens must be rows of ids, [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
-    return tokens_BT
-
-
 def _source(
     config: GPT2Config, tokens_BT: jax.Array, source: jax.Array | Mapping[str, jax.Array], names: Sequence[str]
 ) -> jax.Array | dict[str, jax.Array]:
@@ -249,7 +243,7 @@ def _source(
         if missing := [name for name in names if name not in source]:
             raise ValueError(f"{missing[0]} was not captured in the run to patch from: there are {', '.join(source)}")
         return {name: source[name] for name in names}
-    source_BT = _rows(config, source)
+    source_BT = as_tokens(config, source)
     if source_BT.shape != tokens_BT.shape:
         raise ValueError(f"the runs must have tokens of one shape, not {tokens_BT.shape} and {source_BT.shape}")
     return source_BT

@@ -1,6 +1,6 @@
 """Pictures of what the other modules compute: heat maps, attention patterns, lenses and bars, labelled with tokens.
 
-Each function draws into a matplotlib Figure and returns it; `save` writes it into a file.
+Each function draws into a matplotlib Figure and returns it; `save(figure, path)` writes it into a file.
 
 Shape letters: T query, S the token looked at, L layers, N heads.
 """
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt2_jax.checkpoints.folders import expanded, replacing_file
+from gpt2_jax.figures import save as save  # for those who draw
 from gpt2_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,9 +24,11 @@ if TYPE_CHECKING:
 
 # matplotlib is imported inside the functions that draw: the package does without it otherwise.
 
-FORMATS = (".png", ".svg", ".pdf")
 VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥"}
-CELL = 0.32  # inches
+CELL = 0.32  # inches, of a map that then is not larger than LARGEST
+LARGEST = 16  # inches
+LARGEST_OF_MANY = 5  # of the patterns beside each other
+MOST_LABELS = 64  # at an axis: of more, every second, third, ...
 COLUMNS = 4  # of attention patterns beside each other
 
 
@@ -78,7 +79,9 @@ def heat_map(
 
     values = _matrix(values, rows, columns)
     figure = Figure(figsize=_size(values.shape), layout="constrained")
-    _draw_map(figure, figure.subplots(), values, rows, columns, title, row_name, column_name, value_name, signed)
+    square = figure.subplots()
+    image = _draw_map(square, values, rows, columns, title, row_name, column_name, _limits(values, signed))
+    figure.colorbar(image, ax=square, label=value_name, shrink=0.8)
     return figure
 
 
@@ -100,13 +103,13 @@ def attention_patterns(pattern_NTS: Any, tokens: Sequence[Any], heads: Sequence[
     if pattern_NTS.ndim != 3:
         raise ValueError(f"a pattern to draw is [N, T, S], of one row, not of shape {pattern_NTS.shape}")
     heads = range(len(pattern_NTS)) if heads is None else heads
-    if len(heads) != len(pattern_NTS):
+    if not len(heads) or len(heads) != len(pattern_NTS):
         raise ValueError(f"there are {len(pattern_NTS)} patterns and {len(heads)} numbers of heads")
     for pattern_TS in pattern_NTS:
         _matrix(pattern_TS, tokens, tokens)
     n_columns = min(COLUMNS, len(heads))
     n_rows = math.ceil(len(heads) / n_columns)
-    width, height = _size(pattern_NTS.shape[1:])
+    width, height = _size(pattern_NTS.shape[1:], LARGEST_OF_MANY)
     figure = Figure(figsize=(width * n_columns, height * n_rows), layout="constrained")
     squares = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for square in squares[len(heads) :]:
@@ -114,7 +117,8 @@ def attention_patterns(pattern_NTS: Any, tokens: Sequence[Any], heads: Sequence[
     for square, head, pattern_TS in zip(squares, heads, pattern_NTS, strict=False):
         above = np.triu(np.ones(pattern_TS.shape, bool), 1)
         shown = np.where(above & (pattern_TS == 0), np.nan, pattern_TS)  # what nobody may see stays white
-        _draw_map(figure, square, shown, tokens, tokens, f"head {head}", "looks", "looked at", "", False)
+        image = _draw_map(square, shown, tokens, tokens, f"head {head}", "looks", "looked at", (0, 1))
+    figure.colorbar(image, ax=squares, label="attention", shrink=0.6)
     return figure
 
 
@@ -183,25 +187,6 @@ def bars(labels: Sequence[str], values: Any, *, title: str = "", value_name: str
     return figure
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure into a file; the format follows the extension: .png, .svg or .pdf.
-
-    Written beside under a temporary name and renamed.
-
-    Raises:
-      ValueError: another extension.
-      FileNotFoundError: the folder for the file is not there.
-
-    """
-    path = expanded(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: a picture's name must end in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no such folder for the picture: {path.parent}")
-    with replacing_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=120)
-
-
 def _matrix(values: Any, rows: Sequence[Any] | None, columns: Sequence[Any] | None) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 2:
@@ -212,12 +197,20 @@ def _matrix(values: Any, rows: Sequence[Any] | None, columns: Sequence[Any] | No
     return values
 
 
-def _size(shape: tuple[int, int]) -> tuple[float, float]:
-    return 2.2 + CELL * shape[1], max(2.6, 1.6 + CELL * shape[0])
+def _size(shape: tuple[int, int], largest: float = LARGEST) -> tuple[float, float]:
+    height, width = (min(CELL * n, largest) for n in shape)
+    return 2.2 + width, max(2.6, 1.6 + height)
+
+
+def _limits(values: np.ndarray, signed: bool | None) -> tuple[float, float]:
+    """Return the numbers of the lightest and the darkest colour: 0 is white where there are both signs."""
+    known = values[np.isfinite(values)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    signed = low < 0 < high if signed is None else signed
+    return (-max(-low, high), max(-low, high)) if signed else (min(low, 0.0), max(high, 0.0))
 
 
 def _draw_map(
-    figure: Figure,
     axes: Any,
     values: np.ndarray,
     rows: Sequence[Any] | None,
@@ -225,24 +218,17 @@ def _draw_map(
     title: str,
     row_name: str,
     column_name: str,
-    value_name: str,
-    signed: bool | None,
-) -> None:
-    """Draw one map with its labels and colours."""
-    known = values[np.isfinite(values)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    signed = low < 0 < high if signed is None else signed
-    limits = (-max(-low, high), max(-low, high)) if signed else (min(low, 0.0), max(high, 0.0))
-    image = axes.imshow(values, cmap="RdBu_r" if signed else "Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
+    limits: tuple[float, float],
+) -> Any:
+    """Draw one map with its labels, and return the image."""
+    colours = "RdBu_r" if limits[0] < 0 else "Blues"
+    image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest")
     sides = ((axes.yaxis, rows, row_name), (axes.xaxis, columns, column_name))
     for count, (axis, labels, name) in zip(values.shape, sides, strict=True):
-        axis.set_ticks(
-            np.arange(count),
-            [str(label) for label in (range(count) if labels is None else labels)],
-            parse_math=False,
-            fontsize=8,
-        )
+        places = range(0, count, -(-count // MOST_LABELS))
+        written = [str(i if labels is None else labels[i]) for i in places]
+        axis.set_ticks(places, written, parse_math=False, fontsize=8)
         axis.set_label_text(name)
     axes.tick_params(axis="x", rotation=90)
     axes.set_title(title, fontsize=10, parse_math=False)
-    figure.colorbar(image, ax=axes, label=value_name, shrink=0.8)
+    return image

@@ -9,7 +9,6 @@ Edits that take whole trees are those of `gpt2_jax.research.trees`, and can be h
 from __future__ import annotations
 
 import difflib
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,14 +74,15 @@ def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> 
     Args:
       config, params: the model.
       order: old numbers; [0, 2, 2, 1] drops those from h3 on, has h2 twice and swaps it with h1. What is there twice is
-        the same array twice, and takes memory once.
+        the same array twice, and takes memory once; a program that donates params wants copies,
+        jax.tree.map(jnp.copy, params).
 
     Raises:
       ValueError: a layer is out of range, or there is none.
 
     """
     flat_of(config, params)
-    old = [in_range("layer", layer, config.n_layer) for layer in order]
+    old = [in_range("layer", layer, config.n_layer) for layer in _listed(order)]
     if not old:
         raise ValueError("no layer is left: a GPT-2 has one at least")
     tree = {name: params[name] for name in ("wte", "wpe", "ln_f")}
@@ -92,7 +92,7 @@ def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> 
 
 def drop_layers(config: GPT2Config, params: Params, layers: Iterable[int]) -> tuple[GPT2Config, Params]:
     """Return (config, params) without these layers; ValueError as `arrange_layers`."""
-    dropped = {in_range("layer", layer, config.n_layer) for layer in layers}
+    dropped = {in_range("layer", layer, config.n_layer) for layer in _listed(layers)}
     return arrange_layers(config, params, [layer for layer in range(config.n_layer) if layer not in dropped])
 
 
@@ -100,9 +100,9 @@ def repeat_layers(
     config: GPT2Config, params: Params, layers: Iterable[int], times: int = 2
 ) -> tuple[GPT2Config, Params]:
     """Return (config, params) with each of these layers `times` times in a row; ValueError as `arrange_layers`."""
-    if operator.index(times) < 1:
-        raise ValueError(f"times must be 1 at least, not {times}: drop_layers takes layers away")
-    repeated = {in_range("layer", layer, config.n_layer) for layer in layers}
+    if not isinstance(times, int | np.integer) or times < 1:
+        raise ValueError(f"times must be a whole number, 1 at least, not {times!r}: drop_layers takes layers away")
+    repeated = {in_range("layer", layer, config.n_layer) for layer in _listed(layers)}
     counts = [times if layer in repeated else 1 for layer in range(config.n_layer)]
     return arrange_layers(config, params, np.repeat(np.arange(config.n_layer), counts))
 
@@ -113,6 +113,13 @@ def swap_layers(config: GPT2Config, params: Params, one: int, other: int) -> tup
     for layer in places:
         in_range("layer", layer, config.n_layer)
     return arrange_layers(config, params, [places.get(layer, layer) for layer in range(config.n_layer)])
+
+
+def _listed(layers: Iterable[int]) -> list[int]:
+    try:
+        return list(layers)
+    except TypeError:
+        raise ValueError(f"layers must be a list of their numbers, not {layers!r}") from None
 
 
 # ---- matrices
@@ -134,8 +141,8 @@ def low_rank(params: Params, name: str, rank: int) -> Params:
 
     """
     flat, w = flatten(params), _matrix(params, name)
-    if not 1 <= operator.index(rank) <= min(w.shape):
-        raise ValueError(f"the rank of {name} must be from 1 to {min(w.shape)}, not {rank}")
+    if not isinstance(rank, int | np.integer) or not 1 <= rank <= min(w.shape):
+        raise ValueError(f"the rank of {name} must be a whole number from 1 to {min(w.shape)}, not {rank!r}")
     u, s, vt = _svd(w)
     nearest = product(u[:, :rank] * s[:rank], vt[:rank]).astype(w.dtype)
     return unflatten(flat | {name: module_of(w).asarray(nearest)})

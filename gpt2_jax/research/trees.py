@@ -142,8 +142,8 @@ def average(trees: Sequence[Params], weights: Any = None) -> Params:
     if not trees or len(weights) != len(trees):
         raise ValueError(f"an average takes a weight for each tree: there are {len(trees)} and {len(weights)} weights")
     total = sum(weights)
-    if not isinstance(total, jax.core.Tracer) and total == 0:
-        raise ValueError("the weights of an average must not have the sum 0")
+    if not isinstance(total, jax.core.Tracer) and (total == 0 or not np.isfinite(total)):
+        raise ValueError(f"the weights of an average must have a sum that is finite and not 0, not {total}")
     return _combine(trees, lambda *leaves: sum(w / total * leaf for w, leaf in zip(weights, leaves, strict=True)))
 
 

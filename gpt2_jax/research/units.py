@@ -106,7 +106,10 @@ def _rows(config: GPT2Config, part: str, places: list[tuple[int, int]]) -> dict[
     what = {"attn": "head", "mlp": "neuron"}[part]
     count, width = _units(config, part)
     found: dict[int, dict[int, int]] = {}
-    for i, (layer, number) in enumerate(places):
+    for i, place in enumerate(places):
+        if np.shape(place) != (2,):
+            raise ValueError(f"{what}s are named by pairs, [(layer, {what}), ...], not by {place!r}")
+        layer, number = place
         numbers = found.setdefault(in_range("layer", layer, config.n_layer), {})
         if numbers.setdefault(in_range(what, number, count), i) != i:
             raise ValueError(f"{what} {number} of layer {layer} is named twice")

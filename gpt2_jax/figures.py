@@ -1,0 +1,44 @@
+"""Pictures as files: which names they may have, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2_jax.checkpoints.folders import expanded, replacing_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_path(path: str | os.PathLike) -> Path:
+    """Return the path of a picture that can be written.
+
+    Raises:
+      ValueError: another extension than .png, .svg or .pdf, or the name of a folder.
+      FileNotFoundError: the folder for the file is not there.
+
+    """
+    path = expanded(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: a picture's name must end in {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the picture another name")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such folder for the picture: {path.parent}")
+    return path
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure into a file, in the format of its extension, under a temporary name that is then renamed.
+
+    Raises:
+      ValueError, FileNotFoundError: as `check_path`.
+
+    """
+    path = check_path(path)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=120)
