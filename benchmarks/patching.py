@@ -218,8 +218,8 @@ def main(args: argparse.Namespace) -> None:
 
     say, lens = report.say, version("transformer-lens")
     say(f"# Patching each head at each of {args.tokens} positions, {args.size}, float32\n\n    {command_line()}\n")
-    say(f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), Python {platform.python_version()}, ")
-    say(f"{', '.join(versions())}. Load when it began: {busy:.1f}.\n")
+    machine = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), Python {platform.python_version()}"
+    say(f"{machine}, {', '.join(versions())}.\nLoad when it began: {busy:.1f}.\n")
     rate = "-".join(f"{rate / 1e9:.0f}" for rate in (min(rates), max(rates)))
     say(LEGEND.format(n=n, lens=lens, sample=len(done["theirs"][1][2]), tera=tera, rows=ROWS, rate=rate) + "\n")
     report.headings(HEADINGS)

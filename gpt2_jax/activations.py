@@ -47,7 +47,8 @@ ln_*/scale: sqrt(variance + epsilon); normalized: (x - mean) / scale, before g a
 attn/scores: what goes into the softmax, -1e10 where a token may not look; pattern: what comes out.
 attn/z: each head's mix of values. attn/out, mlp/out: what is added to the residual stream, bias included.
 mlp/pre, mlp/post: the neurons before and after GELU.
-scale, scores and pattern are float32 at least, the others of `compute_dtype`.
+embed and pos_embed are of `param_dtype`; scale, normalized, scores and pattern are float32 at least; all others are of
+`compute_dtype`.
 """
 
 

@@ -145,6 +145,8 @@ def _whole(what: str, places: Where) -> jax.Array | None:
         places = places.astype(np.int32)
     if places.ndim != 1 or not jnp.issubdtype(places.dtype, jnp.integer) or (known and (places < 0).any()):
         raise ValueError(f"{what} must be whole numbers, 0 or more, not {places}")
+    if known:
+        places = np.minimum(places, END)  # where nothing is either
     return places.astype(np.int32)
 
 

@@ -252,8 +252,8 @@ def _dtypes(config, params):
 
 
 def test_dtypes_are_as_documented(params):
-    """float32 at least for scale, scores and pattern; the others of `compute_dtype`."""
-    wide = ("scale", "scores", "pattern")
+    """float32 at least for scale, normalized, scores and pattern, the embeddings' own; the others of `compute_dtype`."""
+    wide = ("scale", "normalized", "scores", "pattern", "embed")
     found = _dtypes(CONFIG.replace(compute_dtype="bfloat16"), params)
     assert found == {name: "float32" if name.endswith(wide) else "bfloat16" for name in NAMES}
     assert set(_dtypes(CONFIG, params).values()) == {"float32"}

@@ -79,10 +79,12 @@ def test_capturing_one_adds_no_other_tensor(params, bare, name):
 
 def test_capturing_a_pattern_opens_no_other_layers_attention(params, bare):
     """The other goes on over blocks, without most of what is masked."""
-    whole, ours = f"f32[2,3,{LONG},{LONG}]", compiled(params, LONG, capture="h0/attn/pattern").as_text()
+    whole, ours = f"f32[2,3,{LONG},{LONG}]", compiled(params, LONG, capture="h0/attn/pattern")
     assert whole not in bare.as_text()
-    assert whole in ours
-    lines = [line for line in ours.splitlines() if "h1/attn" in line]
+    assert whole in ours.as_text()
+    # Measured: 5.0 operations more for each number of the pattern; where the plain model's is open too, 1.0.
+    assert ours.cost_analysis()["flops"] - bare.cost_analysis()["flops"] > 3 * 2 * 3 * LONG * LONG
+    lines = [line for line in ours.as_text().splitlines() if "h1/attn" in line]
     assert lines
     assert not any(whole in line for line in lines)
 

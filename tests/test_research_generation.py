@@ -1,5 +1,6 @@
 """Edits while text is generated, streamed and scored: in every forward pass, as if each were run anew by hand."""
 
+import jax
 import naive_generation
 import numpy as np
 import numpy_activations as naive
@@ -221,3 +222,10 @@ def test_values_of_rows_and_tokens_are_refused(params, tokenizer, call, name, sh
 def test_edits_that_do_not_fit_the_model_are_refused(params, tokenizer, call, make, match):
     with pytest.raises(ValueError, match=match):
         calls(params, tokenizer)[call]([make()])
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "complete", "score"])
+def test_traced_values_are_refused(params, tokenizer, call):
+    """The loop around the compiled programs is Python's: there is nothing to decide by in a program of the caller's."""
+    with pytest.raises(ValueError, match="outside of jit"):
+        jax.jit(lambda value: calls(params, tokenizer)[call](research.add("embed", value)))(1.0)

@@ -178,6 +178,9 @@ def test_padding_is_not_there(case):
     both = (*model, case.tokens_BT, case.source_BT)
     padded = activation_patching(*both, _of_rows, mask_BT=mask_BT)[:, :4, 0]
     check(padded, activation_patching(*ones, _of_rows)[:, :, 0])
+    for nowhere in (4, -5):  # the row has four tokens
+        values = activation_patching(*both, _of_rows, mask_BT=mask_BT, at=[nowhere, -1])
+        np.testing.assert_array_equal(np.isnan(values), np.broadcast_to([True, False], values.shape))
     padded = attribution_patching(*both, _of_first_row, "attn/k", mask_BT=mask_BT)["h0/attn/k"]
     check(padded[:, 2:6], attribution_patching(*ones, _of_first_row, "attn/k")["h0/attn/k"])
 
