@@ -252,7 +252,7 @@ def _dtypes(config, params):
 
 
 def test_dtypes_are_as_documented(params):
-    """float32 at least for scale, normalized, scores and pattern, the embeddings' own; the others of `compute_dtype`."""
+    """float32 at least for scale, normalized, scores and pattern; the embeddings' own; `compute_dtype`."""
     wide = ("scale", "normalized", "scores", "pattern", "embed")
     found = _dtypes(CONFIG.replace(compute_dtype="bfloat16"), params)
     assert found == {name: "float32" if name.endswith(wide) else "bfloat16" for name in NAMES}

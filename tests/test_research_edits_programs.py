@@ -55,19 +55,15 @@ def assert_no_bit_changes(config, length, how, names):
     assert np.asarray(out.logits).tobytes() == logits_BTV.tobytes()
 
 
-@pytest.mark.parametrize(
-    ("config", "length", "how"),
-    [
-        *((EVEN_HEADS, 211, how) for how in ("add", "patch")),
-        *((ODD_HEADS, 7, how) for how in ("add", "nowhere")),
-    ],
-    ids=["long add", "long patch", "odd add", "odd nowhere"],
-)
-def test_changing_nothing_anywhere_changes_no_bit(config, length, how):
-    names = naive.names(1)
-    if config is ODD_HEADS:  # whose scores XLA contracts with the softmax: dividing by sqrt(5) rounds
-        names.remove("h0/attn/scores")
-    assert_no_bit_changes(config, length, how, names)
+@pytest.mark.parametrize("how", ["add", "patch"])
+def test_changing_nothing_anywhere_changes_no_bit(how):
+    assert_no_bit_changes(EVEN_HEADS, 211, how, naive.names(1))
+
+
+@pytest.mark.parametrize("name", ["h0/attn/q", "h0/attn/pattern", "h0/resid_mid", "ln_f/scale"])
+def test_changing_nothing_changes_no_bit_where_scores_are_rounded_twice(name):
+    """Of attn/scores themselves it may: XLA contracts them with the softmax where nobody looks."""
+    assert_no_bit_changes(ODD_HEADS, 7, "add", [name])
 
 
 @pytest.mark.parametrize("name", ["h0/attn/scores", "h0/attn/pattern"])

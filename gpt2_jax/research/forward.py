@@ -36,8 +36,8 @@ def forward(
     too; a `jit` of yours that drops the logits [B, T, V] drops all that only they need.
 
     An edit that changes nothing gives the very same bits in float32 and float64, but for one of attn/scores where
-    sqrt(head width) is no power of two (it is 8 in all released sizes): there XLA may round a scaled score only once. In
-    bfloat16 it may keep sums in float32 where nobody looks at them, so that looking rounds them.
+    sqrt(head width) is no power of two (it is 8 in all released sizes): there XLA may leave a rounding out where nobody
+    looks, and in bfloat16 it may keep whole sums in float32.
 
     Args:
       config: the model's hyperparameters.
