@@ -53,7 +53,6 @@ def main(model: str = "", n_steps: int = 1500, output: str = "induction_heads.pn
         print(f"without {name}: {loss:.2f} nats a token")
     figure = research.pictures.heat_map(scores, title="induction scores", row_name="layer", column_name="head")
     research.pictures.save(figure, output)
-    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 COMMAND: python examples/merge.py     (half a minute on two CPU cores)
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jax

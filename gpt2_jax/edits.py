@@ -146,7 +146,7 @@ def _whole(what: str, places: Where) -> jax.Array | None:
     if places.ndim != 1 or not jnp.issubdtype(places.dtype, jnp.integer) or (known and (places < 0).any()):
         raise ValueError(f"{what} must be whole numbers, 0 or more, not {places}")
     if known:
-        places = np.minimum(places, END)  # where nothing is either
+        places = np.array([min(int(place), END) for place in places], np.int32)  # behind END is nothing either
     return places.astype(np.int32)
 
 

