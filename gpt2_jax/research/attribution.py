@@ -27,7 +27,7 @@ from flax import struct
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.params import Params
-from gpt2_jax.research.forward import as_params, as_tokens, forward
+from gpt2_jax.research.forward import as_params, as_tokens, forward, places
 from gpt2_jax.research.trees import in_range
 
 By = Literal["component", "head", "neuron"]
@@ -171,11 +171,8 @@ def _attribute(
         return jax.vmap(lambda row, slots: row.at[slots].get(mode="fill", fill_value=jnp.nan))(x, slots_BP)
 
     # As the model rounds them, all but ln_f's.
-    params = {
-        name: jax.tree.map(lambda leaf, dtype=dtype: jnp.asarray(leaf).astype(dtype).astype(wide), part)
-        for name, part in params.items()
-        for dtype in [wide if name == "ln_f" else config.compute_dtype]
-    }
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(config.compute_dtype).astype(wide), params)
+    params = rounded | {"ln_f": jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), params["ln_f"])}
     with jax.default_matmul_precision("highest"):
         unembed_BPD = _rows(params["wte"], asked["answers"])
         if asked["against"] is not None:
@@ -207,10 +204,9 @@ def _part(config: GPT2Config, name: str, block: Params, value: jax.Array, read_B
 
 def _slots(shape: tuple[int, int], mask_BT: jax.Array | None, positions_BP: jax.Array | None) -> jax.Array:
     """Return in which slot of its row each place is, [B, P]; T, which is none, where the row has no such token."""
-    mask_BT = jnp.ones(shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
+    place_BT = places(mask_BT, shape)
     if positions_BP is None:
-        positions_BP = mask_BT.sum(-1, keepdims=True) - 1
-    place_BT = jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=-1) - 1, -1)
+        positions_BP = place_BT.max(-1, keepdims=True)
     here_BPT = (place_BT[:, None] == positions_BP[..., None]) & (positions_BP[..., None] >= 0)
     return jnp.where(here_BPT.any(-1), here_BPT.argmax(-1), shape[1])
 

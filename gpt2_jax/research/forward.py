@@ -98,6 +98,19 @@ def as_params(config: GPT2Config, params: Params) -> Params:
     return params if traced else placed(params)
 
 
+def places(mask_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+    """Return the place of each token in its row, [B, T], padding left out: 0, 1, ...; -1 at padding.
+
+    Raises:
+      ValueError: a mask of another shape than the tokens'.
+
+    """
+    mask_BT = jnp.ones(shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
+    if mask_BT.shape != shape:
+        raise ValueError(f"mask must be bool{shape}, as the tokens, not of shape {mask_BT.shape}")
+    return jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=-1) - 1, -1)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "names"))
 def _forward(
     model: GPT2,

@@ -16,7 +16,7 @@ from flax import struct
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.params import Params
-from gpt2_jax.research.forward import as_params, as_tokens, forward
+from gpt2_jax.research.forward import as_params, as_tokens, forward, places
 
 
 @struct.dataclass
@@ -140,7 +140,7 @@ def _head_scores(
     config: GPT2Config, params: Params, tokens_BT: jax.Array, mask_BT: jax.Array | None, edits: tuple[Edit, ...]
 ) -> dict[str, jax.Array]:
     tokens_BT = jnp.asarray(tokens_BT)
-    place_BT, before_BT = _places(mask_BT, tokens_BT.shape), _tokens_before(tokens_BT, mask_BT)
+    place_BT, before_BT = places(mask_BT, tokens_BT.shape), _tokens_before(tokens_BT, mask_BT)
     to = {
         "previous": place_BT[:, None, :] == place_BT[:, :, None] - 1,
         "duplicate": tokens_BT[:, None, :] == tokens_BT[:, :, None],
@@ -162,7 +162,7 @@ def _mean_attention(
 ) -> dict[str, jax.Array]:
     # One program with the reductions, so that each pattern's memory is the next one's.
     _, captured = forward(config, params, tokens_BT, mask_BT, capture="attn/pattern$", edits=edits)
-    place_BT = _places(mask_BT, tokens_BT.shape)
+    place_BT = places(mask_BT, tokens_BT.shape)
     seen_BTS = (place_BT[:, None, :] >= 0) & (place_BT[:, None, :] <= place_BT[:, :, None])
     found = {}
     for name, chosen in to.items():
@@ -176,18 +176,10 @@ def _mean_attention(
     return found
 
 
-def _places(mask_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
-    """Return the place of each token in its row, padding left out: 0, 1, ...; -1 at padding."""
-    mask_BT = jnp.ones(shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
-    if mask_BT.shape != shape:
-        raise ValueError(f"mask must be bool{shape}, as the tokens, not of shape {mask_BT.shape}")
-    return jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=-1) - 1, -1)
-
-
 def _tokens_before(tokens_BT: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
     """Return the real token before each one in its row; -1, which no real token is, where there is none."""
     n_tokens = tokens_BT.shape[1]
-    slot_BT = jnp.where(_places(mask_BT, tokens_BT.shape) < 0, -1, jnp.arange(n_tokens))
+    slot_BT = jnp.where(places(mask_BT, tokens_BT.shape) < 0, -1, jnp.arange(n_tokens))
     before_BT = jnp.pad(jax.lax.cummax(slot_BT, axis=1)[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
     before_BT = jnp.where(before_BT < 0, n_tokens, before_BT)  # beyond the row, where a negative one would wrap
     return jnp.take_along_axis(tokens_BT, before_BT, axis=1, mode="fill", fill_value=-1)

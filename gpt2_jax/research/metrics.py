@@ -17,6 +17,7 @@ from gpt2_jax.activations import Tap
 from gpt2_jax.edits import Where
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
+from gpt2_jax.research.forward import places
 
 Metric = Callable[[jax.Array], jax.Array]
 """Takes logits, [B, V] at one place of each row or [B, T, V] at all, and gives a number."""
@@ -33,9 +34,8 @@ def logit_difference(answer: Any, wrong: Any) -> Metric:
 
     """
     for name, ids in (("answer", answer), ("wrong", wrong)):
-        if not jnp.issubdtype(
-            jnp.result_type(ids) if isinstance(ids, jax.Array) else np.asarray(ids).dtype, jnp.integer
-        ):
+        dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype
+        if not jnp.issubdtype(dtype, jnp.integer):
             raise ValueError(f"{name} must be a token id or one for each row, not {ids!r}")
     return Partial(_logit_difference, jnp.asarray(answer, jnp.int32), jnp.asarray(wrong, jnp.int32))
 
@@ -84,9 +84,9 @@ def logits_at(
     """
     h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, taps=taps, method="hidden")
     if at_B is not None:
-        mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else jnp.asarray(mask_BT, bool)
-        at_B = jnp.where(at_B < 0, at_B + mask_BT.sum(-1), at_B)
-        here_BT = mask_BT & (jnp.cumsum(mask_BT, -1) - 1 == at_B[:, None])
-        slot_B = jnp.where(here_BT.any(-1), here_BT.argmax(-1), mask_BT.shape[1])
+        place_BT = places(mask_BT, tokens_BT.shape)
+        at_B = jnp.where(at_B < 0, at_B + place_BT.max(-1) + 1, at_B)
+        here_BT = (place_BT >= 0) & (place_BT == at_B[:, None])
+        slot_B = jnp.where(here_BT.any(-1), here_BT.argmax(-1), place_BT.shape[1])
         h_BTD = h_BTD.at[jnp.arange(len(h_BTD)), slot_B].get(mode="fill", fill_value=jnp.nan)
     return model.apply({"params": params}, h_BTD, method="unembed")
