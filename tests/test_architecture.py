@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports modules of lower levels, or of its own room, alone.
 LEVELS = [
-    {"config", "params", "dropout", "sampling", "tokenizer", "attention"},
+    {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
     {"kv_cache", "lora", "activations"},
     {"model", "sharding"},
     {"edits"},

@@ -21,7 +21,6 @@ from forward import (
 )
 
 import gpt2_jax
-from gpt2_jax.model import product
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
@@ -154,30 +153,3 @@ def test_softmax_and_layer_norm_never_leave_float32(params):
     ]
     assert len(dtypes) >= 3 * CONFIG.n_layer + 1  # two norms and a softmax a layer, and the final norm
     assert {dtype for _, dtype in dtypes} == {np.dtype("float32")}, dtypes
-
-
-def test_highest_precision_sums_in_blocks():
-    rng = np.random.default_rng(0)
-    x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((211, 1031), (1031, 127)))
-    true = x.astype(np.float64) @ w.astype(np.float64)
-
-    def error():
-        found = np.asarray(jax.jit(product)(x, w), np.float64)
-        return np.sqrt(np.mean((found - true) ** 2) / np.mean(true**2))
-
-    with jax.default_matmul_precision("default"):
-        plain = error()  # measured 3.9e-7
-        assert str(jax.make_jaxpr(product)(x, w)).count("dot_general") == 1
-    with jax.default_matmul_precision("highest"):
-        assert error() < min(plain, 2.6e-7)  # measured 2.1e-7
-        assert str(jax.make_jaxpr(product)(x, w)).count("dot_general") == 9
-        narrow = jax.make_jaxpr(product)(jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16))
-        assert str(narrow).count("dot_general") == 1  # the sums between would be rounded to bfloat16
-
-
-def test_highest_precision_changes_nothing_but_roundings(shakespeare):
-    config, params = shakespeare
-    tokens_BT = some_tokens(config, 2, 17)
-    plain = logits_of(config, params, tokens_BT)
-    with jax.default_matmul_precision("highest"):
-        assert 0 < relative_error(logits_of(config, params, tokens_BT), plain) < 4e-6  # measured 6e-7

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gpt2_jax.products import product
+
 CHUNK = 2**26  # logits that exist at once, at most: 256 MB of float32
 
 
@@ -64,7 +66,7 @@ def _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients):
     def one(carry, part):
         loss, dwte_VD = carry
         h_BCD, target_BC, weight_BC = part
-        logits_BCV = jnp.einsum("BCD,VD->BCV", h_BCD, head_VD, preferred_element_type=wide)
+        logits_BCV = product(h_BCD, head_VD, transposed=True, dtype=wide)
         top_BC1 = logits_BCV.max(-1, keepdims=True)
         exp_BCV = jnp.exp(logits_BCV - top_BC1)
         total_BC1 = exp_BCV.sum(-1, keepdims=True)
@@ -75,8 +77,8 @@ def _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients):
         is_target_BCV = target_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
         dlogits_BCV = (exp_BCV / total_BC1 - is_target_BCV) * weight_BC[..., None]
         dlogits_BCV = jnp.where(weight_BC[..., None] == 0, 0, dlogits_BCV).astype(h_BCD.dtype)
-        dh_BCD = jnp.einsum("BCV,VD->BCD", dlogits_BCV, head_VD, preferred_element_type=wide)
-        dwte_VD += jnp.einsum("BCV,BCD->VD", dlogits_BCV, h_BCD, preferred_element_type=wide)
+        dh_BCD = product(dlogits_BCV, head_VD, dtype=wide)
+        dwte_VD += product(dlogits_BCV.reshape(-1, len(head_VD)).T, h_BCD.reshape(-1, width), dtype=wide)
         return (loss, dwte_VD), dh_BCD.astype(h_BCD.dtype)
 
     start = (jnp.zeros((), wide), jnp.zeros(wte_VD.shape, wide) if gradients else None)
