@@ -171,7 +171,8 @@ EIGHT_DEVICES = """
 
     jax.config.update("jax_default_matmul_precision", "highest")
     rng = np.random.default_rng(0)
-    h_BTD, w_DD, wte_VD = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 47, 260), (260, 260), (514, 260)))
+    shapes = (8, 47, 260), (260, 260), (514, 260)
+    h_BTD, w_DD, wte_VD = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     target_BT, weight_BT = rng.integers(0, 514, (8, 47)), np.ones((8, 47), np.float32)
 
     @jax.jit

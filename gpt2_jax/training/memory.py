@@ -98,7 +98,7 @@ def _on_cpu(config: GPT2Config, recipe: Recipe, mesh: Mesh, n_rows: int, n_token
     stream = n_rows * n_tokens * config.n_embd * itemsize
     weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
     block = 4 * stream + (20.5 * stream + 2 * weights) / n_parts
-    return int(config.n_layer * block + 4 * stream + 3.25 * itemsize * _n_logits(config, n_rows, n_tokens))
+    return int(config.n_layer * block + 4 * stream + 2.25 * itemsize * _n_logits(config, n_rows, n_tokens))
 
 
 def _wide(config: GPT2Config) -> int:
