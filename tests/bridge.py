@@ -39,12 +39,17 @@ def torch_model(config, params):
     model = transformers.GPT2LMHeadModel(hf_config).eval().requires_grad_(False)
     model.to(getattr(torch, config.param_dtype.name))
     theirs = dict(model.named_parameters())
-    ours = {_torch_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    ours = by_torch_name(params)
     assert theirs.keys() == ours.keys()
     for name, parameter in theirs.items():
         assert parameter.shape == ours[name].shape
         parameter.copy_(torch.tensor(ours[name]))
     return model
+
+
+def by_torch_name(tree):
+    """Return the leaves of a params tree, or of one like it, by Hugging Face's names."""
+    return {_torch_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _torch_name(path):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
+from bridge import by_torch_name, torch_model
 
 import gpt2_jax
 from gpt2_jax.model import MLP, Attention, Block, Conv1D, LayerNorm
@@ -62,41 +63,6 @@ def torch():
     return pytest.importorskip("torch", reason=reason)
 
 
-def _hf_name(path):
-    """model/h3/attn/c_attn/w is transformer.h.3.attn.c_attn.weight there, the same way round."""
-    *modules, leaf = (entry.key for entry in path)
-    leaf = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}[leaf]
-    modules = [f"h.{name[1:]}" if name[0] == "h" else name for name in modules]
-    return ".".join(["transformer", *modules, leaf])
-
-
-def _by_hf_name(tree):
-    return {_hf_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _hugging_face(config, params, torch):
-    import transformers
-
-    hf_config = transformers.GPT2Config(
-        vocab_size=config.n_vocab,
-        n_positions=config.n_ctx,
-        n_embd=config.n_embd,
-        n_head=config.n_head,
-        n_layer=config.n_layer,
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="eager",
-    )
-    model = transformers.GPT2LMHeadModel(hf_config).to(getattr(torch, np.dtype(config.param_dtype).name)).eval()
-    theirs, ours = dict(model.named_parameters()), _by_hf_name(params)
-    assert theirs.keys() == ours.keys()
-    with torch.no_grad():
-        for name, parameter in theirs.items():
-            assert parameter.shape == ours[name].shape
-            parameter.copy_(torch.tensor(ours[name]))
-    return model
-
-
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):
@@ -116,7 +82,7 @@ def pair(request, dtype, torch, shakespeare, reference):
         tokens_BT = rng.integers(0, ODD["n_vocab"], (3, 17), dtype=np.int32)
     config = gpt2_jax.GPT2Config(**sizes, param_dtype=dtype, compute_dtype=dtype)
     weights = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype), weights)
-    return Pair(config, weights, _hugging_face(config, weights, torch), torch, tokens_BT, BOUNDS[dtype])
+    return Pair(config, weights, torch_model(config, weights).requires_grad_(True), torch, tokens_BT, BOUNDS[dtype])
 
 
 # --- op by op --------------------------------------------------------------------------------------------------------
@@ -243,7 +209,7 @@ def test_gradients_of_every_parameter(pair):
 
     our_loss, gradient = jax.value_and_grad(loss)(pair.params)
     pair.check(our_loss, their_loss)
-    ours, theirs = _by_hf_name(gradient), dict(pair.hf.named_parameters())
+    ours, theirs = by_torch_name(gradient), dict(pair.hf.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, parameter in theirs.items():
         assert parameter.grad.abs().max() > 0, name

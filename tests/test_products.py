@@ -32,6 +32,18 @@ def test_without_being_asked_it_is_one_product():
         assert not any(word in program for word in ("while", "scan", "custom_jvp"))
 
 
+def test_accelerators_are_left_to_their_libraries(monkeypatch):
+    """Theirs do not sum straight through, and a loop of small products would keep them waiting."""
+    x, w = jnp.ones((3, 307)), jnp.ones((307, 11))
+    with HIGHEST():
+        for backend, blocks in (("cpu", True), ("gpu", False), ("tpu", False)):
+            monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            program = str(
+                jax.make_jaxpr(lambda x, w: product(x, w))(x, w)
+            )  # a new function, or JAX would not trace it anew
+            assert ("custom_jvp" in program) == blocks, backend
+
+
 def test_only_float32_is_summed_in_blocks():
     """Sums between blocks would be rounded to bfloat16, and float64 has digits to spare."""
     x, w = np.ones((3, 307)), np.ones((307, 11))
