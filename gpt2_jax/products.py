@@ -24,7 +24,8 @@ def product(
     """Return x @ w; float32 under `jax.default_matmul_precision("highest")` on a CPU by BLOCK rows of w at a time.
 
     Over 768 numbers the error of a plain product is 3.7e-7 on a CPU, in blocks 2.1e-7 (torch's library 2.5e-7), root
-    mean square. The products of its gradients are summed in blocks too. A forward pass takes about half as long again.
+    mean square. The products of its gradients are summed in blocks too. A pass of the 124M shape takes 1.15 times as
+    long as without, and one with gradients 1.4 times.
 
     Args:
       x: [..., K].
