@@ -181,7 +181,8 @@ EIGHT_DEVICES = """
     jax.config.update("jax_default_matmul_precision", "highest")
     rng = np.random.default_rng(0)
     shapes = (8, 47, 260), (260, 260), (514, 260)
-    h_BTD, w_DD, wte_VD = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    # Small logits: exp would make the rounding of large ones larger.
+    h_BTD, w_DD, wte_VD = (rng.normal(0, 1 / 16, shape).astype(np.float32) for shape in shapes)
     target_BT, weight_BT = rng.integers(0, 514, (8, 47)), np.ones((8, 47), np.float32)
 
     @jax.jit
@@ -200,5 +201,5 @@ EIGHT_DEVICES = """
 
 
 def test_eight_devices_sum_in_blocks_too():
-    """Rows over four of them, weights over two: the gradients of a loss; measured 1.7e-7."""
+    """Rows over four of them, weights over two: the gradients of a loss; measured 1.9e-7, and 4.2e-7 in jax 0.12."""
     assert on_eight_devices(EIGHT_DEVICES) < 4e-6
