@@ -114,7 +114,7 @@ EDITS = {
     "average": lambda c, p: (c, surgery.average([p, other(c, p)])),
     "apply_task_vector": lambda c, p: (c, surgery.apply_task_vector(p, weights(c, seed=7), 0.1)),
     "join_heads": lambda c, p: (c, surgery.join_heads(c, p, 0, surgery.split_heads(c, p, 1))),
-    "map_params": lambda c, p: (c, surgery.map_params(lambda _, w: w * 2, p, "ln_1/g")),
+    "map_params": lambda c, p: (c, surgery.map_params(lambda _, w: w + w, p, "ln_1/g")),
     "fold_layer_norm": lambda c, p: (c, folding.fold_layer_norm(c, p)),
     "center_unembed": lambda c, p: (c, folding.center_unembed(p)),
 }
