@@ -58,16 +58,10 @@ def _in_blocks(x_TK: jax.Array, w_KM: jax.Array) -> jax.Array:
 @functools.partial(_in_blocks.defjvp, symbolic_zeros=True)
 def _tangents(primals, tangents):
     (x_TK, w_KM), (dx_TK, dw_KM) = primals, tangents
-    by_x = None if isinstance(dx_TK, SymbolicZero) else _along(dx_TK, x_TK, w_KM)
-    by_w = None if isinstance(dw_KM, SymbolicZero) else _along(dw_KM.T, w_KM.T, x_TK.T).T
+    by_x = None if isinstance(dx_TK, SymbolicZero) else _by_columns(dx_TK, w_KM)
+    by_w = None if isinstance(dw_KM, SymbolicZero) else _by_columns(dw_KM.T, x_TK.T).T
     dy_TM = functools.reduce(jnp.add, [part for part in (by_x, by_w) if part is not None])
     return _in_blocks(x_TK, w_KM), dy_TM
-
-
-def _along(dx_TK: jax.Array, x_TK: jax.Array, w_KM: jax.Array) -> jax.Array:
-    """Return dx @ w, which JAX can transpose by dx."""
-    # By way of the tangent at x: before JAX 0.10 a loop that is nobody's tangent cannot be transposed.
-    return jax.jvp(lambda x_TK: _by_columns(x_TK, w_KM), (x_TK,), (dx_TK,))[1]
 
 
 def _by_columns(x_TK: jax.Array, w_KM: jax.Array) -> jax.Array:
