@@ -142,7 +142,10 @@ def test_heads_joined_are_the_params_to_the_bit(kind, dtype):
 
 
 def test_gradients_reach_single_heads():
-    """The gradient with respect to the heads is the heads of the gradient."""
+    """The gradient with respect to the heads is the heads of the gradient.
+
+    That of the keys' biases is 0 but for rounding: they add the same to all scores of a query.
+    """
     config, tokens_1T = CONFIG.replace(n_layer=1), np.arange(7)[None]
     params = weights(config, kind=jnp.asarray)
 
@@ -152,8 +155,12 @@ def test_gradients_reach_single_heads():
     by_head = jax.jit(jax.grad(lambda heads: loss(surgery.join_heads(config, params, 0, heads))))
     found = by_head(surgery.split_heads(config, params, 0))
     expected = surgery.split_heads(config, jax.jit(jax.grad(loss))(params), 0)
-    for name, leaf in flatten(expected).items():
-        assert_close(flatten(found)[name], leaf, 1e-6)  # measured: 0
+    found, expected = flatten(found), flatten(expected)
+    for gradient in (found, expected):
+        assert np.abs(gradient.pop("k/b")).max() < 1e-6 * np.abs(gradient["v/b"]).max()  # measured: up to 7.6e-8
+    assert found.keys() == expected.keys()
+    for name, leaf in expected.items():
+        assert_close(found[name], leaf, 1e-6)  # measured: 0, in jax 0.12 1.7e-7
 
 
 def test_heads_of_another_shape_are_refused():
