@@ -1,16 +1,12 @@
 """score: every token but the first once, as whole forward passes and Hugging Face have it, in windows beyond n_ctx."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import on_eight_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measures import COMPILATIONS
@@ -334,16 +330,7 @@ EIGHT_DEVICES = """
 
 def test_params_on_a_mesh_score_the_same():
     """Spread over eight devices; measured up to 5.8e-6."""
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert max(json.loads(done.stdout)) < BOUND
+    assert max(on_eight_devices(EIGHT_DEVICES)) < BOUND
 
 
 # ---- arguments
