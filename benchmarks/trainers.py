@@ -39,9 +39,9 @@ class Case:
 def load_ours(folder: Path, case: Case, where: str) -> Steps:
     """Load this library; JAX finds the device by itself."""
     import gpt2_jax
+    from gpt2_jax.data.batching import Batch
     from gpt2_jax.sharding import make_mesh
     from gpt2_jax.training import recipe as recipes
-    from gpt2_jax.training.batch import Batch
     from gpt2_jax.training.step import init_state, make_train_step
 
     config, params = gpt2_jax.load(folder / "hf", dtype="float32")

@@ -6,7 +6,7 @@ import os
 
 import jax
 
-from gpt2_jax.checkpoints.folders import cache_dir
+from gpt2_jax.files import cache_dir
 
 LARGEST = 2**30  # bytes of programs; those not used for longest go first
 

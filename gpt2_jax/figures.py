@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_jax.checkpoints.folders import expanded, replacing_file
+from gpt2_jax.files import expanded, replacing_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import os
@@ -148,6 +149,12 @@ class Tokenizer:
         if not 0 <= i < self.n_vocab:
             raise ValueError(f"id {i} is outside the vocabulary of {self.n_vocab} ids")
         return self._encoding.decode_single_token_bytes(i)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return the sha256 of a tokenizer's tokens and merges, in hexadecimal."""
+    merges = [list(pair) for pair in tokenizer.merges]
+    return hashlib.sha256(json.dumps([tokenizer.tokens, merges]).encode()).hexdigest()
 
 
 def _cut_long_runs(text: str) -> Iterable[str]:

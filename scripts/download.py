@@ -56,12 +56,13 @@ def run(args: Args) -> None:
     """
     if not args.sizes:
         raise ValueError("name one size or more: 124M, 355M, 774M, 1558M")
-    from gpt2_jax.checkpoints import download
+    from gpt2_jax.checkpoints import released
+    from gpt2_jax.release import download
 
     sizes = {name: download.size_of(name) for name in args.sizes}
     if unknown := [name for name, size in sizes.items() if size is None]:
         raise ValueError(f"no released GPT-2 is called {unknown[0]!r}: the sizes are 124M, 355M, 774M, 1558M")
-    fetch = download.fetch_verified if args.verify else download.fetch
+    fetch = released.fetch_verified if args.verify else download.fetch
     for size in dict.fromkeys(sizes.values()):
         directory = None if args.models_dir is None else args.models_dir / size
         print(fetch(size, directory, base_urls=args.base_url or None, jobs=args.jobs), flush=True)

@@ -88,8 +88,8 @@ def run(args: Args) -> None:
 
     """
     _check(args)
-    from gpt2_jax.checkpoints.folders import expanded
     from gpt2_jax.evaluate import files
+    from gpt2_jax.files import expanded
 
     readers = {"perplexity": files.read_documents, "lambada": files.read_passages, "cloze": files.read_questions}
     items = readers[args.task](expanded(args.file))  # before the weights: those can take long

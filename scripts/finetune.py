@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from gpt2_jax.training.recipe import Recipe
+from gpt2_jax.recipe import Recipe
 
 
 @dataclasses.dataclass
@@ -65,8 +65,8 @@ def run(args: Args) -> int:
       ValueError, OSError: bad input, or something cannot be written.
 
     """
-    from gpt2_jax.checkpoints.folders import expanded
     from gpt2_jax.compilation import keep_compiled
+    from gpt2_jax.files import expanded
     from gpt2_jax.training import fit, start_data, start_model
 
     keep_compiled()

@@ -194,7 +194,7 @@ def _check(args: Args) -> None:
 
 def _prompts(args: Args) -> Iterator[str]:
     """Yield the prompts: those given, or standard input if it is a pipe or a file, or the empty one."""
-    from gpt2_jax.checkpoints.folders import expanded
+    from gpt2_jax.files import expanded
 
     yield from args.prompt
     for path in args.prompt_file:
@@ -329,7 +329,7 @@ def _converse(model: Model, args: Args) -> None:
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
     """Let the arrow keys bring back earlier prompts, those of earlier runs too."""
-    from gpt2_jax.checkpoints.folders import cache_dir
+    from gpt2_jax.files import cache_dir
 
     try:
         import readline
@@ -350,7 +350,7 @@ def _history() -> Iterator[None]:
 
 def _complete_file(model: Model, args: Args, config: GPT2Config) -> None:
     """Complete the prompts of a file into another."""
-    from gpt2_jax.checkpoints.folders import expanded
+    from gpt2_jax.files import expanded
     from gpt2_jax.generation.jsonl import complete_file, read_prompts
     from gpt2_jax.generation.settings import check_fits
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from gpt2_jax.training.token_files import Prepared
+    from gpt2_jax.data.token_files import Prepared
 
 
 @dataclasses.dataclass
@@ -68,8 +68,8 @@ def run(args: Args) -> None:
       ValueError, OSError: bad input; nothing has been written.
 
     """
-    from gpt2_jax.checkpoints.folders import expanded
-    from gpt2_jax.training.prepare import check_replaceable, prepare
+    from gpt2_jax.data._prepare import check_replaceable, prepare
+    from gpt2_jax.files import expanded
 
     folder = expanded(args.output)
     check_replaceable(folder, args.overwrite)  # before a vocabulary is fetched

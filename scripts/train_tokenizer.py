@@ -50,8 +50,8 @@ def run(args: Args) -> None:
       ValueError, OSError: bad input; nothing has been written.
 
     """
-    from gpt2_jax.checkpoints.folders import expanded
-    from gpt2_jax.training.bpe import check_replaceable, train_tokenizer, write_tokenizer
+    from gpt2_jax.data.bpe import check_replaceable, train_tokenizer, write_tokenizer
+    from gpt2_jax.files import expanded
 
     folder = expanded(args.output)
     check_replaceable(folder, args.overwrite)  # before training: that can take long

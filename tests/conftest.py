@@ -50,7 +50,7 @@ def tokenizer(model_dir):
 @pytest.fixture(scope="session")
 def reference() -> dict[str, np.ndarray]:
     """Return tokens [4, 97], their logits [4, 97, 1281] and greedy [2, 129], computed by OpenAI's TensorFlow graph."""
-    with np.load(Path(__file__).parent / "data" / "shakespeare_reference.npz") as arrays:
+    with np.load(Path(__file__).parent / "fixtures" / "shakespeare_reference.npz") as arrays:
         return dict(arrays)
 
 

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.checkpoints import download
-from gpt2_jax.checkpoints.folders import expanded
 from gpt2_jax.checkpoints.integrity import count_strange
-from gpt2_jax.checkpoints.loading import read, read_release, warn_of_strange
+from gpt2_jax.checkpoints.loading import read, warn_of_strange
+from gpt2_jax.checkpoints.released import use_release
 from gpt2_jax.config import SIZES, GPT2Config
+from gpt2_jax.files import expanded
 from gpt2_jax.params import Params, unflatten
+from gpt2_jax.release import download
 
 
 def download_and_load_gpt2(
@@ -37,7 +38,7 @@ def download_and_load_gpt2(
         config, leaves = read(directory)
         return config, dict(leaves)
 
-    config, flat = read_release(size, expanded(models_dir) / size, use)
+    config, flat = use_release(size, expanded(models_dir) / size, use)
     strange = {name: n for name, array in flat.items() if (n := count_strange(array))}
     warn_of_strange(strange, "these weights hold NaN or infinite values", stacklevel=3)
     return config.to_hparams(), to_blocks(unflatten(flat))

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.checkpoints import safetensors, tensorflow
-from gpt2_jax.checkpoints.folders import cache_dir
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, write_manifest
-from gpt2_jax.checkpoints.progress import shown
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import cache_dir
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
+from gpt2_jax.progress import shown
 
 
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,27 +27,6 @@ class DamagedError(ValueError):
 def sha256(array: np.ndarray) -> str:
     """Return the sha256 of an array's bytes, row by row and little-endian, in hexadecimal."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the sha256 of files in a folder and those below it by their names from there ("d/0a1b").
-
-    Args:
-      folder: which.
-      names: of the files; those that are not there are left out. None is all.
-
-    """
-    candidates = folder.rglob("*") if names is None else (folder / name for name in names)
-    paths = [path for path in sorted(candidates) if path.is_file()]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
-        digests = pool.map(sha256_of, paths)
-        return {path.relative_to(folder).as_posix(): found for path, found in zip(paths, digests, strict=True)}
 
 
 def write_manifest(config: GPT2Config, hashes: Mapping[str, str], **more: Any) -> str:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import copies, download, huggingface, huggingface_tokenizer, orbax, runs, tensorflow
-from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DamagedError, Leaves, count_strange
-from gpt2_jax.checkpoints.progress import shown
+from gpt2_jax.checkpoints import copies, huggingface, huggingface_tokenizer, orbax, run_weights, runs, tensorflow
+from gpt2_jax.checkpoints.integrity import STORED_DTYPES, Leaves, count_strange
+from gpt2_jax.checkpoints.released import use_release
 from gpt2_jax.checkpoints.sources import form_of, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, flatten, unflatten
+from gpt2_jax.progress import shown
 from gpt2_jax.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 
 def load(
@@ -59,16 +58,7 @@ def load(
         return _place(*read(directory, keep_copy), dtype, sharding)
 
     size = size_meant(source)
-    return open_and_place(locate(source)) if size is None else read_release(size, None, open_and_place)
-
-
-def read_release(size: str, directory: Path | None, use: Callable[[Path], T]) -> T:
-    """Fetch what is absent of a released size and use it; weights that turn out damaged are fetched once more."""
-    directory = download.fetch(size, directory)
-    try:
-        return use(directory)
-    except DamagedError:
-        return use(download.fetch_verified(size, directory))
+    return open_and_place(locate(source)) if size is None else use_release(size, None, open_and_place)
 
 
 def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
@@ -79,7 +69,7 @@ def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
     elif form == "orbax":
         config, leaves = orbax.read(directory)
     elif form == "checkpoint":
-        config, leaves = runs.read(directory)
+        config, leaves = run_weights.read(directory)
     elif keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0":
         config, leaves = copies.read(directory)
     else:
@@ -129,7 +119,7 @@ def load_config(source: str | os.PathLike) -> GPT2Config:
     if form == "orbax":
         return orbax.read_config(directory)
     if form == "checkpoint":
-        return runs.read_config(directory)
+        return run_weights.read_config(directory)
     config = tensorflow.read_hparams(directory)
     try:
         data = directory.glob(tensorflow.data_pattern(tensorflow.find_checkpoint(directory)))
@@ -189,5 +179,5 @@ _CONFIGS = {
     "hparams.json": tensorflow.read_hparams,
     "config.json": huggingface.read_config,
     orbax.MANIFEST: orbax.read_config,
-    runs.RUN: runs.read_config,
+    runs.RUN: run_weights.read_config,
 }

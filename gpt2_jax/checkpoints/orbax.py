@@ -19,13 +19,13 @@ from gpt2_jax.checkpoints.integrity import (
     DamagedError,
     Leaves,
     check_hash,
-    hash_files,
     one_line,
     read_manifest,
     sha256,
     write_manifest,
 )
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import hash_files
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import flatten, unflatten
 

@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.checkpoints.integrity import DamagedError, hash_files, one_line
+from gpt2_jax.checkpoints.integrity import DamagedError, one_line
+from gpt2_jax.files import hash_files
 from gpt2_jax.params import flatten, unflatten
 
 MANIFEST, VERSION = "checkpoint.json", 1

@@ -1,32 +1,58 @@
-"""Reading a training run: its best model, or the newest checkpoint with LoRA's small matrices merged in.
+"""A training run's folder: what is in it, and run.json, which says what is trained and how.
 
-RUN/run.json              the config, the recipe and what the data were; `gpt2_jax.training` writes it all
+RUN/run.json              the config, the recipe and what the data were
 RUN/encoder.json, RUN/vocab.bpe
-RUN/checkpoints/1600/     of `parts`: params, lora (if that is trained) and trainer, which is not read here
+RUN/data/                 the text as tokens, where the run prepared it
+RUN/checkpoints/1600/     of `parts`: params, lora (if that is trained) and trainer
 RUN/best/                 a model as `save` writes it
+
+The weights in it are read by `run_weights`, and written by `save` and `gpt2_jax.training`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from gpt2_jax.checkpoints import parts
-from gpt2_jax.checkpoints.integrity import Leaves
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.lora import merge_lora
-from gpt2_jax.model import abstract_params
-from gpt2_jax.params import differences, flatten, unflatten
-from gpt2_jax.tokenizer import read_json
+from gpt2_jax.files import expanded, replacing_file
+from gpt2_jax.recipe import Recipe, from_dict, to_dict
+from gpt2_jax.tokenizer import Tokenizer, fingerprint, read_json
 
-RUN, CHECKPOINTS, BEST = "run.json", "checkpoints", "best"
+RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
+VOCABULARY = ("encoder.json", "vocab.bpe")
 MARK, VERSION = "gpt2_jax_run", 1
+
+# What may be changed when a run is resumed: it decides what is still to come, what is watched, or how the same numbers
+# are computed (on other devices, or in other parts, the same but for rounding). `data.path` may: the data's hash is
+# compared.
+FREE = re.compile(
+    r"recipe\.(steps|accumulate|remat|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What run.json says.
+
+    Attributes:
+      config: the model's.
+      recipe: how it is trained.
+      data: what it is trained on: whatever `write_run` was given, of the values that JSON has.
+      tokenizer: sha256 of its tokenizer, None if there is none.
+    """
+
+    config: GPT2Config
+    recipe: Recipe
+    data: dict[str, Any]
+    tokenizer: str | None
 
 
 def is_run(directory: Path) -> bool:
@@ -43,8 +69,26 @@ def is_checkpoint(directory: Path) -> bool:
     )
 
 
-def read_run(run_dir: Path) -> dict[str, Any]:
-    """Read run.json: {"gpt2_jax_run", "config", "recipe", "data", "tokenizer"}.
+def read_run(run_dir: str | os.PathLike) -> Run:
+    """Read a run's run.json.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is malformed, or of another version of this package.
+
+    """
+    directory = expanded(run_dir)
+    told = read_fields(directory)
+    try:
+        recipe = from_dict(Recipe, told["recipe"])
+    except ValueError as error:
+        raise ValueError(f"{directory / RUN} holds no recipe: {error}") from error
+    config = config_of(told, directory / RUN)
+    return Run(config, recipe, told.get("data") or {}, told.get("tokenizer"))
+
+
+def read_fields(run_dir: Path) -> dict[str, Any]:
+    """Read run.json as it stands: {"gpt2_jax_run", "config", "recipe", "data", "tokenizer"}.
 
     Raises:
       FileNotFoundError: there is none, of this package.
@@ -63,11 +107,86 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def config_of(told: Mapping[str, Any], source: object) -> GPT2Config:
-    """Return the config in what `read_run` gave."""
+    """Return the config in what `read_fields` gave."""
     try:
         return GPT2Config(**told["config"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source} holds no config: {error}") from error
+
+
+def write_run(
+    run_dir: str | os.PathLike,
+    config: GPT2Config,
+    recipe: Recipe,
+    data: Mapping[str, Any],
+    tokenizer: Tokenizer | None = None,
+) -> bool:
+    """Begin a run, or take one up again: write run.json and the vocabulary, nothing else, and remove nothing.
+
+    Args:
+      run_dir: a folder that is not there, is empty (but for `data`, text that was prepared there), or is a run's.
+      config: of the model.
+      recipe: how it is trained.
+      data: what it is trained on, with a hash; "name" and "path" in it may be others when the run is resumed.
+      tokenizer: None trains without one.
+
+    Returns:
+      Whether there was a run: it goes on.
+
+    Raises:
+      FileExistsError: the folder holds something else.
+      ValueError: the run there was begun otherwise; the message lists what differs.
+      OSError: it cannot be written.
+
+    """
+    directory = expanded(run_dir)
+    run = Run(config, recipe, json.loads(json.dumps(dict(data))), tokenizer and fingerprint(tokenizer))
+    check_free(directory)
+    resumed = is_run(directory)
+    if resumed:
+        check_resumable(directory, read_run(directory), run)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing_file(directory / RUN) as temporary:
+        temporary.write_text(json.dumps(_to_json(run), indent=1) + "\n", encoding="utf-8")
+    if tokenizer and not all((directory / name).is_file() for name in VOCABULARY):
+        with replacing_file(directory / VOCABULARY[0]) as encoder, replacing_file(directory / VOCABULARY[1]) as merges:
+            tokenizer.to_files(encoder, merges)
+    return resumed
+
+
+def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
+    """Check that a run, gone on with as `new` says, is the run that it was.
+
+    Raises:
+      ValueError: it is not; the message lists the fields that decide what was computed so far and differ.
+
+    """
+    before, now = dict(_fields(_to_json(old))), dict(_fields(_to_json(new)))
+    names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
+    if names:
+        listed = ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in names)
+        raise ValueError(
+            f"{run_dir} holds a run that was begun otherwise: {listed}; set it as it was, or choose another folder "
+            "(a new run may start from this one: model.source)"
+        )
+
+
+def check_free(directory: Path) -> None:
+    """Check that a run may be begun in a folder, or gone on with.
+
+    Raises:
+      FileExistsError: it holds something else.
+
+    """
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: choose another name for the run")
+    if not directory.exists() or is_run(directory):
+        return
+    # The second is what a run leaves that was killed as it began, or while it prepared its text.
+    begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
+    if others := sorted(path.name for path in directory.iterdir() if not begun.fullmatch(path.name)):
+        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise FileExistsError(f"{directory} holds other things than a run ({listed}): choose another folder")
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -95,58 +214,25 @@ def run_of(directory: Path) -> Path:
     return directory.resolve().parents[1] if is_checkpoint(directory) else directory
 
 
-def read_config(directory: Path) -> GPT2Config:
-    """Read the config of a checkpoint or a run, as `read` gives it.
-
-    Raises:
-      as `read_run`, and DamagedError.
-
-    """
-    run_dir = run_of(directory)
-    config = config_of(read_run(run_dir), run_dir / RUN).replace(compute_dtype="float32")  # a choice of each run
-    if not is_checkpoint(directory):
-        return config
-    return config.replace(param_dtype=_dtype(parts.read_manifest(directory)))
+def _to_json(run: Run) -> dict[str, Any]:
+    config = {field.name: getattr(run.config, field.name) for field in dataclasses.fields(run.config)}
+    dtypes = {name: config[name].name for name in ("param_dtype", "compute_dtype")}
+    told = {"config": config | dtypes, "recipe": to_dict(run.recipe), "data": run.data, "tokenizer": run.tokenizer}
+    return {MARK: VERSION} | told
 
 
-def read(directory: Path) -> tuple[GPT2Config, Leaves]:
-    """Read the params of a checkpoint of a run onto the host, LoRA merged, nothing of the optimizer.
-
-    Raises:
-      FileNotFoundError: it lies in no run, whose run.json has the config.
-      ValueError: run.json is malformed, or of another model.
-      DamagedError: a file of the checkpoint is missing, or not what was written.
-
-    """
-    told = read_run(run_of(directory))
-    config = read_config(directory)
-    manifest = parts.read_manifest(directory)
-    abstract = {part: parts.abstract_part(manifest, part) for part in (PARAMS, LORA)}
-    if wrong := differences(abstract[PARAMS], flatten(abstract_params(config)), dtypes=False):
-        raise ValueError(f"{directory} is of another model than {run_of(directory) / RUN}: {wrong[0]}")
-    parts.check_files(directory, manifest, (PARAMS, LORA))
-    host = {
-        part: {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in abstract[part].items()} for part in abstract
-    }
-    found = parts.read(directory.resolve(), host)
-    return config, _merged(config, found[PARAMS], found[LORA], told["recipe"])
+def _fields(told: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("recipe.optimizer.name", "adamw"), ... of nested dicts."""
+    if not isinstance(told, dict):
+        yield name, told
+        return
+    for key, value in told.items():
+        yield from _fields(value, f"{name}.{key}" if name else key)
 
 
-def _merged(
-    config: GPT2Config, params: dict[str, np.ndarray], lora: Mapping[str, np.ndarray], recipe: Mapping[str, Any]
-) -> Leaves:
-    for name in sorted(params, key=lambda name: -params[name].nbytes):
-        leaf = params.pop(name)
-        if f"{name}/a" in lora:
-            pair = {side: lora[f"{name}/{side}"] for side in "ab"}
-            leaf = flatten(merge_lora(unflatten({name: leaf}), {name: pair}, recipe["lora"]["alpha"]))[name]
-        yield name, np.asarray(leaf, config.param_dtype)
-
-
-def _dtype(manifest: Mapping[str, Any]) -> np.dtype:
-    """Return the dtype that params are given in: what is stored, but float32 of the float64 of exact training."""
-    stored = jnp.dtype(next(iter(manifest["leaves"][PARAMS].values()))[0])
-    return jnp.dtype("float32") if stored.name == "float64" else stored
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_step(path: Path) -> bool:

@@ -21,8 +21,8 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from gpt2_jax.checkpoints.folders import replacing_file
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, check_hash, one_line
+from gpt2_jax.files import replacing_file
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, tensorflow
-from gpt2_jax.checkpoints.folders import expanded, replacing
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import expanded, replacing
 from gpt2_jax.model import check_params
 from gpt2_jax.params import Params, flatten
 from gpt2_jax.tokenizer import Tokenizer

@@ -8,9 +8,10 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from gpt2_jax.checkpoints import download, hub, runs
-from gpt2_jax.checkpoints.folders import expanded
+from gpt2_jax.checkpoints import hub, runs
 from gpt2_jax.config import SIZES
+from gpt2_jax.files import expanded
+from gpt2_jax.release import download
 
 Form = Literal["tensorflow", "huggingface", "orbax", "checkpoint"]
 Part = Literal["model", "tokenizer"]

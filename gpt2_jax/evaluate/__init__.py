@@ -1,10 +1,10 @@
 """How good a model is: perplexity of text, last words (LAMBADA), blanks to fill, each by a convention it states."""
 
-from gpt2_jax.evaluate.cloze import Cloze, Question, cloze
+from gpt2_jax.evaluate._cloze import Cloze, Question, cloze
+from gpt2_jax.evaluate._lambada import STOP_WORDS, Lambada, lambada
+from gpt2_jax.evaluate._perplexity import Perplexity, perplexity
 from gpt2_jax.evaluate.continuations import score_continuations
 from gpt2_jax.evaluate.detokenizers import DETOKENIZERS
-from gpt2_jax.evaluate.lambada import STOP_WORDS, Lambada, lambada
-from gpt2_jax.evaluate.perplexity import Perplexity, perplexity
 
 __all__ = [
     "DETOKENIZERS",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.evaluate.cloze import Question, check_question
+from gpt2_jax.evaluate._cloze import Question, check_question
 
 CLOZE_FIELDS = '{"context": "...", "question": "... XXXXX ...", "candidates": ["...", "..."], "answer": "..."}'
 

@@ -3,10 +3,10 @@
 from gpt2_jax.activations import AXES, activation_names
 from gpt2_jax.edits import Edit, add, patch, replace, scale
 from gpt2_jax.research import pictures, surgery
+from gpt2_jax.research._forward import forward
 from gpt2_jax.research.attribution import logit_attribution, residual_parts
 from gpt2_jax.research.circuits import composition_scores, copying_scores, ov_circuit, qk_circuit, top_tokens
 from gpt2_jax.research.folding import center_unembed, fold_layer_norm
-from gpt2_jax.research.forward import forward
 from gpt2_jax.research.heads import head_scores, mean_attention, repeated_tokens
 from gpt2_jax.research.lens import logit_lens, stream_logits
 from gpt2_jax.research.metrics import logit_difference

@@ -24,7 +24,7 @@ from flax import struct
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params
-from gpt2_jax.research.forward import as_params
+from gpt2_jax.research._forward import as_params
 from gpt2_jax.research.trees import in_range, product, wide
 from gpt2_jax.research.units import split_heads
 

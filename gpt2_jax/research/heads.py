@@ -16,7 +16,7 @@ from flax import struct
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.params import Params
-from gpt2_jax.research.forward import as_params, as_tokens, forward, places
+from gpt2_jax.research._forward import as_params, as_tokens, forward, places
 
 
 @struct.dataclass

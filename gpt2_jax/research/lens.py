@@ -20,7 +20,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
-from gpt2_jax.research.forward import as_params, as_tokens, forward
+from gpt2_jax.research._forward import as_params, as_tokens, forward
 
 STREAM = ("^h0/resid_pre$", "/resid_post$")
 CHUNK = 256  # positions whose logits are held at a time: 51 MB of float32 for 50,257 tokens

@@ -17,7 +17,7 @@ from gpt2_jax.activations import Tap
 from gpt2_jax.edits import Where
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
-from gpt2_jax.research.forward import places
+from gpt2_jax.research._forward import places
 
 Metric = Callable[[jax.Array], jax.Array]
 """Takes logits, [B, V] at one place of each row or [B, T, V] at all, and gives a number."""

@@ -29,7 +29,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where, patch, replace, taps_of
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
-from gpt2_jax.research.forward import as_params, as_tokens, forward
+from gpt2_jax.research._forward import as_params, as_tokens, forward
 from gpt2_jax.research.metrics import Metric, as_place, logits_at, traceable
 
 Axis = Literal["head", "position"]

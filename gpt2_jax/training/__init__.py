@@ -1,10 +1,10 @@
 """Training: text to tokens, the optimizer step, and runs that can be resumed."""
 
-from gpt2_jax.training.batch import Batch
-from gpt2_jax.training.data import batches, windows
+from gpt2_jax.data._prepare import prepare
+from gpt2_jax.data.batching import Batch, batches, windows
+from gpt2_jax.data.token_files import Prepared, open_prepared
+from gpt2_jax.recipe import Recipe
 from gpt2_jax.training.loop import Fitted, fit
-from gpt2_jax.training.prepare import prepare
-from gpt2_jax.training.recipe import Recipe
 from gpt2_jax.training.start import new_params, start_data, start_model
 from gpt2_jax.training.step import (
     TrainState,
@@ -14,7 +14,6 @@ from gpt2_jax.training.step import (
     make_train_step,
     model_params,
 )
-from gpt2_jax.training.token_files import Prepared, open_prepared
 
 __all__ = [
     "Batch",

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.checkpoints import parts, runs
-from gpt2_jax.checkpoints.folders import exchange, expanded
 from gpt2_jax.checkpoints.integrity import DamagedError
+from gpt2_jax.files import exchange, expanded
 from gpt2_jax.params import differences
 
 State = TypeVar("State")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checkpoints.folders import replacing_file
+from gpt2_jax.files import replacing_file
 from gpt2_jax.training.records import read_records
 
 # matplotlib is imported inside the functions that draw: the package does without it otherwise.

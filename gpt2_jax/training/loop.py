@@ -16,21 +16,21 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.checkpoints import runs
-from gpt2_jax.checkpoints.folders import expanded
+from gpt2_jax.checkpoints.runs import read_run, write_run
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.data.batching import Batch, batches
+from gpt2_jax.data.token_files import Prepared
+from gpt2_jax.files import expanded
 from gpt2_jax.params import Params
+from gpt2_jax.recipe import Recipe
 from gpt2_jax.sharding import DATA, make_mesh
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.training.batch import Batch
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
-from gpt2_jax.training.data import batches
 from gpt2_jax.training.memory import gigabytes
 from gpt2_jax.training.observer import METRICS, Observer, due
-from gpt2_jax.training.recipe import Recipe
 from gpt2_jax.training.records import read_records
 from gpt2_jax.training.report import Report
-from gpt2_jax.training.run_folder import read_run, write_run
 from gpt2_jax.training.signals import Stop, stopping
 from gpt2_jax.training.start import check_data, check_model
 from gpt2_jax.training.step import (
@@ -41,7 +41,6 @@ from gpt2_jax.training.step import (
     model_params,
     training_config,
 )
-from gpt2_jax.training.token_files import Prepared
 
 MOST_SKIPPED = 100  # steps in a row that change nothing, before a run ends that would skip for ever
 CURVE = "loss.png"

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from gpt2_jax.attention import SMALLEST_BLOCK
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import flatten
+from gpt2_jax.recipe import Recipe
 from gpt2_jax.sharding import DATA, MODEL, param_shardings
 from gpt2_jax.training.loss import CHUNK
-from gpt2_jax.training.recipe import Recipe
 from gpt2_jax.training.step import abstract_state, trained, training_config
 
 ESTIMATED = ("gathered", "activations")

@@ -12,16 +12,16 @@ from jax.sharding import Mesh
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import save
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.data.batching import windows
+from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
+from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.training.data import windows
-from gpt2_jax.training.recipe import Recipe
 from gpt2_jax.training.records import read_records
 from gpt2_jax.training.report import Report
 from gpt2_jax.training.signals import Stop
 from gpt2_jax.training.step import TrainState, make_eval_step, model_params
-from gpt2_jax.training.token_files import Prepared
 from gpt2_jax.training.verbatim import verbatim_shares
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"

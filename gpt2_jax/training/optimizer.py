@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gpt2_jax.params import by_rules
-from gpt2_jax.training.recipe import Optimizer
+from gpt2_jax.recipe import Optimizer
 
 
 def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:

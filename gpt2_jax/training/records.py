@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.checkpoints.folders import replacing_file
+from gpt2_jax.files import replacing_file
 
 
 class Records:

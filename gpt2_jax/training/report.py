@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.recipe import Recipe
 from gpt2_jax.training.hardware import mfu
-from gpt2_jax.training.recipe import Recipe
 from gpt2_jax.training.records import Records
 
 FIRST_LINES = 3  # steps of which each has a line where there is no terminal

@@ -12,21 +12,19 @@ import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
-from gpt2_jax.checkpoints.folders import expanded, replacing_file
-from gpt2_jax.checkpoints.integrity import sha256_of
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.data._prepare import prepare
+from gpt2_jax.data.sources import STDIN, Fields, Sources
+from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
+from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
+from gpt2_jax.recipe import Recipe
 from gpt2_jax.sharding import make_mesh
-from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.training import run_folder
+from gpt2_jax.tokenizer import Tokenizer, fingerprint
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.memory import check_memory
-from gpt2_jax.training.prepare import prepare
-from gpt2_jax.training.recipe import Recipe
-from gpt2_jax.training.sources import STDIN, Fields, Sources
 from gpt2_jax.training.step import check_rows
-from gpt2_jax.training.token_files import Prepared, fingerprint, is_prepared, open_prepared
 
 ORIGIN = "origin.json"  # in the folder of tokens: what text they were made of, and how
 
@@ -49,7 +47,7 @@ def start_model(
     goes_on = run_dir is not None and runs.is_run(expanded(run_dir)) and Checkpoints(run_dir).latest() is not None
     tokenizer = load_tokenizer(run_dir if goes_on else model.tokenizer or model.source)
     if goes_on:
-        config = run_folder.read_run(run_dir).config
+        config = runs.read_run(run_dir).config
     elif model.source:
         config = load_config(model.source)
     else:
@@ -143,7 +141,7 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
         raise ValueError("data.path must name text or a folder that prepare_data.py wrote: pass --data.path")
     if is_prepared(data.path):
         return open_prepared(data.path, tokenizer)
-    run_folder.check_free(run_dir)
+    runs.check_free(run_dir)
     settings = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
     origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
     told = _origin(folder)

@@ -17,14 +17,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.data.batching import Batch
 from gpt2_jax.lora import init_lora, merge_lora
 from gpt2_jax.model import GPT2, abstract_params, check_params
 from gpt2_jax.params import Params, by_rules, flatten, unflatten
+from gpt2_jax.recipe import Recipe
 from gpt2_jax.sharding import DATA, param_shardings
-from gpt2_jax.training.batch import Batch
 from gpt2_jax.training.loss import CHUNK, token_loss
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
-from gpt2_jax.training.recipe import Recipe
 
 MEAN_DECAY = 0.98  # of the running mean that a spike is measured by
 

@@ -1,0 +1,74 @@
+"""The model of a training run: the newest checkpoint's weights, LoRA's small matrices merged in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gpt2_jax.checkpoints import parts, runs
+from gpt2_jax.checkpoints.integrity import Leaves
+from gpt2_jax.checkpoints.runs import LORA, PARAMS
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.lora import merge_lora
+from gpt2_jax.model import abstract_params
+from gpt2_jax.params import differences, flatten, unflatten
+
+
+def read_config(directory: Path) -> GPT2Config:
+    """Read the config of a checkpoint or a run, as `read` gives it.
+
+    Raises:
+      as `runs.read_fields`, and DamagedError.
+
+    """
+    run_dir = runs.run_of(directory)
+    config = runs.config_of(runs.read_fields(run_dir), run_dir / runs.RUN).replace(
+        compute_dtype="float32"
+    )  # a choice of each run
+    if not runs.is_checkpoint(directory):
+        return config
+    return config.replace(param_dtype=_dtype(parts.read_manifest(directory)))
+
+
+def read(directory: Path) -> tuple[GPT2Config, Leaves]:
+    """Read the params of a checkpoint of a run onto the host, LoRA merged, nothing of the optimizer.
+
+    Raises:
+      FileNotFoundError: it lies in no run, whose run.json has the config.
+      ValueError: run.json is malformed, or of another model.
+      DamagedError: a file of the checkpoint is missing, or not what was written.
+
+    """
+    told = runs.read_fields(runs.run_of(directory))
+    config = read_config(directory)
+    manifest = parts.read_manifest(directory)
+    abstract = {part: parts.abstract_part(manifest, part) for part in (PARAMS, LORA)}
+    if wrong := differences(abstract[PARAMS], flatten(abstract_params(config)), dtypes=False):
+        raise ValueError(f"{directory} is of another model than {runs.run_of(directory) / runs.RUN}: {wrong[0]}")
+    parts.check_files(directory, manifest, (PARAMS, LORA))
+    host = {
+        part: {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in abstract[part].items()} for part in abstract
+    }
+    found = parts.read(directory.resolve(), host)
+    return config, _merged(config, found[PARAMS], found[LORA], told["recipe"])
+
+
+def _merged(
+    config: GPT2Config, params: dict[str, np.ndarray], lora: Mapping[str, np.ndarray], recipe: Mapping[str, Any]
+) -> Leaves:
+    for name in sorted(params, key=lambda name: -params[name].nbytes):
+        leaf = params.pop(name)
+        if f"{name}/a" in lora:
+            pair = {side: lora[f"{name}/{side}"] for side in "ab"}
+            leaf = flatten(merge_lora(unflatten({name: leaf}), {name: pair}, recipe["lora"]["alpha"]))[name]
+        yield name, np.asarray(leaf, config.param_dtype)
+
+
+def _dtype(manifest: Mapping[str, Any]) -> np.dtype:
+    """Return the dtype that params are given in: what is stored, but float32 of the float64 of exact training."""
+    stored = jnp.dtype(next(iter(manifest["leaves"][PARAMS].values()))[0])
+    return jnp.dtype("float32") if stored.name == "float64" else stored

@@ -1,0 +1,21 @@
+"""Text to documents to tokens to batches, and vocabularies from text.
+
+What a model or an optimizer does with the batches is not here: see `gpt2_jax.training`.
+"""
+
+from gpt2_jax.data._prepare import prepare
+from gpt2_jax.data.batching import Batch, batches, windows
+from gpt2_jax.data.bpe import train_tokenizer, write_tokenizer
+from gpt2_jax.data.token_files import Prepared, Tokens, open_prepared
+
+__all__ = [
+    "Batch",
+    "Prepared",
+    "Tokens",
+    "batches",
+    "open_prepared",
+    "prepare",
+    "train_tokenizer",
+    "windows",
+    "write_tokenizer",
+]

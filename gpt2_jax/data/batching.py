@@ -1,0 +1,188 @@
+"""Windows of tokens in batches. What a step reads is a function of (seed, step): nothing has to be kept to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from flax import struct
+
+from gpt2_jax.data.token_files import Tokens
+
+PREFETCHED = 8  # batches that wait, read already
+THREADS = 2
+ENDLESS = 2**50  # rows: more than anyone reads, and lengths are exact as floats, as Grain takes them
+Row = tuple[np.ndarray, np.ndarray]  # ids int32 [T + 1], counts float32 [T + 1]
+
+
+@struct.dataclass
+class Batch:
+    """Windows of text, all [rows, T]; `train_step` takes them with one more leading axis, the parts of the step.
+
+    Attributes:
+      tokens: int32 ids that the model reads.
+      targets: int32 ids that it shall say next: the tokens, one further.
+      weights: float32, 1 where a target counts in the loss, and 0 where it is padding or masked.
+    """
+
+    tokens: np.ndarray | jax.Array
+    targets: np.ndarray | jax.Array
+    weights: np.ndarray | jax.Array
+
+
+def batches(
+    tokens: Tokens,
+    n_tokens: int,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yield batches to train on, without end, from that of step `first_step` on; to begin late takes no longer.
+
+    Row r of step s is window number s * batch_size + r of a sequence of epochs. An epoch has as few windows as together
+    reach over the text; they begin at even distances, from an offset that is drawn anew each epoch, and come in an
+    order that is drawn anew too. So an epoch reads each token once (a few, where windows overlap, twice; some at
+    either end, by the offset, not), and windows begin at every token equally often.
+
+    Args:
+      tokens: the text; where it is shorter than a window, all rows are that text, padded with id 0 of weight 0.
+      n_tokens: T, of a window; it reads one more, as targets are one further.
+      batch_size: windows of a step, of all processes together.
+      seed: of order and offsets, in [0, 2**32).
+      first_step: number of the step to begin with.
+      process_index: which of the processes this is: it gets the rows from process_index * rows on.
+      process_count: how many processes share a batch.
+
+    Returns:
+      An iterator of Batch, [batch_size // process_count, T], on the host. Threads read ahead of it until it is closed.
+
+    Raises:
+      ValueError: there are fewer than two tokens, or numbers do not fit.
+
+    Warns:
+      UserWarning: the text is shorter than a window.
+
+    """
+    _check_text(tokens, n_tokens, batch_size)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), not {seed}")
+    if first_step < 0:
+        raise ValueError(f"first_step must be 0 or more, not {first_step}")
+    if not 0 <= process_index < process_count or batch_size % process_count:
+        raise ValueError(
+            f"a batch of {batch_size} rows cannot be shared by {process_count} processes, of which this is number "
+            f"{process_index}: it must be a multiple of them"
+        )
+    if tokens.n_tokens <= n_tokens:
+        warnings.warn(
+            f"{tokens.path} has {tokens.n_tokens:,} tokens, fewer than the {n_tokens + 1:,} of a window and its last "
+            "target: every row is this text, padded",
+            UserWarning,
+            stacklevel=2,
+        )
+    return _read_ahead(tokens, n_tokens, batch_size, seed, first_step, process_index, process_count)
+
+
+def _read_ahead(
+    tokens: Tokens, n_tokens: int, batch_size: int, seed: int, first_step: int, process_index: int, process_count: int
+) -> Iterator[Batch]:
+    import grain
+
+    epochs = _Epochs(tokens.n_tokens, n_tokens, seed)
+
+    def read(number: int) -> Row:
+        return _row(tokens, epochs.start(number), n_tokens)
+
+    # Not Grain's own shuffle: it takes milliseconds an index where there are few, and its next seed is its next epoch.
+    rows = grain.MapDataset.range(ENDLESS).map(read).batch(batch_size // process_count, batch_fn=_batch)
+    steps = rows[process_index::process_count][first_step:]
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
+    with contextlib.closing(iter(steps.to_iter_dataset(options))) as iterator:
+        yield from iterator
+
+
+class _Epochs:
+    """Where windows begin, epoch after epoch: an offset and an order of each, drawn from (seed, epoch) alone."""
+
+    def __init__(self, n_text: int, n_tokens: int, seed: int):
+        self.n_starts = max(n_text - n_tokens, 1)
+        self.n_windows = max(-(-(n_text - 1) // n_tokens), 1)
+        self.seed = seed
+        self._lock = threading.Lock()  # the threads that read come to a new epoch together
+        self._drawn = functools.lru_cache(maxsize=2)(self._draw)
+
+    def start(self, number: int) -> int:
+        """Return the token that window `number` of the sequence of epochs begins with."""
+        epoch, place = divmod(number, self.n_windows)
+        with self._lock:
+            offset, order = self._drawn(epoch)
+        return (int(order[place]) * self.n_starts + offset) // self.n_windows
+
+    def _draw(self, epoch: int) -> tuple[int, np.ndarray]:
+        # The raw numbers of a bit generator are the same in any version of NumPy; those of its distributions are not.
+        raw = np.random.Philox(key=[self.seed, epoch]).random_raw(1 + self.n_windows)
+        return int(raw[0]) % self.n_starts, np.argsort(raw[1:], kind="stable")
+
+
+def windows(tokens: Tokens, n_tokens: int, batch_size: int, at_most: int = 0) -> Iterator[Batch]:
+    """Yield batches to validate on: the text's first windows one after another, window i from token i * T on.
+
+    There are as many as are full, or one, padded, where none is. Rows that the last batch lacks have weight 0.
+
+    Args:
+      tokens: the text.
+      n_tokens: T, of a window; it reads one more, which the next window begins with.
+      batch_size: rows of a batch.
+      at_most: most windows; 0 is all.
+
+    Returns:
+      An iterator of Batch, [batch_size, T], on the host.
+
+    Raises:
+      ValueError: there are fewer than two tokens, or numbers do not fit.
+
+    """
+    _check_text(tokens, n_tokens, batch_size)
+    if at_most < 0:
+        raise ValueError(f"at_most must be 0 or more, not {at_most}")
+    n_windows = max((tokens.n_tokens - 1) // n_tokens, 1)
+    n_windows = min(n_windows, at_most) if at_most else n_windows
+    return _consecutive(tokens, n_tokens, batch_size, n_windows)
+
+
+def _consecutive(tokens: Tokens, n_tokens: int, batch_size: int, n_windows: int) -> Iterator[Batch]:
+    nothing = np.zeros(n_tokens + 1, np.int32), np.zeros(n_tokens + 1, np.float32)
+    for first in range(0, n_windows, batch_size):
+        numbers = range(first, min(first + batch_size, n_windows))
+        rows = [_row(tokens, number * n_tokens, n_tokens) for number in numbers]
+        yield _batch(rows + [nothing] * (batch_size - len(rows)))
+
+
+def _check_text(tokens: Tokens, n_tokens: int, batch_size: int) -> None:
+    for name, value in (("n_tokens", n_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, not {value}")
+    if tokens.n_tokens < 2:
+        raise ValueError(f"{tokens.path} has {tokens.n_tokens} tokens: there is nothing to predict")
+
+
+def _row(tokens: Tokens, start: int, n_tokens: int) -> Row:
+    """Read the window that begins at a token, and pad it where the text ends."""
+    count = min(n_tokens + 1, tokens.n_tokens - start)
+    ids, counts = tokens.read(start, count)
+    if count == n_tokens + 1:
+        return ids, counts
+    missing = (0, n_tokens + 1 - count)
+    return np.pad(ids, missing), np.pad(counts, missing)
+
+
+def _batch(rows: list[Row]) -> Batch:
+    ids, counts = (np.stack(part) for part in zip(*rows, strict=True))
+    return Batch(tokens=ids[:, :-1], targets=ids[:, 1:], weights=counts[:, 1:])

@@ -1,0 +1,101 @@
+"""A vocabulary for a new corpus: byte-level BPE, trained by Hugging Face tokenizers and numbered as OpenAI's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt2_jax.data.sources import Fields, Sources
+from gpt2_jax.files import expanded, replacing
+from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
+
+FILES = {"encoder.json", "vocab.bpe"}
+MIN_FREQUENCY = 2  # a pair that occurs once is not worth a token
+N_BYTES = 256
+
+
+def train_tokenizer(
+    sources: Sequence[str | os.PathLike], n_merges: int = 50_000, *, field: str = "text", shown: bool = False
+) -> Tokenizer:
+    """Train a vocabulary: the ids are the 256 bytes in OpenAI's order, a token for each merge, and <|endoftext|>.
+
+    Text is split by GPT-2's own pattern first. Where pairs occur equally often, that of the lower ids merges first.
+
+    Args:
+      sources: .txt, .jsonl and .csv files, folders of these, or "-", as `prepare` takes them.
+      n_merges: most merges; a text may have fewer pairs that occur twice. GPT-2 has 50,000.
+      field: of a .jsonl file's objects, and the column of a .csv file, that holds the text.
+      shown: show a progress bar on standard error.
+
+    Raises:
+      FileNotFoundError: a source is not there.
+      ValueError: a source is malformed, or there is no text.
+
+    """
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import models, pre_tokenizers, trainers
+
+    if isinstance(n_merges, bool) or not isinstance(n_merges, int) or n_merges < 0:
+        raise ValueError(f"n_merges must be a whole number of 0 or more, not {n_merges!r}")
+    found = Sources(sources, Fields(field))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # by code point: OpenAI's order of the bytes
+    trained = Trained(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_BYTES + n_merges, min_frequency=MIN_FREQUENCY, initial_alphabet=alphabet, show_progress=shown
+    )
+    trained.train_from_iterator((_text(piece.text) for piece in found.pieces()), trainer)
+    if not found.n_read or not trainer.get_word_count():
+        raise ValueError(f"there is no text in {len(found.files)} files, of {found.n_bytes:,} bytes together")
+    merges = {}
+    for left, right in json.loads(trained.to_str())["model"]["merges"]:
+        # A run of one character can become the same token twice, as "aa a" and "a aa": the first counts, and encoding
+        # looks at what pairs become, not at where they are parted.
+        merges.setdefault(left + right, (left, right))
+    tokens = {token: i for i, token in enumerate([*alphabet, *merges, END_OF_TEXT])}
+    return Tokenizer(tokens, merges.values(), "the trained tokens", "the trained merges")
+
+
+def write_tokenizer(folder: str | os.PathLike, tokenizer: Tokenizer, overwrite: bool = False) -> Path:
+    """Write encoder.json and vocab.bpe into a new folder, in one step; return the folder.
+
+    Raises:
+      FileExistsError: the folder holds something, or more than a vocabulary where that may be overwritten.
+
+    """
+    folder = expanded(folder)
+
+    def check() -> None:
+        check_replaceable(folder, overwrite)
+
+    check()
+    with replacing(folder, check) as temporary:
+        tokenizer.to_files(temporary / "encoder.json", temporary / "vocab.bpe")
+    return folder
+
+
+def check_replaceable(folder: Path, overwrite: bool) -> None:
+    """Check that this folder may be written.
+
+    Raises:
+      FileExistsError: there is one that is not empty, and it is not to be replaced, or holds more than a vocabulary.
+
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: choose another name")
+    names = {path.name for path in folder.iterdir()}
+    if names and not overwrite:
+        raise FileExistsError(f"{folder} exists: choose another folder, or replace the vocabulary in it (--overwrite)")
+    if others := sorted(names - FILES):
+        raise FileExistsError(
+            f"{folder} holds other files ({', '.join(others[:5])}), which stay: choose another folder"
+        )
+
+
+def _text(text: object) -> str:
+    """Return a text as UTF-8 can hold it: JSON may have half a character."""
+    return str(text).encode(errors="surrogatepass").decode(errors="replace")

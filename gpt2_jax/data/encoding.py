@@ -1,0 +1,160 @@
+"""Pieces of text to token ids, in this process or in several; the ids and their order are the same."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt2_jax.data.sources import BLOCK, Piece
+from gpt2_jax.data.token_files import id_dtype
+from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
+
+WORTHWHILE = 32 * BLOCK  # bytes of text below which other processes take longer to start than they save
+MOST_PROCESSES = 16  # one process reads for all
+DIED = "died, perhaps for want of memory: use fewer"
+
+
+class Encoded(NamedTuple):
+    """Some documents' ids, each document with its end-of-text.
+
+    Attributes:
+      ids: of all, one after another.
+      counts: uint8 for each id, 1 where it is a target.
+      ends: where in the ids documents end.
+      n_characters: of the text.
+      n_bytes: of the text, as UTF-8.
+      n_markers: how often the characters of <|endoftext|> stand in the text.
+
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    ends: np.ndarray
+    n_characters: int
+    n_bytes: int
+    n_markers: int
+
+
+def processes_for(n_bytes: int) -> int:
+    """Return how many processes to use for so many bytes of text: one for each core where that is worthwhile."""
+    if n_bytes < WORTHWHILE:
+        return 1
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(n_cores, MOST_PROCESSES)
+
+
+def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) -> Iterator[Encoded]:
+    """Yield the ids of all pieces, in order, some at a time. What is in memory does not grow with their number.
+
+    Raises:
+      OSError: another process died, or could not be started.
+
+    """
+    if n_processes == 1:
+        for group in _groups(pieces):
+            yield encode_group(tokenizer, group)
+        return
+    # Spawned, not forked: jax runs threads, and a fork of a process with threads may hang.
+    context = multiprocessing.get_context("spawn")
+    groups, waiting = _groups(pieces), collections.deque()
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(_worker(context, tokenizer)) for _ in range(n_processes)]
+        for worker in workers:
+            _receive(
+                worker, 'cannot be started: the program that calls needs an `if __name__ == "__main__":` around it'
+            )
+        for worker, group in zip(itertools.cycle(workers), groups):
+            if len(waiting) == n_processes:  # it is this one that works longest
+                yield _receive(waiting.popleft())
+            _send(worker, group)
+            waiting.append(worker)
+        while waiting:
+            yield _receive(waiting.popleft())
+
+
+@contextlib.contextmanager
+def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Connection]:
+    """Start a process that encodes, and give what leads to it: a pipe of its own, which ends when the process dies.
+
+    A pool shares one pipe, and waits for ever where a process died in the middle of an answer.
+    """
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, tokenizer.tokens, tokenizer.merges), daemon=True)
+    try:
+        process.start()
+        theirs.close()
+        yield ours
+    finally:
+        ours.close()
+        if process.pid is not None:
+            process.terminate()
+            process.join()
+
+
+def _work(pipe: Connection, tokens: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; who started this one ends it
+    tokenizer = Tokenizer(tokens, merges)
+    with contextlib.suppress(EOFError, OSError):  # who started this one is gone
+        pipe.send(None)
+        while True:
+            pipe.send(encode_group(tokenizer, pipe.recv()))
+
+
+def _send(worker: Connection, group: list[Piece]) -> None:
+    try:
+        worker.send(group)
+    except OSError as error:
+        raise OSError(f"a process that encodes text {DIED}") from error
+
+
+def _receive(worker: Connection, trouble: str = DIED) -> Encoded:
+    try:
+        return worker.recv()
+    except (EOFError, OSError) as error:
+        raise OSError(f"a process that encodes text {trouble}") from error
+
+
+def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
+    """Encode some pieces; the characters of <|endoftext|> in a text are text."""
+    dtype = id_dtype(tokenizer.n_vocab)
+    ids, counts, ends = [], [], []
+    n_ids = n_characters = n_bytes = n_markers = 0
+    for piece in pieces:
+        part = piece.text
+        if isinstance(part, str):
+            n_characters += len(part)
+            n_bytes += len(part.encode(errors="surrogatepass"))
+            n_markers += part.count(END_OF_TEXT)
+            part = tokenizer.encode(part)
+        ids.append(np.asarray(part, dtype))
+        if piece.ends:
+            ids.append(np.asarray([tokenizer.eot], dtype))
+        counts.append(np.full(len(part) + piece.ends, piece.counts, np.uint8))
+        n_ids += len(part) + piece.ends
+        if piece.ends:
+            ends.append(n_ids)
+    joined = np.concatenate(ids), np.concatenate(counts)
+    return Encoded(*joined, np.asarray(ends, np.int64), n_characters, n_bytes, n_markers)
+
+
+def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Put pieces together until they are worth sending to another process."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.text) + 64  # what goes with an empty piece counts too
+        if size >= BLOCK:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,126 @@
+"""What is known of the released files before they are here: names, addresses, sizes and what each must contain."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gpt2_jax.config import SIZES, GPT2Config
+from gpt2_jax.release.transfer import is_markup, length
+
+INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+FILES = ("checkpoint", "encoder.json", "hparams.json", DATA, INDEX, "model.ckpt.meta", "vocab.bpe")
+MIRRORS = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/models",
+    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
+)
+"""Where the files lie, as `{mirror}/{size}/{file}`: OpenAI's own, and a copy that a book's community keeps."""
+
+_ALIASES = {"124M": ("117M", "gpt2"), "355M": ("345M", "gpt2-medium"), "774M": ("762M", "gpt2-large")}
+_ALIASES["1558M"] = ("1542M", "gpt2-xl")
+_CANONICAL = {name.lower(): size for size, others in _ALIASES.items() for name in (size, *others)}
+_BYTES = {
+    "124M": {"checkpoint": 77, "hparams.json": 90, INDEX: 5215, "model.ckpt.meta": 471155},
+    "355M": {"checkpoint": 77, "hparams.json": 91, INDEX: 10399, "model.ckpt.meta": 926519},
+}
+_INDEX_END = bytes.fromhex("57fb808b247547db")  # the magic number that ends a table of TensorFlow's
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What is known of a file beforehand: its bytes, and a check of its content that returns what is wrong, or None."""
+
+    size: int | None = None
+    check: Callable[[Path], str | None] | None = None
+
+    def wrong(self, path: Path) -> str | None:
+        """Return what is wrong with the file at `path` in a few words, None when nothing is."""
+        if not path.is_file():
+            return "it is not there"
+        if (here := length(path)) == 0 or here != (here if self.size is None else self.size):
+            return f"it has {here} bytes" + ("" if self.size is None else f" instead of {self.size}")
+        with path.open("rb") as file:
+            if is_markup(file.read(4096)):
+                return "it is a page (HTML or XML)"
+        return self.check(path) if self.check else None
+
+
+def has_sha256(digest: str) -> Callable[[Path], str | None]:
+    """Return a check that a file has this SHA-256."""
+
+    def check(path: Path) -> str | None:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        return None if found == digest else f"its sha256 is {found} instead of {digest}"
+
+    return check
+
+
+def is_hparams(config: GPT2Config) -> Callable[[Path], str | None]:
+    """Return a check that a file is the hparams.json of this config."""
+
+    def check(path: Path) -> str | None:
+        try:
+            found = GPT2Config.from_hparams(json.loads(path.read_text(encoding="utf-8-sig")))
+        except (ValueError, RecursionError) as error:
+            return f"it is not an hparams.json: {error}"
+        return None if found == config else f"it describes another model: {found.to_hparams()}"
+
+    return check
+
+
+def is_pointer(path: Path) -> str | None:
+    """Check that a `checkpoint` file points to the files that lie beside it."""
+    match = re.search(rb'^model_checkpoint_path: "(?:.*[/\\])?model\.ckpt"', path.read_bytes(), re.MULTILINE)
+    return None if match else 'it holds no line model_checkpoint_path: "model.ckpt"'
+
+
+def is_index(path: Path) -> str | None:
+    """Check that an index is whole: it ends as TensorFlow's tables do."""
+    return None if path.read_bytes().endswith(_INDEX_END) else "it does not end as a TensorFlow index does"
+
+
+def expectations(size: str) -> dict[str, Expected]:
+    """Return what is known beforehand of each file of a size; the data file is float32 numbers and nothing else."""
+    known = _BYTES.get(size, {})
+    encoder_json = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    vocab_bpe = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    return {
+        "checkpoint": Expected(known.get("checkpoint"), is_pointer),
+        "encoder.json": Expected(1042301, has_sha256(encoder_json)),
+        "hparams.json": Expected(known.get("hparams.json"), is_hparams(SIZES[size])),
+        DATA: Expected(4 * SIZES[size].n_params),
+        INDEX: Expected(known.get(INDEX), is_index),
+        "model.ckpt.meta": Expected(known.get("model.ckpt.meta")),
+        "vocab.bpe": Expected(456318, has_sha256(vocab_bpe)),
+    }
+
+
+def size_of(name: str) -> str | None:
+    """Return the release's name of a size ("gpt2-xl" and "1542m" are "1558M"), None when it is not one."""
+    return _CANONICAL.get(name.lower()) if isinstance(name, str) else None
+
+
+def base_addresses(base_urls: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the addresses to try, checked, no slash at the end: those given, $GPT2_JAX_BASE_URL's, or MIRRORS."""
+    if base_urls is None:
+        base_urls = os.environ.get("GPT2_JAX_BASE_URL", "").split(",")
+        base_urls = [base for base in base_urls if base.strip()] or MIRRORS
+    bases = [base_urls] if isinstance(base_urls, str) else base_urls
+    bases = tuple(str(base).strip().rstrip("/") for base in bases)
+    if not bases:
+        raise ValueError("no base address to fetch from: name one, like https://example.org/models")
+    for base in bases:
+        try:
+            parts = urlsplit(base)
+            usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and "@" not in base
+        except ValueError:
+            usable = False
+        if not usable or not base.isascii() or not base.isprintable() or any(c in base for c in " ?#"):
+            raise ValueError(f"{base!r} is no base address: it must look like https://example.org/models")
+    return bases

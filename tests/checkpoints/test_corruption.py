@@ -1,0 +1,257 @@
+"""Single changed bytes anywhere in the files of a model: told, or without any effect on what is loaded.
+
+`campaign` is also for benchmarks: it needs no pytest. `pytest -s` prints its counts.
+"""
+
+import collections
+import itertools
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import checkpoint_forms as forms
+import numpy as np
+import pytest
+from checkpoint_forms import DATA, SAFETENSORS
+
+import gpt2_jax
+from gpt2_jax.checkpoints import integrity
+from gpt2_jax.config import DROPOUT_RATES
+
+# About 20 kB, so that names, shapes and offsets are hit often; n_head is 3, and changes to 1, 2, 4 and 6 are possible.
+CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=11, n_embd=12, n_head=3, n_layer=2)
+SUBJECTS = ("tensorflow", "huggingface", "orbax", "copy")
+
+
+class Subject:
+    """A small model in one form, whose files can be damaged and healed; "copy" is the kept copy of a TensorFlow one."""
+
+    def __init__(self, form: str, folder: Path):
+        self.form, self.flat = form, forms.random_model(CONFIG)
+        self.source, cache = folder / "model", folder / "cache"
+        if form in ("tensorflow", "copy"):
+            forms.write_tensorflow(self.source, CONFIG, self.flat)
+        else:
+            gpt2_jax.save(self.source, CONFIG, forms.nested(self.flat), format=form)
+        self.environment = {"GPT2_JAX_CACHE": str(cache), "GPT2_JAX_KEEP_COPY": str(int(form == "copy"))}
+        self.config = self.load()[0]
+        self.directory = cache / "copies" if form == "copy" else self.source
+        self.files = self._read()
+        assert self.files, f"{self.directory} holds no files"
+
+    def _read(self) -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in sorted(self.directory.rglob("*")) if path.is_file()}
+
+    def load(self):
+        with mock.patch.dict(os.environ, self.environment), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return gpt2_jax.load(self.source)
+
+    def outcome(self, damaged: dict[Path, bytes | None]) -> str:
+        """What load makes of the files changed like this (None: removed); they are healed afterwards.
+
+        "told" or "rebuilt"; "harmless": the same arrays and config; "unknowable": n_head in OpenAI's hparams.json, that
+        nothing else in that form depends on; else what went wrong.
+        """
+        for path, content in damaged.items():
+            path.unlink() if content is None else path.write_bytes(content)
+        try:
+            config, params = self.load()
+        except (ValueError, FileNotFoundError) as error:
+            return "told" if forms.is_clear(error) and self.form != "copy" else f"told badly: {error!r}"
+        except Exception as error:  # whatever it is, it is the wrong kind: counted, and shown
+            return f"escaped: {error!r}"
+        else:
+            if difference := forms.difference(params, self.flat):
+                return f"SILENT: {difference}"
+            # Dropout rates are the reader's to change in Hugging Face's config.json; they are no part of the weights.
+            rates = {name: getattr(self.config, name) for name in DROPOUT_RATES} if self.form == "huggingface" else {}
+            if config.replace(**rates) == self.config:
+                return "rebuilt" if self.form == "copy" and self._rebuilt(damaged) else "harmless"
+            only_heads = config.replace(n_head=self.config.n_head) == self.config
+            return "unknowable" if self.form == "tensorflow" and only_heads else f"SILENT: {config}"
+        finally:
+            self._heal()
+
+    def _rebuilt(self, damaged) -> bool:
+        return any(not path.is_file() or path.read_bytes() != content for path, content in damaged.items())
+
+    def _heal(self):
+        for path in self._read().keys() - self.files.keys():
+            path.unlink()
+        for path, content in self.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file() or path.read_bytes() != content:
+                path.write_bytes(content)
+
+    def flip(self, place: int, change: int) -> tuple[Path, bytes]:
+        """The file and its content with one byte changed, `place` counting over all the files' bytes."""
+        for path, content in self.files.items():
+            if place < len(content):
+                return path, content[:place] + bytes([content[place] ^ change]) + content[place + 1 :]
+            place -= len(content)
+        raise IndexError(place)
+
+    def tensor_data(self) -> list[int]:
+        """The places, as `flip` counts them, of the bytes that are weights and nothing else."""
+        places, start = [], 0
+        for path, content in self.files.items():
+            if path.name == DATA:
+                places += range(start, start + len(content))
+            elif path.suffix == ".safetensors":
+                (header,) = struct.unpack("<Q", content[:8])
+                places += range(start + 8 + header, start + len(content))
+            start += len(content)
+        return places
+
+
+def campaign(form: str, n: int, seed: int) -> dict[str, int]:
+    """Change one random byte, anywhere in the files of a model in this form, n times; count what load made of it."""
+    rng, counts = np.random.default_rng(seed), collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(form, Path(folder))
+        size = sum(map(len, subject.files.values()))
+        for _ in range(n):
+            path, content = subject.flip(int(rng.integers(size)), int(rng.integers(1, 256)))
+            counts[subject.outcome({path: content})] += 1
+    return dict(counts)
+
+
+# Orbax leaves tasks behind when it fails, and they complain later: that is the subject of one test below, not of all.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def subject(request, tmp_path_factory):
+    forms.import_tensorflow()
+    return Subject(request.param, tmp_path_factory.mktemp(request.param))
+
+
+ACCEPTABLE = {
+    "tensorflow": {"told", "harmless", "unknowable"},
+    "huggingface": {"told", "harmless"},
+    "orbax": {"told", "harmless"},
+    "copy": {"rebuilt", "harmless"},
+}
+
+
+@pytest.mark.parametrize("form", SUBJECTS)
+def test_200_changed_bytes(form):
+    forms.import_tensorflow()
+    counts = campaign(form, 200, seed=20)
+    print(f"\n{form}: {counts}")
+    assert counts.keys() <= ACCEPTABLE[form], counts
+    assert sum(counts.values()) == 200
+    assert counts.get("told", 0) + counts.get("rebuilt", 0) > 100  # most bytes are weights
+
+
+def test_a_changed_byte_of_a_weight_is_always_noticed(subject):
+    """Not by luck: every flip of 97 in the weights, a lowest bit as well as a highest."""
+    places = subject.tensor_data()
+    if subject.form == "orbax":
+        pytest.skip("Orbax compresses: see the test of a whole other tree of params")
+    rng = np.random.default_rng(7)
+    for place in rng.choice(places, 97, replace=False):
+        path, content = subject.flip(int(place), 1 << int(rng.integers(8)))
+        assert subject.outcome({path: content}) in ("told", "rebuilt"), (path.name, place)
+
+
+def test_each_byte_of_the_texts(subject):
+    """One after the other: a digit becomes another digit, a letter another letter."""
+    counts = collections.Counter()
+    for path, content in subject.files.items():
+        if path.suffix == ".json" or path.name == "checkpoint":
+            for place, change in itertools.product(range(len(content)), (1, 2)):
+                other = content[:place] + bytes([content[place] ^ change]) + content[place + 1 :]
+                outcome = subject.outcome({path: other})
+                counts[outcome] += 1
+                assert outcome in ACCEPTABLE[subject.form], (path.name, other[max(0, place - 30) : place + 9], outcome)
+    if not counts:
+        pytest.skip("a copy is one safetensors file")
+    print(f"\n{subject.form}: {dict(counts)}")
+
+
+def test_each_file_cut_off_emptied_grown_or_gone(subject):
+    for path, content in subject.files.items():
+        for other in (content[:-1], content[: len(content) // 2], content[:8], b"", content + b"\0", None):
+            if other == content:
+                continue
+            assert subject.outcome({path: other}) in ACCEPTABLE[subject.form], (path.name, other and len(other))
+
+
+def test_a_run_of_zeros_and_a_block_in_another_place(subject):
+    """What file systems and interrupted copies leave behind: 512 bytes of zeros, or of the block before."""
+    for path, content in subject.files.items():
+        for start in range(512, len(content) - 512, 512 * 3):
+            for block in (bytes(512), content[start - 512 : start]):
+                other = content[:start] + block + content[start + 512 :]
+                assert subject.outcome({path: other}) in ACCEPTABLE[subject.form], (path.name, start)
+
+
+@pytest.mark.parametrize("form", SUBJECTS)
+def test_damage_is_told_without_noise(form):
+    """The exception says it all: no traceback, no library's log on standard error, not even when the process ends."""
+    run = f"import test_corruption; test_corruption.campaign({form!r}, 40, seed=3)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::UserWarning", "-c", run],
+        cwd=Path(__file__).parents[1] / "support",
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    noise = [line for line in done.stderr.splitlines() if not re.match(r"WARNING: All log|[IWE]\d{4} ", line)]
+    assert noise == [], f"{len(noise)} lines, among them {noise[:3]}"
+
+
+def test_names_exchanged_in_our_safetensors(tmp_path):
+    """Two tensors of the same shape trade places: every byte of the weights is there, and sound, and wrong."""
+    subject = Subject("huggingface", tmp_path)
+    path = next(path for path in subject.files if path.name == SAFETENSORS)
+    content = subject.files[path]
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    first, second = (name for name in header if name.endswith(("h.0.ln_1.weight", "h.1.ln_1.weight")))
+    header[first], header[second] = header[second], header[first]
+    text = json.dumps(header).encode()
+    assert subject.outcome({path: struct.pack("<Q", len(text)) + text + content[8 + length :]}) == "told"
+
+
+@pytest.mark.parametrize("form", ["huggingface", "orbax"])
+def test_another_number_of_heads_in_our_export(tmp_path, form):
+    """No shape depends on it: only our own record of the config can tell."""
+    subject, changed = Subject(form, tmp_path), 0
+    for path, content in subject.files.items():
+        for old in (b'"n_head": 3', b'"n_head":3'):
+            if path.suffix == ".json" and old in content:
+                assert subject.outcome({path: content.replace(old, old[:-1] + b"4")}) == "told", path.name
+                changed += 1
+    assert changed
+
+
+def test_a_whole_other_tree_in_our_orbax_directory(tmp_path):
+    """Sound Orbax files, of weights that differ from ours in one bit: only our own hashes can tell."""
+    subject = Subject("orbax", tmp_path / "a")
+    flat = {name: array.copy() for name, array in subject.flat.items()}
+    flat["h1/mlp/c_proj/b"].view(np.uint32)[5] ^= 1
+    gpt2_jax.save(tmp_path / "b", CONFIG, forms.nested(flat), format="orbax")
+    shutil.rmtree(subject.source / "params")
+    shutil.copytree(tmp_path / "b" / "params", subject.source / "params")
+    with pytest.raises(ValueError, match=r"params is damaged: .* is not what was written"):
+        subject.load()
+    ours, theirs = (json.loads((path / "gpt2_jax.json").read_text()) for path in (subject.source, tmp_path / "b"))
+    text = integrity.write_manifest(subject.config, ours["sha256"], files=theirs["files"])
+    (subject.source / "gpt2_jax.json").write_text(text)
+    with pytest.raises(ValueError, match=r"h1/mlp/c_proj/b"):  # with the files' hashes right, the tensor's own
+        subject.load()
+    shutil.copyfile(tmp_path / "b" / "gpt2_jax.json", subject.source / "gpt2_jax.json")
+    assert forms.difference(subject.load()[1], flat) == ""

@@ -1,0 +1,150 @@
+"""Models of the Hugging Face hub by their id, from a hub on this machine; its cache makes the second load offline."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import checkpoint_forms as forms
+import pytest
+from fake_hub import FakeHub
+
+import gpt2_jax
+
+# huggingface_hub reads its settings when it is imported: each case is a process of its own.
+LOAD = textwrap.dedent("""
+    import json, sys
+    import checkpoint_forms as forms
+    import gpt2_jax
+    answer = {}
+    try:
+        for name in sys.argv[2:]:
+            if name == "load_tokenizer":
+                answer[name] = gpt2_jax.load_tokenizer(sys.argv[1]).encode("First Citizen:")
+            elif name == "load_config":
+                answer[name] = gpt2_jax.load_config(sys.argv[1]).to_hparams()
+            else:
+                config, params = gpt2_jax.load(sys.argv[1])
+                answer[name] = forms.difference(params, forms.random_model(config))
+    except (ValueError, OSError) as error:
+        answer = {"error": str(error), "kinds": [kind.__name__ for kind in type(error).__mro__]}
+    answer["imported"] = sorted({"tensorflow", "torch", "transformers"} & sys.modules.keys())
+    print(json.dumps(answer))
+""")
+CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer=2)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, model_dir):
+    """Repositories as there are on the hub: in one file, in shards, pickled alone, pickled too, of another model."""
+    folder, flat = tmp_path_factory.mktemp("repositories"), forms.random_model(CONFIG)
+    tensors = forms.hf_tensors(flat, prefix="")
+    for name, shards in (("one", 1), ("sharded", 3), ("both", 1)):
+        forms.write_huggingface(folder / name, CONFIG, tensors, shards=shards)
+        forms.copy_vocabulary(model_dir, folder / name, ("vocab.json", "merges.txt"))
+        (folder / name / "README.md").write_text("# A model")
+    (folder / "both" / "pytorch_model.bin").write_bytes(b"\x80\x04." * 999)
+    forms.write_huggingface(folder / "llama", CONFIG, tensors, model_type="llama")
+    (folder / "pickled").mkdir()
+    (folder / "pickled" / "config.json").write_text(json.dumps(forms.hf_config(CONFIG)))
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    files = {
+        f"owner/{path.name}": {file.name: file.read_bytes() for file in path.iterdir()} for path in folder.iterdir()
+    }
+    with FakeHub(files) as hub:
+        yield hub
+
+
+@pytest.fixture
+def call(hub, tmp_path):
+    """call("owner/name", "load", ...) -> what the functions gave in a new process, or the error."""
+
+    def call(name: str, *functions: str, **env: str) -> dict:
+        keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "JAX_PLATFORMS": "cpu"}
+        own["GPT2_JAX_CACHE"] = str(tmp_path / "cache")
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD, name, *functions],
+            cwd=Path(__file__).parents[1] / "support",
+            env=keep | own | env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Traceback" not in done.stderr
+        return json.loads(done.stdout)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["one", "sharded"])
+def test_a_model_of_the_hub_and_again_without_it(hub, call, tmp_path, tokenizer, name):
+    """All three calls; then the same from the hub's own cache, with no hub to ask and nothing fetched twice."""
+    functions = ("load_config", "load_tokenizer", "load")
+    expected = {
+        "load_config": CONFIG.to_hparams(), "load_tokenizer": tokenizer.encode("First Citizen:"), "load": "",
+        "imported": [],
+    }  # fmt: skip
+    asked = len(hub.requests)
+    assert call(f"owner/{name}", *functions) == expected
+    fetched = [request for request in hub.requests[asked:] if request.startswith("GET") and "/resolve/" in request]
+    assert fetched
+    assert len(set(fetched)) == len(fetched), "a file was fetched twice"
+    assert not any("README" in request for request in fetched)
+    assert any(path.is_file() for path in (tmp_path / "hf").rglob("config.json"))
+    asked = len(hub.requests)
+    assert call(f"owner/{name}", *functions, HF_HUB_OFFLINE="1") == expected
+    assert len(hub.requests) == asked
+    dead = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port: nobody answers
+    assert call(f"owner/{name}", *functions, **dead) == expected
+
+
+def test_pickles_are_not_even_fetched(hub, call):
+    asked = len(hub.requests)
+    assert call("owner/both", "load")["load"] == ""
+    assert not any("pytorch_model.bin" in request for request in hub.requests[asked:])
+
+
+def test_a_repository_of_pickles_is_refused_with_the_line_that_converts_it(hub, call):
+    asked = len(hub.requests)
+    answer = call("owner/pickled", "load")
+    assert "ValueError" in answer["kinds"]
+    assert "pytorch_model.bin" in answer["error"]
+    assert "save_pretrained" in answer["error"]
+    assert "owner/pickled" in answer["error"]
+    assert not any("pytorch_model.bin" in request for request in hub.requests[asked:])
+
+
+@pytest.mark.parametrize("function", ["load", "load_config", "load_tokenizer"])
+def test_no_such_repository(call, function):
+    answer = call("owner/nothing", function)
+    assert "FileNotFoundError" in answer["kinds"]
+    assert "owner/nothing" in answer["error"]
+    assert "\n" not in answer["error"]
+
+
+def test_no_hub_and_nothing_in_the_cache(call):
+    for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        answer = call("owner/one", "load", **env)
+        assert "OSError" in answer["kinds"], answer
+        assert "owner/one" in answer["error"]
+        assert "\n" not in answer["error"]
+
+
+def test_another_model_is_refused_by_the_field(call):
+    answer = call("owner/llama", "load")
+    assert "ValueError" in answer["kinds"]
+    assert "model_type" in answer["error"]
+    assert "llama" in answer["error"]
+
+
+@pytest.mark.parametrize("wrong", ["a/b/c", "owner/", "own er/name", "-/-", "owner/na--me"])
+def test_what_is_no_id_is_refused_without_asking(hub, call, wrong):
+    asked = len(hub.requests)
+    answer = call(wrong, "load")
+    assert {"FileNotFoundError", "ValueError"} & set(answer["kinds"]), answer
+    assert wrong.rstrip("/") in answer["error"]
+    assert len(hub.requests) == asked

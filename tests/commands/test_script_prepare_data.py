@@ -1,0 +1,120 @@
+"""scripts/prepare_data.py: the folder alone on stdout, a table of counts on stderr, one sentence for any mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import commands
+import pytest
+import token_folders
+from token_folders import DOCUMENTS, expected_ids, held, write_jsonl
+
+from gpt2_jax.data.token_files import open_prepared
+
+
+@pytest.fixture(scope="module")
+def main():
+    with commands.loaded("prepare_data") as script:
+        yield script.main
+
+
+@pytest.fixture
+def run(main, capfd):
+    return commands.caller(main, capfd)
+
+
+def table(text: str) -> dict[str, list[str]]:
+    lines = [line.split() for line in text.splitlines()]
+    return {line[0]: line[1:] for line in lines if line and line[0] in ("tokens", "training", "validation")}
+
+
+def test_text_to_a_folder(run, tmp_path, tokenizer):
+    documents = [f"{text} {i}" for i in range(40) for text in DOCUMENTS]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"body": text} for text in documents])
+    out = tmp_path / "tokens"
+    done = run(path, "--output", out, "--field", "body", "--val-fraction", 0.25, "--seed", 3, "--processes", 1)
+    assert (done.code, done.out) == (0, f"{out}\n"), done.err
+    prepared = open_prepared(out, tokenizer)
+    counts = {name: prepared.manifest[name] for name in ("train", "val")}
+    for name, title in (("train", "training"), ("val", "validation")):
+        assert table(done.err)[title] == [f"{counts[name]['tokens']:,}", f"{counts[name]['documents']:,}"]
+    assert "validation: drawn by document" in done.err
+    assert "1,281 ids, of the embedded Shakespeare model" in done.err
+    assert "note: the characters <|endoftext|> stand in the text 40 times" in done.err
+    n_tokens = prepared.train.n_tokens + prepared.val.n_tokens
+    assert n_tokens == len(expected_ids(tokenizer, documents))
+    assert (prepared.manifest["seed"], prepared.manifest["val_fraction"]) == (3, 0.25)
+
+
+def test_pairs_show_their_targets(run, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "Who?", "a": " Me."}, {"q": "", "a": ""}])
+    done = run(path, "-o", tmp_path / "t", "--prompt-field", "q", "--completion-field", "a", "--val-fraction", 0)
+    assert done.code == 0, done.err
+    assert table(done.err)["tokens"] == ["documents", "targets"]
+    counts = open_prepared(tmp_path / "t").manifest["train"]
+    assert table(done.err)["training"] == [f"{counts[name]}" for name in ("tokens", "documents", "targets")]
+    assert "left out: 1 document without text" in done.err
+    assert "validation: none" in done.err
+
+
+def test_another_models_vocabulary(run, tmp_path, tokenizer):
+    """A folder with a vocabulary alone will do."""
+    (tmp_path / "model").mkdir()
+    tokens = {token: i for i, token in enumerate([token for token in tokenizer.tokens if len(token) == 1])}
+    (tmp_path / "model" / "encoder.json").write_text(json.dumps(tokens | {"<|endoftext|>": len(tokens)}))
+    (tmp_path / "model" / "vocab.bpe").write_text("#version: 0.2\n")
+    (tmp_path / "a.txt").write_text("Wer?")
+    done = run(tmp_path / "a.txt", "-o", tmp_path / "t", "--tokenizer", tmp_path / "model", "--val-fraction", 0)
+    assert done.code == 0, done.err
+    assert held(open_prepared(tmp_path / "t").train) == [tokens[character] for character in "Wer?"]
+
+
+def test_overwriting(run, tmp_path):
+    (tmp_path / "a.txt").write_text("some words of text, and more of them")
+    assert run(tmp_path / "a.txt", "-o", tmp_path / "t").code == 0
+    before = token_folders.snapshot(tmp_path)
+    done = run(tmp_path / "a.txt", "-o", tmp_path / "t")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"gpt2-prepare: {tmp_path / 't'} exists: choose another folder, or replace the tokens in it (--overwrite)\n"
+    )
+    assert token_folders.snapshot(tmp_path) == before
+    assert run(tmp_path / "a.txt", "-o", tmp_path / "t", "--overwrite", "--val-fraction", 0.5).code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "culprit"),
+    [
+        (("none.txt",), "no such file or folder: none.txt"),
+        ((), "there is nothing to read"),
+        (("a.txt", "--val-fraction", 1), "val_fraction must be a number in [0, 1), not 1.0"),
+        (("a.txt", "--prompt-field", "q"), "go together"),
+        (("a.txt", "--tokenizer", "no/such/model/here"), "no/such/model/here"),
+        (("bad.txt",), "bad.txt is not UTF-8 text: byte 0xff at offset 4 (invalid start byte)"),
+    ],
+)
+def test_a_mistake_is_a_sentence(run, tmp_path, monkeypatch, args, culprit):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("some words of text")
+    Path("bad.txt").write_bytes(b"some\xff")
+    done = run(*args, "-o", "t")
+    assert (done.code, done.out) == (2, "")
+    assert culprit in done.err
+    assert done.err.startswith("gpt2-prepare: ")
+    assert done.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "bad.txt"]
+
+
+def test_as_a_user_runs_it_with_text_from_a_pipe(tmp_path, tokenizer):
+    """In a process of its own, from another folder, with a tilde, and processes that encode."""
+    text = "The quality of mercy is not strain'd.\n" * 99
+    done = subprocess.run(
+        [sys.executable, str(commands.SCRIPTS / "prepare_data.py"), "-", "-o", "~/tokens", "--processes", "2"],
+        input=text, cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'tokens'}\n"), done.stderr
+    prepared = open_prepared(tmp_path / "tokens", tokenizer)
+    assert held(prepared.train) + held(prepared.val) == tokenizer.encode(text)

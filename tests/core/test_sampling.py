@@ -1,0 +1,290 @@
+"""sampling.py on cases worked out by hand: what each rule keeps, the greedy choice, the penalty, what compiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from measures import COMPILATIONS
+from sampling_reference import keys, knobs
+
+from gpt2_jax import sampling
+from gpt2_jax.sampling import FILTERED, NO_LOGITS
+
+filter_logits = jax.jit(sampling.filter_logits)
+pick = jax.jit(sampling.pick)
+
+
+def kept(probabilities, **settings):
+    """The ids that the filters leave, and that they leave as they are."""
+    with np.errstate(divide="ignore"):
+        logits_1V = np.log(np.asarray([probabilities], np.float32))
+    got_V = np.asarray(filter_logits(logits_1V, knobs(**settings)))[0]
+    ids = np.flatnonzero(got_V > FILTERED)
+    np.testing.assert_array_equal(got_V[ids], logits_1V[0, ids])
+    return ids.tolist()
+
+
+# ---- which tokens stay
+
+EVERYONE = [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "original", "common"),
+    [
+        (0, 1.0, EVERYONE, EVERYONE),
+        (1, 1.0, [2], [2]),
+        (2, 1.0, [1, 2], [1, 2]),
+        (3, 1.0, [0, 1, 2, 3], [0, 1, 2, 3]),  # 0 and 3 tie with the third
+        (4, 1.0, [0, 1, 2, 3], [0, 1, 2, 3]),
+        (5, 1.0, EVERYONE, EVERYONE),
+        (99, 1.0, EVERYONE, EVERYONE),
+        (0, 1e-30, [2], [2]),  # at least one token
+        (0, 0.01, [2], [2]),
+        (0, 0.39, [2], [2]),
+        (0, 0.41, [2], [1, 2]),  # the token that crosses p: 0.40, then 0.65
+        (0, 0.64, [2], [1, 2]),
+        (0, 0.66, [1, 2], [0, 1, 2, 3]),  # 0.40, 0.65, 0.79, 0.93: the third ties with the fourth, which stays
+        (0, 0.78, [1, 2], [0, 1, 2, 3]),
+        (0, 0.80, [0, 1, 2, 3], [0, 1, 2, 3]),
+        (0, 0.92, [0, 1, 2, 3], [0, 1, 2, 3]),
+        (0, 0.94, [0, 1, 2, 3], EVERYONE),
+        (0, 0.999, [0, 1, 2, 3], EVERYONE),
+        (2, 0.50, [2], [2]),  # top-k first: 0.40 and 0.25 are 0.615 and 0.385 of what is left
+        (2, 0.61, [2], [2]),
+        (2, 0.62, [2], [1, 2]),
+        (3, 0.42, [2], [2]),  # the four that top-k 3 keeps: 0.430, 0.269, 0.151, 0.151
+        (3, 0.44, [2], [1, 2]),
+        (3, 0.71, [1, 2], [0, 1, 2, 3]),
+        (1, 0.99, [2], [2]),
+    ],
+)
+def test_top_k_and_top_p_on_a_distribution_worked_out_by_hand(top_k, top_p, original, common):
+    probabilities = [0.14, 0.25, 0.40, 0.14, 0.07]
+    assert kept(probabilities, top_k=top_k, top_p=top_p) == original
+    assert kept(probabilities, top_k=top_k, top_p=top_p, rule="common") == common
+
+
+@pytest.mark.parametrize(
+    ("others", "min_p", "expected"),
+    [
+        ({}, 1e-30, EVERYONE),
+        ({}, 0.17, EVERYONE),  # 0.07 / 0.40 = 0.175
+        ({}, 0.18, [0, 1, 2, 3]),
+        ({}, 0.34, [0, 1, 2, 3]),  # 0.14 / 0.40 = 0.35: both
+        ({}, 0.36, [1, 2]),
+        ({}, 0.62, [1, 2]),
+        ({}, 0.63, [2]),
+        ({}, 1.0, [2]),
+        ({"top_k": 2}, 0.34, [1, 2]),
+        ({"top_p": 0.70}, 0.34, [1, 2]),
+        ({"top_p": 0.70, "rule": "common"}, 0.34, [0, 1, 2, 3]),
+        ({"top_p": 0.70, "rule": "common"}, 0.36, [1, 2]),
+        ({"top_p": 0.70, "top_k": 3}, 0.63, [2]),
+    ],
+)
+def test_min_p_on_a_distribution_worked_out_by_hand(others, min_p, expected):
+    assert kept([0.14, 0.25, 0.40, 0.14, 0.07], min_p=min_p, **others) == expected
+
+
+@pytest.mark.parametrize(
+    ("p", "below", "at", "above"),
+    [
+        (0.5, ([0], [0]), ([0], [0]), ([0], [0, 1])),
+        (0.75, ([0], [0, 1]), ([0, 1], [0, 1]), ([0, 1], [0, 1, 2, 3])),
+        (0.875, ([0, 1], [0, 1, 2, 3]), ([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 1, 2, 3], [0, 1, 2, 3])),
+    ],
+)
+def test_top_p_to_the_last_bit_where_sums_are_exact(p, below, at, above):
+    """Of halves and eighths: p itself is at most p for the original, and not less than p for the common rule."""
+    probabilities = np.array([0.5, 0.25, 0.125, 0.125], np.float32)
+    logits = jnp.log(probabilities)
+    if (jax.jit(jnp.exp)(logits - logits[0]) != 2 * probabilities).any():
+        pytest.skip("this device's exp rounds these")
+    for top_p, expected in ((np.nextafter(np.float32(p), 0), below), (p, at), (np.nextafter(np.float32(p), 1), above)):
+        rules = [kept(probabilities, top_p=top_p, rule=rule) for rule in ("original", "common")]
+        assert rules == list(expected), top_p
+
+
+@pytest.mark.parametrize("rule", ["original", "common"])
+@pytest.mark.parametrize(
+    ("probabilities", "settings", "expected"),
+    [
+        ([1.0], {"top_k": 1, "top_p": 0.5, "min_p": 0.5}, [0]),  # one token
+        ([1.0], {"top_k": 9, "top_p": 1e-9, "min_p": 1.0}, [0]),
+        ([0.25] * 4, {"top_k": 1}, [0, 1, 2, 3]),  # all tie
+        ([0.25] * 4, {"top_p": 0.1}, [0, 1, 2, 3]),
+        ([0.25] * 4, {"min_p": 1.0}, [0, 1, 2, 3]),
+        ([0.0, 0.7, 0.3, 0.0], {"top_k": 3}, [1, 2]),  # -inf is no token, whatever k says
+        ([0.0, 0.7, 0.3, 0.0], {"top_p": 0.6}, [1]),
+        ([0.0, 0.7, 0.3, 0.0], {"top_k": 1, "top_p": 0.9}, [1]),
+    ],
+)
+def test_corners(rule, probabilities, settings, expected):
+    assert kept(probabilities, **settings, rule=rule) == expected
+
+
+def test_zeros_of_both_signs_tie():
+    """They are two neighbours among the floats that the bisection goes through, and one logit."""
+    for zeros in ([0.0, -0.0], [-0.0, 0.0]):
+        logits_1V = np.array([[-3.0, *zeros, -1.0]], np.float32)
+        for settings in ({"top_k": 1}, {"top_p": 0.1}, {"top_p": 0.1, "rule": "common"}, {"min_p": 1.0}):
+            assert (np.asarray(filter_logits(logits_1V, knobs(**settings)))[0] > FILTERED).tolist() == [0, 1, 1, 0]
+
+
+def test_what_is_filtered_already_stays_so():
+    logits_1V = np.array([[1.0, FILTERED, 0.5, FILTERED, 0.0]], np.float32)
+    for settings in ({"top_k": 3}, {"top_k": 4}, {"top_p": 0.95}, {"top_p": 0.95, "rule": "common"}, {"min_p": 0.01}):
+        got_V = np.asarray(filter_logits(logits_1V, knobs(**settings)))[0]
+        assert (got_V[[1, 3]] == FILTERED).all()
+        assert got_V[0] == 1
+
+
+def test_each_row_has_its_own_threshold():
+    probabilities = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7], [0.25] * 4, [0.05, 0.9, 0.03, 0.02]])
+    got_BV = filter_logits(np.log(probabilities).astype(np.float32), knobs(top_p=0.75))
+    assert (np.asarray(got_BV) > FILTERED).tolist() == [[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0]]
+
+
+# ---- the greedy choice, and logits out of the ordinary
+
+
+def test_temperature_zero_takes_the_most_likely_and_the_lowest_id_of_a_tie():
+    logits_BV = jnp.asarray([[0.0, 3.0, 3.0], [2.0, 1.0, -1.0]])
+    assert pick(logits_BV, keys(2), knobs(temperature=0)).tolist() == [1, 0]
+    assert pick(logits_BV, keys(2), knobs(temperature=1e-30)).tolist()[1] == 0  # no overflow on the way down
+
+
+def test_greedy_is_argmax():
+    logits_BV = np.random.default_rng(0).normal(size=(7, 1733)).round(1).astype(np.float32)
+    got = pick(logits_BV, keys(7), knobs(temperature=0, top_k=3, top_p=0.5, min_p=0.5))
+    assert got.dtype == np.int32
+    assert got.tolist() == logits_BV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"top_p": 0.5, "rule": "common", "min_p": 0.1}],
+    ids=str,
+)
+def test_nan_is_told_apart_in_its_row_alone(settings):
+    nan = jnp.nan
+    logits_BV = jnp.asarray([[0.0, nan, 3.0], [2.0, 1.0, -1.0], [nan, nan, nan], [nan, 1.0, 2.0], [-nan, 0.0, 1.0]])
+    token_B = pick(logits_BV, keys(5), knobs(**settings)).tolist()
+    assert token_B.pop(1) in range(3)
+    assert token_B == [NO_LOGITS] * 4
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-38, 1e-45, 1, 3e38])
+def test_infinite_logits_are_no_other_tokens(temperature):
+    inf = jnp.inf
+    logits_BV = jnp.asarray([[0.0, inf, 3.0], [-inf, -inf, 1.0], [inf, -inf, 1.0]])
+    for settings in ({}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}):
+        token_B = pick(logits_BV, keys(3), knobs(temperature, **settings)).tolist()
+        assert token_B == [1, 2, 0], settings
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-20, 1e-5])
+def test_next_to_zero_the_draw_is_greedy(temperature):
+    logits_BV = np.random.default_rng(2).normal(size=(11, 131)).astype(np.float32)
+    for settings in ({}, {"top_k": 5, "top_p": 0.9}, {"top_p": 0.9, "rule": "common"}, {"min_p": 0.1}):
+        assert pick(logits_BV, keys(11), knobs(temperature, **settings)).tolist() == logits_BV.argmax(-1).tolist()
+
+
+# ---- the penalty
+
+
+def penalised_choice(logits, seen, penalty, **settings):
+    return pick(
+        jnp.asarray([logits]), keys(1), knobs(0, repetition_penalty=penalty, **settings), jnp.asarray([seen])
+    ).tolist()[0]
+
+
+@pytest.mark.parametrize(
+    ("logits", "seen", "penalty", "expected"),
+    [
+        ([2.0, 1.5, 1.0], [True, False, False], 1.0, 0),
+        ([2.0, 1.5, 1.0], [True, False, False], 1.3, 0),  # 1.54
+        ([2.0, 1.5, 1.0], [True, False, False], 1.4, 1),  # 1.43
+        ([2.0, 1.5, 1.0], [True, True, False], 2.1, 2),  # 0.95 and 0.71
+        ([2.0, 1.5, 1.0], [True, True, True], 9.0, 0),  # all alike: the order stays
+        ([-1.0, -1.5, -2.0], [True, False, False], 1.4, 0),  # -1.4: a negative one is multiplied
+        ([-1.0, -1.5, -2.0], [True, False, False], 1.6, 1),
+        ([-1.0, -1.5, -2.0], [False, False, True], 0.4, 2),  # below 1 it rewards: -0.8
+        ([2.0, 1.5, 1.0], [False, False, True], 0.4, 2),  # 2.5
+        ([0.0, -0.5, -1.0], [True, False, False], 99.0, 0),  # 0 stays 0
+        ([2.0, -1.5, 1.0], [True, True, True], 1e30, 0),
+    ],
+)
+def test_penalty_by_hand(logits, seen, penalty, expected):
+    assert penalised_choice(logits, seen, penalty) == expected
+
+
+@pytest.mark.parametrize("penalty", [1.2e-38, 3e38])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_no_penalty_makes_a_logit_infinite_or_nan(penalty, temperature):
+    logits_BV = jnp.asarray([[50.0, 40.0, -30.0], [-50.0, -40.0, -30.0]])
+    for seen in (True, False):
+        settings = knobs(temperature, top_k=2, top_p=0.9, repetition_penalty=penalty)
+        token_B = pick(logits_BV, keys(2), settings, jnp.full((2, 3), seen))
+        assert all(token in range(3) for token in token_B.tolist())
+
+
+def test_penalty_comes_before_the_filters():
+    """The favourite, once seen, is third: top-k 2 then drops it, which top-k before the penalty would not."""
+    logits_BV = jnp.broadcast_to(jnp.asarray([3.0, 2.0, 1.9, -5.0]), (997, 4))
+    seen_BV = jnp.broadcast_to(jnp.asarray([True, False, False, False]), (997, 4))
+    drawn = pick(logits_BV, keys(997), knobs(top_k=2, repetition_penalty=2.0), seen_BV)
+    assert set(drawn.tolist()) == {1, 2}
+
+
+def test_penalty_is_not_in_force_at_one():
+    logits_BV = np.random.default_rng(4).normal(size=(13, 131)).astype(np.float32)
+    seen_BV = np.random.default_rng(5).random((13, 131)) < 0.5
+    for settings in ({}, {"top_p": 0.7}, {"temperature": 0}):
+        with_seen = pick(logits_BV, keys(13), knobs(**settings), seen_BV)
+        assert with_seen.tolist() == pick(logits_BV, keys(13), knobs(**settings)).tolist()
+
+
+# ---- what compiles, and what runs
+
+SETTINGS = [
+    {"temperature": 0}, {"temperature": 0.7}, {"temperature": 3}, {"top_k": 1}, {"top_k": 40}, {"top_k": 999},
+    {"top_p": 0.9}, {"top_p": 0.9, "rule": "common"}, {"min_p": 0.1}, {"repetition_penalty": 1.3},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.9, "rule": "common"},
+]  # fmt: skip
+
+
+def test_knobs_compile_nothing():
+    logits_BV = np.random.default_rng(6).normal(size=(3, 137)).astype(np.float32)
+    seen_BV, key_B = np.zeros((3, 137), bool), keys(3)
+    before = len(COMPILATIONS)
+    pick(logits_BV, key_B, knobs(), seen_BV)
+    assert len(COMPILATIONS) > before  # the counter counts
+    before = len(COMPILATIONS)
+    for settings in SETTINGS:
+        pick(logits_BV, key_B, knobs(**settings), seen_BV)
+    assert len(COMPILATIONS) == before
+
+
+def primitives(jaxpr, inside=()):
+    """Every operation, with the conditionals that it is in."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name, inside
+        here = (*inside, equation.primitive.name)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner, here)
+
+
+def test_nothing_is_sorted_and_what_is_off_is_not_run():
+    logits_BV, seen_BV = np.zeros((3, 137), np.float32), np.zeros((3, 137), bool)
+    found = list(primitives(jax.make_jaxpr(sampling.pick)(logits_BV, keys(3), knobs(), seen_BV).jaxpr))
+    names = {name for name, _ in found}
+    assert not names & {"sort", "top_k", "cumsum"}
+    searches = [inside.count("cond") for name, inside in found if name == "while"]
+    assert searches == [2, 2]  # in the branch that draws, each in the branch of its filter
+    noise = [inside for name, inside in found if name == "random_bits"]
+    assert len(noise) == 1
+    assert "cond" in noise[0]

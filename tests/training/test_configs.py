@@ -1,0 +1,97 @@
+"""Every recipe in configs/: its head says the command, shrunk it takes a step, and its full shape fits together."""
+
+import tomllib
+
+import commands
+import jax
+import pytest
+
+import gpt2_jax
+from gpt2_jax.recipe import Recipe, from_dict
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.training import Batch, abstract_state, make_train_step
+
+CONFIGS = sorted((commands.ROOT / "configs").glob("*.toml"))
+N_VOCAB = {"shakespeare": 1281}  # else GPT-2's own
+SHRUNK = ["--steps", 1, "--batch-size", 2, "--accumulate", 1, "--data.n-tokens", 7, "--optimizer.warmup-steps", 0]
+SHRUNK += ["--monitor.sample-every", 0, "--monitor.evaluate-windows", 1]
+TEXT = "".join(f"It was the {i}th time that he spoke of it.\n" for i in range(997))  # of which a 2000th validates
+
+
+@pytest.fixture(scope="module")
+def main():
+    with commands.loaded("finetune") as script:
+        yield script.main
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+def full_config(recipe):
+    """The model that a recipe trains, without loading it."""
+    model = recipe.model
+    if model.source == "shakespeare":
+        return gpt2_jax.load_config(gpt2_jax.embedded_model())
+    if model.source:
+        return gpt2_jax.SIZES[model.source]
+    n_vocab = N_VOCAB.get(model.tokenizer, 50257)
+    return gpt2_jax.GPT2Config(n_vocab, model.n_ctx, model.n_embd, model.n_head, model.n_layer)
+
+
+def test_all_are_here():
+    assert {path.stem for path in CONFIGS} >= {"finetune_shakespeare", "train_shakespeare", "pretrain_124M"}
+
+
+def test_its_head_says_the_command(path):
+    head = [line for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if line.startswith("#")]
+    command = f"python scripts/finetune.py --config configs/{path.name} --data.path "
+    assert any(line.removeprefix("#").strip().startswith(command) for line in head), head
+
+
+def test_it_takes_a_step_when_shrunk_by_options(path, main, capfd, tmp_path, monkeypatch):
+    """Those that begin with OpenAI's weights, or their vocabulary, do so with the embedded model's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    recipe = Recipe.from_toml(path)
+    options = ["--config", path, "--data.path", "text.txt", "--run", "run", *SHRUNK]
+    if recipe.model.source:
+        options += ["--model.source", "shakespeare"]
+    else:
+        options += ["--model.tokenizer", "shakespeare", "--model.n-ctx", 7, "--model.n-embd", 6, "--model.n-head", 3]
+        options += ["--model.n-layer", 1]
+    if recipe.data.val_fraction < 0.01:
+        options += ["--data.val-fraction", 0.01]
+    with commands.config_of_jax_kept():
+        done = commands.caller(main, capfd)(*options)
+    assert (done.code, done.out) == (0, "run\n"), done.err
+    assert "step 1/1: validation loss " in done.err
+    config, _ = gpt2_jax.load(tmp_path / "run")
+    assert config.n_layer == (4 if recipe.model.source else 1)
+
+
+def test_its_full_shape_fits_together(path):
+    """A whole step by `jax.eval_shape`: no memory, and the state that comes out is that which went in."""
+    written = tomllib.loads(path.read_text(encoding="utf-8"))
+    recipe = from_dict(Recipe, written | {"mesh": {"data": 1}})
+    config = full_config(recipe)
+    mesh = make_mesh(1, 1)
+    state = abstract_state(config, recipe, mesh)
+    n_tokens = recipe.data.n_tokens or config.n_ctx
+    shape = recipe.accumulate, recipe.batch_size // recipe.accumulate, n_tokens
+    ids, weights = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "float32")
+    new, metrics = jax.eval_shape(make_train_step(config, recipe, mesh), state, Batch(ids, ids, weights))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert {name: leaf.shape for name, leaf in metrics.items()} == dict.fromkeys(
+        ("loss", "grad_norm", "learning_rate", "n_tokens", "skipped"), ()
+    )
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert n_params == config.n_params
+    if "124M" in path.stem:
+        assert n_params == 124_439_808
+    elif "1558M" in path.stem:
+        assert n_params == 1_557_611_200
+        assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < n_params / 100

@@ -1,0 +1,274 @@
+"""MFU and memory: the formula, the peaks, and an estimate that is near what XLA reserves for the compiled step."""
+
+import dataclasses
+import math
+
+import commands
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gpt2_jax.config import SIZES, GPT2Config
+from gpt2_jax.data.batching import Batch
+from gpt2_jax.recipe import Lora, Mesh, Model, Optimizer, Recipe
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.training import memory
+from gpt2_jax.training.hardware import flops_per_token, mfu, peak_flops
+from gpt2_jax.training.memory import check_memory, device_memory, memory_needed
+from gpt2_jax.training.step import abstract_state, make_train_step
+
+
+@dataclasses.dataclass
+class Device:
+    """A device of a kind, with a memory."""
+
+    device_kind: str = "a new one"
+    platform: str = "gpu"
+    stats: dict | None = None
+
+    def memory_stats(self) -> dict | None:
+        return self.stats
+
+
+# ---- MFU
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("TPU v4", 275),
+        ("TPU v5", 459),
+        ("TPU v5 lite", 197),
+        ("TPU v6 lite", 918),
+        ("TPU v3", 61.5),
+        ("TPU7x", 1153.5),
+        # other devices than those that their names begin like
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA A1000", None),
+        ("TPU v9", None),
+        ("", None),
+    ],
+)
+def test_peak_by_kind(kind, teraflops):
+    """The names as drivers give them; what is not known exactly is not guessed."""
+    assert peak_flops(Device(kind)) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_a_cpu_has_no_peak():
+    assert peak_flops(jax.devices("cpu")[0]) is None
+
+
+def test_flops_of_the_released_sizes():
+    """6 N + 12 L D T: what the published GFLOP a token of 124M and 1558M at 1,024 tokens were computed by."""
+    assert flops_per_token(SIZES["124M"], 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
+    assert flops_per_token(SIZES["124M"], 1024) == pytest.approx(0.860e9, rel=1e-3)
+    assert flops_per_token(SIZES["1558M"], 1024) == pytest.approx(10.29e9, rel=1e-3)
+
+
+def test_mfu():
+    """Of all devices together; none where the peak of one is not known, or there are none."""
+    known, other, unknown = Device("NVIDIA H200"), Device("NVIDIA L4"), Device("a new one")
+    speed = 460_000
+    assert mfu(speed, SIZES["124M"], 1024, [known]) == pytest.approx(0.40, abs=0.001)
+    assert mfu(speed, SIZES["124M"], 1024, [known, other]) == pytest.approx(speed * 0.860e9 / 1110e12, rel=1e-3)
+    assert mfu(speed, SIZES["124M"], 1024, [known, unknown]) is None
+    assert mfu(speed, SIZES["124M"], 1024, []) is None
+
+
+# ---- memory
+
+
+def config(n_layer=2, n_embd=128, n_head=4, n_vocab=997, n_ctx=128):
+    return GPT2Config(n_vocab=n_vocab, n_ctx=n_ctx, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
+
+
+def recipe(**changes):
+    return Recipe(**{"batch_size": 4, "model": Model(dropout=0.1), "mesh": Mesh(data=1)} | changes)
+
+
+def reserved(config, recipe, n_tokens):
+    """The bytes that XLA reserves for a step: what goes in, what comes out elsewhere, and all between."""
+    mesh = make_mesh(1, 1)
+    shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, n_tokens)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    step = make_train_step(config, recipe, mesh)
+    sizes = step.lower(abstract_state(config, recipe, mesh), batch).compile().memory_analysis()
+    return (
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "n_tokens"),
+    [
+        ({}, {"batch_size": 8, "accumulate": 2, "compute_dtype": "bfloat16"}, 128),
+        ({"n_layer": 1, "n_vocab": 9973}, {"optimizer": Optimizer(name="adafactor")}, 97),
+        ({"n_layer": 1, "n_head": 8, "n_ctx": 300}, {"batch_size": 2, "remat": True}, 257),
+    ],
+)
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the figures are of XLA for CPUs")
+def test_the_estimate_is_near_what_xla_reserves(shape, changes, n_tokens):
+    """Within a quarter, for state and activations in different proportions."""
+    needed = memory_needed(config(**shape), recipe(**changes), make_mesh(1, 1), n_tokens)
+    assert needed["total"] == pytest.approx(reserved(config(**shape), recipe(**changes), n_tokens), rel=0.25)
+
+
+def test_parts_of_the_state_are_exact():
+    """Adam keeps two moments of what is trained; frozen parameters have no gradients and no moments."""
+    mesh, n = make_mesh(1, 1), config().n_params
+    parts = memory_needed(config(), recipe(), mesh)
+    assert (parts["parameters"], parts["gradients"]) == (4 * n, 4 * n)
+    assert parts["optimizer"] == pytest.approx(8 * n, abs=16)  # and two counters
+    assert sum(size for name, size in parts.items() if name != "total") == parts["total"]
+    assert memory_needed(config(), recipe(accumulate=2), mesh)["gradients"] == 8 * n
+
+    frozen = recipe(optimizer=Optimizer(learning_rates=((r"^wte$", 0.0), (".*", 1.0))))
+    parts, rest = memory_needed(config(), frozen, mesh), n - 997 * 128
+    assert (parts["parameters"], parts["gradients"]) == (4 * n, 4 * rest)
+    assert parts["optimizer"] == pytest.approx(8 * rest, abs=16)
+
+    lora = recipe(lora=Lora(rank=3, targets=r"c_attn/w$"))
+    parts, pairs = memory_needed(config(), lora, mesh), 2 * 3 * (128 + 3 * 128)
+    assert (parts["parameters"], parts["gradients"]) == (4 * (n + pairs), 4 * pairs)
+
+
+class Accelerator:
+    """What a mesh of accelerators says of itself to an estimate."""
+
+    def __init__(self, platform="gpu", model=1):
+        self.shape = {"data": 1, "model": model}
+        self.devices = make_mesh(1, 1).devices.astype(object)
+        self.devices[0, 0] = Device(platform=platform)
+
+
+def test_activations_on_an_accelerator():
+    """By hand, of 3 rows of 1,024 tokens: 16 widths and the attention weights of four blocks, and remat without."""
+    sized = config(n_layer=5, n_embd=96, n_head=6, n_ctx=1024).replace(compute_dtype="bfloat16")
+    stream, seen = 2 * 3 * 1024 * 96, 256 * (256 + 512 + 768 + 1024)
+    block, logits = 16 * stream + 2 * 3 * 6 * seen, 3 * 1024 * 997 * (4 + 2)
+    mesh = Accelerator()
+    assert memory._on_accelerator(sized, recipe(), mesh, 3, 1024) == 5 * block + logits
+    assert memory._on_accelerator(sized, recipe(remat=True), mesh, 3, 1024) == 5 * stream + max(block, logits)
+
+
+def test_logits_are_those_of_a_chunk():
+    """At most so many as the loss takes at once, whatever the batch."""
+    assert memory._n_logits(SIZES["124M"], 2, 101) == 2 * 101 * 50257
+    n = memory._n_logits(SIZES["124M"], 64, 1024)
+    assert n == pytest.approx(memory.CHUNK, rel=0.05)
+
+
+def test_what_cannot_fit_is_refused():
+    """One sentence, the parts, and what can be done; what is on the brink is let through."""
+    mesh = make_mesh(1, 1)
+    parts = memory_needed(config(), recipe(), mesh)
+    least = int(parts["total"] - memory.UNSURE * parts["activations"])
+    assert check_memory(config(), recipe(), mesh, available=least + 1) == parts
+    with pytest.raises(ValueError, match=r"training would take about 31.* MB on each device, which has ") as refused:
+        check_memory(config(), recipe(), mesh, available=least - 1)
+    message = str(refused.value)
+    for name, size in parts.items():
+        assert f"  {name:<12}{memory.gigabytes(size):>10}\n" in message
+    for way in ("a larger accumulate, now 1", "batch_size, now 4", "adafactor", "LoRA", "freezing", "n_tokens"):
+        assert way in message
+    assert "remat" not in message  # on a CPU it saves nothing
+    assert "bfloat16" not in message
+
+
+def test_advice_is_of_what_is_not_done_yet():
+    advice = memory._advice(recipe(), Accelerator())
+    assert "remat = true" in advice
+    assert 'compute_dtype = "bfloat16"' in advice
+    done = recipe(accumulate=4, remat=True, compute_dtype="bfloat16", lora=Lora(rank=8))
+    assert memory._advice(done, Accelerator()) == ["fewer data.n_tokens", "more devices"]
+
+
+def test_an_unknown_memory_refuses_nothing(monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda device: None)
+    assert check_memory(SIZES["1558M"], recipe(batch_size=512), make_mesh(1, 1))["total"] > 1e12
+
+
+def test_more_than_this_machine_has_is_refused():
+    """The released 1558M with its optimizer at a batch of 4,096, on whatever runs this test."""
+    with pytest.raises(ValueError, match=r"training would take about [\d.]+ GB on each device, which has [\d.]+ GB"):
+        check_memory(SIZES["1558M"], recipe(batch_size=4096), make_mesh(1, 1))
+
+
+def test_memory_of_devices():
+    """What an accelerator lets programs use, or None; of a CPU the machine's."""
+    assert device_memory(Device(stats={"bytes_limit": 17, "bytes_in_use": 3})) == 17
+    assert device_memory(Device(stats={})) is None
+    assert device_memory(Device(stats=None)) is None
+    assert 10**8 < device_memory(jax.devices("cpu")[0]) < 10**14
+
+
+def test_the_limit_of_a_container(tmp_path):
+    """The least of the process's own group and all above it; "max" is none; version 1 has another file."""
+    root, own = tmp_path / "cgroup", tmp_path / "self"
+    group = root / "machine" / "job"
+    group.mkdir(parents=True)
+    own.write_text("0::/machine/job\n")
+    assert memory._cgroup_limit(root, own) == math.inf
+    (group / "memory.max").write_text("max\n")
+    assert memory._cgroup_limit(root, own) == math.inf
+    (root / "machine" / "memory.max").write_text("4000000000\n")
+    assert memory._cgroup_limit(root, own) == 4_000_000_000
+    (group / "memory.max").write_text("2000000000\n")
+    assert memory._cgroup_limit(root, own) == 2_000_000_000
+    (root / "memory.max").write_text("1000000000\n")
+    assert memory._cgroup_limit(root, tmp_path / "none") == 1_000_000_000
+    (root / "memory").mkdir()
+    (root / "memory" / "memory.limit_in_bytes").write_text("500000000\n")
+    assert memory._cgroup_limit(root, tmp_path / "none") == 500_000_000
+
+
+def test_on_eight_devices():
+    """A device's parameters and optimizer state are counted as it holds them; its rows are an eighth of the batch."""
+    code = """
+        import json, jax, tiny_models
+        from gpt2_jax.sharding import make_mesh
+        from gpt2_jax.training.memory import device_memory, memory_needed
+        from gpt2_jax.recipe import Recipe
+        from gpt2_jax.training.step import init_state
+
+        config = tiny_models.CONFIG.replace(n_embd=48)
+        recipe, mesh = Recipe(batch_size=8), make_mesh(4, 2)
+        state = init_state(config, recipe, tiny_models.random_params(config, 3), mesh)
+        here = lambda tree: sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(tree)
+            for shard in leaf.addressable_shards
+            if shard.device == jax.devices()[0]
+        )
+        parts = [memory_needed(config, recipe, make_mesh(n, 1))["activations"] for n in (1, 8)]
+        needed = memory_needed(config, recipe, mesh)
+        print(json.dumps([here(state.params), here(state.opt_state), needed, parts, device_memory(jax.devices()[0])]))
+    """
+    params, optimizer, needed, (alone, divided), available = commands.on_eight_devices(code)
+    assert (needed["parameters"], needed["optimizer"]) == (params, optimizer)
+    assert needed["gathered"] == pytest.approx(4 * params, rel=0.1)  # what no axis divides is whole anyway
+    assert divided == pytest.approx(alone / 8, rel=0.01)
+    assert available == pytest.approx(
+        device_memory(jax.devices("cpu")[0]) * jax.local_device_count("cpu") / 8, rel=0.01
+    )

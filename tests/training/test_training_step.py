@@ -1,0 +1,298 @@
+"""One training step: accumulation, remat, dropout, what is skipped, precision, memory that is given back."""
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training_steps as ts
+from measures import COMPILATIONS
+
+import gpt2_jax
+from gpt2_jax.data.batching import Batch
+
+ADAMW = {"learning_rate": 1e-3, "weight_decay": 0.2, "clip": 0.5}
+RANDOM = {"model": {"dropout": 0.3}, "accumulate": 2, "optimizer": ADAMW}
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def all_trained(state):
+    """What a skipped step leaves as it is: everything but the count of steps and the running mean."""
+    return (state.params, state.lora, state.opt_state)
+
+
+# ---- accumulation and remat
+
+
+@pytest.mark.parametrize("accumulate", [2, 6])
+def test_parts_make_the_same_step_as_the_whole(x64, accumulate):
+    """Though the parts have different numbers of targets that count, and one has none. Measured: 5.5e-13."""
+    whole = ts.recipe(compute_dtype="float64", optimizer=ADAMW)
+    parts = ts.recipe(compute_dtype="float64", optimizer=ADAMW, accumulate=accumulate)
+    batches = [ts.batch(whole, seed) for seed in range(3)]
+    batches[1].weights[0, -1] = 0  # the last part of six has no target
+    at_once, seen = ts.run(whole, batches)
+    in_parts, seen_in_parts = ts.run(parts, [ts.in_parts(batch, accumulate) for batch in batches])
+    assert ts.furthest(ts.flat(at_once.params), ts.flat(in_parts.params)) <= 1e-12
+    for one, other in zip(seen, seen_in_parts, strict=True):
+        assert one["n_tokens"] == other["n_tokens"]
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
+        np.testing.assert_allclose(one["grad_norm"], other["grad_norm"], rtol=1e-6)
+
+
+def test_remat_makes_the_same_step(x64):
+    """With dropout too: the backward pass must draw what the forward pass drew."""
+    runs = []
+    for remat in (False, True):
+        recipe = ts.recipe(compute_dtype="float64", remat=remat, optimizer=ADAMW, model={"dropout": 0.3})
+        runs.append(ts.run(recipe, [ts.batch(recipe, seed) for seed in range(3)]))
+    (plain, seen), (rematted, seen_rematted) = runs
+    assert ts.furthest(ts.flat(plain.params), ts.flat(rematted.params)) <= 1e-12
+    np.testing.assert_allclose([m["loss"] for m in seen], [m["loss"] for m in seen_rematted], rtol=1e-6)
+
+
+def kept_bytes(remat):
+    """Bytes that a forward pass keeps for the backward pass: the leaves of what `jax.vjp` returns."""
+    config = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=127, n_embd=24, n_head=3, n_layer=4)
+    model, tokens = gpt2_jax.GPT2(config, remat=remat), np.zeros((6, 127), np.int32)
+    _, backward = jax.eval_shape(
+        lambda params: jax.vjp(lambda params: model.apply({"params": params}, tokens, method="hidden")[0], params),
+        gpt2_jax.abstract_params(config),
+    )
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+
+def test_remat_keeps_the_residual_stream_alone():
+    """Of each block, whose inner activations take at least 16 times as much."""
+    stream = 6 * 127 * 24 * 4
+    assert kept_bytes(True) < 20 * stream
+    assert kept_bytes(False) - kept_bytes(True) > 4 * 16 * stream
+
+
+REMAT = """
+    import json, os
+
+    os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    import gpt2_jax
+    import training_steps as ts
+    from test_training_loss import compiled, temporary
+
+    config = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=127, n_embd=24, n_head=3, n_layer=4)
+    programs = [compiled(ts.recipe(remat=remat), config) for remat in (False, True)]
+    print(json.dumps([[temporary(program), program.cost_analysis()["flops"]] for program in programs]))
+"""
+
+
+def test_the_recipe_s_remat_needs_less_memory_and_more_operations():
+    """By a schedule that minds the memory: XLA's own on CPUs, made for concurrency, begins the new passes early."""
+    (keeping, flops), (anew, more_flops) = commands.on_eight_devices(REMAT)
+    assert anew < 0.9 * keeping
+    assert more_flops > 1.1 * flops
+
+
+# ---- dropout
+
+
+def loss_of(recipe, batch, step=0):
+    """The loss of a state's first step, as if `step` steps were done."""
+    state = ts.begin(recipe)
+    state = state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
+    return float(ts.train_step(recipe)(state, batch)[1]["loss"])
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    recipe, other_seed, none = ts.recipe(**RANDOM), ts.recipe(**RANDOM, seed=4), ts.recipe(accumulate=2)
+    batch = ts.batch(recipe)
+    first = loss_of(recipe, batch)
+    assert loss_of(recipe, batch) == first
+    assert len({first, loss_of(recipe, batch, step=1), loss_of(other_seed, batch), loss_of(none, batch)}) == 4
+
+
+def test_rows_and_parts_draw_their_own_dropout():
+    """The same window six times, of which one alone counts at a time."""
+    recipe = ts.recipe(**RANDOM)
+    batch = ts.batch(recipe)
+    same = [np.broadcast_to(leaf[:1, :1], leaf.shape) for leaf in (batch.tokens, batch.targets)]
+    losses = set()
+    for place in np.ndindex(2, 3):
+        weights = np.zeros_like(batch.weights)
+        weights[place] = 1
+        losses.add(loss_of(recipe, Batch(*same, weights)))
+    assert len(losses) == 6
+
+
+def test_the_whole_step_repeats_to_the_bit():
+    recipe = ts.recipe(**RANDOM)
+    batches = [ts.batch(recipe, seed) for seed in range(3)]
+    assert ts.bits(ts.run(recipe, batches)[0]) == ts.bits(ts.run(recipe, batches)[0])
+
+
+# ---- not a number, and spikes
+
+
+def after(recipe, batches, last):
+    """The state before the last batch, copied, the state after it, and its metrics."""
+    state, _ = ts.run(recipe, batches)
+    before = jax.tree.map(np.array, state)
+    state, metrics = ts.train_step(recipe)(state, last)
+    return before, state, metrics
+
+
+def nan_batch(recipe):
+    batch = ts.batch(recipe, 9)
+    batch.weights[-1, -1, -1] = np.nan
+    return batch
+
+
+def outside_batch(recipe):
+    """An id outside the vocabulary: the model gives its row NaN."""
+    batch = ts.batch(recipe, 9)
+    batch.tokens[-1, -1, 0] = ts.CONFIG.n_vocab
+    batch.weights[:] = 1
+    return batch
+
+
+@pytest.mark.parametrize("make", [nan_batch, outside_batch])
+@pytest.mark.parametrize(("on_nan", "accumulate"), [("skip", 1), ("stop", 2)])
+def test_a_batch_that_gives_no_number_changes_nothing(make, accumulate, on_nan):
+    """Weights, moments and running mean stay to the bit, the step counts, and the metrics say so."""
+    recipe = ts.recipe(accumulate=accumulate, optimizer=ADAMW, monitor={"on_nan": on_nan})
+    before, state, metrics = after(recipe, [ts.batch(recipe, seed) for seed in range(2)], make(recipe))
+    assert bool(metrics["skipped"])
+    assert not np.isfinite(metrics["loss"])
+    assert int(state.step) == 3
+    assert ts.bits(all_trained(state)) == ts.bits(all_trained(before))
+
+
+def test_training_goes_on_after_a_skipped_step():
+    """As if that step had never been."""
+    recipe = ts.recipe(optimizer=ADAMW, monitor={"on_nan": "skip"})
+    batches = [ts.batch(recipe, seed) for seed in range(4)]
+    without, _ = ts.run(recipe, batches)
+    with_nan, seen = ts.run(recipe, [*batches[:2], nan_batch(recipe), *batches[2:]])
+    assert [bool(metrics["skipped"]) for metrics in seen] == [False, False, True, False, False]
+    assert ts.bits(all_trained(without)) == ts.bits(all_trained(with_nan))
+
+
+def test_after_a_skipped_step_the_learning_rate_is_that_of_the_step(x64):
+    """The one that the metrics name, so that the last step has the last of the schedule."""
+    recipe = ts.recipe(
+        compute_dtype="float64",
+        steps=3,
+        optimizer={"name": "sgd", "momentum": 0.0, "learning_rate": 0.5, "schedule": "linear"},
+        monitor={"on_nan": "skip"},
+    )
+    batches = [ts.batch(recipe, seed) for seed in range(2)]
+    rates = [ts.learning_rate(recipe, step) for step in (0, 2)]
+    theirs, _, _ = ts.slow_run(recipe, batches, rates)
+    state, seen = ts.run(recipe, [batches[0], nan_batch(recipe), batches[1]])
+    np.testing.assert_allclose(float(seen[2]["learning_rate"]), rates[1], rtol=1e-6)
+    assert ts.furthest(ts.flat(state.params), theirs) <= 1e-7
+
+
+def with_mean(recipe, mean):
+    """A state whose running mean is this, the state after one more step, and its metrics."""
+    state, _ = ts.run(recipe, [ts.batch(recipe, seed) for seed in range(2)])
+    state = state.replace(mean_loss=jax.device_put(jnp.float32(mean), state.mean_loss.sharding))
+    before = jax.tree.map(np.array, state)
+    return before, *ts.train_step(recipe)(state, ts.batch(recipe, 2))
+
+
+@pytest.mark.parametrize("on_spike", ["ignore", "skip", "stop"])
+def test_a_spike_is_skipped_unless_it_is_to_be_ignored(on_spike):
+    """Above `spike` times the mean, and not at 1 % below."""
+    recipe = ts.recipe(optimizer=ADAMW, monitor={"on_spike": on_spike, "spike": 1.5})
+    loss = float(with_mean(recipe, 100.0)[2]["loss"])
+    for mean, high in ((0.99 * loss / 1.5, True), (1.01 * loss / 1.5, False)):
+        before, state, metrics = with_mean(recipe, mean)
+        skipped = high and on_spike != "ignore"
+        assert bool(metrics["skipped"]) == skipped
+        assert (ts.bits(all_trained(state)) == ts.bits(all_trained(before))) == skipped
+        assert int(state.step) == 3
+        counted = min(float(metrics["loss"]), 1.5 * mean)  # so a level that lasts comes to be the mean, in time
+        np.testing.assert_allclose(state.mean_loss, 0.98 * mean + 0.02 * counted, rtol=1e-6)
+
+
+def test_a_step_without_targets_changes_nothing():
+    """All rows padding or prompts: no decay, no momentum, and no loss of 0 in the mean."""
+    recipe = ts.recipe(optimizer=ADAMW)
+    state, _ = ts.run(recipe, [ts.batch(recipe)])
+    before = jax.tree.map(np.array, state)
+    empty = ts.batch(recipe, 1)
+    state, metrics = ts.train_step(recipe)(state, empty.replace(weights=np.zeros_like(empty.weights)))
+    assert metrics["skipped"]
+    assert ts.bits((all_trained(state), state.mean_loss)) == ts.bits((all_trained(before), before.mean_loss))
+    assert int(state.step) == 2
+
+
+def test_the_mean_of_the_loss():
+    """It begins with the first loss, and each later one has a fiftieth of it."""
+    recipe = ts.recipe(optimizer=ADAMW)
+    state, seen = ts.run(recipe, [ts.batch(recipe, seed) for seed in range(3)])
+    first, second, third = (float(metrics["loss"]) for metrics in seen)
+    wanted = 0.98 * (0.98 * first + 0.02 * second) + 0.02 * third
+    np.testing.assert_allclose(state.mean_loss, wanted, rtol=1e-6)
+
+
+def test_the_first_step_is_never_a_spike():
+    """There is no mean yet to compare it with."""
+    recipe = ts.recipe(optimizer=ADAMW, monitor={"on_spike": "skip", "spike": 1.0})
+    _, (metrics,) = ts.run(recipe, [ts.batch(recipe)])
+    assert not metrics["skipped"]
+
+
+# ---- precision
+
+
+def test_bfloat16_products_leave_everything_else_in_float32():
+    wide, narrow = ts.recipe(optimizer=ADAMW), ts.recipe(optimizer=ADAMW, compute_dtype="bfloat16")
+    batches = [ts.batch(wide, seed) for seed in range(4)]
+    ours, seen = ts.run(narrow, batches)
+    theirs, wanted = ts.run(wide, batches)
+    floats = [leaf for leaf in jax.tree.leaves(ours) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {str(leaf.dtype) for leaf in floats} == {"float32"}
+    assert {metrics["loss"].dtype.name for metrics in seen} == {"float32"}
+    differences = [abs(one["loss"] / other["loss"] - 1) for one, other in zip(seen, wanted, strict=True)]
+    assert 1e-7 < max(differences) < 1e-2  # they are computed otherwise, and come to the same
+    assert ts.furthest(ts.flat(ours.params), ts.flat(theirs.params)) <= 2 * 4 * ADAMW["learning_rate"]
+
+
+# ---- memory and compilation
+
+
+def test_the_state_gives_its_memory_to_the_next():
+    """Buffers that could not be used would be a warning, which is an error here."""
+    recipe = ts.recipe(optimizer=ADAMW)
+    state = ts.begin(recipe)
+    batch = ts.batch(recipe)
+    n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    memory = ts.train_step(recipe).lower(state, batch).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= 0.99 * n_bytes
+    leaves = jax.tree.leaves(state)
+    addresses = {leaf.unsafe_buffer_pointer() for leaf in leaves}
+    state, _ = ts.train_step(recipe)(state, batch)
+    assert all(leaf.is_deleted() for leaf in leaves)
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)} <= addresses
+
+
+def test_ten_steps_compile_once():
+    recipe = ts.recipe(optimizer=ADAMW | {"schedule": "cosine", "warmup_steps": 2}, seed=11)  # of no other test
+    state, step = ts.begin(recipe), ts.train_step(recipe)
+    batches = [ts.batch(recipe, seed) for seed in range(10)]
+    before = len(COMPILATIONS)
+    for batch in batches:
+        state, _ = step(state, batch)
+    assert len(COMPILATIONS) == before + 1
+
+
+def test_metrics_are_the_named_scalars():
+    recipe = ts.recipe()
+    _, metrics = ts.train_step(recipe)(ts.begin(recipe), ts.batch(recipe))
+    kinds = dict.fromkeys(("loss", "grad_norm", "learning_rate", "n_tokens"), "float32") | {"skipped": "bool"}
+    assert {name: str(value.dtype) for name, value in metrics.items()} == kinds
+    assert {value.shape for value in metrics.values()} == {()}
