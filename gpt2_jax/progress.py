@@ -1,28 +1,154 @@
-"""A progress bar for reading a model that takes a while."""
+"""The progress bar: how far a long piece of work is, on standard error, where that is a terminal.
+
+    with progress.bars("count", "left") as bars:  # the columns behind the title and the bar
+        for i, batch in enumerate(batches):
+            bars.update("scoring", i, len(batches))  # a new title begins a line of its own
+            bars.say("a line above the bars")
+
+    for batch in progress.tracked("scoring")(batches):  # the same for the elements of a list
+        ...
+
+Where nothing is shown `bars` gives an object whose calls do nothing, and whose `shown` is False. Standard output is
+never written to. rich is imported when a bar is shown, and not before.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from gpt2_jax.config import GPT2Config
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn, TaskID
 
-LARGE = 10**9  # bytes: below, a bar would be gone before it is read
+Unit = Literal["bytes", "count", "percent", "speed", "left", "text"]
+T = TypeVar("T")
+
+LARGE = 10**9  # bytes: a bar for less would be gone before it is read
+WIDTH = 40  # columns of the terminal that a bar takes
+NARROWEST = 10  # columns below which a bar that gives way is left out
 
 
-def shown(leaves: Iterator[tuple[str, Any]], config: GPT2Config, directory: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the leaves, with a bar on standard error if that is a terminal and the model is large."""
-    if config.param_bytes < LARGE or not sys.stderr.isatty():
-        yield from leaves
+class Bars:
+    """Bars on standard error, one below another; none if it was made with None."""
+
+    def __init__(self, progress: Progress | None):
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is anything to see."""
+        return self._progress is not None
+
+    def update(self, title: str, done: int, total: int | None = None, text: str = "") -> None:
+        """Show how far something is; the first call for a title adds its bar, which begins at what is done by then.
+
+        Args:
+          title: of the bar.
+          done: how much is done, in the unit of the columns.
+          total: how much there is; None if that is not known, or as before.
+          text: what the column "text" shows.
+
+        """
+        if self._progress is None:
+            return
+        if title not in self._tasks:  # what was done before is not part of the speed
+            self._tasks[title] = self._progress.add_task(title, total=total, completed=done, text=text)
+        self._progress.update(self._tasks[title], total=total, completed=done, text=text)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def bars(
+    *columns: Unit,
+    shown: bool | None = None,
+    titled: bool = True,
+    width: int = WIDTH,
+    room: int = 0,
+    stay: bool = False,
+    period: float = 30,
+) -> Iterator[Bars]:
+    """Show bars while the block runs.
+
+    Args:
+      columns: what stands behind the bar, in order: "bytes" (done and total), "count" (n/total), "percent", "speed"
+        (bytes a second), "left" (time), "text" (free text, cut at the end of the line).
+      shown: True shows them in any case, False never, None where standard error is a terminal.
+      titled: write the title before each bar.
+      width: columns of the terminal that a bar takes.
+      room: columns of the terminal that the rest needs: the bar gives way to it, and is left out below NARROWEST.
+      stay: leave the bars on the screen at the end.
+      period: seconds over which the speed is measured that "speed" and "left" are computed from.
+
+    """
+    if shown is None:
+        shown = sys.stderr is not None and sys.stderr.isatty()
+    if not shown:
+        yield Bars(None)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"reading {directory.name}", total=config.param_bytes)
+    console = Console(stderr=True)
+    width = min(width, console.width - room)
+    title = [TextColumn("{task.description}", markup=False)] if titled else []
+    bar = [BarColumn(bar_width=width)] if width >= NARROWEST else []
+    rest = [_column(name) for name in columns]
+    with Progress(
+        *title,
+        *bar,
+        *rest,
+        console=console,
+        transient=not stay,
+        redirect_stdout=False,
+        refresh_per_second=4,
+        speed_estimate_period=period,
+    ) as progress:
+        yield Bars(progress)
+
+
+def _column(name: Unit) -> ProgressColumn:
+    from rich import progress
+    from rich.table import Column
+
+    if name == "text":
+        one_line = Column(no_wrap=True, overflow="ellipsis")
+        return progress.TextColumn("{task.fields[text]}", markup=False, table_column=one_line)
+    columns = {
+        "bytes": progress.DownloadColumn,
+        "count": progress.MofNCompleteColumn,
+        "percent": progress.TaskProgressColumn,
+        "speed": progress.TransferSpeedColumn,
+        "left": progress.TimeRemainingColumn,
+    }
+    return columns[name]()
+
+
+def tracked(title: str, shown: bool | None = None) -> Callable[[Sequence[T]], Iterable[T]]:
+    """Return a function that yields the elements of a list and shows how many are done; `shown` as in `bars`."""
+
+    def track(items: Sequence[T]) -> Iterator[T]:
+        with bars("percent", "left", shown=shown) as lines:
+            for done, item in enumerate(items):
+                lines.update(title, done, len(items))
+                yield item
+            lines.update(title, len(items), len(items))
+
+    return track
+
+
+def reading(leaves: Iterable[tuple[str, Any]], title: str, n_bytes: int) -> Iterator[tuple[str, Any]]:
+    """Yield (name, array) of a model that is being read, and show how much of it is; nothing is shown below LARGE."""
+    done = 0
+    with bars("bytes", "left", shown=None if n_bytes >= LARGE else False) as lines:
+        lines.update(title, done, n_bytes)
         for name, array in leaves:
-            bar.advance(task, array.nbytes)
+            done += array.nbytes
+            lines.update(title, done, n_bytes)
             yield name, array

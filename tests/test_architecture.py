@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports modules of lower levels, or of its own room, alone.
 LEVELS = [
-    {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products", "checks", "files"},
-    {"kv_cache", "lora", "activations", "recipe", "progress", "release", "figures", "compilation"},
+    {"checks", "files", "progress"},
+    {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
+    {"kv_cache", "lora", "activations", "recipe", "release", "figures", "compilation"},
     {"model", "sharding"},
     {"edits"},
     {"checkpoints", "data"},

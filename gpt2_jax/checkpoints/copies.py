@@ -18,7 +18,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import cache_dir
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
-from gpt2_jax.progress import shown
+from gpt2_jax.progress import reading
 
 
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:
@@ -87,7 +87,7 @@ def _or_made_anew(directory: Path, source: dict[str, object], leaves: Leaves) ->
 def _make(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, dict[str, np.ndarray]]:
     """Read the original and keep a copy; `source` is from before: a change since makes the copy useless, not wrong."""
     config, leaves = tensorflow.read(directory)
-    arrays = dict(shown(leaves, config, directory))
+    arrays = dict(reading(leaves, f"reading {directory.name}", config.param_bytes))
     manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)
     try:
         path = copy_path(directory)

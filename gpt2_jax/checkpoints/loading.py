@@ -18,7 +18,7 @@ from gpt2_jax.checkpoints.sources import form_of, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.progress import shown
+from gpt2_jax.progress import reading
 from gpt2_jax.tokenizer import Tokenizer
 
 
@@ -74,7 +74,7 @@ def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
         config, leaves = copies.read(directory)
     else:
         config, leaves = tensorflow.read(directory)
-    return config, shown(leaves, config, directory)
+    return config, reading(leaves, f"reading {directory.name}", config.param_bytes)
 
 
 def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding: Any) -> tuple[GPT2Config, Params]:

@@ -8,13 +8,13 @@ import dataclasses
 import functools
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from gpt2_jax import progress
 from gpt2_jax.data.encoding import encode_all, processes_for
 from gpt2_jax.data.sources import Fields, Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
@@ -173,7 +173,7 @@ def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_processes: 
     with contextlib.ExitStack() as files:
         out = files.enter_context((folder / "train.bin").open("wb"))
         mask = files.enter_context((folder / "train.mask.bin").open("wb")) if written.masked else None
-        advance = files.enter_context(_bar(shown, found.n_bytes))
+        bars = files.enter_context(progress.bars("bytes", "left", shown=shown))
         encoded = files.enter_context(contextlib.closing(encode_all(found.pieces(), tokenizer, n_processes)))
         for part in encoded:
             out.write(part.ids.tobytes())
@@ -184,7 +184,7 @@ def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_processes: 
             written.n_characters += part.n_characters
             written.n_bytes += part.n_bytes
             written.n_markers += part.n_markers
-            advance(found.n_read)
+            bars.update("encoding", found.n_read, found.n_bytes or None)
         if not written.n_tokens:
             raise ValueError(f"there is no text in {len(found.files)} files, of {found.n_bytes:,} bytes together")
         if len(written.ends) == 1 and not written.masked:
@@ -192,23 +192,6 @@ def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_processes: 
             written.ends[0] -= 1
             out.truncate(written.n_tokens * id_dtype(tokenizer.n_vocab).itemsize)
     return written
-
-
-@contextlib.contextmanager
-def _bar(shown: bool | None, n_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yield what is told how many bytes are read."""
-    if shown is None:
-        shown = sys.stderr is not None and sys.stderr.isatty()
-    if not shown:
-        yield lambda n_read: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("encoding", total=n_bytes or None)
-        yield lambda n_read: bar.update(task, completed=n_read)
 
 
 # ---- the manifest

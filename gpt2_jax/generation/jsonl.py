@@ -14,10 +14,11 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from gpt2_jax import progress
 
 INDEX = "index"
 
@@ -70,14 +71,16 @@ def complete_file(
         if not _begin(target, header, len(prompts)):
             return 0
         part = _part(target)
-        n_done = _resume(part, header, len(prompts))
-        with _bar(shown, f"writing {target.name}", n_done, len(prompts)) as advance, part.open("ab") as file:
+        n_done, title = _resume(part, header, len(prompts)), f"writing {target.name}"
+        # A batch may take minutes: the speed is that of the last hour.
+        with progress.bars("count", "left", shown=shown, stay=True, period=3600) as bars, part.open("ab") as file:
+            bars.update(title, n_done, len(prompts))
             for first in range(n_done, len(prompts), batch_size):
                 batch = prompts[first : first + batch_size]
                 results = complete([record["prompt"] for record in batch], first)
                 file.write(b"".join(_lines(batch, results, first, fields)))
                 file.flush()
-                advance(len(batch))
+                bars.update(title, first + len(batch), len(prompts))
         _finish(target)
     return len(prompts) - n_done
 
@@ -280,21 +283,3 @@ def _lines(
 def _line(record: dict[str, Any]) -> bytes:
     """Return a line of JSON in UTF-8; a lone surrogate, which that cannot hold, becomes JSON's escape for it."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
-
-
-@contextlib.contextmanager
-def _bar(shown: bool | None, title: str, n_done: int, n_prompts: int) -> Iterator[Callable[[int], None]]:
-    """Yield what is told of each batch done: a bar on standard error, which begins at what was done before."""
-    if shown is None:
-        shown = sys.stderr is not None and sys.stderr.isatty()
-    if not shown:
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # A batch may take minutes: the rate is that of the last hour.
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bar:
-        task = bar.add_task(title, total=n_prompts, completed=n_done)
-        yield lambda n: bar.advance(task, n)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from gpt2_jax.config import SIZES
 from gpt2_jax.files import cache_dir, expanded
+from gpt2_jax.progress import bars
 from gpt2_jax.release.known import (
     DATA,
     FILES,
@@ -28,12 +29,13 @@ from gpt2_jax.release.known import (
     expectations,
     size_of,
 )
-from gpt2_jax.release.parallel import bars, in_threads
+from gpt2_jax.release.parallel import in_threads
 from gpt2_jax.release.transfer import Failed, Refused, Report, disk_error, length, no_room, transfer
 
 __all__ = ["FILES", "MIRRORS", "Expected", "expectations", "fetch", "fetch_verified", "size_of"]
 
 LOCK = ".download.lock"
+BAR = 10  # columns of the terminal: with the longest name a line of 80
 _WAY_OUT = "name another address with --base-url or GPT2_JAX_BASE_URL, or put the files there by hand"
 
 
@@ -222,8 +224,10 @@ def _bring(plan: _Plan, progress: bool | None) -> None:
     if needed > (free := shutil.disk_usage(plan.directory).free):
         raise no_room(f"{plan.directory} has no room for GPT-2 {plan.size}: {needed:,} bytes are needed, {free:,} free")
     stop = threading.Event()
-    with bars(progress, f"GPT-2 {plan.size}, into {plan.directory}") as report:
-        in_threads([functools.partial(_fetch_file, plan, name, stop, report) for name in missing], plan.jobs, stop)
+    with bars("bytes", "speed", "left", shown=progress, width=BAR, stay=True) as lines:
+        lines.say(f"GPT-2 {plan.size}, into {plan.directory}")
+        tasks = [functools.partial(_fetch_file, plan, name, stop, lines.update) for name in missing]
+        in_threads(tasks, plan.jobs, stop)
 
 
 def _fetch_file(plan: _Plan, name: str, stop: threading.Event, report: Report) -> None:
