@@ -39,10 +39,9 @@ class Case:
 def load_ours(folder: Path, case: Case, where: str) -> Steps:
     """Load this library; JAX finds the device by itself."""
     import gpt2_jax
+    from gpt2_jax import recipe as recipes
     from gpt2_jax.data.batching import Batch
-    from gpt2_jax.sharding import make_mesh
-    from gpt2_jax.training import recipe as recipes
-    from gpt2_jax.training.step import init_state, make_train_step
+    from gpt2_jax.training import init_state, make_plan, make_train_step
 
     config, params = gpt2_jax.load(folder / "hf", dtype="float32")
     config = config.replace(compute_dtype=case.dtype, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
@@ -55,10 +54,10 @@ def load_ours(folder: Path, case: Case, where: str) -> Steps:
         compute_dtype=case.dtype,
         remat=case.remat,
     )
-    mesh = make_mesh(1, 1)
-    state = init_state(config, recipe, params, mesh)
+    plan = make_plan(config, recipe)
+    state = init_state(plan, params)
     del params
-    train_step = make_train_step(config, recipe, mesh)
+    train_step = make_train_step(plan)
     tokens_BT = case.tokens(config.n_vocab).reshape(case.accumulate, -1, case.n_tokens + 1)
     weights = np.ones(tokens_BT[..., 1:].shape, np.float32)
     batch = Batch(tokens=tokens_BT[..., :-1], targets=tokens_BT[..., 1:], weights=weights)

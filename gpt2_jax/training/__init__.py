@@ -1,31 +1,28 @@
-"""Training: text to tokens, the optimizer step, and runs that can be resumed."""
+"""Training: the plan of a run, its step, its loop, its checkpoints, and what it reports.
 
-from gpt2_jax.data._prepare import prepare
-from gpt2_jax.data.batching import Batch, batches, windows
-from gpt2_jax.data.token_files import Prepared, open_prepared
+Text and tokens are `gpt2_jax.data`; recipes `gpt2_jax.recipe`; a run's folder as such `gpt2_jax.checkpoints.runs`.
+"""
+
+from gpt2_jax.data import Batch, Prepared, batches, open_prepared, prepare, windows
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.training.loop import Fitted, fit
+from gpt2_jax.training.plan import Plan, make_plan
 from gpt2_jax.training.start import new_params, start_data, start_model
-from gpt2_jax.training.step import (
-    TrainState,
-    abstract_state,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    model_params,
-)
+from gpt2_jax.training.state import TrainState, model_params
+from gpt2_jax.training.step import init_state, make_eval_step, make_train_step
 
 __all__ = [
     "Batch",
     "Fitted",
+    "Plan",
     "Prepared",
     "Recipe",
     "TrainState",
-    "abstract_state",
     "batches",
     "fit",
     "init_state",
     "make_eval_step",
+    "make_plan",
     "make_train_step",
     "model_params",
     "new_params",

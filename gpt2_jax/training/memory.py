@@ -8,22 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from gpt2_jax.attention import SMALLEST_BLOCK
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.params import flatten
-from gpt2_jax.recipe import Recipe
-from gpt2_jax.sharding import DATA, MODEL, param_shardings
+from gpt2_jax.sharding import DATA, MODEL
 from gpt2_jax.training.loss import CHUNK
-from gpt2_jax.training.step import abstract_state, trained, training_config
+from gpt2_jax.training.plan import Plan
 
 ESTIMATED = ("gathered", "activations")
 UNSURE = 0.25  # they may be so much less than estimated: a run that may fit is not refused
 
 
-def memory_needed(config: GPT2Config, recipe: Recipe, mesh: Mesh, n_tokens: int = 0) -> dict[str, int]:
-    """Return the bytes that a step takes on one device of a mesh at its peak, by part, and their "total".
+def memory_needed(plan: Plan) -> dict[str, int]:
+    """Return the bytes that a step takes on one device at its peak, by part, and their "total".
 
     "parameters" and "optimizer" are exact: of the abstract state, what one device holds. "gradients" are of what is
     trained, twice where a step has several parts, whose sum and latest there are. "gathered" are the parameters whole
@@ -33,68 +30,52 @@ def memory_needed(config: GPT2Config, recipe: Recipe, mesh: Mesh, n_tokens: int 
     Against `memory_analysis()` of the compiled step the total is, for a CPU, 1.02 times that for 124M at 4 rows of 256
     tokens, and 0.95 to 1.25 times for small models, also on meshes (1.3 with LoRA, where less is kept); for a TPU v5p
     0.9 to 1.1, with and without `remat`. For GPUs it was not compared.
-
-    Args:
-      config: of the model.
-      recipe: how it is trained.
-      mesh: on what.
-      n_tokens: tokens of a window; 0 is the recipe's, or the model's n_ctx.
-
     """
-    state = abstract_state(config, recipe, mesh)
-    n_rows = recipe.batch_size // recipe.accumulate // mesh.shape[DATA]
-    n_tokens = n_tokens or recipe.data.n_tokens or config.n_ctx
-    config = training_config(config, recipe)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    state = plan.state
     parts = {
         "parameters": _local_bytes((state.params, state.lora)),
-        "gradients": _local_bytes(trained(state, recipe)) * (2 if recipe.accumulate > 1 else 1),
+        "gradients": _local_bytes(state.trained(plan.trained)) * (2 if plan.recipe.accumulate > 1 else 1),
         "optimizer": _local_bytes(state.opt_state),
-        "gathered": _gathered_bytes(flatten(state.params), mesh),
-        "activations": (_on_cpu if on_cpu else _on_accelerator)(config, recipe, mesh, n_rows, n_tokens),
+        "gathered": 0 if plan.mesh.shape[DATA] == 1 else _local_bytes(state.params, plan.gathered),
+        "activations": (_on_cpu if plan.on_cpu else _on_accelerator)(plan),
     }
     return parts | {"total": sum(parts.values())}
 
 
-def _local_bytes(tree: Any) -> int:
-    """Return the bytes of abstract arrays that one device holds."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+def _local_bytes(tree: Any, shardings: Any = None) -> int:
+    """Return the bytes of abstract arrays that one device holds, by their own shardings or by these."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, tree) if shardings is None else shardings
+    sizes = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings)
+    return sum(jax.tree.leaves(sizes))
 
 
-def _gathered_bytes(flat: dict[str, jax.ShapeDtypeStruct], mesh: Mesh) -> int:
-    """Return the bytes of the parameters on one device when they are whole along `data`; 0 where they always are."""
-    if mesh.shape[DATA] == 1:
-        return 0
-    shardings = param_shardings(flat, mesh, gathered=(DATA,))
-    return _local_bytes([leaf.update(sharding=shardings[name]) for name, leaf in flat.items()])
-
-
-def _on_accelerator(config: GPT2Config, recipe: Recipe, mesh: Mesh, n_rows: int, n_tokens: int) -> int:
+def _on_accelerator(plan: Plan) -> int:
     """Return the bytes of activations where XLA fuses what is elementwise, and keeps what products take.
 
     Those are of each block, in widths of the residual stream: the stream twice, two norms, q, k and v, what attention
     gives, and the MLP's inner part before and after GELU; and the attention weights. `remat` keeps the stream of each
     block, and all that of one.
     """
-    n_parts, itemsize = mesh.shape[MODEL], config.compute_dtype.itemsize
-    if mesh.devices.flat[0].platform == "tpu":  # whose products take bfloat16 unless asked for more
+    config, n_rows, n_tokens, n_parts = plan.config, plan.n_rows, plan.n_tokens, plan.mesh.shape[MODEL]
+    itemsize = config.compute_dtype.itemsize
+    if plan.mesh.devices.flat[0].platform == "tpu":  # whose products take bfloat16 unless asked for more
         itemsize = 2
     stream = n_rows * n_tokens * config.n_embd * itemsize
     weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
     block = 4 * stream + (12 * stream + weights) // n_parts
     logits = _n_logits(config, n_rows, n_tokens) * (_wide(config) + itemsize)  # and their gradient
-    if recipe.remat:
+    if plan.recipe.remat:
         return config.n_layer * stream + max(block, logits)
     return config.n_layer * block + logits
 
 
-def _on_cpu(config: GPT2Config, recipe: Recipe, mesh: Mesh, n_rows: int, n_tokens: int) -> int:
+def _on_cpu(plan: Plan) -> int:
     """Return the bytes of activations as XLA for CPUs reserves them: factors measured on the compiled step.
 
     It fuses less, computes bfloat16 in float32, and takes what `remat` would compute again as computed already.
     """
-    n_parts, itemsize = mesh.shape[MODEL], _wide(config)
+    config, n_rows, n_tokens, n_parts = plan.config, plan.n_rows, plan.n_tokens, plan.mesh.shape[MODEL]
+    itemsize = _wide(config)
     stream = n_rows * n_tokens * config.n_embd * itemsize
     weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
     block = 4 * stream + (20.5 * stream + 2 * weights) / n_parts
@@ -119,16 +100,11 @@ def _n_logits(config: GPT2Config, n_rows: int, n_tokens: int) -> int:
     return n_rows * -(-n_tokens // n_chunks) * config.n_vocab
 
 
-def check_memory(
-    config: GPT2Config, recipe: Recipe, mesh: Mesh, n_tokens: int = 0, available: int | None = None
-) -> dict[str, int]:
+def check_memory(plan: Plan, available: int | None = None) -> dict[str, int]:
     """Return what `memory_needed` does, if one device of the mesh can have it.
 
     Args:
-      config: of the model.
-      recipe: how it is trained.
-      mesh: on what.
-      n_tokens: tokens of a window; 0 is the recipe's, or the model's n_ctx.
+      plan: of the run.
       available: bytes of a device; None asks the first of this process, and checks nothing where that does not say.
 
     Raises:
@@ -136,16 +112,15 @@ def check_memory(
         and what can be done.
 
     """
-    parts = memory_needed(config, recipe, mesh, n_tokens)
+    parts = memory_needed(plan)
     if available is None:
-        available = device_memory(mesh.local_devices[0])
+        available = device_memory(plan.mesh.local_devices[0])
     least = parts["total"] - UNSURE * sum(parts[name] for name in ESTIMATED)
     if available is None or least <= available:
         return parts
-    advice = "; ".join(_advice(recipe, mesh))
     raise ValueError(
         f"training would take about {gigabytes(parts['total'])} on each device, which has {gigabytes(available)}:\n"
-        f"{memory_table(parts)}\nWhat takes less: {advice}."
+        f"{memory_table(parts)}\nWhat takes less: {'; '.join(_advice(plan))}."
     )
 
 
@@ -159,16 +134,14 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-def _advice(recipe: Recipe, mesh: Mesh) -> list[str]:
+def _advice(plan: Plan) -> list[str]:
     """Return what makes a step smaller, of that which the recipe does not do yet."""
-    n_rows = recipe.batch_size // recipe.accumulate
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    advice = []
-    if n_rows > mesh.shape[DATA]:
+    recipe, advice = plan.recipe, []
+    if plan.n_rows > 1:
         advice.append(f"a larger accumulate, now {recipe.accumulate}, or a smaller batch_size, now {recipe.batch_size}")
-    if not recipe.remat and not on_cpu:
+    if not recipe.remat and not plan.on_cpu:
         advice.append("remat = true")
-    if recipe.compute_dtype != "bfloat16" and not on_cpu:
+    if recipe.compute_dtype != "bfloat16" and not plan.on_cpu:
         advice.append('compute_dtype = "bfloat16"')
     if not recipe.lora.rank:
         if recipe.optimizer.name == "adamw":

@@ -7,21 +7,20 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import save
-from gpt2_jax.config import GPT2Config
 from gpt2_jax.data.batching import windows
 from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
-from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import read_records
 from gpt2_jax.training.report import Report
 from gpt2_jax.training.signals import Stop
-from gpt2_jax.training.step import TrainState, make_eval_step, model_params
+from gpt2_jax.training.state import TrainState, model_params
+from gpt2_jax.training.step import make_eval_step
 from gpt2_jax.training.verbatim import verbatim_shares
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -42,20 +41,11 @@ class Observer:
     """
 
     def __init__(
-        self,
-        config: GPT2Config,
-        data: Prepared,
-        run_dir: Path,
-        recipe: Recipe,
-        tokenizer: Tokenizer | None,
-        mesh: Mesh,
-        report: Report,
-        stop: Stop,
+        self, plan: Plan, data: Prepared, run_dir: Path, tokenizer: Tokenizer | None, report: Report, stop: Stop
     ):
-        self.config, self.data, self.run_dir, self.recipe, self.tokenizer = config, data, run_dir, recipe, tokenizer
-        self.report, self.stop = report, stop
-        self.n_tokens = recipe.data.n_tokens or config.n_ctx
-        self.eval_step = make_eval_step(config, recipe, mesh)
+        self.plan, self.data, self.run_dir, self.tokenizer = plan, data, run_dir, tokenizer
+        self.recipe, self.report, self.stop = plan.recipe, report, stop
+        self.eval_step = make_eval_step(plan)
         self.missed = False
         self.best_step, self.best_loss, self.n_worse, self.evaluated = self._evaluated_so_far()
         self.sampled = max((record["step"] for record in read_records(run_dir / SAMPLES)), default=0)
@@ -109,7 +99,7 @@ class Observer:
         best = loss < self.best_loss  # NaN is not
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
-            config = self.config.replace(param_dtype="float32", compute_dtype="float32")
+            config = self.plan.config.replace(param_dtype="float32", compute_dtype="float32")
             params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also after training in more
             save(self.run_dir / runs.BEST, config, params, "orbax", self.tokenizer)
         else:
@@ -121,7 +111,7 @@ class Observer:
         """Return nats a token over the fixed windows, NaN where no target counts; None if a signal came meanwhile."""
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         nats, weights = jnp.float32(0), jnp.float32(0)
-        for batch in windows(self.data.val, self.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
+        for batch in windows(self.data.val, self.plan.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
             if self.stop:
                 return None
             part_nats, part_weights = self.eval_step(params, batch)
@@ -136,7 +126,7 @@ class Observer:
         monitor = self.recipe.monitor
         prompts = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in monitor.prompts]
         settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": [self.tokenizer.eot]}
-        rows = generate(self.config, params, prompts, monitor.sample_tokens, overflow="slide", **settings)
+        rows = generate(self.plan.config, params, prompts, monitor.sample_tokens, overflow="slide", **settings)
         overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
         for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):
             self.report.sample(step, prompt, self.tokenizer.decode(row), overlap.share)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from gpt2_jax.config import GPT2Config
-from gpt2_jax.recipe import Recipe
 from gpt2_jax.training.hardware import mfu
+from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import Records
 
 FIRST_LINES = 3  # steps of which each has a line where there is no terminal
@@ -31,12 +29,9 @@ class Report:
     error: on a terminal a progress bar, else a line now and then. Standard output stays untouched.
 
     Args:
+      plan: of the run.
       run_dir: the run's folder; it is there.
-      recipe: of the run.
-      config: of the model.
       first_step: optimizer steps that were done before; what the files hold of later ones is removed.
-      devices: that compute, for the MFU; none means that it is not known.
-      n_tokens: tokens of a window, for the MFU; 0 is the recipe's, or the model's n_ctx.
       clock: seconds, from any moment on.
 
     Raises:
@@ -46,17 +41,16 @@ class Report:
 
     def __init__(
         self,
+        plan: Plan,
         run_dir: str | os.PathLike,
-        recipe: Recipe,
-        config: GPT2Config,
         first_step: int = 0,
-        devices: Sequence[jax.Device] = (),
-        n_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._folder, self._recipe, self._config = Path(run_dir), recipe, config
-        self._devices, self._n_tokens = devices, n_tokens or recipe.data.n_tokens or config.n_ctx
-        self._clock, self._first_step = clock, first_step
+        self._folder, self._first_step, self._clock = Path(run_dir), first_step, clock
+        self._n_steps, self._wants_board = plan.recipe.steps, plan.recipe.monitor.tensorboard
+        self._mfu = functools.partial(
+            mfu, config=plan.config, n_tokens=plan.n_tokens, devices=list(plan.mesh.devices.flat)
+        )
         self._started: tuple[int, float] | None = None  # the first step of this process, and when it was done
         self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=RECENT)  # (tokens, seconds)
         self._shown: dict[str, str] = {}
@@ -67,10 +61,10 @@ class Report:
         with contextlib.ExitStack() as stack:  # what was opened is closed again if the next cannot be
             self._metrics = stack.enter_context(_closing(Records(self._folder / "metrics.jsonl", self._first_step)))
             self._samples = stack.enter_context(_closing(Records(self._folder / "samples.jsonl", self._first_step)))
-            self._board = _tensorboard(self._folder, self._first_step) if self._recipe.monitor.tensorboard else None
+            self._board = _tensorboard(self._folder, self._first_step) if self._wants_board else None
             if self._board is not None:
                 stack.enter_context(_closing(self._board))
-            self._bar = _bar(self._recipe.steps, self._first_step) if sys.stderr.isatty() else None
+            self._bar = _bar(self._n_steps, self._first_step) if sys.stderr.isatty() else None
             if self._bar is not None:
                 stack.enter_context(self._bar)
             self._open = stack.pop_all()
@@ -98,9 +92,10 @@ class Report:
         now = self._clock()
         speed = None if self._started is None else tokens / max(seconds, 1e-9)
         record = {"step": step, **metrics, "tokens": tokens, "seconds": seconds, "tokens_per_second": speed}
-        self._metrics.write(record | {"mfu": self._mfu(speed)})
+        used = None if speed is None else self._mfu(speed)
+        self._metrics.write(record | {"mfu": used})
         self._plot(step, {f"train/{name}": value for name, value in metrics.items()})
-        self._plot(step, {"speed/tokens_per_second": speed, "speed/mfu": self._mfu(speed)})
+        self._plot(step, {"speed/tokens_per_second": speed, "speed/mfu": used})
         if self._started is None:
             self._started = step, now
         else:
@@ -139,14 +134,14 @@ class Report:
         self.message(self._place(step) + text)
 
     def _place(self, step: int) -> str:
-        return f"step {step:,}/{self._recipe.steps:,}: "
+        return f"step {step:,}/{self._n_steps:,}: "
 
     def _sentence(self) -> str:
         return ", ".join(self._shown[name] for name in ("loss", "val", "speed", "mfu", "left") if name in self._shown)
 
     def _is_due(self, step: int, now: float) -> bool:
         """Say whether a step has a line where there is no terminal."""
-        first_or_last = step - self._first_step <= FIRST_LINES or step == self._recipe.steps
+        first_or_last = step - self._first_step <= FIRST_LINES or step == self._n_steps
         return first_or_last or now - self._last_line >= SECONDS_A_LINE
 
     def _speed(self) -> dict[str, str]:
@@ -158,15 +153,12 @@ class Report:
         used = self._mfu(speed)
         return {"speed": f"{_short(speed)} tokens/s", "mfu": "MFU n/a" if used is None else f"MFU {used:.1%}"}
 
-    def _mfu(self, speed: float | None) -> float | None:
-        return None if speed is None else mfu(speed, self._config, self._n_tokens, self._devices)
-
     def _seconds_left(self, step: int, now: float) -> float | None:
         """Return the seconds that are left at the pace so far: of all that happens, evaluations and saves too."""
         if self._started is None or step <= self._started[0]:
             return None
         first, then = self._started
-        return (now - then) / (step - first) * (self._recipe.steps - step)
+        return (now - then) / (step - first) * (self._n_steps - step)
 
     def _plot(self, step: int, values: Mapping[str, float | None]) -> None:
         """Give numbers to TensorBoard; what is not finite is left out, as it would draw nothing and complain."""

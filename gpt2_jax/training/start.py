@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
 from gpt2_jax.config import GPT2Config
@@ -20,31 +19,28 @@ from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.recipe import Recipe
-from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
-from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.memory import check_memory
-from gpt2_jax.training.step import check_rows
+from gpt2_jax.training.plan import Plan, make_plan
 
 ORIGIN = "origin.json"  # in the folder of tokens: what text they were made of, and how
 
 
-def start_model(
-    recipe: Recipe, run_dir: str | os.PathLike | None = None
-) -> tuple[GPT2Config, Params | None, Tokenizer]:
-    """Return config, params and tokenizer that a recipe starts from; params on the host.
+def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tuple[Plan, Params | None, Tokenizer]:
+    """Return the plan of a run, and params and tokenizer that it starts from; params on the host.
 
     What a step will need is checked before weights are read. Where `run_dir` holds a run with a checkpoint, params are
     None: they are there, and the source is not looked at.
 
     Raises:
-      as `load` and `load_tokenizer`; ValueError: new weights without a vocabulary, or as `check_model`.
+      as `load` and `load_tokenizer`; ValueError: new weights without a vocabulary, or as `make_plan` and
+        `check_memory`.
 
     """
     model = recipe.model
     if not (model.source or model.tokenizer):
         raise ValueError("model.tokenizer must name a vocabulary where model.source is empty: new weights have none")
-    goes_on = run_dir is not None and runs.is_run(expanded(run_dir)) and Checkpoints(run_dir).latest() is not None
+    goes_on = run_dir is not None and runs.is_run(expanded(run_dir)) and bool(runs.steps(expanded(run_dir)))
     tokenizer = load_tokenizer(run_dir if goes_on else model.tokenizer or model.source)
     if goes_on:
         config = runs.read_run(run_dir).config
@@ -52,15 +48,14 @@ def start_model(
         config = load_config(model.source)
     else:
         config = GPT2Config(tokenizer.n_vocab, model.n_ctx, model.n_embd, model.n_head, model.n_layer)
-    check_model(config, recipe, tokenizer, make_mesh(recipe.mesh.data, recipe.mesh.model))
+    plan = make_plan(config, recipe)
+    check_tokenizer(plan, tokenizer)
+    check_memory(plan)
     if goes_on:
-        return config, None, tokenizer
+        return plan, None, tokenizer
     with jax.default_device(_host()):
-        if model.source:
-            config, params = load(model.source, dtype="float32")
-        else:
-            params = new_params(config, recipe.seed)
-    return config, params, tokenizer
+        params = load(model.source, dtype="float32")[1] if model.source else new_params(config, recipe.seed)
+    return plan, params, tokenizer
 
 
 def _host() -> jax.Device | None:
@@ -82,34 +77,27 @@ def new_params(config: GPT2Config, seed: int) -> Params:
     return unflatten({name: leaf * scale if name.endswith("c_proj/w") else leaf for name, leaf in flat.items()})
 
 
-def check_model(config: GPT2Config, recipe: Recipe, tokenizer: Tokenizer | None, mesh: Mesh) -> dict[str, int]:
-    """Check that model, recipe and devices fit together; return the memory that `memory_needed` estimates.
+def check_tokenizer(plan: Plan, tokenizer: Tokenizer | None) -> None:
+    """Check that the tokenizer, if there is one, has the model's ids.
 
     Raises:
-      ValueError: they do not, or the memory of the devices is too small.
+      ValueError: it has not.
 
     """
-    if recipe.data.n_tokens > config.n_ctx:
-        raise ValueError(
-            f"data.n_tokens, {recipe.data.n_tokens}, must not be more than the model's n_ctx, {config.n_ctx}"
-        )
-    if tokenizer is not None and tokenizer.n_vocab != config.n_vocab:
-        raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, the model n_vocab = {config.n_vocab:,}")
-    check_rows(recipe, mesh)
-    return check_memory(config, recipe, mesh)
+    if tokenizer is not None and tokenizer.n_vocab != plan.config.n_vocab:
+        raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, the model n_vocab = {plan.config.n_vocab:,}")
 
 
-def check_data(config: GPT2Config, recipe: Recipe, data: Prepared) -> None:
+def check_data(plan: Plan, data: Prepared) -> None:
     """Check that the text fits the model and the recipe.
 
     Raises:
       ValueError: it does not.
 
     """
-    if data.train.n_vocab > config.n_vocab:
-        raise ValueError(
-            f"the text has {data.train.n_vocab:,} different ids at most, the model only {config.n_vocab:,}"
-        )
+    n_vocab, monitor = plan.config.n_vocab, plan.recipe.monitor
+    if data.train.n_vocab > n_vocab:
+        raise ValueError(f"the text has {data.train.n_vocab:,} different ids at most, the model only {n_vocab:,}")
     if data.train.n_tokens < 2:
         raise ValueError(f"{data.train.path} has {data.train.n_tokens} tokens: there is nothing to predict")
     if data.val is not None and data.val.n_tokens < 2:
@@ -118,7 +106,7 @@ def check_data(config: GPT2Config, recipe: Recipe, data: Prepared) -> None:
         )
     if data.val is not None and (data.manifest or {}).get("val", {}).get("targets") == 0:
         raise ValueError(f"{data.val.path} has no token that counts: all of it is prompts")
-    if recipe.monitor.patience and (data.val is None or not recipe.monitor.evaluate_every):
+    if monitor.patience and (data.val is None or not monitor.evaluate_every):
         raise ValueError("monitor.patience needs validation losses: text to validate on, and monitor.evaluate_every")
 
 

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1  # noqa: F401
 
 import gpt2_jax
 from gpt2_jax.params import flatten, unflatten
-from gpt2_jax.training import fit, loop, open_prepared
+from gpt2_jax.training import fit, loop, make_plan, open_prepared
 
 N_STEPS = 40
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -86,7 +86,7 @@ def train(run: str, data: str, cache: str, operation: int | None, pipe: int) -> 
         loop.Report.step = told  # where the first step is over
         sys.addaudithook(watch)
         prepared = open_prepared(data, n_vocab=CONFIG.n_vocab)
-        fit(CONFIG, first_params(), prepared, run, RECIPE)
+        fit(make_plan(CONFIG, RECIPE), first_params(), prepared, run)
     except BaseException as caught:
         error = f"{type(caught).__name__}: {caught}"
     os.write(pipe, b"." + error.encode())

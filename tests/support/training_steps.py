@@ -13,8 +13,7 @@ import tiny_models
 import gpt2_jax
 from gpt2_jax.data.batching import Batch
 from gpt2_jax.recipe import Recipe, from_dict
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.training.step import init_state, make_train_step
+from gpt2_jax.training import init_state, make_plan, make_train_step
 
 CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=23, n_embd=12, n_head=3, n_layer=1)  # each layer takes time to compile
 DEEP = CONFIG.replace(n_layer=2)
@@ -46,10 +45,6 @@ def config_of(recipe, config=CONFIG):
     return config.replace(compute_dtype=recipe.compute_dtype, **rates, **dtypes)
 
 
-def mesh_of(recipe):
-    return make_mesh(recipe.mesh.data, recipe.mesh.model)
-
-
 def batch(recipe, seed=1, config=CONFIG, n_tokens=N_TOKENS) -> Batch:
     """Random windows, a random number of whose targets counts, so that parts of it weigh unevenly."""
     rng = np.random.default_rng(seed)
@@ -72,7 +67,7 @@ def params_of(config, seed=7):
 
 @functools.cache
 def _train_step(config, recipe, x64):
-    return make_train_step(config, recipe, mesh_of(recipe))
+    return make_train_step(make_plan(config, recipe))
 
 
 def train_step(recipe, config=CONFIG):
@@ -82,7 +77,7 @@ def train_step(recipe, config=CONFIG):
 
 @functools.cache
 def _first_state(config, recipe, x64):
-    return init_state(config, recipe, params_of(config), mesh_of(recipe))
+    return init_state(make_plan(config, recipe), params_of(config))
 
 
 def begin(recipe, config=CONFIG):

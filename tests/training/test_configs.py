@@ -7,21 +7,15 @@ import jax
 import pytest
 
 import gpt2_jax
+from gpt2_jax.commands import train
 from gpt2_jax.recipe import Recipe, from_dict
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.training import Batch, abstract_state, make_train_step
+from gpt2_jax.training import Batch, make_plan, make_train_step
 
 CONFIGS = sorted((commands.ROOT / "configs").glob("*.toml"))
 N_VOCAB = {"shakespeare": 1281}  # else GPT-2's own
 SHRUNK = ["--steps", 1, "--batch-size", 2, "--accumulate", 1, "--data.n-tokens", 7, "--optimizer.warmup-steps", 0]
 SHRUNK += ["--monitor.sample-every", 0, "--monitor.evaluate-windows", 1]
 TEXT = "".join(f"It was the {i}th time that he spoke of it.\n" for i in range(997))  # of which a 2000th validates
-
-
-@pytest.fixture(scope="module")
-def main():
-    with commands.loaded("finetune") as script:
-        yield script.main
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -46,11 +40,11 @@ def test_all_are_here():
 
 def test_its_head_says_the_command(path):
     head = [line for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if line.startswith("#")]
-    command = f"python scripts/finetune.py --config configs/{path.name} --data.path "
+    command = f"python scripts/train.py --config configs/{path.name} --data.path "
     assert any(line.removeprefix("#").strip().startswith(command) for line in head), head
 
 
-def test_it_takes_a_step_when_shrunk_by_options(path, main, capfd, tmp_path, monkeypatch):
+def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypatch):
     """Those that begin with OpenAI's weights, or their vocabulary, do so with the embedded model's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -64,7 +58,7 @@ def test_it_takes_a_step_when_shrunk_by_options(path, main, capfd, tmp_path, mon
     if recipe.data.val_fraction < 0.01:
         options += ["--data.val-fraction", 0.01]
     with commands.config_of_jax_kept():
-        done = commands.caller(main, capfd)(*options)
+        done = commands.caller(train.main, capfd)(*options)
     assert (done.code, done.out) == (0, "run\n"), done.err
     assert "step 1/1: validation loss " in done.err
     config, _ = gpt2_jax.load(tmp_path / "run")
@@ -76,12 +70,11 @@ def test_its_full_shape_fits_together(path):
     written = tomllib.loads(path.read_text(encoding="utf-8"))
     recipe = from_dict(Recipe, written | {"mesh": {"data": 1}})
     config = full_config(recipe)
-    mesh = make_mesh(1, 1)
-    state = abstract_state(config, recipe, mesh)
-    n_tokens = recipe.data.n_tokens or config.n_ctx
-    shape = recipe.accumulate, recipe.batch_size // recipe.accumulate, n_tokens
+    plan = make_plan(config, recipe)
+    state = plan.state
+    shape = recipe.accumulate, recipe.batch_size // recipe.accumulate, plan.n_tokens
     ids, weights = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "float32")
-    new, metrics = jax.eval_shape(make_train_step(config, recipe, mesh), state, Batch(ids, ids, weights))
+    new, metrics = jax.eval_shape(make_train_step(plan), state, Batch(ids, ids, weights))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )

@@ -19,11 +19,10 @@ from training_steps import recipe
 
 import gpt2_jax
 from gpt2_jax.params import flatten
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.training import abstract_state, fit, loop, observer, prepare
+from gpt2_jax.training import fit, loop, make_plan, observer, prepare
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.optimizer import make_schedule
-from gpt2_jax.training.step import training_config
+from gpt2_jax.training.plan import training_config
 
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=13, n_embd=6, n_head=3, n_layer=1)  # the embedded vocabulary's ids
 TEXT = "".join(f"The {i % 7} of {'thee' if i % 3 else 'thou'} and the {i * i % 11}.\n" for i in range(83))
@@ -77,7 +76,7 @@ def run(tmp_path, data):
 
     def call(recipe, config=CONFIG, params=None, text=data, tokenizer=None, name="run"):
         params = random_weights(config) if params is None else params
-        return fit(config, params, text, tmp_path / name, recipe, tokenizer)
+        return fit(make_plan(config, recipe), params, text, tmp_path / name, tokenizer)
 
     return call
 
@@ -92,7 +91,7 @@ def metrics(folder, name="loss"):
 
 
 def state_of(folder, recipe, config=CONFIG, step=None):
-    return Checkpoints(folder).restore(abstract_state(config, recipe, make_mesh(1, 1)), step)
+    return Checkpoints(folder).restore(make_plan(config, recipe).state, step)
 
 
 def assert_same_params(ours, theirs):
@@ -460,16 +459,16 @@ ON_EIGHT = """
 
     folder, text, tokenizer = sys.argv[1], open_prepared(sys.argv[2]), gpt2_jax.load_tokenizer("shakespeare")
     assert len(jax.devices()) == 8
-    step = loop._Run._step
+    dispatched = loop._Steps.dispatched
 
-    def stepped(self, number, batch):
-        if number == 4:
+    def stopped(self, number, *rest):
+        if number == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, number, batch)
+        return dispatched(self, number, *rest)
 
-    loop._Run._step = stepped
+    loop._Steps.dispatched = stopped
     wanted = small(batch_size=8, mesh={"data": -1}, monitor=SAMPLED)
-    fitted = fit(CONFIG, random_weights(), text, folder, wanted, tokenizer)
+    fitted = fit(make_plan(CONFIG, wanted), random_weights(), text, folder, tokenizer)
     assert fitted.signal == "SIGTERM" and fitted.step == 5, fitted
     print(json.dumps(len(fitted.params["wte"].sharding.device_set)))
 """

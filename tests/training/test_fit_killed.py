@@ -16,8 +16,7 @@ from train_states import assert_same
 
 import gpt2_jax
 from gpt2_jax.params import flatten
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.training import abstract_state
+from gpt2_jax.training import make_plan
 from gpt2_jax.training.checkpoints import Checkpoints
 
 N_KILLS = 20
@@ -31,7 +30,7 @@ def records(run: Path) -> list[dict]:
 
 
 def last_state(run: Path):
-    return Checkpoints(run).restore(abstract_state(CONFIG, RECIPE, make_mesh(1, 1)))
+    return Checkpoints(run).restore(make_plan(CONFIG, RECIPE).state)
 
 
 def what_is_there(run: Path) -> set[str]:

@@ -15,7 +15,8 @@ from gpt2_jax.sharding import make_mesh
 from gpt2_jax.training import memory
 from gpt2_jax.training.hardware import flops_per_token, mfu, peak_flops
 from gpt2_jax.training.memory import check_memory, device_memory, memory_needed
-from gpt2_jax.training.step import abstract_state, make_train_step
+from gpt2_jax.training.plan import make_plan
+from gpt2_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass
@@ -109,11 +110,10 @@ def recipe(**changes):
 
 def reserved(config, recipe, n_tokens):
     """The bytes that XLA reserves for a step: what goes in, what comes out elsewhere, and all between."""
-    mesh = make_mesh(1, 1)
+    plan = make_plan(config, recipe, make_mesh(1, 1), n_tokens)
     shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, n_tokens)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
-    step = make_train_step(config, recipe, mesh)
-    sizes = step.lower(abstract_state(config, recipe, mesh), batch).compile().memory_analysis()
+    sizes = make_train_step(plan).lower(plan.state, batch).compile().memory_analysis()
     return (
         sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
     )
@@ -130,26 +130,26 @@ def reserved(config, recipe, n_tokens):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the figures are of XLA for CPUs")
 def test_the_estimate_is_near_what_xla_reserves(shape, changes, n_tokens):
     """Within a quarter, for state and activations in different proportions."""
-    needed = memory_needed(config(**shape), recipe(**changes), make_mesh(1, 1), n_tokens)
+    needed = memory_needed(make_plan(config(**shape), recipe(**changes), make_mesh(1, 1), n_tokens))
     assert needed["total"] == pytest.approx(reserved(config(**shape), recipe(**changes), n_tokens), rel=0.25)
 
 
 def test_parts_of_the_state_are_exact():
     """Adam keeps two moments of what is trained; frozen parameters have no gradients and no moments."""
     mesh, n = make_mesh(1, 1), config().n_params
-    parts = memory_needed(config(), recipe(), mesh)
+    parts = memory_needed(make_plan(config(), recipe(), mesh))
     assert (parts["parameters"], parts["gradients"]) == (4 * n, 4 * n)
     assert parts["optimizer"] == pytest.approx(8 * n, abs=16)  # and two counters
     assert sum(size for name, size in parts.items() if name != "total") == parts["total"]
-    assert memory_needed(config(), recipe(accumulate=2), mesh)["gradients"] == 8 * n
+    assert memory_needed(make_plan(config(), recipe(accumulate=2), mesh))["gradients"] == 8 * n
 
     frozen = recipe(optimizer=Optimizer(learning_rates=((r"^wte$", 0.0), (".*", 1.0))))
-    parts, rest = memory_needed(config(), frozen, mesh), n - 997 * 128
+    parts, rest = memory_needed(make_plan(config(), frozen, mesh)), n - 997 * 128
     assert (parts["parameters"], parts["gradients"]) == (4 * n, 4 * rest)
     assert parts["optimizer"] == pytest.approx(8 * rest, abs=16)
 
     lora = recipe(lora=Lora(rank=3, targets=r"c_attn/w$"))
-    parts, pairs = memory_needed(config(), lora, mesh), 2 * 3 * (128 + 3 * 128)
+    parts, pairs = memory_needed(make_plan(config(), lora, mesh)), 2 * 3 * (128 + 3 * 128)
     assert (parts["parameters"], parts["gradients"]) == (4 * (n + pairs), 4 * pairs)
 
 
@@ -162,14 +162,19 @@ class Accelerator:
         self.devices[0, 0] = Device(platform=platform)
 
 
+def on_accelerator(config, **changes):
+    """The plan of a run on one accelerator, in bfloat16 unless the changes say otherwise."""
+    wanted = recipe(**{"compute_dtype": "bfloat16"} | changes)
+    return dataclasses.replace(make_plan(config, wanted, make_mesh(1, 1)), mesh=Accelerator())
+
+
 def test_activations_on_an_accelerator():
     """By hand, of 3 rows of 1,024 tokens: 16 widths and the attention weights of four blocks, and remat without."""
-    sized = config(n_layer=5, n_embd=96, n_head=6, n_ctx=1024).replace(compute_dtype="bfloat16")
+    sized = config(n_layer=5, n_embd=96, n_head=6, n_ctx=1024)
     stream, seen = 2 * 3 * 1024 * 96, 256 * (256 + 512 + 768 + 1024)
     block, logits = 16 * stream + 2 * 3 * 6 * seen, 3 * 1024 * 997 * (4 + 2)
-    mesh = Accelerator()
-    assert memory._on_accelerator(sized, recipe(), mesh, 3, 1024) == 5 * block + logits
-    assert memory._on_accelerator(sized, recipe(remat=True), mesh, 3, 1024) == 5 * stream + max(block, logits)
+    assert memory._on_accelerator(on_accelerator(sized, batch_size=3)) == 5 * block + logits
+    assert memory._on_accelerator(on_accelerator(sized, batch_size=3, remat=True)) == 5 * stream + max(block, logits)
 
 
 def test_logits_are_those_of_a_chunk():
@@ -181,12 +186,12 @@ def test_logits_are_those_of_a_chunk():
 
 def test_what_cannot_fit_is_refused():
     """One sentence, the parts, and what can be done; what is on the brink is let through."""
-    mesh = make_mesh(1, 1)
-    parts = memory_needed(config(), recipe(), mesh)
+    plan = make_plan(config(), recipe(), make_mesh(1, 1))
+    parts = memory_needed(plan)
     least = int(parts["total"] - memory.UNSURE * parts["activations"])
-    assert check_memory(config(), recipe(), mesh, available=least + 1) == parts
+    assert check_memory(plan, available=least + 1) == parts
     with pytest.raises(ValueError, match=r"training would take about 31.* MB on each device, which has ") as refused:
-        check_memory(config(), recipe(), mesh, available=least - 1)
+        check_memory(plan, available=least - 1)
     message = str(refused.value)
     for name, size in parts.items():
         assert f"  {name:<12}{memory.gigabytes(size):>10}\n" in message
@@ -197,22 +202,22 @@ def test_what_cannot_fit_is_refused():
 
 
 def test_advice_is_of_what_is_not_done_yet():
-    advice = memory._advice(recipe(), Accelerator())
+    advice = memory._advice(on_accelerator(config(), compute_dtype="float32"))
     assert "remat = true" in advice
     assert 'compute_dtype = "bfloat16"' in advice
-    done = recipe(accumulate=4, remat=True, compute_dtype="bfloat16", lora=Lora(rank=8))
-    assert memory._advice(done, Accelerator()) == ["fewer data.n_tokens", "more devices"]
+    done = on_accelerator(config(), accumulate=4, remat=True, lora=Lora(rank=8))
+    assert memory._advice(done) == ["fewer data.n_tokens", "more devices"]
 
 
 def test_an_unknown_memory_refuses_nothing(monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda device: None)
-    assert check_memory(SIZES["1558M"], recipe(batch_size=512), make_mesh(1, 1))["total"] > 1e12
+    assert check_memory(make_plan(SIZES["1558M"], recipe(batch_size=512), make_mesh(1, 1)))["total"] > 1e12
 
 
 def test_more_than_this_machine_has_is_refused():
     """The released 1558M with its optimizer at a batch of 4,096, on whatever runs this test."""
     with pytest.raises(ValueError, match=r"training would take about [\d.]+ GB on each device, which has [\d.]+ GB"):
-        check_memory(SIZES["1558M"], recipe(batch_size=4096), make_mesh(1, 1))
+        check_memory(make_plan(SIZES["1558M"], recipe(batch_size=4096), make_mesh(1, 1)))
 
 
 def test_memory_of_devices():
@@ -250,19 +255,19 @@ def test_on_eight_devices():
         from gpt2_jax.sharding import make_mesh
         from gpt2_jax.training.memory import device_memory, memory_needed
         from gpt2_jax.recipe import Recipe
-        from gpt2_jax.training.step import init_state
+        from gpt2_jax.training import init_state, make_plan
 
         config = tiny_models.CONFIG.replace(n_embd=48)
-        recipe, mesh = Recipe(batch_size=8), make_mesh(4, 2)
-        state = init_state(config, recipe, tiny_models.random_params(config, 3), mesh)
+        plans = [make_plan(config, Recipe(batch_size=8), make_mesh(*sides)) for sides in ((1, 1), (8, 1), (4, 2))]
+        state = init_state(plans[2], tiny_models.random_params(config, 3))
         here = lambda tree: sum(
             shard.data.nbytes
             for leaf in jax.tree.leaves(tree)
             for shard in leaf.addressable_shards
             if shard.device == jax.devices()[0]
         )
-        parts = [memory_needed(config, recipe, make_mesh(n, 1))["activations"] for n in (1, 8)]
-        needed = memory_needed(config, recipe, mesh)
+        parts = [memory_needed(plan)["activations"] for plan in plans[:2]]
+        needed = memory_needed(plans[2])
         print(json.dumps([here(state.params), here(state.opt_state), needed, parts, device_memory(jax.devices()[0])]))
     """
     params, optimizer, needed, (alone, divided), available = commands.on_eight_devices(code)

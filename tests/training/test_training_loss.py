@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import gpt2_jax
 from gpt2_jax.training.loss import token_loss
-from gpt2_jax.training.step import abstract_state, make_eval_step, make_train_step
+from gpt2_jax.training.plan import make_plan
+from gpt2_jax.training.step import make_eval_step, make_train_step
 
 BOUNDS = {"float32": 4e-6, "float64": 1e-13}  # of the largest value
 LONG = gpt2_jax.GPT2Config(n_vocab=50257, n_ctx=1021, n_embd=8, n_head=1, n_layer=1)
@@ -64,11 +65,10 @@ def test_logits_that_would_overflow_do_not():
 
 def compiled(recipe, config=LONG):
     """The compiled step; nothing is run, and no state made."""
-    mesh = ts.mesh_of(recipe)
-    config = ts.config_of(recipe, config)
-    shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, config.n_ctx)
+    plan = make_plan(ts.config_of(recipe, config), recipe)
+    shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, plan.n_tokens)
     batch = ts.Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
-    return make_train_step(config, recipe, mesh).lower(abstract_state(config, recipe, mesh), batch).compile()
+    return make_train_step(plan).lower(plan.state, batch).compile()
 
 
 def temporary(program) -> int:
@@ -94,6 +94,6 @@ def test_the_evaluation_is_the_plain_loss(dtype):
         batch, params = ts.batch(recipe), ts.params_of(config)
         theirs = ts.plain_loss(config, params, batch)
         rows = jax.tree.map(lambda leaf: leaf[0], batch)
-        nats, n_tokens = make_eval_step(config, recipe, ts.mesh_of(recipe))(params, rows)
+        nats, n_tokens = make_eval_step(make_plan(config, recipe))(params, rows)
         assert n_tokens == batch.weights.sum()
         np.testing.assert_allclose(nats / n_tokens, theirs, rtol=1e-6)

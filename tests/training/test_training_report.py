@@ -9,6 +9,7 @@ import re
 import select
 import struct
 import sys
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,12 +19,13 @@ import pytest
 import tiny_models
 
 from gpt2_jax.recipe import Monitor, Recipe
-from gpt2_jax.training import hardware
+from gpt2_jax.training import hardware, make_plan
 from gpt2_jax.training.records import Records, read_records
 from gpt2_jax.training.report import Report, _duration, _short
 
 CONFIG = tiny_models.CONFIG
 RECIPE = Recipe(steps=1009, monitor=Monitor(tensorboard=False))
+PLAN = make_plan(CONFIG, RECIPE)
 METRICS = {"loss": 3.25, "grad_norm": 0.5, "learning_rate": 1e-4, "skipped": False}
 
 
@@ -68,7 +70,7 @@ def steps(report, clock, numbers, seconds=2.0, tokens=600):
 def test_metrics_are_lines_of_json(tmp_path):
     """Each step and evaluation a line, in order; the first step, which compiles, has no speed."""
     clock = Clock()
-    with Report(tmp_path, RECIPE, CONFIG, clock=clock) as report:
+    with Report(PLAN, tmp_path, clock=clock) as report:
         steps(report, clock, [1, 2])
         report.evaluation(2, 3.5, math.exp(3.5), True)
     first, second, evaluation = strict(tmp_path / "metrics.jsonl")
@@ -81,7 +83,7 @@ def test_metrics_are_lines_of_json(tmp_path):
 def test_what_is_no_number_is_null(tmp_path):
     """NaN and infinities, also of JAX and NumPy, are null: strict JSON has no others; their booleans are booleans."""
     values = {"loss": math.nan, "grad_norm": np.float32(np.inf), "learning_rate": jnp.float32(-jnp.inf)}
-    with Report(tmp_path, RECIPE, CONFIG) as report:
+    with Report(PLAN, tmp_path) as report:
         report.step(1, values | {"skipped": jnp.bool_(True), "n_tokens": np.float32(96)}, 96, 0.5)
         report.evaluation(1, math.inf, math.inf, False)
     first, second = strict(tmp_path / "metrics.jsonl")
@@ -93,7 +95,7 @@ def test_what_is_no_number_is_null(tmp_path):
 def test_samples(tmp_path, capfd):
     """A sample is a line, exactly; on the screen nothing of it can move the cursor."""
     text = ' of "Nile"\x1b[2J\né\u2028\ud83d\ude00'.encode("utf-16", "surrogatepass").decode("utf-16")
-    with Report(tmp_path, RECIPE, CONFIG) as report:
+    with Report(PLAN, tmp_path) as report:
         report.sample(7, "Antony", text, 0.25)
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()] == [
         {"step": 7, "prompt": "Antony", "text": text, "verbatim": 0.25}
@@ -104,7 +106,7 @@ def test_samples(tmp_path, capfd):
 
 
 def test_a_line_is_in_the_file_when_the_call_returns(tmp_path):
-    with Report(tmp_path, RECIPE, CONFIG) as report:
+    with Report(PLAN, tmp_path) as report:
         for step in (1, 2, 3):
             report.step(step, METRICS, 96, 0.5)
             assert [line["step"] for line in strict(tmp_path / "metrics.jsonl")] == list(range(1, step + 1))
@@ -145,7 +147,7 @@ def test_killed_at_any_byte_and_resumed_nothing_stands_twice(tmp_path_factory, n
 
 def test_a_run_that_begins_anew_keeps_nothing_of_one_before(tmp_path):
     for loss in (4.5, 3.5):
-        with Report(tmp_path, RECIPE, CONFIG) as report:
+        with Report(PLAN, tmp_path) as report:
             report.evaluation(0, loss, math.exp(loss), True)
     assert [line["val_loss"] for line in strict(tmp_path / "metrics.jsonl")] == [3.5]
 
@@ -153,7 +155,7 @@ def test_a_run_that_begins_anew_keeps_nothing_of_one_before(tmp_path):
 def test_resuming_cuts_samples_too_and_leaves_no_other_file(tmp_path):
     clock = Clock()
     for first in (0, 3):
-        with Report(tmp_path, RECIPE, CONFIG, first, clock=clock) as report:
+        with Report(PLAN, tmp_path, first, clock=clock) as report:
             steps(report, clock, range(first + 1, 6))
             report.sample(2 if first == 0 else 5, "a", "b")
             if first == 0:
@@ -170,7 +172,7 @@ def test_a_broken_line_is_named_and_nothing_is_changed(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 2}\n')
     with pytest.raises(ValueError, match=r'metrics.jsonl, line 2 is no JSON object with a "step": repair it'):
-        Report(tmp_path, RECIPE, CONFIG, 2).__enter__()
+        Report(PLAN, tmp_path, 2).__enter__()
     assert path.read_bytes() == b'{"step": 1}\n' + line + b'{"step": 2}\n'
     assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -195,7 +197,7 @@ def test_tensorboard(tmp_path):
     recipe = Recipe(steps=1009)
     for first in (0, 3):
         clock = Clock()
-        with Report(tmp_path, recipe, CONFIG, first, clock=clock) as report:
+        with Report(make_plan(CONFIG, recipe), tmp_path, first, clock=clock) as report:
             steps(report, clock, [first + 1, first + 2])
             report.step(first + 3, METRICS | {"loss": math.nan}, 600, 2.0)
             report.evaluation(first + 3, 3.5, 33.0, True)
@@ -215,7 +217,7 @@ def test_tensorboard(tmp_path):
 
 
 def test_no_tensorboard_unless_asked_for(tmp_path):
-    with Report(tmp_path, RECIPE, CONFIG) as report:
+    with Report(PLAN, tmp_path) as report:
         report.step(1, METRICS, 96, 0.5)
     assert not (tmp_path / "tensorboard").exists()
 
@@ -226,7 +228,7 @@ def test_no_tensorboard_unless_asked_for(tmp_path):
 def test_lines_where_there_is_no_terminal(tmp_path, capfd):
     """The first steps, then one about every ten seconds, evaluations and the last: plain lines on standard error."""
     clock, recipe = Clock(), dataclasses.replace(RECIPE, steps=40)
-    with Report(tmp_path, recipe, CONFIG, clock=clock) as report:
+    with Report(make_plan(CONFIG, recipe), tmp_path, clock=clock) as report:
         steps(report, clock, range(1, 20), seconds=1.5)
         report.evaluation(19, 3.125, 22.76, True)
         steps(report, clock, range(20, 41), seconds=1.5)
@@ -244,7 +246,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, capfd):
 def test_speed_is_without_compiling_and_time_left_with_evaluations(tmp_path, capfd):
     """A first step of a minute changes neither; an evaluation of a minute is in the time left, not in the speed."""
     clock, recipe = Clock(), dataclasses.replace(RECIPE, steps=103)
-    with Report(tmp_path, recipe, CONFIG, clock=clock) as report:
+    with Report(make_plan(CONFIG, recipe), tmp_path, clock=clock) as report:
         steps(report, clock, [1], seconds=60)
         clock.now += 60  # an evaluation
         steps(report, clock, [2, 3], seconds=2)
@@ -254,10 +256,11 @@ def test_speed_is_without_compiling_and_time_left_with_evaluations(tmp_path, cap
 
 def test_mfu_of_known_devices(tmp_path, capfd):
     """Of the peak of all devices together, in the line and in the file."""
-    devices = [Device("NVIDIA H200"), Device("NVIDIA H200")]
+    devices = np.array([Device("NVIDIA H200"), Device("NVIDIA H200")])
+    plan = dataclasses.replace(make_plan(CONFIG, RECIPE, n_tokens=31), mesh=types.SimpleNamespace(devices=devices))
     clock = Clock()
     speed = 0.25 * 2 * 989e12 / hardware.flops_per_token(CONFIG, 31)
-    with Report(tmp_path, RECIPE, CONFIG, devices=devices, n_tokens=31, clock=clock) as report:
+    with Report(plan, tmp_path, clock=clock) as report:
         steps(report, clock, [1, 2], seconds=1.0, tokens=speed)
     assert strict(tmp_path / "metrics.jsonl")[1]["mfu"] == pytest.approx(0.25)
     assert ", MFU 25.0%, " in capfd.readouterr().err
@@ -289,7 +292,7 @@ def test_a_bar_on_a_terminal(tmp_path, capsys):
     """One line with everything in it, redrawn in place; messages stand above it, and standard output is untouched."""
     clock = Clock()
     with on_a_terminal(120) as written:
-        with Report(tmp_path, RECIPE, CONFIG, 5, clock=clock) as report:
+        with Report(PLAN, tmp_path, 5, clock=clock) as report:
             print("a result")
             steps(report, clock, range(6, 12))
             report.evaluation(11, 3.125, 22.76, True)
@@ -309,7 +312,7 @@ def test_the_bar_keeps_to_one_line(tmp_path, width):
     """On a narrow terminal the bar gives way, and then the end of the numbers: never a second line."""
     clock, recipe = Clock(), dataclasses.replace(RECIPE, steps=600_000)
     with on_a_terminal(width) as written:
-        with Report(tmp_path, recipe, CONFIG, clock=clock) as report:
+        with Report(make_plan(CONFIG, recipe), tmp_path, clock=clock) as report:
             steps(report, clock, range(1, 4), tokens=524_288)
             report.evaluation(3, 10.125, 22.76, True)
             steps(report, clock, [4], tokens=524_288)
