@@ -1,9 +1,12 @@
 """The rooms of the package and the one direction its imports go."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import gpt2_jax
 
@@ -14,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"checks", "files", "progress"},
     {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
-    {"kv_cache", "lora", "activations", "recipe", "release", "figures", "compilation"},
+    {"kv_cache", "lora", "activations", "recipe", "release", "figures"},
     {"model", "sharding"},
     {"edits"},
     {"checkpoints", "data"},
@@ -22,6 +25,7 @@ LEVELS = [
     {"evaluate", "inspection"},
     {"training"},
     {"research"},
+    {"commands"},
     {"scripts", "benchmarks", "examples"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -54,7 +58,7 @@ def test_arrows_go_one_way():
     for path, room in sources():
         assert room in LEVEL or room == "__init__", f"{path} is in no room: add it to LEVELS"
         for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
-            assert name.split(".")[0] not in LEVELS[-1], f"{path} imports {name}: nothing imports the commands"
+            assert name.split(".")[0] not in LEVELS[-1], f"{path} imports {name}: nothing imports the scripts"
             if name.split(".")[0] == "gpt2_jax" and not may_import(room, name):
                 wrong.append(f"{path.name} imports {name}")
     assert wrong == []
@@ -64,17 +68,23 @@ def may_import(room, name):
     """Say whether a module of this room may import this name of the package."""
     _, *rest = name.split(".")
     target = rest[0] if rest and rest[0] in LEVEL else None
-    if target is None:  # the package's front, which imports everything: for those outside it
-        return room in LEVELS[-1]
+    if target is None:  # the package's front, through which everything is reached: for those on top of it
+        return room == "commands" or room in LEVELS[-1]
     if room == "model" and target == "tokenizer":
         return False
-    return room == "__init__" or target == room or LEVEL[target] < LEVEL[room]
+    if room == "__init__":
+        return target != "commands"
+    return target == room or LEVEL[target] < LEVEL[room]
 
 
 def test_the_arrows_can_tell_wrong_from_right():
     assert may_import("model", "gpt2_jax.kv_cache.KVCache")
     assert may_import("checkpoints", "gpt2_jax.checkpoints.tensorflow")
     assert may_import("scripts", "gpt2_jax")
+    assert may_import("scripts", "gpt2_jax.commands.train.main")
+    assert may_import("commands", "gpt2_jax.load")
+    assert not may_import("research", "gpt2_jax.commands.train.main")
+    assert not may_import("__init__", "gpt2_jax.commands.train.main")
     assert not may_import("model", "gpt2_jax.tokenizer.Tokenizer")
     assert not may_import("sampling", "gpt2_jax.config.GPT2Config")
     assert not may_import("checkpoints", "gpt2_jax.generation.generate")
@@ -91,8 +101,10 @@ def test_heavy_libraries_are_imported_inside_functions_alone():
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inside = {name for node in ast.walk(tree) if runs_later(node) for name in imported(node)}
+        is_command = path.parent == PACKAGE / "commands"
+        heavy = LAZY - {"tyro"} | {"jax", "flax", "optax"} if is_command else LAZY  # --help waits for tyro alone
         for name in set(imported(tree)) - inside:
-            assert name.split(".")[0] not in LAZY, f"{path} imports {name} on being imported"
+            assert name.split(".")[0] not in heavy, f"{path} imports {name} on being imported"
 
 
 def runs_later(node):
@@ -100,12 +112,57 @@ def runs_later(node):
     return isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
 
 
+def modules_after(code):
+    """Return the names of all modules that a process has imported after the code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(sorted(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(ast.literal_eval(done.stdout))
+
+
 def test_importing_the_package_imports_no_other_framework():
-    code = "import sys, gpt2_jax; [getattr(gpt2_jax, n) for n in gpt2_jax.__all__]; print(sorted(sys.modules))"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not LAZY - {"rich"} & set(ast.literal_eval(modules))  # Flax imports rich
+    modules = modules_after("import gpt2_jax; [getattr(gpt2_jax, name) for name in gpt2_jax.__all__]")
+    assert "jax" in modules
+    assert not LAZY - {"rich"} & modules  # Flax imports rich
+
+
+def test_importing_the_package_imports_nothing_of_it():
+    """Names are imported when they are used: what needs no JAX does not wait for it."""
+    modules = modules_after("import gpt2_jax; import gpt2_jax.recipe, gpt2_jax.files; dir(gpt2_jax)")
+    assert not modules & {"jax", "flax", "numpy", "gpt2_jax.model", "gpt2_jax.checkpoints"}
+    modules = modules_after("from gpt2_jax import GPT2Config")
+    assert "gpt2_jax.config" in modules
+    assert not modules & {"flax", "gpt2_jax.model", "gpt2_jax.checkpoints"}
 
 
 def test_the_public_names_are_few_and_there():
     assert len(gpt2_jax.__all__) <= 20
-    assert all(hasattr(gpt2_jax, name) for name in gpt2_jax.__all__)
+    assert set(gpt2_jax.__all__) <= set(dir(gpt2_jax))
+    with pytest.raises(AttributeError, match="module 'gpt2_jax' has no attribute 'nothing'"):
+        _ = gpt2_jax.nothing
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from gpt2_jax import nothing  # noqa: F401
+
+
+def test_type_checkers_see_what_is_there():
+    """The imports that they read name the public names, and each is what is imported when it is used."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and runs_later(node)]
+    names = {alias.name: node.module for node in block.body for alias in node.names}
+    assert names.keys() == set(gpt2_jax.__all__)
+    for name, module in names.items():
+        assert getattr(gpt2_jax, name) is getattr(importlib.import_module(module), name)
+
+
+def test_modules_are_attributes_and_no_public_name_hides_one():
+    """`gpt2_jax.research.forward` after `import gpt2_jax` alone; `gpt2_jax.generate` is a function in any order."""
+    rooms = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    rooms -= {"__init__"}
+    assert not rooms & set(gpt2_jax.__all__)
+    assert rooms <= set(dir(gpt2_jax))
+    code = f"import gpt2_jax; assert all(getattr(gpt2_jax, n).__name__ == 'gpt2_jax.' + n for n in {sorted(rooms)})"
+    modules_after(f"{code}; assert callable(gpt2_jax.generate)")
+    modules_after("from gpt2_jax import research, training; research.forward, training.fit")

@@ -15,6 +15,7 @@ import gpt2_jax
 from gpt2_jax import checkpoints, inspection
 from gpt2_jax.checkpoints.integrity import DamagedError
 from gpt2_jax.checkpoints.runs import write_run
+from gpt2_jax.commands import convert, generate, inspect
 from gpt2_jax.lora import init_lora, merge_lora
 from gpt2_jax.params import flatten
 from gpt2_jax.recipe import Lora, Recipe
@@ -120,16 +121,14 @@ def test_a_run_called_as_a_size_is_a_run(run, config, tmp_path, monkeypatch):
 
 
 def test_the_commands_take_a_run(run, config, tmp_path, capfd):
-    with commands.loaded("convert") as convert:
-        done = commands.caller(convert.main, capfd)(run, tmp_path / "out", "--format", "huggingface")
+    done = commands.caller(convert.main, capfd)(run, tmp_path / "out", "--format", "huggingface")
     assert (done.code, done.out) == (0, f"{tmp_path / 'out'}\n")
     assert_same(gpt2_jax.load(tmp_path / "out")[1], random_params(config, 10))
     assert checkpoints.has_vocabulary(tmp_path / "out")
-    with commands.loaded("inspect_checkpoint") as inspect, commands.config_of_jax_kept():
-        done = commands.caller(inspect.main, capfd)(run)
+    done = commands.caller(inspect.main, capfd)(run)
     assert done.code == 0
     assert "checkpoint form" in done.out
-    with commands.loaded("generate") as generate, commands.config_of_jax_kept():
+    with commands.config_of_jax_kept():
         args = ("--model", run, "--prompt", "O", "--max-new-tokens", 3, "--seed", 0)
         done = commands.caller(generate.main, capfd)(*args)
     assert done.code == 0

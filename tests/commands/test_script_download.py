@@ -13,6 +13,7 @@ import pytest
 from fake_release import path, right_names
 
 from gpt2_jax.checkpoints import released
+from gpt2_jax.commands import download as command
 from gpt2_jax.release import download
 from gpt2_jax.release.known import DATA, FILES, INDEX
 
@@ -40,20 +41,13 @@ def server(model, monkeypatch):
         yield running
 
 
-@pytest.fixture(scope="module")
-def main():
-    """The script's entry point, loaded from its path as nothing in the package may import it."""
-    with commands.loaded("download") as script:
-        yield script.main
-
-
 @pytest.fixture
-def run(main, capfd, monkeypatch, tmp_path):
+def run(capfd, monkeypatch, tmp_path):
     """Call the entry point in this process, in an empty folder; all that is written is caught."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
 
-    return commands.caller(main, capfd)
+    return commands.caller(command.main, capfd)
 
 
 def in_a_process(*args: object, code: str = "", **env: str) -> commands.Run:
@@ -149,9 +143,7 @@ def test_ctrl_c_ends_with_130(run, monkeypatch):
 
 
 def test_help_says_everything_without_importing_jax():
-    done = in_a_process(
-        "--help", code="sys.modules['jax'] = sys.modules['gpt2_jax'] = sys.modules['tensorflow'] = None"
-    )
+    done = in_a_process("--help", code="sys.modules['jax'] = sys.modules['numpy'] = sys.modules['tensorflow'] = None")
     assert done.code == 0, done.err
     assert all(word in done.out for word in [*OPTIONS, "SIZE", "124M", "1558M", "gpt2-xl", "GPT2_JAX_BASE_URL"])
 

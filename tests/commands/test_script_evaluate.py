@@ -8,6 +8,7 @@ import commands
 import pytest
 
 from gpt2_jax import evaluate
+from gpt2_jax.commands import evaluate as command
 
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate.\n"
 PASSAGES = ["Give me my robe, put on my crown", "What, ho! my lord, my noble lord", "Long live the king"]
@@ -27,8 +28,8 @@ BOOK = """\
 
 @pytest.fixture(scope="module")
 def main():
-    with commands.config_of_jax_kept(), commands.loaded("evaluate") as script:
-        yield script.main
+    with commands.config_of_jax_kept():
+        yield command.main
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_bfloat16(run, shakespeare, tokenizer):
         (("cloze", "number.txt"), r"number.txt, line 2 must begin with 2, the number of its sentence"),
         (("cloze", "fields.txt"), r"fields.txt, line 2 must have the answer and the candidates"),
         (("cloze", "end.txt"), r"end.txt ends with sentences that no question follows"),
-        (("perplexity", "verse.txt", "--stride", 257), "stride must be a whole number from 1 to n_ctx, 256"),
+        (("perplexity", "verse.txt", "--stride", 257), "stride must be a whole number, from 1 to 256, not 257"),
         (("perplexity", "verse.txt", "--limit", 0), "--limit must be 1 or more, not 0"),
         (("lambada", "passages.jsonl", "--stride", 5), "--stride is for --task perplexity, not lambada"),
         (("cloze", "questions.jsonl", "--bos"), "--bos is for --task perplexity, not cloze"),
@@ -203,16 +204,12 @@ def test_a_model_without_a_vocabulary(run, tmp_path, model_dir):
 # ---- as a process
 
 
-def test_help_is_quick(tmp_path):
-    """It names every option and imports neither jax nor anything as heavy."""
-    done = commands.in_a_process("evaluate", "--help", cwd=tmp_path, python=("-X", "importtime"))
+def test_help_names_every_option(run):
+    done = run("--help")
     assert done.code == 0
     options = ["--task", "--model", "--stride", "--detokenizer", "--per", "--bos", "--dtype", "--limit", "--json"]
     plain = re.sub(r"\x1b\[[0-9;]*m", "", done.out)
     assert [option for option in options if option not in plain] == []
-    imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
-    assert "argparse" in imported
-    assert imported & {"jax", "flax", "tensorflow", "torch", "transformers", "gpt2_jax"} == set()
 
 
 def test_on_a_terminal_a_bar_comes_and_goes(tmp_path):

@@ -11,6 +11,7 @@ import commands
 import pytest
 
 import gpt2_jax
+from gpt2_jax.commands import generate, train
 
 TEXT = "".join(f"Then came the {i % 7}th of the {'lords' if i % 3 else 'ladies'}, and spoke.\n" for i in range(61))
 # A model that is compiled in no time, with the embedded vocabulary.
@@ -19,19 +20,13 @@ TINY += ["--model.n-head", 1, "--model.n-ctx", 31, "--batch-size", 2]
 QUIET = ["--monitor.sample-every", 0, "--monitor.no-tensorboard"]
 
 
-@pytest.fixture(scope="module")
-def main():
-    with commands.loaded("finetune") as script:
-        yield script.main
-
-
 @pytest.fixture
-def run(main, capfd, tmp_path, monkeypatch):
+def run(capfd, tmp_path, monkeypatch):
     """Call the entry point in this process, where text.txt is."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     with commands.config_of_jax_kept():
-        yield commands.caller(main, capfd)
+        yield commands.caller(train.finetune, capfd)
 
 
 def last_step(folder):
@@ -64,8 +59,7 @@ def test_from_a_text_to_a_model_that_speaks(run, tmp_path, capfd):
     again = run(*options)
     assert (again.code, again.out) == (0, "runs/verdict\n"), again.err
     assert "all 2 steps are done" in again.err
-    with commands.loaded("generate") as generate:
-        spoken = commands.caller(generate.main, capfd)("--model", folder, "--prompt", "Then", "--max-new-tokens", 5)
+    spoken = commands.caller(generate.main, capfd)("--model", folder, "--prompt", "Then", "--max-new-tokens", 5)
     assert spoken.code == 0, spoken.err
     assert spoken.out.startswith("Then")
     assert len(spoken.out) > len("Then\n")

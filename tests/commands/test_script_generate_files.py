@@ -14,20 +14,21 @@ import commands
 import pytest
 
 import gpt2_jax
+from gpt2_jax.commands import generate
 
 PROMPTS = ["ROMEO:", "", "My lord, ", "caf\xe9 \U0001f98a", "O", "O"]
 OPTIONS = ["--max-new-tokens", 11, "--seed", 5, "--num-samples", 2, "--batch-size", 4]
 
 
 @pytest.fixture(scope="module")
-def script():
-    with commands.config_of_jax_kept(), commands.loaded("generate") as script:
-        yield script
+def main():
+    with commands.config_of_jax_kept():
+        yield generate.main
 
 
 @pytest.fixture
-def run(script, capfd):
-    return commands.caller(script.main, capfd)
+def run(main, capfd):
+    return commands.caller(main, capfd)
 
 
 @pytest.fixture
@@ -101,10 +102,10 @@ def test_names_with_a_home(run, tmp_path, monkeypatch):
     assert read(tmp_path / "out")[0]["samples"] == [{"text": "", "finish_reason": "length"}]
 
 
-def test_interrupted_and_gone_on_with(run, script, source, tmp_path, monkeypatch):
+def test_interrupted_and_gone_on_with(run, source, tmp_path, monkeypatch):
     """Other settings are refused and named, the same ones, with another batch size, finish the work: byte for byte."""
     assert run("--input", source, "--output", tmp_path / "whole", *OPTIONS).code == 0
-    complete = script.Model.complete
+    complete = generate.Model.complete
 
     def interrupted(self, texts, num_samples, first=0):
         if first >= 2:
@@ -113,7 +114,7 @@ def test_interrupted_and_gone_on_with(run, script, source, tmp_path, monkeypatch
 
     files = ["--input", source, "--output", tmp_path / "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(script.Model, "complete", interrupted)
+        patch.setattr(generate.Model, "complete", interrupted)
         assert run(*files, *OPTIONS).code == 130
     part = (tmp_path / "out.part").read_bytes()
     assert part.count(b"\n") == 3

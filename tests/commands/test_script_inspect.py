@@ -16,24 +16,19 @@ import tiny_models
 
 import gpt2_jax
 from gpt2_jax import inspection
+from gpt2_jax.commands import inspect as command
+from gpt2_jax.commands._inspect_report import print_report
 
 SCRIPT = commands.SCRIPTS / "inspect_checkpoint.py"
 CONFIG = tiny_models.CONFIG
 ESCAPE = "\x1b"
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script, loaded from its path as nothing in the package may import it."""
-    with commands.loaded("inspect_checkpoint") as module:
-        yield module
-
-
 @pytest.fixture
-def run(script, capfd):
+def run(capfd):
     """Call the entry point in this process; what it and TensorFlow's C++ write is caught at the file descriptors."""
 
-    return commands.caller(script.main, capfd)
+    return commands.caller(command.main, capfd)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +53,11 @@ def words(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
-def printed(script, found, width: int) -> str:
+def printed(found, width: int) -> str:
     """What print_report shows on a terminal of this width, without its colours."""
     out = io.StringIO()
     console = rich.console.Console(file=out, width=width, force_terminal=True, markup=False, highlight=False)
-    script.print_report(found, console)
+    print_report(found, console)
     assert ESCAPE in out.getvalue()
     return re.sub(rf"{ESCAPE}\[[0-9;]*m", "", out.getvalue())
 
@@ -114,15 +109,15 @@ def test_the_report_in_a_pipe(tmp_path, embedded):
 
 
 @pytest.mark.parametrize(("width", "digits"), [(80, 3), (100, 4), (160, 4)])
-def test_the_report_on_a_terminal(script, embedded, width, digits):
+def test_the_report_on_a_terminal(embedded, width, digits):
     """It fits, and no name or number of a table is cut."""
-    text = printed(script, embedded, width)
+    text = printed(embedded, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     assert_report(words(text), embedded, digits)
 
 
-def test_the_largest_release_fits_on_80_columns(script):
+def test_the_largest_release_fits_on_80_columns():
     """The longest names and counts there are, and statistics as wide as they get."""
     config = gpt2_jax.SIZES["1558M"]
     widest = {"mean": -1.23e-05, "std": 0.000123, "min": -0.0123, "max": 0.0123, "norm": 1.0, "nan": 0, "infinite": 0}
@@ -138,7 +133,7 @@ def test_the_largest_release_fits_on_80_columns(script):
         "parameters": inspection.count_parameters(config, gpt2_jax.abstract_params(config)),
         "vocabulary": {"missing": "none"},
     }  # fmt: skip
-    text = printed(script, found, 80)
+    text = printed(found, 80)
     assert max(map(len, text.splitlines())) <= 80
     assert_report(words(text), found, digits=3)
     assert ["together", "24,921,779,200", "23.21", "GiB", "12,460,889,600", "11.61", "GiB"] in words(text)
@@ -168,9 +163,9 @@ def test_values_that_are_not_finite_are_said(run, tmp_path):
     assert (found["nan"], found["mean"]) == (492, None)
 
 
-def test_a_count_that_does_not_agree_is_said(script, embedded):
+def test_a_count_that_does_not_agree_is_said(embedded):
     wrong = embedded | {"parameters": embedded["parameters"] | {"agree": False}}
-    assert "DOES NOT AGREE" in printed(script, wrong, 100)
+    assert "DOES NOT AGREE" in printed(wrong, 100)
 
 
 def test_json_is_the_librarys_report(run, model_dir, embedded, tiny):
@@ -228,7 +223,7 @@ def test_a_reader_who_has_seen_enough(tiny, option):
     )
     process.stdout.close()  # before the first line is written
     assert process.stderr.read() == b""
-    assert process.wait() == 1
+    assert process.wait() == 0
     process.stderr.close()
 
 
@@ -261,18 +256,20 @@ def test_options_that_do_not_exist(run):
     assert run("one", "two").code == 2
 
 
-def test_interruption(run, script, monkeypatch):
+def test_interruption(run, monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "run", interrupt)
+    monkeypatch.setattr(command, "run", interrupt)
     assert run() == (130, "", "")
 
 
-def test_progress_only_for_large_models_on_a_terminal(script, monkeypatch):
+def test_progress_only_for_large_models_on_a_terminal(run, tiny, monkeypatch):
     """A pipe stays clean, and a small model is done before a bar could be read."""
-    large = script.LARGE
-    assert script._track(large) is iter
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert script._track(large - 1) is iter
-    assert list(script._track(large)([("wte", 1), ("wpe", 2)])) == [("wte", 1), ("wpe", 2)]
+    for terminal, large, shown in ((False, 0, False), (True, command.LARGE, False), (True, 0, True)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(command, "LARGE", large)
+        done = run(tiny)
+        assert done.code == 0
+        assert ("tensors" in done.err) == shown
+        assert shown or done.err == ""

@@ -11,18 +11,13 @@ import pytest
 import token_folders
 from token_folders import DOCUMENTS, expected_ids, held, write_jsonl
 
+from gpt2_jax.commands import prepare
 from gpt2_jax.data.token_files import open_prepared
 
 
-@pytest.fixture(scope="module")
-def main():
-    with commands.loaded("prepare_data") as script:
-        yield script.main
-
-
 @pytest.fixture
-def run(main, capfd):
-    return commands.caller(main, capfd)
+def run(capfd):
+    return commands.caller(prepare.main, capfd)
 
 
 def table(text: str) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ import token_folders
 from vocabularies import printable_alphabet
 
 import gpt2_jax
+from gpt2_jax.commands import train_tokenizer as command
 from gpt2_jax.data.bpe import train_tokenizer, write_tokenizer
 from gpt2_jax.tokenizer import SPLIT
 
@@ -29,15 +30,9 @@ def text():
     return "".join(rng.choice(words) + rng.choice(marks) for _ in range(3_001))
 
 
-@pytest.fixture(scope="module")
-def main():
-    with commands.loaded("train_tokenizer") as script:
-        yield script.main
-
-
 @pytest.fixture
-def run(main, capfd):
-    return commands.caller(main, capfd)
+def run(capfd):
+    return commands.caller(command.main, capfd)
 
 
 def merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
@@ -131,7 +126,7 @@ def test_the_command(run, tmp_path, text):
     assert json.loads((tmp_path / "v" / "encoder.json").read_text())["<|endoftext|>"] == 353
     again = run(tmp_path / "a.txt", "-o", tmp_path / "v", "--merges", 7)
     assert (again.code, again.out) == (2, "")
-    assert "v exists: choose another folder, or replace the vocabulary in it (--overwrite)" in again.err
+    assert "v exists: choose another folder, or replace a vocabulary in it with --overwrite" in again.err
     assert run(tmp_path / "a.txt", "-o", tmp_path / "v", "--merges", 7, "--overwrite").code == 0
     assert gpt2_jax.load_tokenizer(tmp_path / "v").n_vocab == 264
 
@@ -150,7 +145,7 @@ def test_fewer_merges_than_allowed_are_told(run, tmp_path):
         (("a.bin",), "a.bin holds ids, and text is wanted"),
         (("empty.txt",), "there is no text in 1 files"),
         (("bad.txt",), "bad.txt is not UTF-8 text: byte 0xff at offset 4"),
-        (("a.txt", "--merges", "-1"), "n_merges must be a whole number of 0 or more, not -1"),
+        (("a.txt", "--merges", "-1"), "n_merges must be a whole number, 0 or more, not -1"),
         ((), "there is nothing to read"),
     ],
 )

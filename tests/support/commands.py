@@ -1,8 +1,7 @@
-"""Running the scripts: in this process, loaded from their path as nothing may import them, or as a user does."""
+"""Running the commands: in this process, or as a user does, by their scripts."""
 
 import codecs
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -28,19 +27,6 @@ class Run(NamedTuple):
     code: int
     out: str
     err: str
-
-
-@contextlib.contextmanager
-def loaded(name: str):
-    """Give the module of scripts/NAME.py."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where tyro and dataclasses look up the annotations
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules[spec.name]
 
 
 def caller(main, capfd):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import jax
-
 from gpt2_jax.files import cache_dir
 
 LARGEST = 2**30  # bytes of programs; those not used for longest go first
@@ -18,6 +16,8 @@ def keep_compiled() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where nothing can be written, nothing is kept: JAX would warn of
     every program.
     """
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:
         try:
             directory = cache_dir() / "compiled"

@@ -1,0 +1,60 @@
+"""`gpt2-download`: OpenAI's GPT-2, what is absent or wrong of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gpt2_jax.commands import _command
+
+
+@dataclasses.dataclass
+class Args:
+    """Fetch OpenAI's GPT-2, what is absent or wrong of it; each size's directory goes to standard output on a line."""
+
+    sizes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SIZE...", help_behavior_hint="")]
+    """One or more of 124M, 355M, 774M and 1558M, also under their other names: 117M, 345M, 762M, 1542M; gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl."""
+    models_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the cache)")] = None
+    """Put the files into DIR/SIZE, as the books do. The cache folder is $GPT2_JAX_CACHE, or else gpt2-jax in
+    $XDG_CACHE_HOME or ~/.cache; `gpt2_jax.load("124M")` looks there."""
+    base_url: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="URL", help_behavior_hint="(repeatable; default: OpenAI's, then a mirror)"),
+    ] = ()
+    """Where to fetch from: the files lie at URL/SIZE/FILE. Several are tried in turn. The environment variable
+    GPT2_JAX_BASE_URL does the same, with commas between them."""
+    jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 4
+    """Files to fetch at once, 1 or more."""
+    verify: bool = True
+    """Read every tensor afterwards, so that TensorFlow checks their checksums; damaged ones are fetched again."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    _command.call("gpt2-download", Args, run, argv)
+
+
+def run(args: Args) -> None:
+    """Fetch each size, and print its directory once it is there.
+
+    Raises:
+      ValueError, OSError: bad input, told before anything is fetched; or a fetch that failed.
+
+    """
+    if not args.sizes:
+        raise ValueError("name one size or more: 124M, 355M, 774M, 1558M")
+    from gpt2_jax.checkpoints import released
+    from gpt2_jax.release import download
+
+    sizes = {name: download.size_of(name) for name in args.sizes}
+    if unknown := [name for name, size in sizes.items() if size is None]:
+        raise ValueError(f"no released GPT-2 is called {unknown[0]!r}: the sizes are 124M, 355M, 774M, 1558M")
+    fetch = released.fetch_verified if args.verify else download.fetch
+    for size in dict.fromkeys(sizes.values()):
+        directory = None if args.models_dir is None else args.models_dir / size
+        print(fetch(size, directory, base_urls=args.base_url or None, jobs=args.jobs), flush=True)

@@ -1,0 +1,88 @@
+"""`gpt2-train`, and `gpt2-finetune`, its older name: a model trained or fine-tuned by a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gpt2_jax.commands import _command
+from gpt2_jax.commands.compilation import keep_compiled
+from gpt2_jax.files import expanded
+from gpt2_jax.recipe import Recipe
+
+
+@dataclasses.dataclass
+class Args:
+    """Train or fine-tune a model by a recipe, and print the run's folder. The same command goes on where it ended.
+
+    Every part of the recipe is an option too: --optimizer.learning-rate 1e-3.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """The recipe, a TOML file: configs/finetune_shakespeare.toml. Without one, defaults."""
+    run: Annotated[
+        Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/NAME of the recipe)")
+    ] = None
+    """The run's folder: checkpoints, the best model, metrics, samples, the loss curve. generate.py --model takes it."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "gpt2-train") -> None:
+    """Run the command."""
+    _command.call(prog, Args, run, argv, start=lambda: _start(argv, prog))
+
+
+def finetune(argv: Sequence[str] | None = None) -> None:
+    """Run the command under its older name."""
+    main(argv, "gpt2-finetune")
+
+
+def _start(argv: Sequence[str] | None, prog: str) -> Args:
+    """Return the recipe that --config names, which the other options change.
+
+    Raises:
+      ValueError, OSError: it cannot be read.
+
+    """
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    path = first.parse_known_args(argv)[0].config
+    return Args(Recipe.from_toml(path) if path else Recipe())
+
+
+def run(args: Args) -> int:
+    """Train, and print the run's folder; return the exit status: 0, 1 where the loss ended the run, or the signal's.
+
+    Raises:
+      ValueError, OSError: bad input, or something cannot be written.
+
+    """
+    from gpt2_jax.training import fit, start_data, start_model
+
+    keep_compiled()
+    folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
+    recipe = args.recipe
+    plan, params, tokenizer = start_model(recipe, folder)
+    data = start_data(recipe, tokenizer, folder / "data")
+    split = data.manifest and (data.manifest["split"], data.manifest["val_fraction"])
+    if split and (recipe.data.split not in ("auto", split[0]) or recipe.data.val_fraction != split[1]):
+        print(f"the text was split when it was prepared, by {split[0]} at {split[1]:g}: that holds", file=sys.stderr)
+    n_val = data.val.n_tokens if data.val else 0
+    print(
+        f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} tokens to train, {n_val:,} to validate on",
+        file=sys.stderr,
+    )
+    fitted = fit(plan, params, data, folder, tokenizer)
+    print(f"hear it: python scripts/generate.py --model {shlex.quote(str(folder))}", file=sys.stderr)
+    print(folder)
+    if fitted.signal:
+        return 128 + signal.Signals[fitted.signal].value
+    return int(fitted.failed)
