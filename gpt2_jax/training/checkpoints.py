@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.checkpoints import parts, runs
 from gpt2_jax.checkpoints.integrity import DamagedError
-from gpt2_jax.files import exchange, expanded
+from gpt2_jax.files import exchange, expanded, lock
 from gpt2_jax.params import differences
 
 State = TypeVar("State")
@@ -68,7 +67,8 @@ class Checkpoints:
         """
         with contextlib.ExitStack() as resources:
             self.directory.mkdir(parents=True, exist_ok=True)
-            resources.enter_context(_locked(self.directory / ".lock"))
+            busy = OSError(f"{self.directory} is open in another process, which is training in it")
+            resources.enter_context(lock(self.directory / ".lock", busy))
             self._thread = resources.enter_context(concurrent.futures.ThreadPoolExecutor(1))
             self._clear()
             self._resources = resources.pop_all()
@@ -256,20 +256,3 @@ def _check_fits(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Ma
         lines = differences(stored, wanted[part])
         more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise ValueError(f"{path} is of another {what} than this run: {'; '.join(lines[:SHOWN])}{more}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system takes back when the process ends, however it ends; none on Windows."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system that knows no locks
-                raise OSError(f"{path.parent} is open in another process, which is training in it") from error
-        yield

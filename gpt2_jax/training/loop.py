@@ -23,9 +23,9 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
 from gpt2_jax.training.memory import check_memory, gigabytes
-from gpt2_jax.training.observer import METRICS, Observer, due
+from gpt2_jax.training.observer import Observer, due
 from gpt2_jax.training.plan import Plan
-from gpt2_jax.training.records import read_records
+from gpt2_jax.training.records import METRICS, read_records
 from gpt2_jax.training.report import Report
 from gpt2_jax.training.signals import Stop, stopping
 from gpt2_jax.training.start import check_data, check_tokenizer

@@ -16,14 +16,13 @@ from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.plan import Plan
-from gpt2_jax.training.records import read_records
+from gpt2_jax.training.records import METRICS, SAMPLES, read_records
 from gpt2_jax.training.report import Report
 from gpt2_jax.training.signals import Stop
 from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import make_eval_step
 from gpt2_jax.training.verbatim import verbatim_shares
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SEARCHED = 10**8  # tokens of the training text that samples are compared with, at most
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import abstract_params
-from gpt2_jax.params import Params, by_rules, flatten, unflatten
+from gpt2_jax.params import Params, by_rules
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.sharding import DATA, make_mesh, param_shardings
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
@@ -97,8 +97,8 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
         trained=trained,
         optimizer=optimizer,
         schedule=make_schedule(recipe.optimizer, recipe.steps),
-        state=_with_shardings(state, mesh),
-        gathered=unflatten(param_shardings(flatten(state.params), mesh, gathered=(DATA,))),
+        state=jax.tree.map(lambda leaf, at: leaf.update(sharding=at), state, _shardings(state, mesh)),
+        gathered=_shardings(state.params, mesh, gathered=(DATA,)),
     )
 
 
@@ -117,17 +117,17 @@ def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
     return tuple(name for name, rate in rates.items() if rate)
 
 
-def _with_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Return an abstract state with the sharding of each array: by the rules of `gpt2_jax.sharding`.
+def _shardings(tree: Any, mesh: Mesh, gathered: tuple[str, ...] = ()) -> Any:
+    """Return the sharding of each array: by the rules of `gpt2_jax.sharding`, whole along the axes `gathered`.
 
     An array of the optimizer's belongs to the parameter that its path names.
     """
 
-    def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param_shardings({name: leaf}, mesh)[name])
+        return param_shardings({name: leaf}, mesh, gathered)[name]
 
-    return jax.tree_util.tree_map_with_path(placed, state)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from gpt2_jax.files import replacing_file
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
 
 class Records:
     """A file of JSON objects, one a line, each with the number of its "step".

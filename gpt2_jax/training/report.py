@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax import progress
 from gpt2_jax.training.hardware import mfu
 from gpt2_jax.training.plan import Plan
-from gpt2_jax.training.records import Records
+from gpt2_jax.training.records import METRICS, SAMPLES, Records
 
 FIRST_LINES = 3  # steps of which each has a line where there is no terminal
 SECONDS_A_LINE = 10  # between two lines later on
+ROOM = 85  # columns of a terminal that the numbers beside the bar take
 RECENT = 20  # steps of which the mean speed is shown
 
 
@@ -59,14 +61,15 @@ class Report:
 
     def __enter__(self) -> Report:
         with contextlib.ExitStack() as stack:  # what was opened is closed again if the next cannot be
-            self._metrics = stack.enter_context(_closing(Records(self._folder / "metrics.jsonl", self._first_step)))
-            self._samples = stack.enter_context(_closing(Records(self._folder / "samples.jsonl", self._first_step)))
+            self._metrics, self._samples = (
+                stack.enter_context(contextlib.closing(Records(self._folder / name, self._first_step)))
+                for name in (METRICS, SAMPLES)
+            )
             self._board = _tensorboard(self._folder, self._first_step) if self._wants_board else None
             if self._board is not None:
-                stack.enter_context(_closing(self._board))
-            self._bar = _bar(self._n_steps, self._first_step) if sys.stderr.isatty() else None
-            if self._bar is not None:
-                stack.enter_context(self._bar)
+                stack.enter_context(contextlib.closing(self._board))
+            self._bar = stack.enter_context(progress.bars("text", titled=False, room=ROOM, stay=True))
+            self._bar.update("training", self._first_step, self._n_steps, "compiling the step")
             self._open = stack.pop_all()
         return self
 
@@ -102,8 +105,8 @@ class Report:
             self._recent.append((tokens, seconds))
         self._shown["loss"] = f"loss {float(metrics['loss']):.3f}"
         self._shown |= self._speed() | {"left": f"{_duration(self._seconds_left(step, now))} left"}
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, shown=self._place(step) + self._sentence())
+        if self._bar.shown:
+            self._bar.update("training", step, self._n_steps, self._place(step) + self._sentence())
         elif self._is_due(step, now):
             self._line(step, self._sentence())
             self._last_line = now
@@ -125,10 +128,10 @@ class Report:
 
     def message(self, text: str) -> None:
         """Say something, above the bar if there is one."""
-        if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
+        if self._bar.shown:
+            self._bar.say(text)
         else:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            print(text, file=sys.stderr, flush=True)
 
     def _line(self, step: int, text: str) -> None:
         self.message(self._place(step) + text)
@@ -169,13 +172,6 @@ class Report:
                 self._board.add_scalar(name, float(value), step)
 
 
-@contextlib.contextmanager
-def _closing(thing: Any) -> Any:
-    """Give a thing, and close it at the end."""
-    with contextlib.closing(thing):
-        yield thing
-
-
 def _tensorboard(folder: Path, first_step: int) -> Any:
     """Return a writer of TensorBoard's event files, which tells it to forget what came after `first_step`."""
     from tensorboardX import SummaryWriter
@@ -184,21 +180,6 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     # Files are named by the second: one that is resumed within it must not overwrite its own beginning.
     name = f".from-{first_step}"
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10, filename_suffix=name)
-
-
-def _bar(steps: int, first_step: int) -> Any:
-    """Return a progress bar on standard error, with one task."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-    from rich.table import Column
-
-    console = Console(stderr=True)
-    text = TextColumn("{task.fields[shown]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    width = min(40, console.width - 85)  # the numbers take about 80 columns, and the bar gives way to them
-    columns = (BarColumn(bar_width=width), text) if width >= 10 else (text,)
-    bar = Progress(*columns, console=console, redirect_stdout=False, refresh_per_second=4)
-    bar.add_task("training", total=steps, completed=first_step, shown="compiling the step")
-    return bar
 
 
 def _short(speed: float) -> str:

@@ -17,7 +17,7 @@ from gpt2_jax.data.sources import STDIN, Fields, Sources
 from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
 from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.model import init_params
-from gpt2_jax.params import Params, flatten, unflatten
+from gpt2_jax.params import Params
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
 from gpt2_jax.training.memory import check_memory
@@ -73,8 +73,13 @@ def new_params(config: GPT2Config, seed: int) -> Params:
     section 2.3). The released code, and `init_params`, leave that out.
     """
     scale = (2 * config.n_layer) ** -0.5
-    flat = flatten(init_params(config, jax.random.key(seed, impl="threefry2x32")))
-    return unflatten({name: leaf * scale if name.endswith("c_proj/w") else leaf for name, leaf in flat.items()})
+
+    def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf * scale if name.endswith("c_proj/w") else leaf
+
+    params = init_params(config, jax.random.key(seed, impl="threefry2x32"))
+    return jax.tree_util.tree_map_with_path(scaled, params)
 
 
 def check_tokenizer(plan: Plan, tokenizer: Tokenizer | None) -> None:

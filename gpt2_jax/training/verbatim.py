@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from gpt2_jax.checks import whole_number
+
 CHUNK = 2**22  # tokens of the text that are read at a time
 BLOCK = 2**15  # tokens that are hashed at a time: few enough for the processor's cache
 BASE = np.uint32(2654435761)  # odd, as is every power of it: no token is lost from the hash modulo 2**32
@@ -83,9 +85,8 @@ def verbatim_shares(
       ValueError: n or at_most is not a positive whole number, or a sample is not a list of token ids.
 
     """
-    for name, value in (("n", n), ("at_most", at_most)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1):
-            raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+    n = whole_number("n", n, 1)
+    at_most = at_most if at_most is None else whole_number("at_most", at_most, 1)
     samples = [_ids(sample) for sample in samples]
     n_searched = tokens.n_tokens if at_most is None else min(at_most, tokens.n_tokens)
     search = _Search(samples, n)
