@@ -16,7 +16,7 @@ def whole_number(name: str, value: Any, low: float = 0, high: float = math.inf) 
 
     """
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if _is_bool(value) else operator.index(value)
     except TypeError:
         number = None
     if number is None or not low <= number <= high:
@@ -40,7 +40,7 @@ def real_number(
 
     """
     try:
-        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+        number = math.nan if _is_bool(value) or isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     above = low < number if open_low else low <= number
@@ -60,6 +60,10 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
     return value
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
 
 
 def _range(low: float, high: float, open_low: bool = False, open_high: bool = False) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.checks import real_number, whole_number
+
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 BOOK_WORDS = {  # of the build-an-LLM books' configs; their drop_rate and qkv_bias come on top
@@ -19,6 +21,7 @@ BOOK_WORDS = {  # of the build-an-LLM books' configs; their drop_rate and qkv_bi
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
+LARGEST = 2**31 - 1  # of a hyperparameter: JAX counts in int32
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -58,17 +61,11 @@ class GPT2Config:
 
     def __post_init__(self):
         for name in HPARAMS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value < 2**31:
-                raise ValueError(f"{name} must be a positive whole number below 2**31, not {value!r}")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1, LARGEST))
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         for name in DROPOUT_RATES:
-            rate = getattr(self, name)
-            if isinstance(rate, bool) or not isinstance(rate, int | float | np.floating) or not 0 <= rate < 1:
-                raise ValueError(f"{name} must be a rate in [0, 1), not {rate!r}")
-            object.__setattr__(self, name, float(rate))
+            object.__setattr__(self, name, real_number(name, getattr(self, name), 0, 1, open_high=True))
         if not isinstance(self.qkv_bias, bool):
             raise ValueError(f"qkv_bias must be True or False, not {self.qkv_bias!r}")
         for name in ("param_dtype", "compute_dtype"):

@@ -1,10 +1,17 @@
-"""Where files are kept, and how a folder is replaced in one step."""
+"""Where files are kept, replacing them in one step, and locks.
+
+Whatever takes a name in one step is on the disk before it does: every file of it is flushed (fsync), then it is
+renamed, then the folder that holds the name is flushed. So a power cut, like a kill, leaves the old or the new, and
+nothing that is removed afterwards is gone before the new is there. Files that grow (a download's part, JSON lines) are
+not flushed as they grow: what reads them finds out how far they are good.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 import ctypes
+import errno
 import glob
 import hashlib
 import os
@@ -16,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ABANDONED = 24 * 3600  # seconds after which nobody can still be writing under a temporary name
+LISTED = 5  # names that a message lists
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that know no locks
 
 
 def cache_dir() -> Path:
@@ -64,9 +73,7 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
         yield temporary
         if directory.exists():
             check()
-            exchange(temporary, directory)
-        else:
-            temporary.rename(directory)
+        put_in_place(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if temporary.exists():  # threads of a library that failed may still have been writing there
@@ -75,14 +82,59 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
 
 
 @contextlib.contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """Give the name of a file to write, which takes the name of `path` in one step at the end of the block."""
-    temporary = beside(path)
+def replacing_file(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Give the name of a file to write, which takes the name of `path` in one step at the end of the block.
+
+    Args:
+      path: a file that is there or not.
+      temporary: the name to write under, in the same folder, where nobody else writes; None is a new one.
+
+    """
+    temporary = beside(path) if temporary is None else temporary
     try:
         yield temporary
-        temporary.replace(path)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Let a file or folder that is whole take a name in one step, once it is on the disk.
+
+    A file that had the name is gone then; a folder that had it has the name `new`.
+    """
+    flush(new)
+    if new.is_dir() and path.exists():
+        exchange(new, path)
+    else:
+        new.replace(path)
+    _flush_one(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    if not path.is_dir():
+        _flush_one(path)
+        return
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(_flush_one, [path, *path.rglob("*")]):
+            pass
+
+
+def _flush_one(path: Path) -> None:
+    if path.is_dir():
+        with contextlib.suppress(OSError):  # Windows opens no folders, and some network file systems flush none
+            _fsync(path, os.O_RDONLY)
+    else:
+        _fsync(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def beside(path: Path) -> Path:
@@ -112,6 +164,68 @@ def exchange(new: Path, old: Path) -> None:
             aside.rename(old)
             raise
         aside.rename(new)
+
+
+def check_replaceable(
+    folder: Path, what: str, others: Callable[[set[str]], Iterable[str]], overwrite: bool = True
+) -> None:
+    """Check that a folder may be written: it is absent or empty, or holds what may be replaced and nothing else.
+
+    Args:
+      folder: the one to write.
+      what: a name for what it may hold, for the messages: "a saved model".
+      others: returns those of the names in the folder that do not belong to such a thing.
+      overwrite: whether such a thing may be replaced.
+
+    Raises:
+      FileExistsError: the name is a file's, or the folder holds something that may not be replaced.
+
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: choose another name")
+    names = {path.name for path in folder.iterdir()}
+    if names and not overwrite:
+        raise FileExistsError(f"{folder} exists: choose another folder, or replace {what} in it with --overwrite")
+    if names and (found := sorted(others(names))):
+        listed = ", ".join(found[:LISTED]) + (f" and {len(found) - LISTED} more" if len(found) > LISTED else "")
+        raise FileExistsError(f"{folder} holds other things than {what} ({listed}), which stay: choose another folder")
+
+
+@contextlib.contextmanager
+def lock(path: Path, busy: Exception | None = None, waiting: str = "") -> Iterator[None]:
+    """Keep other processes out of a block with the same lock; the lock ends with the process, however it ends.
+
+    On a file system that knows no locks nobody is kept out.
+
+    Args:
+      path: an empty file, which is made; it may stay behind.
+      busy: is raised where another process holds the lock; None waits for it.
+      waiting: a line for standard error before it waits.
+
+    Raises:
+      OSError: the file cannot be made.
+
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        if busy is not None:
+            raise busy from error
+        if waiting and sys.stderr is not None:
+            print(waiting, file=sys.stderr)
+        held.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def sha256_of(path: Path) -> str:

@@ -9,10 +9,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import lax
 
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 
 
@@ -61,9 +61,7 @@ def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
       ValueError: batch_size or length is not a positive whole number.
 
     """
-    for name, value in (("batch_size", batch_size), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+    batch_size, length = whole_number("batch_size", batch_size, 1), whole_number("length", length, 1)
     shape = (batch_size, config.n_head, config.head_dim, length)
     return KVCache(
         k_BNHS=tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layer)),

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from gpt2_jax.checks import choice, real_number, whole_number
+
 Rules = tuple[tuple[str, float], ...]
 """(regular expression, value) in order: a parameter gets the value of the first that is found in its name."""
 KINDS = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
@@ -42,7 +44,7 @@ class Model:
     def __post_init__(self):
         for name in ("n_ctx", "n_embd", "n_head", "n_layer"):
             _whole(self, name, 1)
-        _real(self, "dropout", 0, below=1)
+        _real(self, "dropout", 0, 1, open_high=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Data:
     n_tokens: int = 0
 
     def __post_init__(self):
-        _real(self, "val_fraction", 0, below=1)
+        _real(self, "val_fraction", 0, 1, open_high=True)
         _choice(self, "split")
         _whole(self, "n_tokens", 0)
 
@@ -108,13 +110,12 @@ class Optimizer:
         _choice(self, "schedule")
         _real(self, "learning_rate", 0)
         _whole(self, "warmup_steps", 0)
-        _real(self, "final_fraction", 0, most=1)
+        _real(self, "final_fraction", 0, 1)
+        _check(len(self.betas) == 2, self, "betas", "two numbers")
         for beta in self.betas:
-            _check(0 <= beta < 1, self, "betas", "two numbers in [0, 1)")
-        _check(len(self.betas) == 2, self, "betas", "two numbers in [0, 1)")
-        _real(self, "epsilon", 0)
-        _check(self.epsilon > 0, self, "epsilon", "above 0")  # 0 / 0 for what has no gradient
-        _real(self, "momentum", 0, below=1)
+            real_number("each of betas", beta, 0, 1, open_high=True)
+        _real(self, "epsilon", 0, open_low=True)  # 0 / 0 for what has no gradient
+        _real(self, "momentum", 0, 1, open_high=True)
         _real(self, "weight_decay", 0)
         _real(self, "clip", 0)
         _rules(self, "learning_rates")
@@ -157,8 +158,8 @@ class Mesh:
 
     def __post_init__(self):
         for name in ("data", "model"):
-            value = getattr(self, name)
-            _check(value == -1 or _is_whole(value, 1), self, name, "a whole number of devices, or -1 for all")
+            _whole(self, name, -1)
+            _check(getattr(self, name) != 0, self, name, "a number of devices, or -1 for all")
         _check(not self.data == self.model == -1, self, "data", "a number where model is -1, not both -1")
 
 
@@ -238,7 +239,7 @@ class Recipe:
         _check(
             self.batch_size % self.accumulate == 0, self, "accumulate", f"a divisor of batch_size, {self.batch_size}"
         )
-        _check(_is_whole(self.seed, 0) and self.seed < 2**32, self, "seed", "a whole number in [0, 2**32)")
+        _whole(self, "seed", 0, 2**32 - 1)
         _choice(self, "compute_dtype")
 
     @classmethod
@@ -322,24 +323,18 @@ def _check(holds: bool, part: Any, name: str, what: str) -> None:
         raise ValueError(f"{name} must be {what}, not {getattr(part, name)!r}")
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _whole(part: Any, name: str, low: int, high: float = math.inf) -> None:
+    object.__setattr__(part, name, whole_number(name, getattr(part, name), low, high))
 
 
-def _whole(part: Any, name: str, least: int) -> None:
-    _check(_is_whole(getattr(part, name), least), part, name, f"a whole number of {least} or more")
-
-
-def _real(part: Any, name: str, least: float, most: float = math.inf, below: float = math.inf) -> None:
+def _real(part: Any, name: str, low: float, high: float = math.inf, **ends: bool) -> None:
     value = getattr(part, name)
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    upper = f", at most {most:g}" if math.isfinite(most) else f", below {below:g}" if math.isfinite(below) else ""
-    _check(real and least <= value <= most and value < below, part, name, f"a number of {least:g} or more{upper}")
+    number = real_number(name, value, low, high, **ends)
+    object.__setattr__(part, name, value if isinstance(value, int) else number)  # run.json says 1 where 1 is given
 
 
 def _choice(part: Any, name: str) -> None:
-    allowed = typing.get_args(typing.get_type_hints(type(part))[name])
-    _check(getattr(part, name) in allowed, part, name, f"one of {', '.join(allowed)}")
+    choice(name, getattr(part, name), typing.get_args(typing.get_type_hints(type(part))[name]))
 
 
 def _pattern(part: Any, name: str, pattern: Any) -> None:
@@ -351,6 +346,6 @@ def _pattern(part: Any, name: str, pattern: Any) -> None:
 
 def _rules(part: Any, name: str) -> None:
     for rule in getattr(part, name):
-        ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], int | float) and 0 <= rule[1] < math.inf
-        _check(ok, part, name, "(regular expression, factor of 0 or more) pairs")
+        _check(isinstance(rule, tuple) and len(rule) == 2, part, name, "(regular expression, factor) pairs")
         _pattern(part, name, rule[0])
+        real_number(f"a factor in {name}", rule[1], 0)

@@ -16,6 +16,11 @@ import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 
+OPENAI_FILES = ("encoder.json", "vocab.bpe")
+HUGGING_FACE_FILES = VOCAB_JSON, MERGES, TOKENIZER_JSON = ("vocab.json", "merges.txt", "tokenizer.json")
+"""The names of vocabulary files: the first two of Hugging Face's, or the third, hold what OpenAI's two do."""
+TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer_config.json", "added_tokens.json"  # beside Hugging Face's
+
 # How the original (openai/gpt-2, src/encoder.py) splits text before merging, possessive where that changes nothing:
 # contractions, letters, numbers, the rest, and whitespace less the last character before a word.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpt2_jax.checkpoints.integrity import one_line
+from gpt2_jax.tokenizer import ADDED_TOKENS, HUGGING_FACE_FILES, TOKENIZER_CONFIG
 
-TOKENIZER_FILES = (
-    "config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
+TOKENIZER_FILES = ("config.json", *HUGGING_FACE_FILES, TOKENIZER_CONFIG, ADDED_TOKENS)
 MODEL_FILES = (*TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 

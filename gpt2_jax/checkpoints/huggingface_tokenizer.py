@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, read_json
-
-VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
+from gpt2_jax.tokenizer import (
+    ADDED_TOKENS,
+    END_OF_TEXT,
+    MERGES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    VOCAB_JSON,
+    Tokenizer,
+    read_json,
+)
 
 
 def read(directory: Path) -> Tokenizer:
@@ -19,16 +26,16 @@ def read(directory: Path) -> Tokenizer:
       ValueError: a file is malformed, or describes something other than GPT-2's byte-level BPE.
 
     """
-    settings = directory / "tokenizer_config.json"
+    settings = directory / TOKENIZER_CONFIG
     asked = read_json(settings) if settings.is_file() else {}
     for field in ("add_prefix_space", "add_bos_token"):
         if isinstance(asked, dict) and asked.get(field):
             raise ValueError(f"{settings} asks for {field} = {asked[field]!r}, which is not GPT-2's way to read a text")
-    if (directory / "vocab.json").is_file() or not (directory / "tokenizer.json").is_file():
-        added = directory / "added_tokens.json"
+    if (directory / VOCAB_JSON).is_file() or not (directory / TOKENIZER_JSON).is_file():
+        added = directory / ADDED_TOKENS
         more = read_json(added) if added.is_file() else {}
-        return Tokenizer.from_files(directory / "vocab.json", directory / "merges.txt", more)
-    path = directory / "tokenizer.json"
+        return Tokenizer.from_files(directory / VOCAB_JSON, directory / MERGES, more)
+    path = directory / TOKENIZER_JSON
     fields = read_json(path)
     try:
         model, splitter = fields["model"], fields["pre_tokenizer"]
@@ -53,11 +60,11 @@ def read(directory: Path) -> Tokenizer:
 
 def write(directory: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
     """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, and set the ids in config.json."""
-    tokenizer.to_files(directory / "vocab.json", directory / "merges.txt")
+    tokenizer.to_files(directory / VOCAB_JSON, directory / MERGES)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     write_json(
-        directory / "tokenizer.json",
+        directory / TOKENIZER_JSON,
         {
             "version": "1.0",
             "truncation": None,
@@ -82,7 +89,7 @@ def write(directory: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
         },
     )
     write_json(
-        directory / "tokenizer_config.json",
+        directory / TOKENIZER_CONFIG,
         {
             "tokenizer_class": "GPT2Tokenizer",
             "model_max_length": n_ctx,

@@ -33,7 +33,7 @@ def write_manifest(config: GPT2Config, hashes: Mapping[str, str], **more: Any) -
     """Return as JSON: the config (compute_dtype is a choice of each run), each tensor's sha256, and their digest."""
     kept = {name: getattr(config, name) for name in KEPT} | {"param_dtype": config.param_dtype.name}
     manifest = {"config": kept, "sha256": dict(hashes), **more}
-    return json.dumps(manifest | {"digest": _digest(manifest)})
+    return sealed(manifest)
 
 
 def read_manifest(text: str, source: object) -> tuple[GPT2Config, dict[str, Any]]:
@@ -44,12 +44,9 @@ def read_manifest(text: str, source: object) -> tuple[GPT2Config, dict[str, Any]
 
     """
     try:
-        manifest = json.loads(text)
-        digest = manifest.pop("digest")
-        if digest != _digest(manifest):
-            raise ValueError("it has another digest")
+        manifest = unsealed(text)
         return GPT2Config(**manifest["config"]), manifest
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(
             f"{source} is damaged: its list of tensors is not the one that was written ({error})"
         ) from error
@@ -96,6 +93,28 @@ def count_strange(array: np.ndarray) -> int:
 def one_line(error: Exception) -> str:
     """Return what an error of another library says, on one line and not too long."""
     return " ".join(str(error).split())[:300]
+
+
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """Return an object as JSON, with a sha256 of it all under "digest"."""
+    return json.dumps({**manifest, "digest": _digest(manifest)})
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """Return the object that `sealed` was given.
+
+    Raises:
+      ValueError: the text is not what was written.
+
+    """
+    try:
+        manifest = json.loads(text)
+        digest = manifest.pop("digest")
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(one_line(error)) from error
+    if digest != _digest(manifest):
+        raise ValueError("it has another digest")
+    return manifest
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

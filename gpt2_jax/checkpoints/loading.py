@@ -19,7 +19,7 @@ from gpt2_jax.config import SIZES, GPT2Config, float_dtype
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.progress import reading
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, Tokenizer
 
 
 def load(
@@ -139,9 +139,9 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
 
     """
     directory = runs.run_of(locate(source, "tokenizer"))
-    if _any_of(directory, OPENAI_VOCABULARY):
-        tokenizer = Tokenizer.from_files(*(directory / name for name in OPENAI_VOCABULARY))
-    elif _any_of(directory, huggingface_tokenizer.VOCABULARY):
+    if _any_of(directory, OPENAI_FILES):
+        tokenizer = Tokenizer.from_files(*(directory / name for name in OPENAI_FILES))
+    elif _any_of(directory, HUGGING_FACE_FILES):
         tokenizer = huggingface_tokenizer.read(directory)
     else:
         raise FileNotFoundError(
@@ -167,14 +167,13 @@ def has_vocabulary(source: str | os.PathLike) -> bool:
       as `load_tokenizer`.
 
     """
-    return _any_of(runs.run_of(locate(source, "tokenizer")), (*OPENAI_VOCABULARY, *huggingface_tokenizer.VOCABULARY))
+    return _any_of(runs.run_of(locate(source, "tokenizer")), (*OPENAI_FILES, *HUGGING_FACE_FILES))
 
 
 def _any_of(directory: Path, names: Sequence[str]) -> bool:
     return any((directory / name).is_file() for name in names)
 
 
-OPENAI_VOCABULARY = ("encoder.json", "vocab.bpe")
 _CONFIGS = {
     "hparams.json": tensorflow.read_hparams,
     "config.json": huggingface.read_config,

@@ -21,13 +21,12 @@ from typing import Any
 
 from gpt2_jax.checkpoints import parts
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import expanded, replacing_file
+from gpt2_jax.files import check_replaceable, expanded, replacing_file
 from gpt2_jax.recipe import Recipe, from_dict, to_dict
-from gpt2_jax.tokenizer import Tokenizer, fingerprint, read_json
+from gpt2_jax.tokenizer import OPENAI_FILES, Tokenizer, fingerprint, read_json
 
 RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
-VOCABULARY = ("encoder.json", "vocab.bpe")
 MARK, VERSION = "gpt2_jax_run", 1
 
 # What may be changed when a run is resumed: it decides what is still to come, what is watched, or how the same numbers
@@ -148,8 +147,9 @@ def write_run(
     directory.mkdir(parents=True, exist_ok=True)
     with replacing_file(directory / RUN) as temporary:
         temporary.write_text(json.dumps(_to_json(run), indent=1) + "\n", encoding="utf-8")
-    if tokenizer and not all((directory / name).is_file() for name in VOCABULARY):
-        with replacing_file(directory / VOCABULARY[0]) as encoder, replacing_file(directory / VOCABULARY[1]) as merges:
+    vocabulary = [directory / name for name in OPENAI_FILES]
+    if tokenizer and not all(path.is_file() for path in vocabulary):
+        with replacing_file(vocabulary[0]) as encoder, replacing_file(vocabulary[1]) as merges:
             tokenizer.to_files(encoder, merges)
     return resumed
 
@@ -178,15 +178,10 @@ def check_free(directory: Path) -> None:
       FileExistsError: it holds something else.
 
     """
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file: choose another name for the run")
-    if not directory.exists() or is_run(directory):
-        return
     # The second is what a run leaves that was killed as it began, or while it prepared its text.
     begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
-    if others := sorted(path.name for path in directory.iterdir() if not begun.fullmatch(path.name)):
-        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise FileExistsError(f"{directory} holds other things than a run ({listed}): choose another folder")
+    if not is_run(directory):
+        check_replaceable(directory, "a run", lambda names: {name for name in names if not begun.fullmatch(name)})
 
 
 def steps(run_dir: Path) -> list[int]:

@@ -11,20 +11,21 @@ from typing import Literal
 import jax
 import numpy as np
 
+from gpt2_jax import files
 from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, tensorflow
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES
+from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import expanded, replacing
 from gpt2_jax.model import check_params
 from gpt2_jax.params import Params, flatten
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, TOKENIZER_CONFIG, Tokenizer
 
 Format = Literal["tensorflow", "huggingface", "orbax"]
 WRITERS = {"tensorflow": tensorflow.write, "huggingface": huggingface.write, "orbax": orbax.write}
-VOCABULARY = {"encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"}
+VOCABULARY = {*OPENAI_FILES, *HUGGING_FACE_FILES, TOKENIZER_CONFIG}
 MODELS = (  # the names that a saved model has, without its vocabulary
     {"hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt.data-00000-of-00001"},
-    {"config.json", "model.safetensors"},
+    {"config.json", huggingface.WEIGHTS},
     {orbax.MANIFEST, orbax.TREE},
 )
 
@@ -57,26 +58,25 @@ def save(
       ValueError: an unknown format, params that are not this config's, or a dtype or tokenizer that does not fit.
 
     """
-    if format not in WRITERS:
-        raise ValueError(f"format must be one of {', '.join(WRITERS)}, not {format!r}")
+    choice("format", format, WRITERS)
     check_params(config, params)
     if config.param_dtype.name not in STORED_DTYPES:
         raise ValueError(f"params are saved as {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
     if tokenizer is not None and tokenizer.n_vocab != config.n_vocab:
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, the config n_vocab = {config.n_vocab}")
-    directory = expanded(directory)
+    directory = files.expanded(directory)
     if format == "tensorflow":
         tensorflow.check_path(directory)
     check = functools.partial(check_replaceable, directory, with_vocabulary=tokenizer is not None)
     check()
     flat = _on_host(config, params)
     try:
-        with replacing(directory, check) as temporary:
+        with files.replacing(directory, check) as temporary:
             WRITERS[format](temporary, config, flat)
             if tokenizer is not None and format == "huggingface":
                 huggingface_tokenizer.write(temporary, tokenizer, config.n_ctx)
             elif tokenizer is not None:
-                tokenizer.to_files(temporary / "encoder.json", temporary / "vocab.bpe")
+                tokenizer.to_files(*(temporary / name for name in OPENAI_FILES))
     except FileExistsError:
         raise
     except OSError as error:
@@ -85,27 +85,28 @@ def save(
         raise told from error
 
 
-def check_replaceable(directory: Path, with_vocabulary: bool) -> None:
+def check_replaceable(directory: Path, with_vocabulary: bool, overwrite: bool = True) -> None:
     """Check that nothing but a saved model would go if this directory were replaced.
+
+    Args:
+      directory: to be written.
+      with_vocabulary: the new model comes with one.
+      overwrite: a saved model may be replaced.
 
     Raises:
       FileExistsError: something would.
 
     """
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file: choose another name")
-    names = {path.name for path in directory.iterdir()}
-    model = next((model for model in MODELS if model <= names), set())
-    if "model.safetensors" in model and not huggingface.is_ours(directory):
-        model = set()  # perhaps another architecture's
-    folders = {path.name for path in directory.iterdir() if path.is_dir()} - ({orbax.TREE} & model)
-    if others := sorted((names - model - (VOCABULARY if model else set())) | folders):
-        raise FileExistsError(
-            f"{directory} holds other files ({', '.join(others[:5])}), which stay: choose another name"
-        )
-    if names & VOCABULARY and not with_vocabulary:
+
+    def others(names: set[str]) -> set[str]:
+        model = next((model for model in MODELS if model <= names), set())
+        if huggingface.WEIGHTS in model and not huggingface.is_ours(directory):
+            model = set()  # perhaps another architecture's
+        folders = {path.name for path in directory.iterdir() if path.is_dir()} - ({orbax.TREE} & model)
+        return (names - model - (VOCABULARY if model else set())) | folders
+
+    files.check_replaceable(directory, "a saved model", others, overwrite)
+    if not with_vocabulary and any((directory / name).exists() for name in VOCABULARY):
         raise FileExistsError(
             f"{directory} holds a vocabulary, which would be lost: pass its tokenizer, or choose another name"
         )

@@ -12,6 +12,7 @@ from gpt2_jax.checkpoints import hub, runs
 from gpt2_jax.config import SIZES
 from gpt2_jax.files import expanded
 from gpt2_jax.release import download
+from gpt2_jax.tokenizer import OPENAI_FILES
 
 Form = Literal["tensorflow", "huggingface", "orbax", "checkpoint"]
 Part = Literal["model", "tokenizer"]
@@ -76,7 +77,7 @@ def size_meant(source: object) -> str | None:
 
 _PARTS = {
     "model": download.FILES,
-    "tokenizer": ("hparams.json", "encoder.json", "vocab.bpe"),
+    "tokenizer": ("hparams.json", *OPENAI_FILES),
 }
 
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gpt2_jax import progress
+from gpt2_jax import files, progress
+from gpt2_jax.checks import choice, real_number, whole_number
 from gpt2_jax.data.encoding import encode_all, processes_for
 from gpt2_jax.data.sources import Fields, Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
@@ -27,7 +28,6 @@ from gpt2_jax.data.token_files import (
     id_dtype,
     open_prepared,
 )
-from gpt2_jax.files import expanded, replacing, sha256_of
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
 
 
@@ -82,17 +82,17 @@ def prepare(
       OSError: files cannot be read or written, or a process died.
 
     """
-    if split not in ("auto", "documents", "tail"):
-        raise ValueError(f"split must be auto, documents or tail, not {split!r}")
-    _check_number("val_fraction", val_fraction, (int, float), 0, 1)
-    _check_number("seed", seed, (int,), 0, 2**32)
-    _check_number("n_processes", n_processes, (int,), 0, 1025)
+    choice("split", split, ("auto", "documents", "tail"))
+    number = real_number("val_fraction", val_fraction, 0, 1, open_high=True)
+    val_fraction = val_fraction if isinstance(val_fraction, int) else number  # the manifest says 0 where 0 is given
+    seed = whole_number("seed", seed, 0, 2**32 - 1)
+    n_processes = whole_number("n_processes", n_processes, 0, 1024)
     fields = Fields(field, prompt_field, completion_field)
-    target = expanded(folder)
+    target = files.expanded(folder)
     check = functools.partial(check_replaceable, target, overwrite)
     check()
     found = Sources(sources, fields, tokenizer.n_vocab, tokenizer.eot)
-    with replacing(target, check) as temporary:
+    with files.replacing(target, check) as temporary:
         written = _write_all(temporary, found, tokenizer, n_processes or processes_for(found.n_bytes), shown)
         division = divide(np.frombuffer(written.ends, np.int64), val_fraction, split, seed)
         sizes = {".bin": id_dtype(tokenizer.n_vocab).itemsize} | ({".mask.bin": 1} if fields.pairs else {})
@@ -112,7 +112,7 @@ def prepare(
             "bytes": written.n_bytes,
             "end_of_text_as_text": written.n_markers,
             **{name: _counts(temporary, name, tokenizer, division.documents[name]) for name in SPLITS},
-            "sha256": {path.name: sha256_of(path) for path in sorted(temporary.iterdir())},
+            "sha256": {path.name: files.sha256_of(path) for path in sorted(temporary.iterdir())},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return open_prepared(target, tokenizer)
@@ -125,24 +125,9 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
       FileExistsError: there is one that is not empty, and it is not to be replaced, or holds more than prepared text.
 
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: choose another name")
-    names = {path.name for path in folder.iterdir()}
-    if names and not overwrite:
-        raise FileExistsError(f"{folder} exists: choose another folder, or replace the tokens in it (--overwrite)")
-    if names and (MANIFEST not in names or names - FILES):
-        raise FileExistsError(
-            f"{folder} holds other things than prepared text ({', '.join(sorted(names - FILES)[:5] or sorted(names))}),"
-            " which stay: choose another folder"
-        )
-
-
-def _check_number(name: str, value: Any, kinds: tuple[type, ...], least: int, below: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < below:
-        kind = "a whole number" if kinds == (int,) else "a number"
-        raise ValueError(f"{name} must be {kind} in [{least}, {below}), not {value!r}")
+    files.check_replaceable(
+        folder, "prepared text", lambda names: names - FILES or (set() if MANIFEST in names else names), overwrite
+    )
 
 
 # ---- all tokens in one file
@@ -170,11 +155,11 @@ class _Written:
 
 def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_processes: int, shown: bool | None) -> _Written:
     written = _Written(folder, found.fields.pairs)
-    with contextlib.ExitStack() as files:
-        out = files.enter_context((folder / "train.bin").open("wb"))
-        mask = files.enter_context((folder / "train.mask.bin").open("wb")) if written.masked else None
-        bars = files.enter_context(progress.bars("bytes", "left", shown=shown))
-        encoded = files.enter_context(contextlib.closing(encode_all(found.pieces(), tokenizer, n_processes)))
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context((folder / "train.bin").open("wb"))
+        mask = stack.enter_context((folder / "train.mask.bin").open("wb")) if written.masked else None
+        bars = stack.enter_context(progress.bars("bytes", "left", shown=shown))
+        encoded = stack.enter_context(contextlib.closing(encode_all(found.pieces(), tokenizer, n_processes)))
         for part in encoded:
             out.write(part.ids.tobytes())
             if mask:

@@ -6,12 +6,13 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import jax
 import numpy as np
 from flax import struct
 
+from gpt2_jax.checks import whole_number
 from gpt2_jax.data.token_files import Tokens
 
 PREFETCHED = 8  # batches that wait, read already
@@ -43,7 +44,7 @@ def batches(
     first_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield batches to train on, without end, from that of step `first_step` on; to begin late takes no longer.
 
     Row r of step s is window number s * batch_size + r of a sequence of epochs. An epoch has as few windows as together
@@ -71,10 +72,8 @@ def batches(
 
     """
     _check_text(tokens, n_tokens, batch_size)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), not {seed}")
-    if first_step < 0:
-        raise ValueError(f"first_step must be 0 or more, not {first_step}")
+    seed = whole_number("seed", seed, 0, 2**32 - 1)
+    first_step = whole_number("first_step", first_step)
     if not 0 <= process_index < process_count or batch_size % process_count:
         raise ValueError(
             f"a batch of {batch_size} rows cannot be shared by {process_count} processes, of which this is number "
@@ -92,7 +91,7 @@ def batches(
 
 def _read_ahead(
     tokens: Tokens, n_tokens: int, batch_size: int, seed: int, first_step: int, process_index: int, process_count: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     import grain
 
     epochs = _Epochs(tokens.n_tokens, n_tokens, seed)
@@ -150,8 +149,7 @@ def windows(tokens: Tokens, n_tokens: int, batch_size: int, at_most: int = 0) ->
 
     """
     _check_text(tokens, n_tokens, batch_size)
-    if at_most < 0:
-        raise ValueError(f"at_most must be 0 or more, not {at_most}")
+    at_most = whole_number("at_most", at_most)
     n_windows = max((tokens.n_tokens - 1) // n_tokens, 1)
     n_windows = min(n_windows, at_most) if at_most else n_windows
     return _consecutive(tokens, n_tokens, batch_size, n_windows)
@@ -166,9 +164,8 @@ def _consecutive(tokens: Tokens, n_tokens: int, batch_size: int, n_windows: int)
 
 
 def _check_text(tokens: Tokens, n_tokens: int, batch_size: int) -> None:
-    for name, value in (("n_tokens", n_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, not {value}")
+    whole_number("n_tokens", n_tokens, 1)
+    whole_number("batch_size", batch_size, 1)
     if tokens.n_tokens < 2:
         raise ValueError(f"{tokens.path} has {tokens.n_tokens} tokens: there is nothing to predict")
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt2_jax import files
+from gpt2_jax.checks import whole_number
 from gpt2_jax.data.sources import Fields, Sources
-from gpt2_jax.files import expanded, replacing
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
+from gpt2_jax.tokenizer import END_OF_TEXT, OPENAI_FILES, Tokenizer
 
-FILES = {"encoder.json", "vocab.bpe"}
 MIN_FREQUENCY = 2  # a pair that occurs once is not worth a token
 N_BYTES = 256
 
@@ -37,8 +38,7 @@ def train_tokenizer(
     from tokenizers import Tokenizer as Trained
     from tokenizers import models, pre_tokenizers, trainers
 
-    if isinstance(n_merges, bool) or not isinstance(n_merges, int) or n_merges < 0:
-        raise ValueError(f"n_merges must be a whole number of 0 or more, not {n_merges!r}")
+    n_merges = whole_number("n_merges", n_merges)
     found = Sources(sources, Fields(field))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # by code point: OpenAI's order of the bytes
     trained = Trained(models.BPE())
@@ -65,14 +65,11 @@ def write_tokenizer(folder: str | os.PathLike, tokenizer: Tokenizer, overwrite: 
       FileExistsError: the folder holds something, or more than a vocabulary where that may be overwritten.
 
     """
-    folder = expanded(folder)
-
-    def check() -> None:
-        check_replaceable(folder, overwrite)
-
+    folder = files.expanded(folder)
+    check = functools.partial(check_replaceable, folder, overwrite)
     check()
-    with replacing(folder, check) as temporary:
-        tokenizer.to_files(temporary / "encoder.json", temporary / "vocab.bpe")
+    with files.replacing(folder, check) as temporary:
+        tokenizer.to_files(*(temporary / name for name in OPENAI_FILES))
     return folder
 
 
@@ -83,17 +80,7 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
       FileExistsError: there is one that is not empty, and it is not to be replaced, or holds more than a vocabulary.
 
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file: choose another name")
-    names = {path.name for path in folder.iterdir()}
-    if names and not overwrite:
-        raise FileExistsError(f"{folder} exists: choose another folder, or replace the vocabulary in it (--overwrite)")
-    if others := sorted(names - FILES):
-        raise FileExistsError(
-            f"{folder} holds other files ({', '.join(others[:5])}), which stay: choose another folder"
-        )
+    files.check_replaceable(folder, "a vocabulary", lambda names: names - {*OPENAI_FILES}, overwrite)
 
 
 def _text(text: object) -> str:

@@ -16,9 +16,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from gpt2_jax import progress
+from gpt2_jax import files, progress
+from gpt2_jax.checks import whole_number
 
 INDEX = "index"
 
@@ -60,8 +61,7 @@ def complete_file(
         that is the input, that another process is writing, or that was begun with another input or other settings.
 
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}")
+    batch_size = whole_number("batch_size", batch_size, 1)
     source, target = Path(source), Path(target).resolve()
     _check_paths(source, target)
     data = source.read_bytes()
@@ -141,21 +141,16 @@ def _new(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Keep other processes from writing the same target; the lock ends with the process, however it ends."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process is writing {target}: wait for it, or name another --output") from error
-    try:
-        yield
-    finally:
-        if target.exists():  # nothing is left to do: who locks the removed file now finds that, and does nothing
-            with contextlib.suppress(OSError):
-                Path(lock.lock_file).unlink()
-        lock.release()
+    """Keep other processes from writing the same target."""
+    path = target.with_name(f".{target.name}.lock")
+    busy = ValueError(f"another process is writing {target}: wait for it, or name another --output")
+    with files.lock(path, busy):
+        try:
+            yield
+        finally:
+            if target.exists():  # nothing is left to do: who locks the removed file now finds that, and does nothing
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def _header(settings: Mapping[str, Any], data: bytes) -> dict[str, Any]:
@@ -177,8 +172,8 @@ def _begin(target: Path, header: dict[str, Any], n_prompts: int) -> bool:
             return False
         raise ValueError(f"{target} exists: it is complete; delete it or name another --output")
     if not part.exists():
-        with _replacing(part, _new(target)) as file:
-            file.write(_line(header))
+        with files.replacing_file(part, _new(target)) as new:
+            new.write_bytes(_line(header))
     return True
 
 
@@ -249,23 +244,10 @@ def _check_header(part: Path, old: dict[str, Any] | None, new: dict[str, Any]) -
 
 def _finish(target: Path) -> None:
     """Make the target from a part file that has all lines."""
-    with _part(target).open("rb") as lines, _replacing(target, _new(target)) as file:
+    with files.replacing_file(target, _new(target)) as new, _part(target).open("rb") as lines, new.open("wb") as file:
         lines.readline()
         shutil.copyfileobj(lines, file, 2**20)
     _part(target).unlink()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """Give a file to write, which takes the name of `path` when it is whole and on the disk."""
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _lines(

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax.tokenizer import MERGES, OPENAI_FILES, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCAB_JSON
+
 # For each form, and then for any, patterns of names and what such a file is for: the first that fits counts.
 WEIGHTS = {
     "tensorflow": {
@@ -33,24 +35,16 @@ WEIGHTS = {
     },
 }
 SHARDED = ("model.safetensors.index.json", "model-*-of-*.safetensors")
+IN_TWO = ("the vocabulary: token to id; text", "the merges of byte-pair encoding, in order; text")
 VOCABULARIES = (  # the first of which there is a file is read
-    {
-        "encoder.json": "the vocabulary: token to id; text",
-        "vocab.bpe": "the merges of byte-pair encoding, in order; text",
-    },
-    {
-        "vocab.json": "the vocabulary: token to id; text",
-        "merges.txt": "the merges of byte-pair encoding, in order; text",
-    },
-    {"tokenizer.json": "the vocabulary and the merges of byte-pair encoding; text"},
+    dict(zip(OPENAI_FILES, IN_TWO, strict=True)),
+    dict(zip((VOCAB_JSON, MERGES), IN_TWO, strict=True)),
+    {TOKENIZER_JSON: "the vocabulary and the merges of byte-pair encoding; text"},
 )
 PICKLED = "pickled weights; never opened, as a pickle can run code"
 NOT_READ = {
-    "encoder.json": "the same vocabulary in another form",
-    "vocab.bpe": "the same merges in another form",
-    "vocab.json": "the same vocabulary in another form",
-    "merges.txt": "the same merges in another form",
-    "tokenizer.json": "the same vocabulary in another form",
+    **dict.fromkeys((OPENAI_FILES[0], VOCAB_JSON, TOKENIZER_JSON), "the same vocabulary in another form"),
+    **dict.fromkeys((OPENAI_FILES[1], MERGES), "the same merges in another form"),
     "*.meta": "TensorFlow's graph of the computation; the weights need none",
     "*.index": "another checkpoint's index",
     "*.data-*-of-*": "another checkpoint's weights",
@@ -60,7 +54,7 @@ NOT_READ = {
     "*.msgpack": "the weights for Flax, under Hugging Face's names",
     "*.onnx": "the weights for ONNX",
     "generation_config.json": "Hugging Face's sampling defaults",
-    "tokenizer_config.json": "Hugging Face's tokenizer settings",
+    TOKENIZER_CONFIG: "Hugging Face's tokenizer settings",
     "special_tokens_map.json": "Hugging Face's tokenizer settings",
     "trainer/": "the optimizer's state, for training on",
     **dict.fromkeys(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"), "Orbax's own notes"),

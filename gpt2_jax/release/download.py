@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from gpt2_jax.checks import real_number, whole_number
 from gpt2_jax.config import SIZES
-from gpt2_jax.files import cache_dir, expanded
+from gpt2_jax.files import cache_dir, expanded, lock, put_in_place
 from gpt2_jax.progress import bars
 from gpt2_jax.release.known import (
     DATA,
@@ -35,6 +35,7 @@ from gpt2_jax.release.transfer import Failed, Refused, Report, disk_error, lengt
 __all__ = ["FILES", "MIRRORS", "Expected", "expectations", "fetch", "fetch_verified", "size_of"]
 
 LOCK = ".download.lock"
+LONGEST = 10**6  # seconds to wait
 BAR = 10  # columns of the terminal: with the longest name a line of 80
 _WAY_OUT = "name another address with --base-url or GPT2_JAX_BASE_URL, or put the files there by hand"
 
@@ -182,15 +183,15 @@ def _plan(
         raise ValueError(f"no released GPT-2 is called {size!r}: the sizes are {', '.join(SIZES)}")
     if unknown := [name for name in files if name not in FILES]:
         raise ValueError(f"{unknown[0]!r} is no file of the release: those are {', '.join(FILES)}")
-    for name, value, least in (("attempts", attempts, 1), ("jobs", jobs, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
-    if not all(isinstance(value, int | float) and 0 <= value < 1e6 for value in (timeout, backoff)) or timeout == 0:
-        raise ValueError(f"timeout must be seconds above 0, and backoff 0 or more, not {timeout!r} and {backoff!r}")
+    patience = {
+        "timeout": real_number("timeout", timeout, 0, LONGEST, open_low=True),
+        "attempts": whole_number("attempts", attempts, 1),
+        "backoff": real_number("backoff", backoff, 0, LONGEST),
+    }
+    jobs = whole_number("jobs", jobs, 1)
     directory = directory_of(known, directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is not a directory: files cannot be put there")
-    patience = {"timeout": timeout, "attempts": attempts, "backoff": backoff}
     return _Plan(
         known, directory, tuple(dict.fromkeys(files)), base_addresses(base_urls), expectations(known), jobs, patience
     )
@@ -199,22 +200,14 @@ def _plan(
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Make the directory and keep other processes from fetching into it; wait, and say so, while one does."""
-    from filelock import FileLock, Timeout
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK)
+    waiting = f"gpt2-jax: another process is fetching into {directory}: waiting for it"
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"gpt2-jax: another process is fetching into {directory}: waiting for it", file=sys.stderr)
-            lock.acquire()
-    except OSError as error:
-        raise disk_error(error, directory) from error
-    try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(directory / LOCK, waiting=waiting))
+        except OSError as error:
+            raise disk_error(error, directory) from error
         yield
-    finally:
-        lock.release()
 
 
 def _bring(plan: _Plan, progress: bool | None) -> None:
@@ -259,10 +252,7 @@ def _fetch_from(url: str, plan: _Plan, name: str, stop: threading.Event, report:
 
 
 def _put_in_place(part: Path, path: Path) -> None:
-    """Rename a whole file once it is on the disk: a power cut leaves it right or absent too."""
     try:
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        put_in_place(part, path)
     except OSError as error:
         raise disk_error(error, path) from error

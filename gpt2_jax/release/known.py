@@ -13,9 +13,11 @@ from urllib.parse import urlsplit
 
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.release.transfer import is_markup, length
+from gpt2_jax.tokenizer import OPENAI_FILES
 
+ENCODER, MERGES = OPENAI_FILES
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
-FILES = ("checkpoint", "encoder.json", "hparams.json", DATA, INDEX, "model.ckpt.meta", "vocab.bpe")
+FILES = ("checkpoint", ENCODER, "hparams.json", DATA, INDEX, "model.ckpt.meta", MERGES)
 MIRRORS = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
@@ -92,12 +94,12 @@ def expectations(size: str) -> dict[str, Expected]:
     vocab_bpe = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
     return {
         "checkpoint": Expected(known.get("checkpoint"), is_pointer),
-        "encoder.json": Expected(1042301, has_sha256(encoder_json)),
+        ENCODER: Expected(1042301, has_sha256(encoder_json)),
         "hparams.json": Expected(known.get("hparams.json"), is_hparams(SIZES[size])),
         DATA: Expected(4 * SIZES[size].n_params),
         INDEX: Expected(known.get(INDEX), is_index),
         "model.ckpt.meta": Expected(known.get("model.ckpt.meta")),
-        "vocab.bpe": Expected(456318, has_sha256(vocab_bpe)),
+        MERGES: Expected(456318, has_sha256(vocab_bpe)),
     }
 
 

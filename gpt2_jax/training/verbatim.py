@@ -87,18 +87,18 @@ def verbatim_shares(
     """
     n = whole_number("n", n, 1)
     at_most = at_most if at_most is None else whole_number("at_most", at_most, 1)
-    samples = [_ids(sample) for sample in samples]
+    rows = [_ids(sample) for sample in samples]
     n_searched = tokens.n_tokens if at_most is None else min(at_most, tokens.n_tokens)
-    search = _Search(samples, n)
+    search = _Search(rows, n)
     # A run is no longer than its sample: with so much of the chunk before, it lies whole in one of the two.
-    keep = max([n, *map(len, samples)]) - 1
+    keep = max([n, *map(len, rows)]) - 1
     window = np.zeros(0, np.uint32)
     for start in range(0, n_searched if search.n_grams else 0, CHUNK):
         ids, _ = tokens.read(start, min(CHUNK, n_searched - start))
         before = window[max(len(window) - keep, 0) :]
         window = np.concatenate([before, np.asarray(ids).astype(np.uint32, copy=False)])
         search.add(window, start - len(before))
-    return [search.overlap(i, n_searched, tokens.n_tokens) for i in range(len(samples))]
+    return [search.overlap(i, n_searched, tokens.n_tokens) for i in range(len(rows))]
 
 
 def _ids(sample: Sequence[int]) -> np.ndarray:
@@ -193,11 +193,11 @@ def _hashes(ids: np.ndarray, n: int) -> np.ndarray:
     if len(ids) < n:
         return np.zeros(0, np.uint32)
     whole, length = ids, 1  # hashes of runs of `length`, a power of two
-    result, done, power = None, 0, BASE
+    result, done, power = ids, 0, BASE
     rest = n
     while rest:
         if rest & 1:  # put what is done so far before a run of `length`
-            if result is None:
+            if not done:
                 result = whole
             else:
                 size = len(whole) - done

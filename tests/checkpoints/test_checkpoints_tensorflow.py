@@ -183,7 +183,7 @@ def test_a_changed_byte_of_the_weights_is_told(directory, seed):
         ("[1]", "must map names to numbers"),
         ("", "Expecting value"),
         ("[" * 99_999, "recursion"),
-        (json.dumps(CONFIG.to_hparams() | {"n_layer": -1}), "n_layer must be a positive"),
+        (json.dumps(CONFIG.to_hparams() | {"n_layer": -1}), "n_layer must be a whole number, from 1 to"),
         (json.dumps(CONFIG.to_hparams() | {"dtype": 1}), "unknown hyperparameters dtype"),
     ],
 )

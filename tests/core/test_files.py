@@ -1,8 +1,13 @@
-"""Folders and files replaced in one step."""
+"""Folders and files replaced in one step, what is on the disk by then, what may be replaced, and locks."""
 
+import errno
 import os
+import subprocess
+import sys
+import threading
 import time
 
+import filelock
 import pytest
 
 from gpt2_jax import files
@@ -86,3 +91,153 @@ def test_a_file_is_replaced_or_left(tmp_path):
     with files.replacing_file(path) as new:
         new.write_text("new")
     assert (path.read_text(), names(tmp_path)) == ("new", ["file"])
+
+
+def test_a_file_may_be_written_under_a_name_of_ones_own(tmp_path):
+    with files.replacing_file(tmp_path / "file", tmp_path / ".file.new") as new:
+        assert new == tmp_path / ".file.new"
+        new.write_text("new")
+    assert names(tmp_path) == ["file"]
+
+
+def flushed_before(monkeypatch, path):
+    """Return a list that gets, for each fsync, the inode it is of, and the inode that has the name `path` then."""
+    flushed, real = [], os.fsync
+
+    def fsync(descriptor):
+        real(descriptor)
+        flushed.append((os.fstat(descriptor).st_ino, path.stat().st_ino if path.exists() else None))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    return flushed
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name_and_its_folder_after(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+    old = path.stat().st_ino
+    flushed = flushed_before(monkeypatch, path)
+    with files.replacing_file(path) as new:
+        new.write_text("new")
+    assert flushed == [(path.stat().st_ino, old), (tmp_path.stat().st_ino, path.stat().st_ino)]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch, there):
+    path, old = tmp_path / "model", None
+    if there:
+        path.mkdir()
+        old = path.stat().st_ino
+    flushed = flushed_before(monkeypatch, path)
+    with files.replacing(path) as new:
+        (new / "weights").write_text("1")
+        (new / "params" / "d").mkdir(parents=True)
+        (new / "params" / "d" / "0").write_text("2")
+    *first, last = flushed
+    assert {inode for inode, _ in first} == {found.stat().st_ino for found in [path, *path.rglob("*")]}
+    assert {at for _, at in first} == {old}
+    assert last == (tmp_path.stat().st_ino, path.stat().st_ino)
+
+
+def test_what_cannot_be_flushed_takes_no_name(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "model").mkdir()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"), files.replacing_file(tmp_path / "file") as new:
+        new.write_text("new")
+    with pytest.raises(OSError, match="no space"), files.replacing(tmp_path / "model") as new:
+        (new / "weights").write_text("new")
+    assert (tmp_path / "file").read_text() == "old"
+    assert names(tmp_path) == ["file", "model"]
+    assert names(tmp_path / "model") == []
+
+
+# ---- what may be replaced
+
+
+def test_what_may_be_replaced(tmp_path):
+    def check(folder, overwrite=True):
+        files.check_replaceable(folder, "a poem", lambda names: names - {"poem"}, overwrite)
+
+    check(tmp_path / "absent", overwrite=False)
+    (tmp_path / "folder").mkdir()
+    check(tmp_path / "folder", overwrite=False)
+    (tmp_path / "folder" / "poem").write_text("")
+    check(tmp_path / "folder")
+    with pytest.raises(FileExistsError, match=r"folder exists: .* replace a poem in it with --overwrite"):
+        check(tmp_path / "folder", overwrite=False)
+    for i in range(7):
+        (tmp_path / "folder" / f"{i}").write_text("")
+    with pytest.raises(FileExistsError, match=r"other things than a poem \(0, 1, 2, 3, 4 and 2 more\), which stay"):
+        check(tmp_path / "folder")
+    with pytest.raises(FileExistsError, match="poem is a file: choose another name"):
+        check(tmp_path / "folder" / "poem")
+
+
+# ---- locks
+
+HOLDER = """
+import sys
+from pathlib import Path
+from gpt2_jax import files
+with files.lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds a lock, and the lock's path."""
+    path = tmp_path / ".lock"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "held\n"
+        yield path, process
+        process.kill()
+
+
+def test_a_lock_refuses_while_another_process_holds_it_and_ends_with_that(holder):
+    path, process = holder
+    error = ValueError("busy")
+    with pytest.raises(ValueError, match="busy") as caught, files.lock(path, error):
+        pass
+    assert caught.value is error
+    process.kill()
+    process.wait()
+    with files.lock(path, error), pytest.raises(ValueError, match="busy"), files.lock(path, error):
+        pass
+    with pytest.raises(ZeroDivisionError), files.lock(path, error):
+        raise ZeroDivisionError
+    with files.lock(path, error):
+        pass
+
+
+def test_a_lock_waits_and_says_so(holder, capsys):
+    path, process = holder
+    threading.Timer(0.3, process.stdin.close).start()
+    start = time.monotonic()
+    with files.lock(path, waiting="waiting for the other"):
+        assert time.monotonic() - start > 0.2
+    assert capsys.readouterr() == ("", "waiting for the other\n")
+    with files.lock(path, waiting="waiting for the other"):
+        assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number", files.NO_LOCKS)
+def test_on_a_file_system_without_locks_nobody_is_kept_out(tmp_path, monkeypatch, number):
+    def acquire(*args, **kwargs):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with files.lock(tmp_path / ".lock", ValueError("busy")), files.lock(tmp_path / ".lock", ValueError("busy")):
+        pass
+    number = errno.EACCES
+    with pytest.raises(PermissionError, match="no locks here"), files.lock(tmp_path / ".lock", ValueError("busy")):
+        pass
