@@ -39,12 +39,14 @@ def read_losses(metrics_jsonl: str | os.PathLike) -> tuple[np.ndarray, np.ndarra
         for name, points in losses.items():
             if name in record:
                 points.append((record["step"], math.nan if record[name] is None else record[name]))
-    return tuple(np.array(points, np.float64).reshape(-1, 2) for points in losses.values())
+    train, validation = (np.array(points, np.float64).reshape(-1, 2) for points in losses.values())
+    return train, validation
 
 
 def draw(train: np.ndarray, validation: np.ndarray) -> Any:
     """Return a matplotlib Figure of (step, loss) points, [n, 2] each; losses that are not finite are gaps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import AutoLocator
 
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
     ax = figure.subplots()
@@ -54,7 +56,9 @@ def draw(train: np.ndarray, validation: np.ndarray) -> Any:
     _limit(ax, train, smooth, validation)
     ax.set(title="Loss by optimizer step", xlabel="optimizer steps", ylabel="loss (nats a token)")
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    locator = AutoLocator()
+    locator.set_params(integer=True, min_n_ticks=1)
+    ax.xaxis.set_major_locator(locator)
     ax.grid(alpha=0.25)
     ax.spines["top"].set_visible(False)
     if not np.isfinite(np.concatenate([train[:, 1], validation[:, 1]])).any():

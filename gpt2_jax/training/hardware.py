@@ -108,6 +108,7 @@ def mfu(tokens_per_second: float, config: GPT2Config, n_tokens: int, devices: Se
 
     """
     peaks = [peak_flops(device) for device in devices]
-    if not peaks or None in peaks:
+    known = [peak for peak in peaks if peak is not None]
+    if not known or len(known) < len(peaks):
         return None
-    return tokens_per_second * flops_per_token(config, n_tokens) / sum(peaks)
+    return tokens_per_second * flops_per_token(config, n_tokens) / sum(known)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def _announce(report: Report, memory: dict[str, int], n_steps_before: int, n_ste
         report.message(f"going on after step {first_step:,}")
 
 
-def _batches(plan: Plan, data: Prepared, first_step: int) -> Iterator[Batch]:
+def _batches(plan: Plan, data: Prepared, first_step: int) -> Generator[Batch, None, None]:
     """Yield what each step reads, in the parts of a step, on the devices."""
     recipe, sharding = plan.recipe, plan.over_rows(None)
 

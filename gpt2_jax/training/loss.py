@@ -84,7 +84,7 @@ def _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients):
     start = (jnp.zeros((), wide), jnp.zeros(wte_VD.shape, wide) if gradients else None)
     parts = (chunks(h_BTD), chunks(target_BT), chunks(weight_BT.astype(wide)))
     (loss, dwte_VD), dh = lax.scan(one, start, parts)
-    if not gradients:
+    if dh is None or dwte_VD is None:  # no gradients were asked for
         return loss, None, None
     dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(n_rows, n_chunks * size, width)[:, :n_positions]
     return loss, dh_BTD, dwte_VD.astype(wte_VD.dtype)

@@ -163,7 +163,7 @@ def device_memory(device: jax.Device) -> int | None:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and some systems not these names
         return None
-    return min(machine, _cgroup_limit()) // jax.local_device_count("cpu")
+    return int(min(machine, _cgroup_limit())) // jax.local_device_count("cpu")
 
 
 def _cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import save
 from gpt2_jax.data.batching import windows
-from gpt2_jax.data.token_files import Prepared
+from gpt2_jax.data.token_files import Prepared, Tokens
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
@@ -57,10 +57,10 @@ class Observer:
         """Do what is due at a step, unless a signal came."""
         if self.is_due(step):
             params = model_params(state, self.recipe)
-            if self._evaluation_is_due(step):
-                self._evaluate(step, params)
-            if self._samples_are_due(step):
-                self._sample(step, params)
+            if self.data.val is not None and self._evaluation_is_due(step):
+                self._evaluate(step, params, self.data.val)
+            if self.tokenizer is not None and self._samples_are_due(step):
+                self._sample(step, params, self.tokenizer)
 
     def out_of_patience(self) -> str:
         """Return why training should end, "" if it should not."""
@@ -89,9 +89,9 @@ class Observer:
         wanted = step and self.tokenizer is not None and monitor.prompts
         return bool(wanted) and due(step, monitor.sample_every, self.recipe.steps) and self.sampled != step
 
-    def _evaluate(self, step: int, params: Params) -> None:
+    def _evaluate(self, step: int, params: Params, val: Tokens) -> None:
         """Measure the validation loss, and keep the model if it is the best so far."""
-        loss = self._validation_loss(params)
+        loss = self._validation_loss(params, val)
         if loss is None:
             self.missed = True
             return
@@ -106,29 +106,29 @@ class Observer:
         self.evaluated = step
         self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
 
-    def _validation_loss(self, params: Params) -> float | None:
+    def _validation_loss(self, params: Params, val: Tokens) -> float | None:
         """Return nats a token over the fixed windows, NaN where no target counts; None if a signal came meanwhile."""
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         nats, weights = jnp.float32(0), jnp.float32(0)
-        for batch in windows(self.data.val, self.plan.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
+        for batch in windows(val, self.plan.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
             if self.stop:
                 return None
             part_nats, part_weights = self.eval_step(params, batch)
             nats, weights = nats + part_nats, weights + part_weights
         return float(nats) / float(weights) if weights else math.nan
 
-    def _sample(self, step: int, params: Params) -> None:
+    def _sample(self, step: int, params: Params, tokenizer: Tokenizer) -> None:
         """Continue the prompts, with the same draws each time, and say how much of it stands in the training text."""
         if self.stop:
             self.missed = True
             return
         monitor = self.recipe.monitor
-        prompts = [self.tokenizer.encode(prompt) or [self.tokenizer.eot] for prompt in monitor.prompts]
-        settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": [self.tokenizer.eot]}
+        prompts = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in monitor.prompts]
+        settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": [tokenizer.eot]}
         rows = generate(self.plan.config, params, prompts, monitor.sample_tokens, overflow="slide", **settings)
         overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
         for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):
-            self.report.sample(step, prompt, self.tokenizer.decode(row), overlap.share)
+            self.report.sample(step, prompt, tokenizer.decode(row), overlap.share)
             self.report.message(str(overlap))
         self.sampled = step
 

@@ -87,7 +87,7 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
     bare = jax.eval_shape(functools.partial(bare_state, recipe), abstract_params(config))
     trained = _trained_names(bare, recipe)
     optimizer = make_optimizer(recipe.optimizer, trained)
-    state = bare.replace(opt_state=jax.eval_shape(optimizer.init, bare.trained(trained)))
+    state = dataclasses.replace(bare, opt_state=jax.eval_shape(optimizer.init, bare.trained(trained)))
     return Plan(
         config=config,
         recipe=recipe,

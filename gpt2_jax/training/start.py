@@ -40,10 +40,12 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     model = recipe.model
     if not (model.source or model.tokenizer):
         raise ValueError("model.tokenizer must name a vocabulary where model.source is empty: new weights have none")
-    goes_on = run_dir is not None and runs.is_run(expanded(run_dir)) and bool(runs.steps(expanded(run_dir)))
-    tokenizer = load_tokenizer(run_dir if goes_on else model.tokenizer or model.source)
-    if goes_on:
-        config = runs.read_run(run_dir).config
+    begun = None if run_dir is None else expanded(run_dir)
+    if begun is not None and not (runs.is_run(begun) and runs.steps(begun)):
+        begun = None
+    tokenizer = load_tokenizer(begun or model.tokenizer or model.source)
+    if begun is not None:
+        config = runs.read_run(begun).config
     elif model.source:
         config = load_config(model.source)
     else:
@@ -51,7 +53,7 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     plan = make_plan(config, recipe)
     check_tokenizer(plan, tokenizer)
     check_memory(plan)
-    if goes_on:
+    if begun is not None:
         return plan, None, tokenizer
     with jax.default_device(_host()):
         params = load(model.source, dtype="float32")[1] if model.source else new_params(config, recipe.seed)
@@ -156,7 +158,8 @@ def _digest(recipe: Recipe, tokenizer: Tokenizer) -> str:
     if recipe.data.path == STDIN:
         return STDIN
     digest = hashlib.sha256()
-    for file in Sources([recipe.data.path], Fields(recipe.data.field), tokenizer.n_vocab, tokenizer.eot).files:
+    found = Sources([recipe.data.path], Fields(recipe.data.field), tokenizer.n_vocab, tokenizer.eot)
+    for file in filter(None, found.files):  # None is standard input
         kind = file.suffix.lower()
         field = recipe.data.field if kind in (".jsonl", ".csv") else ""
         digest.update(f"{kind} {field} {sha256_of(file)}\n".encode())

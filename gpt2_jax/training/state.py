@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,8 +44,10 @@ class TrainState:
 
     def with_trained(self, changed: Mapping[str, jax.Array]) -> TrainState:
         """Return the state with these arrays in the place of those that `trained` gave."""
-        flat = self.by_name() | changed
-        return self.replace(params=unflatten(flat)) if self.lora is None else self.replace(lora=_pairs(flat))
+        flat = self.by_name() | dict(changed)
+        if self.lora is None:
+            return dataclasses.replace(self, params=unflatten(flat))
+        return dataclasses.replace(self, lora=_pairs(flat))
 
 
 def model_params(state: TrainState, recipe: Recipe) -> Params:

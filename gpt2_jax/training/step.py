@@ -5,6 +5,7 @@ Shape letters: A parts of a step, B rows of a part, T tokens, D n_embd.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -38,7 +39,7 @@ def init_state(plan: Plan, params: Params) -> TrainState:
 
     def make(params: Params) -> TrainState:
         state = bare_state(plan.recipe, params)
-        return state.replace(opt_state=plan.optimizer.init(state.trained(plan.trained)))
+        return dataclasses.replace(state, opt_state=plan.optimizer.init(state.trained(plan.trained)))
 
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
@@ -73,9 +74,10 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         skip = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)) | (n_tokens == 0)
         if monitor.on_spike != "ignore":
             skip |= (state.mean_loss > 0) & (loss > monitor.spike * state.mean_loss)
-        new = state.with_trained(changed).replace(opt_state=opt_state)
+        new = dataclasses.replace(state.with_trained(changed), opt_state=opt_state)
         new = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state, new)
-        new = new.replace(step=state.step + 1, mean_loss=_mean_loss(state.mean_loss, loss, n_tokens, monitor.spike))
+        mean_loss = _mean_loss(state.mean_loss, loss, n_tokens, monitor.spike)
+        new = dataclasses.replace(new, step=state.step + 1, mean_loss=mean_loss)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
