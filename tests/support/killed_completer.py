@@ -1,7 +1,8 @@
 """A helper process of test_jsonl.py: it forks a process for each line of JSON on standard input, and kills it.
 
 Line: [source, target, log, batch_size, rounds, seconds after which it is killed or null, the step before which it is or
-null]. A step is a line of jsonl.py that is reached, or an operation on a file. Answer: [steps, error], or "killed".
+null]. A step is a line of jsonl.py or files.py that is reached, or an operation on a file. Answer: [steps, error], or
+"killed".
 """
 
 import hashlib
@@ -40,7 +41,7 @@ class Steps:
     """Counts the steps from now on, and kills the process before number `last`."""
 
     def __init__(self, module, last):
-        self.file, self.last, self.count = module.__file__, last, 0
+        self.files, self.last, self.count = {module.__file__, module.files.__file__}, last, 0
         sys.addaudithook(lambda event, args: self.step() if event in OPERATIONS else None)
         sys.settrace(self.trace)
 
@@ -50,7 +51,7 @@ class Steps:
         self.count += 1
 
     def trace(self, frame, event, argument):
-        if frame.f_code.co_filename != self.file:
+        if frame.f_code.co_filename not in self.files:
             return None
         if event == "line":
             self.step()
@@ -71,7 +72,7 @@ def run(jsonl, source, target, log, batch_size, rounds, step, pipe):
 
 
 def main(path):
-    spec = importlib.util.spec_from_file_location("jsonl", path)  # without the package: JAX makes forks slow
+    spec = importlib.util.spec_from_file_location("jsonl", path)  # not from its package: JAX makes forks slow
     jsonl = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(jsonl)
     for line in sys.stdin:
