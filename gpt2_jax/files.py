@@ -1,4 +1,4 @@
-"""Where files are kept, replacing them in one step, and locks.
+"""Where files are kept, reading them, replacing them in one step, and locks.
 
 Whatever takes a name in one step is on the disk before it does: every file of it is flushed (fsync), then it is
 renamed, then the folder that holds the name is flushed. So a power cut, like a kill, leaves the old or the new, and
@@ -14,6 +14,7 @@ import ctypes
 import errno
 import glob
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 ABANDONED = 24 * 3600  # seconds after which nobody can still be writing under a temporary name
 LISTED = 5  # names that a message lists
@@ -226,6 +228,36 @@ def lock(path: Path, busy: Exception | None = None, waiting: str = "") -> Iterat
         yield
     finally:
         held.release()
+
+
+def read_text(path: Path) -> str:
+    """Return the contents of a text file in UTF-8, without a byte order mark.
+
+    Raises:
+      FileNotFoundError: the file is not there.
+      ValueError: it is not UTF-8 text.
+
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the contents of a JSON file.
+
+    Raises:
+      FileNotFoundError: the file is not there.
+      ValueError: it is not UTF-8 text, or not JSON.
+
+    """
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def sha256_of(path: Path) -> str:

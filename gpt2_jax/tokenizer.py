@@ -9,10 +9,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tiktoken
+
+from gpt2_jax.checks import whole_number
+from gpt2_jax.files import read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -93,7 +95,7 @@ class Tokenizer:
         tokens = read_json(Path(encoder_json))
         if added and isinstance(tokens, dict):
             tokens = {**tokens, **added}
-        lines = _read_text(Path(vocab_bpe)).splitlines()
+        lines = read_text(Path(vocab_bpe)).splitlines()
         n_head = 1 if lines and lines[0].startswith("#version") else 0
         while lines and not lines[-1]:
             lines.pop()
@@ -147,13 +149,7 @@ class Tokenizer:
           ValueError: the id is not a whole number in [0, n_vocab).
 
         """
-        try:
-            i = operator.index(id)
-        except TypeError as error:
-            raise ValueError(f"an id must be a whole number, not {id!r}") from error
-        if not 0 <= i < self.n_vocab:
-            raise ValueError(f"id {i} is outside the vocabulary of {self.n_vocab} ids")
-        return self._encoding.decode_single_token_bytes(i)
+        return self._encoding.decode_single_token_bytes(whole_number("id", id, 0, self.n_vocab - 1))
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -173,20 +169,6 @@ def _cut_long_runs(text: str) -> Iterable[str]:
         yield from (text[start : run.start()], text[run.start() : end])
         start = end
     yield text[start:]
-
-
-def read_json(path: Path) -> Any:
-    """Return the contents of a JSON file.
-
-    Raises:
-      FileNotFoundError: the file is not there.
-      ValueError: it is not UTF-8 text, or not JSON.
-
-    """
-    try:
-        return json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _check_tokens(tokens: dict[str, int], source: str | os.PathLike) -> None:
@@ -240,12 +222,3 @@ def _byte_characters() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -25,9 +25,9 @@ from gpt2_jax.checkpoints.integrity import (
     write_manifest,
 )
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, GPT2Config
+from gpt2_jax.files import read_json
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
-from gpt2_jax.tokenizer import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROOT = "transformer."

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpt2_jax.files import read_json
 from gpt2_jax.tokenizer import (
     ADDED_TOKENS,
     END_OF_TEXT,
@@ -14,7 +15,6 @@ from gpt2_jax.tokenizer import (
     TOKENIZER_JSON,
     VOCAB_JSON,
     Tokenizer,
-    read_json,
 )
 
 

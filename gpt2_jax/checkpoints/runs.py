@@ -21,9 +21,9 @@ from typing import Any
 
 from gpt2_jax.checkpoints import parts
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import check_replaceable, expanded, replacing_file
+from gpt2_jax.files import check_replaceable, expanded, read_json, replacing_file
 from gpt2_jax.recipe import Recipe, from_dict, to_dict
-from gpt2_jax.tokenizer import OPENAI_FILES, Tokenizer, fingerprint, read_json
+from gpt2_jax.tokenizer import OPENAI_FILES, Tokenizer, fingerprint
 
 RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"

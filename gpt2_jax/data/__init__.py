@@ -1,6 +1,8 @@
 """Text to documents to tokens to batches, and vocabularies from text.
 
-What a model or an optimizer does with the batches is not here: see `gpt2_jax.training`.
+`sources` reads documents, `encoding` makes them tokens, `splitting` divides them, `token_files` keeps them and
+`batching` reads them a window at a time; `bpe` trains a vocabulary. Not here: reading a vocabulary and encoding a text
+(`gpt2_jax.tokenizer`), and what a model or an optimizer does with batches (`gpt2_jax.training`).
 """
 
 from gpt2_jax.data._prepare import prepare

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.files import expanded, sha256_of
-from gpt2_jax.tokenizer import Tokenizer, fingerprint, read_json
+from gpt2_jax.files import expanded, read_json, sha256_of
+from gpt2_jax.tokenizer import Tokenizer, fingerprint
 
 MANIFEST = "tokens.json"
 SPLITS = ("train", "val")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gpt2_jax.config import SIZES, GPT2Config
+from gpt2_jax.files import sha256_of
 from gpt2_jax.release.transfer import is_markup, length
 from gpt2_jax.tokenizer import OPENAI_FILES
 
@@ -57,7 +57,7 @@ def has_sha256(digest: str) -> Callable[[Path], str | None]:
     """Return a check that a file has this SHA-256."""
 
     def check(path: Path) -> str | None:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = sha256_of(path)
         return None if found == digest else f"its sha256 is {found} instead of {digest}"
 
     return check
