@@ -9,19 +9,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 import gpt2_jax
 from gpt2_jax.commands import _command, _conversation, _model, _prompts, _samples
+from gpt2_jax.commands._sampling import Options
 from gpt2_jax.commands._speaker import Model, encode
 from gpt2_jax.commands.compilation import keep_compiled
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
-    from gpt2_jax import GPT2Config, Tokenizer
-    from gpt2_jax.generation import Settings
+    from gpt2_jax import GPT2Config
 
 
 @dataclasses.dataclass
@@ -41,38 +41,15 @@ class Args:
     Killed, the same command goes on where it was."""
     interactive: bool = False
     """Read prompts from the terminal, with a history; Ctrl-C stops a sample, Ctrl-D ends."""
-    max_new_tokens: int = 128
-    """Most tokens to add, 0 or more; the prompt and they must fit in the model's n_ctx tokens, but for --overflow."""
-    temperature: float = 1.0
-    """Divides the logits, 0 or more: below 1 is safer text, above 1 wilder; 0 takes the most likely token (greedy)."""
-    top_k: int = 40
-    """Draw from the k most likely tokens alone; 0 means all."""
-    top_p: float = 1.0
-    """Of those, draw from the most likely whose probabilities add up to p, above 0 to 1; 1 means all."""
-    top_p_rule: Literal["original", "common"] = "original"
-    """original leaves out the token that crosses p, as OpenAI's code; common keeps it, as most libraries."""
-    min_p: float = 0.0
-    """Draw from tokens at least this many times as likely as the most likely, 0 to 1; 0 means all."""
-    repetition_penalty: float = 1.0
-    """Makes tokens that stand in the text already less likely, above 1 (1.2 say); 1 means not."""
-    seed: int = 0
-    """Seed of the draws, 0 to 4294967295: the same seed and settings give the same text."""
     num_samples: int = 1
     """Continuations of each prompt to write, 1 or more, each different."""
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End a sample before this string; a shell writes a blank line as $'\\n\\n'."""
-    stop_at_eot: bool = True
-    """End a sample where the model ends its text, with <|endoftext|>."""
-    overflow: Literal["error", "slide"] = "error"
-    """When a text outgrows the model's n_ctx tokens: refuse, or let the model see the last tokens alone."""
-    logprobs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    """Write a table after each sample: every token's log-probability (base e) and this many alternatives, 0 or more."""
     dtype: _model.DtypeOption = None
     """Dtype of weights and matrix products; bfloat16 takes half the memory."""
     echo: bool = True
     """Write the prompt before its continuation."""
     batch_size: int = 16
     """Samples to compute at a time, 1 or more: more are faster in all and take more memory; the text is the same."""
+    sampling: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,12 +73,12 @@ def run(args: Args) -> None:
     keep_compiled()
     directory = _model.source(args.model)
     config, tokenizer = gpt2_jax.load_config(directory), gpt2_jax.load_tokenizer(directory)
-    settings = _settings(args, tokenizer).check(config, tokenizer)
+    settings = args.sampling.settings(tokenizer).check(config, tokenizer)
     if texts is not None:  # before the weights: those can take long
         check_prompts(config, [encode(tokenizer, text) for text in texts], settings)
     model = Model(args.model, args.dtype, tokenizer, settings, args.batch_size)
     if args.interactive:
-        _conversation.converse(model, args.seed, args.echo)
+        _conversation.converse(model, args.sampling.seed, args.echo)
     elif args.input:
         _complete_file(model, args, config)
     else:
@@ -115,7 +92,7 @@ def _check(args: Args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
     ways = {"--prompt": args.prompt, "--prompt-file": args.prompt_file, "--input": args.input}
     given = [way for way, value in ways.items() if value]
-    if args.interactive and (given or args.num_samples > 1 or args.logprobs is not None):
+    if args.interactive and (given or args.num_samples > 1 or args.sampling.logprobs is not None):
         other = given[0] if given else "--num-samples" if args.num_samples > 1 else "--logprobs"
         raise ValueError(f"--interactive reads prompts from the terminal and cannot be given with {other}")
     if args.input and len(given) > 1:
@@ -128,21 +105,13 @@ def _check(args: Args) -> None:
         raise ValueError("--input and --output go together: prompts from one file, samples to the other")
 
 
-def _settings(args: Args, tokenizer: Tokenizer) -> Settings:
-    from gpt2_jax.generation import Settings
-
-    names = [field.name for field in dataclasses.fields(Settings) if not field.name.startswith("stop_")]
-    stop_ids = (tokenizer.eot,) if args.stop_at_eot else ()
-    return Settings(**{name: getattr(args, name) for name in names}, stop_ids=stop_ids, stop_strings=args.stop)
-
-
 def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
     """Print all samples; a single one as it comes, if someone is watching."""
     _ = model.weights  # not part of the time
     start, n_new = time.perf_counter(), 0
     watched = sys.stdout is not None and sys.stdout.isatty()
-    if len(texts) * args.num_samples == 1 and args.logprobs is None and watched:
-        _conversation.print_stream(model, texts[0], args.seed, args.echo)
+    if len(texts) * args.num_samples == 1 and args.sampling.logprobs is None and watched:
+        _conversation.print_stream(model, texts[0], args.sampling.seed, args.echo)
         return
     for i, completion in enumerate(model.complete(texts, args.num_samples)):
         text, sample = texts[i // args.num_samples], i % args.num_samples
@@ -150,7 +119,7 @@ def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
             prompt = f"prompt {i // args.num_samples + 1} of {len(texts)}, " if len(texts) > 1 else ""
             print(f"--- {prompt}sample {sample + 1} of {args.num_samples}", file=sys.stderr, flush=True)
         print((text if args.echo else "") + completion.text, flush=True)
-        if args.logprobs is not None:
+        if args.sampling.logprobs is not None:
             print(_samples.logprob_table(completion, model.tokenizer), flush=True)
         n_new += len(completion.ids)
     print(f"{n_new} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)

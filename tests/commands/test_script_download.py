@@ -149,9 +149,8 @@ def test_help_says_everything_without_importing_jax():
 
 
 def test_as_a_process_of_its_own(server, model, tmp_path):
-    inject = (
-        f"sys.path.insert(0, {str(commands.ROOT / 'tests')!r}); import fake_release; files = fake_release.embedded()"
-    )
+    inject = f"sys.path.insert(0, {str(commands.ROOT / 'tests' / 'support')!r})"
+    inject += "; import fake_release; files = fake_release.embedded()"
     inject += "; fake_release.download.expectations = lambda size: fake_release.expectations(files)"
     done = in_a_process("345M", code=inject, GPT2_JAX_CACHE=str(tmp_path), GPT2_JAX_BASE_URL=server.url)
     assert (done.code, done.out) == (2, "")

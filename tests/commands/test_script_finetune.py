@@ -129,7 +129,7 @@ REFUSED = {
     "a field that is none": (["--config", "field.toml"], "field.toml: optimizer.learning_rat is no part of a recipe"),
     "a value of another type": (["--config", "type.toml"], "type.toml: steps must be a whole number, not 'many'"),
     "not TOML": (["--config", "broken.toml"], "broken.toml: .*line 1"),
-    "a value out of range": (["--optimizer.learning-rate", -1], "learning_rate must be a number of 0 or more, not -1"),
+    "a value out of range": (["--optimizer.learning-rate", -1], "learning_rate must be a number, 0 or more, not -1"),
     "an option that is none": (["--learning-rate", 1], "--learning-rate"),
     "a word for a number": (["--steps", "many"], "many"),
     "no such model": (["--data.path", "text.txt", "--model.source", "no/such/model"], "no such model: 'no/such/model'"),

@@ -72,9 +72,8 @@ def test_overwriting(run, tmp_path):
     before = token_folders.snapshot(tmp_path)
     done = run(tmp_path / "a.txt", "-o", tmp_path / "t")
     assert (done.code, done.out) == (2, "")
-    assert done.err == (
-        f"gpt2-prepare: {tmp_path / 't'} exists: choose another folder, or replace the tokens in it (--overwrite)\n"
-    )
+    what = "choose another folder, or replace prepared text in it with --overwrite"
+    assert done.err == f"gpt2-prepare: {tmp_path / 't'} exists: {what}\n"
     assert token_folders.snapshot(tmp_path) == before
     assert run(tmp_path / "a.txt", "-o", tmp_path / "t", "--overwrite", "--val-fraction", 0.5).code == 0
 
@@ -84,7 +83,7 @@ def test_overwriting(run, tmp_path):
     [
         (("none.txt",), "no such file or folder: none.txt"),
         ((), "there is nothing to read"),
-        (("a.txt", "--val-fraction", 1), "val_fraction must be a number in [0, 1), not 1.0"),
+        (("a.txt", "--val-fraction", 1), "val_fraction must be a number, 0 or more and below 1, not 1.0"),
         (("a.txt", "--prompt-field", "q"), "go together"),
         (("a.txt", "--tokenizer", "no/such/model/here"), "no/such/model/here"),
         (("bad.txt",), "bad.txt is not UTF-8 text: byte 0xff at offset 4 (invalid start byte)"),
