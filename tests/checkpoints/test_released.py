@@ -26,8 +26,7 @@ def model():
 
 @pytest.fixture
 def server(model, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "expectations", lambda size: fake_release.expectations(model))
+    fake_release.use(monkeypatch, model)
     with server_that.Server(fake_release.served(model)) as running:
         yield running
 

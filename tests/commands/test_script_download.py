@@ -14,7 +14,6 @@ from fake_release import path, right_names
 
 from gpt2_jax.checkpoints import released
 from gpt2_jax.commands import download as command
-from gpt2_jax.release import download
 from gpt2_jax.release.known import DATA, FILES, INDEX
 
 SCRIPT = commands.SCRIPTS / "download.py"
@@ -34,8 +33,7 @@ def model():
 
 @pytest.fixture
 def server(model, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "expectations", lambda size: fake_release.expectations(model))
+    fake_release.use(monkeypatch, model)
     files = fake_release.served(model) | fake_release.served(model, "1558M")
     with server_that.Server(files) as running:
         yield running

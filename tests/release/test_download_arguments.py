@@ -28,8 +28,7 @@ NAMES = {
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "expectations", lambda size: fake_release.expectations(RELEASE))
+    fake_release.use(monkeypatch, RELEASE)
     with server_that.Server(fake_release.served(RELEASE) | fake_release.served(RELEASE, "1558M")) as running:
         yield running
 

@@ -21,18 +21,7 @@ from gpt2_jax.release.known import DATA, FILES, INDEX
 
 RELEASE = fake_release.made_up()
 BODY = RELEASE[DATA]
-
-
-@pytest.fixture(autouse=True)
-def _small_release(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "expectations", lambda size: fake_release.expectations(RELEASE))
-
-
-@pytest.fixture
-def server():
-    with server_that.Server(fake_release.served(RELEASE)) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("small_release")
 
 
 # ---- what is there already

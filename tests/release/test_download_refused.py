@@ -17,29 +17,7 @@ from gpt2_jax.release.known import DATA, INDEX
 RELEASE = fake_release.made_up()
 BODY = RELEASE[DATA]
 HALF = len(BODY) // 2 + 1
-
-
-@pytest.fixture(autouse=True)
-def _small_release(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "expectations", lambda size: fake_release.expectations(RELEASE))
-
-
-@pytest.fixture
-def unknown_sizes(monkeypatch):
-    monkeypatch.setattr(download, "expectations", lambda size: fake_release.expectations(RELEASE, sizes=False))
-
-
-@pytest.fixture
-def server():
-    with server_that.Server(fake_release.served(RELEASE)) as running:
-        yield running
-
-
-@pytest.fixture
-def mirror():
-    with server_that.Server(fake_release.served(RELEASE)) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("small_release")
 
 
 REFUSED = {

@@ -51,6 +51,12 @@ def expectations(files: dict[str, bytes], sizes: bool = True) -> dict[str, downl
     return {name: download.Expected(size(name), checks.get(name)) for name in files}
 
 
+def use(monkeypatch, files: dict[str, bytes]) -> None:
+    """Let the downloader take these files for the released ones, and ask a server on this machine for them."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "expectations", lambda size: expectations(files))
+
+
 def served(files: dict[str, bytes], size: str = "124M") -> dict[str, bytes]:
     return {path(name, size): body for name, body in files.items()}
 
