@@ -8,7 +8,6 @@ Shape letters: B batch, T query, S cache slot, N heads.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,6 @@ from flax import struct
 
 from gpt2_jax.activations import Tap, axes, check_names, shape
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.model import GPT2
-from gpt2_jax.params import Params
 
 Where = int | Sequence[int] | jax.Array | None
 END = np.iinfo(np.int32).max
@@ -243,25 +240,3 @@ def _here(edit: Edit, of: tuple[int, ...], position_BT: jax.Array) -> jax.Array 
         head_N = head_N.reshape([n if axis == "N" else 1 for axis, n in zip(letters, of, strict=True)])
         here = head_N if here is None else here & head_N
     return here
-
-
-@dataclasses.dataclass(frozen=True)
-class EditedGPT2:
-    """GPT2 whose parameters are {"params": (params, edits)}: what takes a model and its params takes this one too.
-
-    Hashable by config alone, so that edits of other values compile nothing.
-    """
-
-    config: GPT2Config
-
-    def apply(self, variables: Mapping[str, Any], *args: Any, method: str | None = None, **kwargs: Any) -> Any:
-        """Apply GPT2's method with the edits made."""
-        params, edits = variables["params"]
-        if method != "unembed":  # behind all activations
-            kwargs["taps"] = taps_of(edits)
-        return GPT2(self.config).apply({"params": params}, *args, method=method, **kwargs)
-
-
-def with_edits(config: GPT2Config, params: Params, edits: Sequence[Edit]) -> tuple[GPT2 | EditedGPT2, Any]:
-    """Return the model and its params with the edits, checked ones, in them; without any the plain ones."""
-    return (EditedGPT2(config), (params, edits)) if edits else (GPT2(config), params)

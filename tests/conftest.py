@@ -24,11 +24,14 @@ def _own_cache_folder(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True)
-def _exact_matmuls():
-    """Keep float32 products in float32 where the device's default is less (TF32 on GPUs, bfloat16 on TPUs)."""
-    with jax.default_matmul_precision("float32"):  # to JAX the same as "highest", with which the model sums in blocks
-        yield
+@pytest.fixture(autouse=True, scope="session")
+def _float32_products():
+    """Keep float32 products in float32: by default GPUs round them to TF32 and TPUs to bfloat16, and CPUs do not.
+
+    So tests on a CPU run at the default precision, as users do. "highest" would make the model sum in blocks there.
+    """
+    if jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,9 @@
-"""How good a model is: perplexity of text, last words (LAMBADA), blanks to fill, each by a convention it states."""
+"""How good a model is: perplexity of text, last words (LAMBADA), blanks to fill, each by a convention it states.
+
+Here belong measures that others report too, the files they are computed on, and lm-evaluation-harness on our models.
+The log-probabilities themselves (`gpt2_jax.generation`) and questions about the inside of a model
+(`gpt2_jax.research`) do not.
+"""
 
 from gpt2_jax.evaluate._cloze import Cloze, Question, cloze
 from gpt2_jax.evaluate._lambada import STOP_WORDS, Lambada, lambada

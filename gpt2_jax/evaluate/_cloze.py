@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.continuations import score_continuations
@@ -85,8 +86,7 @@ def cloze(
       ValueError: no questions, or one without a blank, without a word before it, or whose answer is no candidate.
 
     """
-    if detokenizer not in DETOKENIZERS:
-        raise ValueError(f"detokenizer must be one of {', '.join(DETOKENIZERS)}, not {detokenizer!r}")
+    choice("detokenizer", detokenizer, DETOKENIZERS)
     if not len(questions):
         raise ValueError("questions is empty: give at least one")
     pairs, n_cut = [], 0

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.detokenizers import DETOKENIZERS
-from gpt2_jax.generation.scoring import score
+from gpt2_jax.generation.scoring import as_stride, score
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -91,11 +92,10 @@ def perplexity(
 
     """
     documents = [documents] if isinstance(documents, str) else list(documents)
-    for name, value, choices in (("detokenizer", detokenizer, DETOKENIZERS), ("per", per, UNITS)):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    choice("detokenizer", detokenizer, DETOKENIZERS)
+    choice("per", per, UNITS)
     rows = _rows(tokenizer, documents, detokenizer, bos)
-    stride = max(1, config.n_ctx // 2) if stride is None else stride
+    stride = as_stride(config, stride)
     scores = score(config, params, rows, stride, edits=edits, track=track)
     nats = -math.fsum(one.sum for one in scores)
     counts = {
@@ -113,7 +113,7 @@ def perplexity(
         nats=nats,
         **counts,
         per=per,
-        stride=int(stride),
+        stride=stride,
         bos=bos,
         detokenizer=detokenizer,
         conventions=_conventions(config, per, stride, bos, detokenizer, nats, counts),

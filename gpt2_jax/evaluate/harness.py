@@ -18,6 +18,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit
 from gpt2_jax.generation.decoding import complete
@@ -63,9 +64,7 @@ def language_model(
     """
     from lm_eval.api.model import TemplateLM
 
-    for name, value in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+    batch_size, max_gen_toks = whole_number("batch_size", batch_size, 1), whole_number("max_gen_toks", max_gen_toks, 1)
     kind = type("GPT2", (_Answers, TemplateLM), {"__doc__": _Answers.__doc__})
     return kind(config, params, tokenizer, batch_size, max_gen_toks, seed, edits)
 

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits, with_edits
+from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.generation.engine import Picked, decode_rows
-from gpt2_jax.generation.settings import Settings, check_first_row, check_fits, check_prompt, check_prompts
+from gpt2_jax.generation.prompts import check_fits, check_prompt, check_prompts
+from gpt2_jax.generation.settings import Overflow, Settings, TopPRule
 from gpt2_jax.generation.text import RowText
-from gpt2_jax.model import check_params
+from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sampling import NO_LOGITS
 from gpt2_jax.sharding import placed
@@ -61,20 +63,20 @@ def generate(
     config: GPT2Config,
     params: Params,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_new_tokens: int = Settings.max_new_tokens,
+    temperature: float = Settings.temperature,
+    top_k: int = Settings.top_k,
+    top_p: float = Settings.top_p,
+    seed: int = Settings.seed,
     *,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    top_p_rule: str = "original",
-    stop_ids: Sequence[int] = (),
-    stop_strings: Sequence[str] = (),
+    min_p: float = Settings.min_p,
+    repetition_penalty: float = Settings.repetition_penalty,
+    top_p_rule: TopPRule = Settings.top_p_rule,
+    stop_ids: Sequence[int] = Settings.stop_ids,
+    stop_strings: Sequence[str] = Settings.stop_strings,
     tokenizer: Tokenizer | None = None,
-    overflow: str = "error",
-    logprobs: int | None = None,
+    overflow: Overflow = Settings.overflow,
+    logprobs: int | None = Settings.logprobs,
     first_row: int = 0,
     edits: Edit | Sequence[Edit] = (),
 ) -> list[list[int]] | tuple[list[list[int]], list[Logprobs]]:
@@ -90,24 +92,9 @@ def generate(
       config: the model's hyperparameters.
       params: its parameters, as `load` gives them.
       prompts: a list of token-id sequences, each of at least one id, of any lengths.
-      max_new_tokens: most tokens to add to a prompt; less only where a stop ends the row.
-      temperature: the logits are divided by it; 0 always takes the most likely token (greedy).
-      top_k: draw from the k most likely tokens and all ties with the k-th; 0 means all.
-      top_p: of those, draw from the most likely whose probabilities add up to p; 1 means all.
-      seed: in [0, 2**32).
-      min_p: of those, draw from tokens at least this many times as likely as the most likely; 0 means all.
-      repetition_penalty: before all else, positive logits of tokens that the row already holds are divided by it,
-        negative ones multiplied (Keskar et al. 2019, as Hugging Face); 1 means none.
-      top_p_rule: "original" keeps the longest prefix of probability at most p, at least one token, and all ties with
-        its last, as OpenAI's code; "common" also keeps the token that crosses p, as most other libraries.
-      stop_ids: a row ends where it picks one of these; its ids do not include it.
-      stop_strings: a row ends where its new text holds one of these, which may straddle tokens; its ids are those
-        wholly before it. Needs `tokenizer`.
+      max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
+        overflow, logprobs: the fields of `gpt2_jax.generation.Settings`, which says what each means.
       tokenizer: the model's, for stop_strings.
-      overflow: "error" refuses a prompt that does not fit in n_ctx together with max_new_tokens; with "slide" the model
-        sees the last tokens alone: all that fit at first, and each time n_ctx is full the last n_ctx // 2, which it
-        reads anew at positions from 0 on.
-      logprobs: also return the log-probabilities of the chosen tokens and of this many most likely ones.
       first_row: row i draws as row first_row + i, below 2**32, so that a long list may be taken in parts.
       edits: of activations, as `gpt2_jax.research` makes them, in every forward pass; each value is one for all tokens.
 
@@ -118,10 +105,7 @@ def generate(
       ValueError: a bad argument, before anything is traced; or, after, logits that are NaN: the params hold one.
 
     """
-    settings = Settings(
-        max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
-        overflow, logprobs,
-    ).check(config, tokenizer)  # fmt: skip
+    settings = Settings.among(locals()).check(config, tokenizer)
     rows = _run(config, params, prompts, settings, tokenizer, first_row, edits)
     ids = [row.ids for row in rows]
     return ids if logprobs is None else (ids, [row.logprobs() for row in rows])
@@ -156,18 +140,18 @@ def stream(
     params: Params,
     prompt: str | Sequence[int],
     tokenizer: Tokenizer,
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_new_tokens: int = Settings.max_new_tokens,
+    temperature: float = Settings.temperature,
+    top_k: int = Settings.top_k,
+    top_p: float = Settings.top_p,
+    seed: int = Settings.seed,
     *,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    top_p_rule: str = "original",
-    stop_ids: Sequence[int] = (),
-    stop_strings: Sequence[str] = (),
-    overflow: str = "error",
+    min_p: float = Settings.min_p,
+    repetition_penalty: float = Settings.repetition_penalty,
+    top_p_rule: TopPRule = Settings.top_p_rule,
+    stop_ids: Sequence[int] = Settings.stop_ids,
+    stop_strings: Sequence[str] = Settings.stop_strings,
+    overflow: Overflow = Settings.overflow,
     edits: Edit | Sequence[Edit] = (),
 ) -> Iterator[str]:
     """Yield the continuation of a prompt as it comes: text, or token ids, in; pieces of text out.
@@ -182,18 +166,17 @@ def stream(
       prompt: the text to continue, or its token ids.
       tokenizer: the model's, as `load_tokenizer` gives it.
       max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
-        overflow, edits: as `generate`'s.
+        overflow: the fields of `gpt2_jax.generation.Settings`, which says what each means.
+      edits: as `generate`'s.
 
     Raises:
       ValueError: as `generate`, for a bad argument at once.
 
     """
+    settings = Settings.among(locals())
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer must be a Tokenizer, as load_tokenizer gives it, not {tokenizer!r}")
-    settings = Settings(
-        max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
-        overflow,
-    ).check(config, tokenizer)  # fmt: skip
+    settings = settings.check(config, tokenizer)
     ids = check_prompt(config, "prompt", tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
     check_fits(config, "prompt", ids, settings)
     check_params(config, params, dtypes=False)
@@ -223,7 +206,7 @@ def _run(
     """Decode all rows to their ends."""
     prompts = check_prompts(config, prompts, settings)
     check_params(config, params, dtypes=False)
-    check_first_row(first_row, len(prompts))
+    first_row = whole_number("first_row", first_row, 0, 2**32 - len(prompts))
     edits = check_edits(config, edits, whole_rows=False)
     rows = [_Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(prompts)]
     how = {"first_row": first_row, "look_ahead": not settings.stop_strings}
@@ -245,8 +228,7 @@ def _decode(
         return
     finished_B = np.zeros(len(rows), bool)
     prompts = [row.prompt for row in rows]
-    model, params = with_edits(config, placed(params), edits)
-    for picked in decode_rows(model, params, prompts, settings, finished_B, **how):
+    for picked in decode_rows(GPT2(config), placed(params), prompts, settings, finished_B, edits=edits, **how):
         for b in np.flatnonzero(~finished_B):
             finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
         yield

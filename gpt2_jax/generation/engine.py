@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from gpt2_jax.edits import Edit, taps_of
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.kv_cache import KVCache, init_cache, insert, merge
@@ -86,7 +87,9 @@ def empty(model: GPT2, n_rows: int, n_slots: int) -> tuple[KVCache, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def prefill(model: GPT2, params: Params, tokens_GP: jax.Array, length_G: jax.Array) -> tuple[KVCache, jax.Array]:
+def prefill(
+    model: GPT2, params: Params, edits: tuple[Edit, ...], tokens_GP: jax.Array, length_G: jax.Array
+) -> tuple[KVCache, jax.Array]:
     """Run rows of `length_G` tokens, padded on the right, through the model.
 
     Returns:
@@ -96,7 +99,7 @@ def prefill(model: GPT2, params: Params, tokens_GP: jax.Array, length_G: jax.Arr
     n_rows, n_slots = tokens_GP.shape
     mask_GP = jnp.arange(n_slots) < length_G[:, None]
     cache = init_cache(model.config, n_rows, n_slots)
-    h_GPD, cache = model.apply({"params": params}, tokens_GP, mask_GP, cache, method="hidden")
+    h_GPD, cache = model.apply({"params": params}, tokens_GP, mask_GP, cache, taps=taps_of(edits), method="hidden")
     return cache, h_GPD[jnp.arange(n_rows), jnp.maximum(length_G - 1, 0)]
 
 
@@ -140,6 +143,7 @@ def first(
 def decode(
     model: GPT2,
     params: Params,
+    edits: tuple[Edit, ...],
     past: KVCache,
     state: State,
     done_B: jax.Array,
@@ -161,7 +165,7 @@ def decode(
     def step(carry: tuple[jax.Array, State, Picked]) -> tuple[jax.Array, State, Picked]:
         i, state, all_picked = carry
         cache = state.recent.replace(past=past)
-        out = model.apply({"params": params}, state.token_B[:, None], cache=cache)
+        out = model.apply({"params": params}, state.token_B[:, None], cache=cache, taps=taps_of(edits))
         state = state.replace(recent=out.cache.replace(past=None))
         state, picked = _append(state, out.logits[:, -1], sampling, stop_ids, n_top)
         write = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
@@ -232,6 +236,7 @@ def decode_rows(
     first_row: int = 0,
     steps_a_call: int = RECENT,
     look_ahead: bool = False,
+    edits: tuple[Edit, ...] = (),
 ) -> Iterator[Picked]:
     """Yield what the rows pick, a few steps at a time, as NumPy arrays [B, n, ...]: `max_new_tokens` steps in all.
 
@@ -245,9 +250,10 @@ def decode_rows(
       steps_a_call: most steps between two yields, at most RECENT.
       look_ahead: start a call before the last one's tokens are handed out, so that the device does not wait for the
         host; for callers that set `finished_B` by `settings.stop_ids` alone, which the device knows too.
+      edits: checked ones, made in every forward pass; those of other values compile nothing.
 
     """
-    batch = _Batch(model, params, prompts, settings)
+    batch = _Batch(model, params, prompts, settings, edits)
     waiting = collections.deque([(batch.first(first_row), 1)])
     n_new = 1
 
@@ -275,8 +281,15 @@ def decode_rows(
 class _Batch:
     """The rows of one call, padded to a bucket: their cache and state on the device, their tokens on the host."""
 
-    def __init__(self, model: GPT2, params: Params, prompts: Sequence[np.ndarray], settings: Settings):
-        self.model, self.params, self.settings = model, params, settings
+    def __init__(
+        self,
+        model: GPT2,
+        params: Params,
+        prompts: Sequence[np.ndarray],
+        settings: Settings,
+        edits: tuple[Edit, ...],
+    ):
+        self.model, self.params, self.settings, self.edits = model, params, settings, edits
         self.config = model.config
         self.sampling = settings.sampling(self.config)
         self.rows = [prompt.tolist() for prompt in prompts]
@@ -307,7 +320,7 @@ class _Batch:
         done_B = np.ones(self.n_rows, bool)
         done_B[: len(self.rows)] = finished_B
         knobs = (self.sampling, self.stop_ids, np.int32(n_steps), self.settings.logprobs)
-        self.state, picked = decode(self.model, self.params, self.past, self.state, done_B, *knobs)
+        self.state, picked = decode(self.model, self.params, self.edits, self.past, self.state, done_B, *knobs)
         self.n_recent += n_steps
         self.n_cached_B += n_steps
         return picked
@@ -354,6 +367,6 @@ class _Batch:
                 for g, b in enumerate(group):
                     tokens_GP[g, : len(window_of[b])] = window_of[b]
                 length_G = np.array([len(window_of[b]) for b in group], np.int32)
-                cache, h_GD = prefill(self.model, self.params, tokens_GP, length_G)
+                cache, h_GD = prefill(self.model, self.params, self.edits, tokens_GP, length_G)
                 row_G = np.array(group, np.int32)
                 self.past, self.h_BD = place(self.past, self.h_BD, cache, h_GD, row_G)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -15,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits, with_edits
+from gpt2_jax.edits import Edit, check_edits, taps_of
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
-from gpt2_jax.generation.settings import Settings, check_prompt, check_prompts
+from gpt2_jax.generation.prompts import check_prompt, check_prompts
+from gpt2_jax.generation.settings import Settings
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sharding import placed, platform
@@ -116,18 +117,18 @@ def score(
     for i, row in enumerate(rows):
         if len(row) < 2:
             raise ValueError(f"prompts[{i}] has 1 token, and the first of a prompt has no score: give two or more")
-    stride = _check_stride(config, stride)
+    stride = as_stride(config, stride)
     first = _check_first(rows, first)
     aside_V = np.isin(np.arange(config.n_vocab), check_prompt(config, "aside", aside)) if np.size(aside) else None
     check_params(config, params, dtypes=False)
-    model, params = with_edits(config, placed(params), check_edits(config, edits, whole_rows=False))
+    edits, params = check_edits(config, edits, whole_rows=False), placed(params)
     wide = jnp.promote_types(config.compute_dtype, jnp.float32)
     logprobs = [np.empty(len(row) - start, wide) for row, start in zip(rows, first, strict=True)]
     greedy, greedy_aside = ([np.empty(row.shape, bool) for row in logprobs] for _ in range(2))
     windows = [window for i, row in enumerate(rows) for window in _windows(i, row, config.n_ctx, stride, first[i])]
     most_tokens = TOKENS_PER_CALL.get(platform(params), TOKENS_PER_CALL_ELSEWHERE)
     for n_tokens, batch in track(list(_batches(windows, config.n_ctx, most_tokens))):
-        scored = jax.device_get(_logprobs(model, params, *_arrays(batch, n_tokens), aside_V))
+        scored = jax.device_get(_logprobs(GPT2(config), params, edits, *_arrays(batch, n_tokens), aside_V))
         for into, values in zip((logprobs, greedy, greedy_aside), scored, strict=True):
             parts = np.split(values.ravel(), np.cumsum([len(window.targets) for window in batch]))
             for window, part in zip(batch, parts[:-1], strict=True):
@@ -138,10 +139,21 @@ def score(
     ]
 
 
+def as_stride(config: GPT2Config, stride: int | None) -> int:
+    """Return a stride of `score` as an int, the default one for None.
+
+    Raises:
+      ValueError: it is not from 1 to n_ctx.
+
+    """
+    return max(1, config.n_ctx // 2) if stride is None else whole_number("stride", stride, 1, config.n_ctx)
+
+
 @functools.partial(jax.jit, static_argnames=("model",))
 def _logprobs(
     model: GPT2,
     params: Params,
+    edits: tuple[Edit, ...],
     tokens_BT: jax.Array,
     mask_BT: jax.Array,
     position_PC: jax.Array,
@@ -153,7 +165,7 @@ def _logprobs(
 
     And whether no token was more likely: greedy_PC of all tokens, greedy_aside_PC of those not in `aside_V`.
     """
-    h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
+    h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, taps=taps_of(edits), method="hidden")
     h_PD = h_BTD.reshape(-1, h_BTD.shape[-1])
 
     def chunk(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -232,19 +244,5 @@ def _check_first(rows: list[np.ndarray], first: Sequence[int] | None) -> list[in
         return [1] * len(rows)
     if not hasattr(first, "__len__") or len(first) != len(rows):
         raise ValueError(f"first must hold a number for each of the {len(rows)} prompts, not {first!r}")
-    for i, (row, start) in enumerate(zip(rows, first, strict=True)):
-        if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 1 <= start < len(row):
-            raise ValueError(f"first[{i}] must be a whole number from 1 to {len(row) - 1}, not {start!r}")
-    return [int(start) for start in first]
-
-
-def _check_stride(config: GPT2Config, stride: int | None) -> int:
-    if stride is None:
-        return max(1, config.n_ctx // 2)
-    try:
-        number = operator.index(stride)
-    except TypeError:
-        number = 0
-    if isinstance(stride, bool) or not 1 <= number <= config.n_ctx:
-        raise ValueError(f"stride must be a whole number from 1 to n_ctx, {config.n_ctx}, not {stride!r}")
-    return number
+    pairs = enumerate(zip(rows, first, strict=True))
+    return [whole_number(f"first[{i}]", start, 1, len(row) - 1) for i, (row, start) in pairs]

@@ -1,4 +1,10 @@
-"""Look inside GPT-2 and change it: activations, edits of a pass, edits of weights, and what researchers ask of them."""
+"""Look inside GPT-2 and change it: activations, edits of a pass, edits of weights, and what researchers ask of them.
+
+Here belong published methods on one model's activations and weights, with their sources, and pictures of what they
+give. The names of activations and the edits themselves are the model's own (`gpt2_jax.activations`,
+`gpt2_jax.edits`), since generation and evaluation take edits too. How good a model is (`gpt2_jax.evaluate`) does not
+belong here.
+"""
 
 from gpt2_jax.activations import AXES, activation_names
 from gpt2_jax.edits import Edit, add, patch, replace, scale

@@ -12,7 +12,7 @@ import numpy as np
 from gpt2_jax.activations import Tap, select
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits, taps_of
-from gpt2_jax.generation.settings import check_prompt
+from gpt2_jax.generation.prompts import check_prompt
 from gpt2_jax.kv_cache import KVCache
 from gpt2_jax.model import GPT2, Output, check_params
 from gpt2_jax.params import Params
@@ -109,6 +109,18 @@ def places(mask_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
     if mask_BT.shape != shape:
         raise ValueError(f"mask must be bool{shape}, as the tokens, not of shape {mask_BT.shape}")
     return jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=-1) - 1, -1)
+
+
+def slots(place_BT: jax.Array, at_BP: jax.Array) -> jax.Array:
+    """Return the slot t at which each row has a place, [B, P]; T, which is none, where it has no token there.
+
+    Args:
+      place_BT: of `places`.
+      at_BP: the places to find; a negative one is nowhere.
+
+    """
+    here_BPT = (place_BT[:, None] == at_BP[..., None]) & (at_BP[..., None] >= 0)
+    return jnp.where(here_BPT.any(-1), here_BPT.argmax(-1), place_BT.shape[1])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "names"))

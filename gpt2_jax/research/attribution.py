@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.params import Params
-from gpt2_jax.research._forward import as_params, as_tokens, forward, places
-from gpt2_jax.research.trees import in_range
+from gpt2_jax.research._forward import as_params, as_tokens, forward, places, slots
 
 By = Literal["component", "head", "neuron"]
 
@@ -107,9 +107,7 @@ def logit_attribution(
 
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
-    if by not in tuple(DIVISIONS):
-        raise ValueError(f"by must be one of {', '.join(DIVISIONS)}, not {by!r}")
-    edits = _check_edits(config, edits, DIVISIONS[by][1])
+    edits = _check_edits(config, edits, DIVISIONS[choice("by", by, DIVISIONS)][1])
     n_rows, n_tokens = jnp.shape(tokens_BT)
     asked = _alike(
         n_rows,
@@ -143,7 +141,7 @@ def residual_parts(
       ValueError: as `forward`, a layer out of range, or an edit of the stream.
 
     """
-    n_layers = config.n_layer if layer is None else in_range("layer", layer, config.n_layer + 1)
+    n_layers = config.n_layer if layer is None else whole_number("layer", layer, 0, config.n_layer)
     edits = _check_edits(config, edits, "resid_")
     blocks = [f"^h{i}/(attn|mlp)/out$" for i in range(n_layers)]
     _, parts = forward(config, params, tokens_BT, mask_BT, capture=["^embed$", "^pos_embed$", *blocks], edits=edits)
@@ -163,7 +161,9 @@ def _attribute(
     names = DIVISIONS[by][0]
     capture = ["^(embed|pos_embed|ln_f/(scale|out))$", *(f"{name}$" for name in names)]
     _, captured = forward(config, params, tokens_BT, mask_BT, capture=capture, edits=edits)
-    slots_BP = jnp.broadcast_to(_slots(tokens_BT.shape, mask_BT, asked["positions"]), asked["answers"].shape)
+    place_BT, at_BP = places(mask_BT, tokens_BT.shape), asked["positions"]
+    at_BP = place_BT.max(-1, keepdims=True) if at_BP is None else at_BP
+    slots_BP = jnp.broadcast_to(slots(place_BT, at_BP), asked["answers"].shape)
     wide = jnp.promote_types(config.compute_dtype, jnp.float32)
 
     def at(name: str) -> jax.Array:
@@ -200,15 +200,6 @@ def _part(config: GPT2Config, name: str, block: Params, value: jax.Array, read_B
     if name == "attn/z":
         units = units.reshape(*units.shape[:2], config.n_head, config.head_dim).sum(-1)
     return {name: jnp.moveaxis(units, -1, 0), f"{room}/c_proj/b": read_BPD @ c_proj["b"]}
-
-
-def _slots(shape: tuple[int, int], mask_BT: jax.Array | None, positions_BP: jax.Array | None) -> jax.Array:
-    """Return in which slot of its row each place is, [B, P]; T, which is none, where the row has no such token."""
-    place_BT = places(mask_BT, shape)
-    if positions_BP is None:
-        positions_BP = place_BT.max(-1, keepdims=True)
-    here_BPT = (place_BT[:, None] == positions_BP[..., None]) & (positions_BP[..., None] >= 0)
-    return jnp.where(here_BPT.any(-1), here_BPT.argmax(-1), shape[1])
 
 
 def _rows(wte_VD: jax.Array, ids: jax.Array) -> jax.Array:

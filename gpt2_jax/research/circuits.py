@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params
-from gpt2_jax.research.trees import in_range, product, wide
+from gpt2_jax.research.trees import product, wide
 from gpt2_jax.research.units import split_heads
 
 
@@ -69,7 +70,7 @@ def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
 
     """
     weights = _weights(config, params, layer)
-    head = in_range("head", head, config.n_head)
+    head = whole_number("head", head, 0, config.n_head - 1)
     return LowRank(weights["q"][head], weights["k"][head].mT)
 
 
@@ -81,7 +82,7 @@ def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
 
     """
     weights = _weights(config, params, layer)
-    head = in_range("head", head, config.n_head)
+    head = whole_number("head", head, 0, config.n_head - 1)
     return LowRank(weights["v"][head], weights["out"][head])
 
 
@@ -104,8 +105,7 @@ def top_tokens(
 
     """
     params = as_params(config, params)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= config.n_vocab:
-        raise ValueError(f"k must be a whole number from 1 to n_vocab, {config.n_vocab}, not {k!r}")
+    k = whole_number("k", k, 1, config.n_vocab)
     vectors = jnp.asarray(vectors)
     if vectors.shape[-1:] != (config.n_embd,):
         raise ValueError(f"vectors must be [..., {config.n_embd}], as n_embd, not {list(vectors.shape)}")
@@ -125,9 +125,7 @@ def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k
       ValueError: params that are not the config's, or `kind` is no letter of the three.
 
     """
-    if kind not in ("q", "k", "v"):
-        raise ValueError(f'kind must be "q", "k" or "v", not {kind!r}')
-    return _composition(config, as_params(config, params), kind)
+    return _composition(config, as_params(config, params), choice("kind", kind, ("q", "k", "v")))
 
 
 def copying_scores(config: GPT2Config, params: Params, *, ln_f: bool = False) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.params import Params
@@ -115,12 +116,8 @@ def repeated_tokens(
       ValueError: fewer ids than tokens, more tokens than n_ctx, or a number or a key that is none.
 
     """
-    for name, value in (("n_rows", n_rows), ("n_tokens", n_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
-    if first is not None and (isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < config.n_vocab):
-        raise ValueError(f"first must be an id from 0 to {config.n_vocab - 1}, not {first!r}")
-    start = [] if first is None else [first]
+    n_rows, n_tokens = whole_number("n_rows", n_rows, 1), whole_number("n_tokens", n_tokens, 1)
+    start = [] if first is None else [whole_number("first", first, 0, config.n_vocab - 1)]
     if n_tokens + len(start) > config.n_vocab or 2 * n_tokens + len(start) > config.n_ctx:
         raise ValueError(
             f"{n_tokens} different tokens twice do not fit the model's n_vocab of {config.n_vocab} and n_ctx of "

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gpt2_jax.activations import axes, select
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.model import GPT2
@@ -75,8 +76,7 @@ def logit_lens(
 
     """
     tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= config.n_vocab:
-        raise ValueError(f"k must be a whole number from 1 to n_vocab, {config.n_vocab}, not {k!r}")
+    k = whole_number("k", k, 1, config.n_vocab)
     names = tuple(select(config, names))
     for name in names:
         if axes(name) != "BTD":

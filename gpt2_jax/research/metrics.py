@@ -17,7 +17,7 @@ from gpt2_jax.activations import Tap
 from gpt2_jax.edits import Where
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
-from gpt2_jax.research._forward import places
+from gpt2_jax.research._forward import places, slots
 
 Metric = Callable[[jax.Array], jax.Array]
 """Takes logits, [B, V] at one place of each row or [B, T, V] at all, and gives a number."""
@@ -86,7 +86,6 @@ def logits_at(
     if at_B is not None:
         place_BT = places(mask_BT, tokens_BT.shape)
         at_B = jnp.where(at_B < 0, at_B + place_BT.max(-1) + 1, at_B)
-        here_BT = (place_BT >= 0) & (place_BT == at_B[:, None])
-        slot_B = jnp.where(here_BT.any(-1), here_BT.argmax(-1), place_BT.shape[1])
+        slot_B = slots(place_BT, at_B[:, None])[:, 0]
         h_BTD = h_BTD.at[jnp.arange(len(h_BTD)), slot_B].get(mode="fill", fill_value=jnp.nan)
     return model.apply({"params": params}, h_BTD, method="unembed")

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.activations import BLOCK, axes, select, shape
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where, patch, replace, taps_of
 from gpt2_jax.model import GPT2
@@ -284,8 +285,7 @@ def _groups(n_patches: int, together: int | None, n_tokens: int) -> np.ndarray:
     """Return the patches [groups, in a group] that go together: groups of one size, the last repeating some patches."""
     if together is None:
         together = max(1, TOKENS_TOGETHER.get(jax.default_backend(), TOKENS_TOGETHER_ELSEWHERE) // n_tokens)
-    if isinstance(together, bool) or not isinstance(together, int) or together < 1:
-        raise ValueError(f"together must be a positive whole number, not {together!r}")
+    together = whole_number("together", together, 1)
     n_groups = -(-n_patches // together)
     size = -(-n_patches // n_groups)
     return (np.arange(n_groups * size, dtype=np.int32) % n_patches).reshape(n_groups, size)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.research.trees import (
@@ -24,7 +25,6 @@ from gpt2_jax.research.trees import (
     average,
     diff,
     flat_of,
-    in_range,
     interpolate,
     map_params,
     module_of,
@@ -82,7 +82,7 @@ def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> 
 
     """
     flat_of(config, params)
-    old = [in_range("layer", layer, config.n_layer) for layer in _listed(order)]
+    old = [whole_number("layer", layer, 0, config.n_layer - 1) for layer in _listed(order)]
     if not old:
         raise ValueError("no layer is left: a GPT-2 has one at least")
     tree = {name: params[name] for name in ("wte", "wpe", "ln_f")}
@@ -92,7 +92,7 @@ def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> 
 
 def drop_layers(config: GPT2Config, params: Params, layers: Iterable[int]) -> tuple[GPT2Config, Params]:
     """Return (config, params) without these layers; ValueError as `arrange_layers`."""
-    dropped = {in_range("layer", layer, config.n_layer) for layer in _listed(layers)}
+    dropped = {whole_number("layer", layer, 0, config.n_layer - 1) for layer in _listed(layers)}
     return arrange_layers(config, params, [layer for layer in range(config.n_layer) if layer not in dropped])
 
 
@@ -100,9 +100,8 @@ def repeat_layers(
     config: GPT2Config, params: Params, layers: Iterable[int], times: int = 2
 ) -> tuple[GPT2Config, Params]:
     """Return (config, params) with each of these layers `times` times in a row; ValueError as `arrange_layers`."""
-    if not isinstance(times, int | np.integer) or times < 1:
-        raise ValueError(f"times must be a whole number, 1 at least, not {times!r}: drop_layers takes layers away")
-    repeated = {in_range("layer", layer, config.n_layer) for layer in _listed(layers)}
+    times = whole_number("times", times, 1)
+    repeated = {whole_number("layer", layer, 0, config.n_layer - 1) for layer in _listed(layers)}
     counts = [times if layer in repeated else 1 for layer in range(config.n_layer)]
     return arrange_layers(config, params, np.repeat(np.arange(config.n_layer), counts))
 
@@ -111,7 +110,7 @@ def swap_layers(config: GPT2Config, params: Params, one: int, other: int) -> tup
     """Return (config, params) with two layers in each other's place; ValueError as `arrange_layers`."""
     places = {one: other, other: one}
     for layer in places:
-        in_range("layer", layer, config.n_layer)
+        whole_number("layer", layer, 0, config.n_layer - 1)
     return arrange_layers(config, params, [places.get(layer, layer) for layer in range(config.n_layer)])
 
 
@@ -141,8 +140,7 @@ def low_rank(params: Params, name: str, rank: int) -> Params:
 
     """
     flat, w = flatten(params), _matrix(params, name)
-    if not isinstance(rank, int | np.integer) or not 1 <= rank <= min(w.shape):
-        raise ValueError(f"the rank of {name} must be a whole number from 1 to {min(w.shape)}, not {rank!r}")
+    rank = whole_number(f"the rank of {name}", rank, 1, min(w.shape))
     u, s, vt = _svd(w)
     nearest = product(u[:, :rank] * s[:rank], vt[:rank]).astype(w.dtype)
     return unflatten(flat | {name: module_of(w).asarray(nearest)})

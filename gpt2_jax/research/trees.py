@@ -7,7 +7,6 @@ and patterns are static under `jit`; weights, and numbers like `t`, may be trace
 from __future__ import annotations
 
 import dataclasses
-import operator
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import check_params
 from gpt2_jax.params import Params, differences, flatten, unflatten
@@ -89,8 +89,7 @@ def diff(a: Params, b: Params, by: Literal["name", "size"] = "name") -> list[Dif
       ValueError: a name is in one of the trees alone, a shape differs, or `by` is another word.
 
     """
-    if by not in ("name", "size"):
-        raise ValueError(f'by must be "name" or "size", not {by!r}')
+    choice("by", by, ("name", "size"))
     flat_a, flat_b = alike([a, b], dtypes=False)
     rows = [row for name in flat_a if (row := _difference(name, flat_a[name], flat_b[name]))]
     if by == "size":  # NaN before all numbers: it is what to look at first
@@ -218,17 +217,6 @@ def flat_of(config: GPT2Config, params: Params) -> dict[str, Any]:
     """Return the params of this config as a flat dict; ValueError where they are another's."""
     check_params(config, params, dtypes=False)
     return flatten(params)
-
-
-def in_range(what: str, value: Any, count: int) -> int:
-    """Return a number of a layer, head or neuron as an int; ValueError where there is none of that number."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"a {what} must be a whole number, not {value!r}") from None
-    if not 0 <= number < count:
-        raise ValueError(f"there is no {what} {number}: they are 0 to {count - 1}")
-    return number
 
 
 def _flat(what: str, tree: Params) -> dict[str, Any]:

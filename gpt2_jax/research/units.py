@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.research.trees import flat_of, in_range, module_of, product, require_alike, wide
+from gpt2_jax.research.trees import flat_of, module_of, product, require_alike, wide
 
 Places = Iterable[tuple[int, int]]  # (layer, head) or (layer, neuron)
 Heads = dict[str, dict[str, Any]]
@@ -110,8 +111,8 @@ def _rows(config: GPT2Config, part: str, places: list[tuple[int, int]]) -> dict[
         if np.shape(place) != (2,):
             raise ValueError(f"{what}s are named by pairs, [(layer, {what}), ...], not by {place!r}")
         layer, number = place
-        numbers = found.setdefault(in_range("layer", layer, config.n_layer), {})
-        if numbers.setdefault(in_range(what, number, count), i) != i:
+        numbers = found.setdefault(whole_number("layer", layer, 0, config.n_layer - 1), {})
+        if numbers.setdefault(whole_number(what, number, 0, count - 1), i) != i:
             raise ValueError(f"{what} {number} of layer {layer} is named twice")
     return {
         layer: (list(numbers.values()), (np.array(list(numbers))[:, None] * width + np.arange(width)).reshape(-1))
@@ -147,7 +148,7 @@ def split_heads(config: GPT2Config, params: Params, layer: int) -> Heads:
       ValueError: the layer is out of range.
 
     """
-    flat, name = flat_of(config, params), f"h{in_range('layer', layer, config.n_layer)}/attn"
+    flat, name = flat_of(config, params), f"h{whole_number('layer', layer, 0, config.n_layer - 1)}/attn"
     heads = (config.n_head, config.head_dim)
     w_D3NH = flat[f"{name}/c_attn/w"].reshape(config.n_embd, 3, *heads)
     b_3NH = flat[f"{name}/c_attn/b"].reshape(3, *heads)

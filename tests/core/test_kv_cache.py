@@ -68,7 +68,7 @@ def test_what_decoding_reads_it_does_not_copy(params):
     none_B, sampling, stop_ids = np.zeros(3, bool), Sampling(np.float32(1)), np.array([-2], np.int32)
     seen_BV = np.zeros((3, CONFIG.n_vocab), bool)
     state, _ = engine.first(model, params, h_BD, seen_BV, none_B, row_B, np.uint32(0), sampling, stop_ids, None)
-    lowered = engine.decode.lower(model, params, past, state, none_B, sampling, stop_ids, np.int32(3), None)
+    lowered = engine.decode.lower(model, params, (), past, state, none_B, sampling, stop_ids, np.int32(3), None)
     compiled = lowered.compile()
     shapes = [
         f"f32[3,{CONFIG.n_head},{CONFIG.head_dim},{n_slots}]",

@@ -1,4 +1,4 @@
-"""Products with a weight: plain, and in blocks under "highest", with their gradients."""
+"""Products with a weight: plain, and in blocks under the highest precision, with their gradients."""
 
 import functools
 
@@ -30,6 +30,26 @@ def test_without_being_asked_it_is_one_product():
         program = str(jax.make_jaxpr(product)(x.astype(dtype), w.astype(dtype)))
         assert program.count("dot_general") == 1
         assert not any(word in program for word in ("while", "scan", "custom_jvp"))
+
+
+ON_CPUS = ["default", "high", "highest", "bfloat16", "tensorfloat32", "float32", "BF16_BF16_F32_X6", "F32_F32_F32"]
+
+
+@pytest.mark.parametrize("name", [None, *ON_CPUS])
+def test_all_names_of_the_highest_precision_give_blocks(name):
+    """JAX has two for it, "highest" and "float32": they are one precision, and give the same bits."""
+    try:
+        is_highest = jax.lax.Precision(name) is jax.lax.Precision.HIGHEST
+    except ValueError:  # the name of an algorithm
+        is_highest = False
+    assert is_highest == (name in ("highest", "float32"))
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 5, 307), (307, 11)))
+    with jax.default_matmul_precision(name):
+        assert ("custom_jvp" in str(jax.make_jaxpr(product)(x, w))) == is_highest
+        found = np.asarray(product(x, w))
+    with jax.default_matmul_precision("highest" if is_highest else "default"):
+        assert found.tobytes() == np.asarray(product(x, w)).tobytes()
 
 
 def test_accelerators_are_left_to_their_libraries(monkeypatch):

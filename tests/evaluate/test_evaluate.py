@@ -134,7 +134,7 @@ def test_every_convention_is_of_a_field(measure):
         ([b"the king"], {}, r"documents\[0\] must be a str, not bytes"),
         ("the king", {"per": "letter"}, "per must be one of token, word, byte, not 'letter'"),
         ("the king", {"detokenizer": "moses"}, "detokenizer must be one of none, wikitext, ptb, not 'moses'"),
-        ("the king", {"stride": 0}, "stride must be a whole number from 1 to n_ctx, 7"),
+        ("the king", {"stride": 0}, "stride must be a whole number, from 1 to 7, not 0"),
         (" \n \n", {"per": "word"}, "no words"),
     ],
 )

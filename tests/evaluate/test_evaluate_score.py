@@ -120,7 +120,7 @@ def test_track_sees_every_batch_once(params):
 
 @pytest.mark.parametrize("first", [[0, 1], [1, 9], [1, 1.0], [True, 1], [1, None], [-1, 1]])
 def test_wrong_places_are_refused(params, first):
-    with pytest.raises(ValueError, match=r"first\[\d\] must be a whole number from 1 to \d, not"):
+    with pytest.raises(ValueError, match=r"first\[\d\] must be a whole number, from 1 to \d, not"):
         score(CONFIG, params, some_prompts([5, 9]), first=first)
 
 

@@ -109,7 +109,7 @@ def test_small_integer_types_do_not_wrap_around_the_context(n):
 
 @pytest.mark.parametrize("value", [10**400, 1e39, np.float64(1e300), True], ids=str)
 def test_a_temperature_beyond_float32_is_refused(value):
-    with pytest.raises(ValueError, match="temperature must be a finite float32 number"):
+    with pytest.raises(ValueError, match="temperature must be a number"):
         gpt2_jax.generate(CONFIG, UNTOUCHED, [[1]], 1, temperature=value)
 
 

@@ -186,7 +186,7 @@ def test_bad_arguments_are_refused(params, change, told):
 
 
 def test_parts_of_a_layer_that_is_not_there_are_refused(params):
-    with pytest.raises(ValueError, match="there is no layer 4: they are 0 to 3"):
+    with pytest.raises(ValueError, match="layer must be a whole number, from 0 to 3, not 4"):
         attribution.residual_parts(CONFIG, params, TOKENS, layer=4)
     with pytest.raises(ValueError, match="with h0/resid_post edited"):
         attribution.residual_parts(CONFIG, params, TOKENS, edits=edits.add("h0/resid_post", 1.0))

@@ -28,8 +28,7 @@ def params():
 
 
 def everything(config, params, tokens_BT, mask_BT=None, cache=None):
-    with jax.default_matmul_precision("highest"):  # fixtures of a module run outside the one of each test
-        out, seen = research.forward(config, params, tokens_BT, mask_BT, capture=".", cache=cache)
+    out, seen = research.forward(config, params, tokens_BT, mask_BT, capture=".", cache=cache)
     return out, {name: np.asarray(value) for name, value in seen.items()}
 
 

@@ -154,15 +154,15 @@ def test_they_work_inside_other_programs(params):
 @pytest.mark.parametrize(
     ("ask", "told"),
     [
-        (lambda p: circuits.qk_circuit(CONFIG, p, 3, 0), "there is no layer 3: they are 0 to 2"),
-        (lambda p: circuits.ov_circuit(CONFIG, p, 0, -1), "there is no head -1: they are 0 to 2"),
+        (lambda p: circuits.qk_circuit(CONFIG, p, 3, 0), "layer must be a whole number, from 0 to 2, not 3"),
+        (lambda p: circuits.ov_circuit(CONFIG, p, 0, -1), "head must be a whole number, from 0 to 2, not -1"),
         (lambda p: circuits.ov_circuit(CONFIG, {}, 0, 0), "missing: wte"),
-        (lambda p: circuits.composition_scores(CONFIG, p, "o"), 'kind must be "q", "k" or "v", not \'o\''),
+        (lambda p: circuits.composition_scores(CONFIG, p, "o"), "kind must be one of q, k, v, not 'o'"),
         (
             lambda p: circuits.top_tokens(CONFIG, p, np.ones(20), 3),
             r"vectors must be \[..., 21\], as n_embd, not \[20\]",
         ),
-        (lambda p: circuits.top_tokens(CONFIG, p, np.ones(21), 54), "k must be a whole number from 1 to n_vocab, 53"),
+        (lambda p: circuits.top_tokens(CONFIG, p, np.ones(21), 54), "k must be a whole number, from 1 to 53, not 54"),
     ],
 )
 def test_bad_arguments_are_refused(params, ask, told):

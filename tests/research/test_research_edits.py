@@ -75,10 +75,7 @@ def full(params):
 
     def run(edits, mask_BT=None):
         mask_BT = np.ones(TOKENS.shape, bool) if mask_BT is None else mask_BT
-        with jax.default_matmul_precision("highest"):  # fixtures of a module run outside the one of each test
-            out, seen = research.forward(
-                CONFIG, params, TOKENS, mask_BT, capture=".", edits=[*(nowhere | edits).values()]
-            )
+        out, seen = research.forward(CONFIG, params, TOKENS, mask_BT, capture=".", edits=[*(nowhere | edits).values()])
         return out, {name: np.asarray(value) for name, value in seen.items()}
 
     return run

@@ -1,5 +1,7 @@
 """Edits while text is generated, streamed and scored: in every forward pass, as if each were run anew by hand."""
 
+import dataclasses
+
 import jax
 import naive_generation
 import numpy as np
@@ -11,6 +13,7 @@ from tiny_models import CONFIG, random_params
 
 import gpt2_jax
 from gpt2_jax import generation, research
+from gpt2_jax.generation.engine import decode_rows
 
 PROMPTS = [[5], list(range(19)), [7] * 13, [3, 1, 4, 1, 5, 9, 2, 6]]
 GREEDY = {"temperature": 0}
@@ -229,3 +232,27 @@ def test_traced_values_are_refused(params, tokenizer, call):
     """The loop around the compiled programs is Python's: there is nothing to decide by in a program of the caller's."""
     with pytest.raises(ValueError, match="outside of jit"):
         jax.jit(lambda value: calls(params, tokenizer)[call](research.add("embed", value)))(1.0)
+
+
+# --- the compiled programs -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped:
+    """What `decode_rows` asks of a model: to be hashable, with a GPT2's config and apply."""
+
+    config: gpt2_jax.GPT2Config
+
+    def apply(self, *args, **kwargs):
+        """Apply the model."""
+        return gpt2_jax.GPT2(self.config).apply(*args, **kwargs)
+
+
+def test_any_model_with_a_config_and_apply_decodes_with_edits(params):
+    edits = tuple(steering()[0])
+    settings = generation.Settings(max_new_tokens=9, **GREEDY).check(CONFIG)
+    prompts, finished_B = [np.array(prompt) for prompt in PROMPTS], np.zeros(len(PROMPTS), bool)
+    pieces = decode_rows(Wrapped(CONFIG), params, prompts, settings, finished_B, edits=edits)
+    ids_BR = np.concatenate([picked.id_BR for picked in pieces], axis=1)
+    assert ids_BR.tolist() == gpt2_jax.generate(CONFIG, params, PROMPTS, 9, edits=edits, **GREEDY)
+    assert ids_BR.tolist() != gpt2_jax.generate(CONFIG, params, PROMPTS, 9, **GREEDY)

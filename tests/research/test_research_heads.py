@@ -126,7 +126,7 @@ def test_rows_and_keys_have_tokens_of_their_own():
         ({"n_rows": 0}, "n_rows must be a whole number, 1 or more, not 0"),
         ({"n_tokens": 2.0}, "n_tokens must be a whole number, 1 or more, not 2.0"),
         ({"key": 7}, r"key must be a key, jax.random.key\(seed\), not 7"),
-        ({"first": 53}, "first must be an id from 0 to 52, not 53"),
+        ({"first": 53}, "first must be a whole number, from 0 to 52, not 53"),
         ({"n_tokens": 12}, "12 different tokens twice do not fit the model's n_vocab of 53 and n_ctx of 23"),
         ({"n_tokens": 11, "first": 1, "config": CONFIG.replace(n_ctx=22)}, "do not fit"),
         ({"n_tokens": 11, "config": CONFIG.replace(n_vocab=10)}, "do not fit"),

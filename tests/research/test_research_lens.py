@@ -121,7 +121,7 @@ def test_it_works_inside_other_programs(params):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"k": 0}, "k must be a whole number from 1 to n_vocab, 53, not 0"),
+        ({"k": 0}, "k must be a whole number, from 1 to 53, not 0"),
         ({"k": 54}, "not 54"),
         ({"k": True}, "not True"),
         ({"names": "attn/z"}, "h0/attn/z cannot be read as the residual stream: its axes are BTNH"),

@@ -269,7 +269,7 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
         ({"at": 7}, "at must be a place in rows of 7 tokens"),
         ({"at": [1, 2, 3]}, "or one for each of 2, not"),
         ({"at": 1.5}, "at must be a place"),
-        ({"together": 0}, "together must be a positive whole number, not 0"),
+        ({"together": 0}, "together must be a whole number, 1 or more, not 0"),
         ({"source": {"h0/attn/z": 0}}, "h0/resid_pre was not captured in the run to patch from: there are h0/attn/z"),
         ({"source": np.zeros((2, 5), int)}, r"must have tokens of one shape, not \(2, 7\) and \(2, 5\)"),
         ({"source": [[99] * 7] * 2}, "holds the id 99"),

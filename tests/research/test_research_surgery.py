@@ -79,13 +79,13 @@ def test_low_rank_under_jit():
     ("edit", "told"),
     [
         (lambda p: surgery.drop_layers(CONFIG, p, [0, 1, 2]), "no layer is left"),
-        (lambda p: surgery.drop_layers(CONFIG, p, [3]), "no layer 3"),
-        (lambda p: surgery.arrange_layers(CONFIG, p, [0, -1]), "no layer -1"),
-        (lambda p: surgery.repeat_layers(CONFIG, p, [0], times=0), "times must be a whole number, 1 at least"),
-        (lambda p: surgery.swap_layers(CONFIG, p, 0, 7), "no layer 7"),
+        (lambda p: surgery.drop_layers(CONFIG, p, [3]), "layer must be a whole number, from 0 to 2, not 3"),
+        (lambda p: surgery.arrange_layers(CONFIG, p, [0, -1]), "layer must be a whole number, from 0 to 2, not -1"),
+        (lambda p: surgery.repeat_layers(CONFIG, p, [0], times=0), "times must be a whole number, 1 or more, not 0"),
+        (lambda p: surgery.swap_layers(CONFIG, p, 0, 7), "layer must be a whole number, from 0 to 2, not 7"),
         (
             lambda p: surgery.low_rank(p, "h0/attn/c_proj/w", 16),
-            "the rank of h0/attn/c_proj/w must be a whole number from 1 to 15",
+            "the rank of h0/attn/c_proj/w must be a whole number, from 1 to 15",
         ),
         (lambda p: surgery.low_rank(p, "h0/attn/c_prj/w", 2), "nearest names are h0/attn/c_proj/w"),
         (lambda p: surgery.low_rank(p, "h0/attn/c_proj/b", 1), r"h0/attn/c_proj/b is \(15,\), not a matrix"),

@@ -143,7 +143,7 @@ def test_diff_across_dtypes():
         (lambda p: surgery.map_params(lambda _, w: w.T, p), r"h0/attn/c_attn/w is float32\[45, 15\]"),
         (lambda p: surgery.map_params(lambda _, w: w.astype("float64"), p), "is float64"),
         (lambda p: surgery.map_params(lambda _, w: None, p, "wte"), "must give an array for wte, not None"),
-        (lambda p: surgery.diff(p, p, by="nam"), "by must be"),
+        (lambda p: surgery.diff(p, p, by="nam"), "by must be one of name, size, not 'nam'"),
         (lambda p: surgery.diff(p, None), "tree 1 must be params, nested dicts of arrays, not None"),
         (lambda p: surgery.average([]), "0 and 0 weights"),
         (lambda p: surgery.average([p, p], [1, 2, 3]), "2 and 3 weights"),

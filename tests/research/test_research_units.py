@@ -98,16 +98,16 @@ def test_the_model_itself_with_heads_ablated():
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (lambda p: surgery.ablate_heads(CONFIG, p, [(0, 3)]), "no head 3: they are 0 to 2"),
-        (lambda p: surgery.prune_heads(CONFIG, p, [(3, 0)]), "no layer 3: they are 0 to 2"),
-        (lambda p: surgery.ablate_heads(CONFIG, p, [(-1, 0)]), "no layer -1"),
+        (lambda p: surgery.ablate_heads(CONFIG, p, [(0, 3)]), "head must be a whole number, from 0 to 2, not 3"),
+        (lambda p: surgery.prune_heads(CONFIG, p, [(3, 0)]), "layer must be a whole number, from 0 to 2, not 3"),
+        (lambda p: surgery.ablate_heads(CONFIG, p, [(-1, 0)]), "layer must be a whole number, from 0 to 2, not -1"),
         (lambda p: surgery.ablate_heads(CONFIG, p, [(0, 1), (2, 1), (0, 1)]), "head 1 of layer 0 is named twice"),
         (lambda p: surgery.ablate_heads(CONFIG, p, [(0, 1.0)]), "head must be a whole number"),
         (lambda p: surgery.ablate_heads(CONFIG, p, [(0, 1)], np.ones(5)), r"mean must have the shape \(1, 5\)"),
-        (lambda p: surgery.ablate_neurons(CONFIG, p, [(0, 60)]), "no neuron 60: they are 0 to 59"),
+        (lambda p: surgery.ablate_neurons(CONFIG, p, [(0, 60)]), "neuron must be a whole number, from 0 to 59, not 60"),
         (lambda p: surgery.prune_neurons(CONFIG, p, [(0, 1)], np.ones((1, 1))), r"mean must have the shape \(1,\)"),
         (lambda p: surgery.ablate_heads(CONFIG.replace(n_layer=2), p, [(0, 1)]), "extra: h2/attn/c_attn/b"),
-        (lambda p: surgery.split_heads(CONFIG, p, 5), "no layer 5"),
+        (lambda p: surgery.split_heads(CONFIG, p, 5), "layer must be a whole number, from 0 to 2, not 5"),
     ],
 )
 def test_what_is_not_there_is_refused(edit, told):

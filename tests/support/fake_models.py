@@ -50,7 +50,7 @@ class CountingGPT2(gpt2_jax.GPT2):
 @pytest.fixture
 def decode_steps(monkeypatch):
     """Make generate and stream count; calling the fixture gives the decode steps since it was last called."""
-    monkeypatch.setattr("gpt2_jax.edits.GPT2", CountingGPT2)
+    monkeypatch.setattr("gpt2_jax.generation.decoding.GPT2", CountingGPT2)
     RUNS.clear()
 
     def steps_since():
