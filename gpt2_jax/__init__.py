@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING, Any
+
+from gpt2_jax import _lazy
 
 if TYPE_CHECKING:
     from gpt2_jax.checkpoints import (
@@ -46,9 +46,8 @@ __all__ = [
     "to_blocks",
 ]
 
-# The module of each public name. A name is imported when it is first used, so that what needs no JAX does not wait for
-# it: `--help` of a command, a recipe, the tokenizer of a data pipeline.
-_MODULES = {
+# The module of each public name: those that are not here are of `checkpoints`.
+_MODULES = dict.fromkeys(__all__, "checkpoints") | {
     "GPT2": "model",
     "SIZES": "config",
     "GPT2Config": "config",
@@ -66,19 +65,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name, or a module of the package, when it is first used."""
-    if name in __all__:
-        value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'checkpoints')}"), name)
-        globals()[name] = value
-        return value
-    if name in _submodules():
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _lazy.get(__name__, _MODULES, name)
 
 
 def __dir__() -> list[str]:
     """Return what is there, and what is imported when it is first used."""
-    return sorted({*globals(), *__all__, *_submodules()})
-
-
-def _submodules() -> set[str]:
-    return {module.name for module in pkgutil.iter_modules(__path__)}
+    return _lazy.names(__name__, _MODULES)

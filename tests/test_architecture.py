@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports modules of lower levels, or of its own room, alone.
 LEVELS = [
-    {"checks", "files", "progress"},
+    {"_lazy", "checks", "files", "progress"},
     {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
     {"kv_cache", "lora", "activations", "recipe", "release", "figures"},
     {"model", "sharding"},
@@ -147,14 +148,27 @@ def test_the_public_names_are_few_and_there():
         from gpt2_jax import nothing  # noqa: F401
 
 
-def test_type_checkers_see_what_is_there():
+@pytest.mark.parametrize("package", [gpt2_jax, gpt2_jax.generation])
+def test_type_checkers_see_what_is_there(package):
     """The imports that they read name the public names, and each is what is imported when it is used."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and runs_later(node)]
     names = {alias.name: node.module for node in block.body for alias in node.names}
-    assert names.keys() == set(gpt2_jax.__all__)
+    assert names.keys() == set(package.__all__)
     for name, module in names.items():
-        assert getattr(gpt2_jax, name) is getattr(importlib.import_module(module), name)
+        assert getattr(package, name) is getattr(importlib.import_module(module), name)
+
+
+def test_no_name_of_a_package_hides_one_of_its_modules():
+    """`import gpt2_jax.evaluate.files` means the module, in whatever order things are imported."""
+    modules = [module.name for module in pkgutil.walk_packages([PACKAGE], "gpt2_jax.")]
+    assert "gpt2_jax.evaluate._perplexity" in modules
+    for name in modules:
+        importlib.import_module(name)
+    for package, _, name in (module.rpartition(".") for module in modules):
+        is_public = not name.startswith("_")
+        hides = getattr(sys.modules[package], name, None) not in (None, sys.modules[f"{package}.{name}"])
+        assert not (is_public and hides), f"{package} has a module {name}, and something else of this name"
 
 
 def test_modules_are_attributes_and_no_public_name_hides_one():

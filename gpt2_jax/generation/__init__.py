@@ -7,22 +7,26 @@ log-probabilities of given tokens. What is concluded from those (`gpt2_jax.evalu
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from gpt2_jax.generation.settings import Settings
+from gpt2_jax import _lazy
 
 if TYPE_CHECKING:
     from gpt2_jax.generation.decoding import Completion, Logprobs, complete, generate, stream
     from gpt2_jax.generation.scoring import Score, score
+    from gpt2_jax.generation.settings import Settings
 
 __all__ = ["Completion", "Logprobs", "Score", "Settings", "complete", "generate", "score", "stream"]
 
 
+_MODULES = dict.fromkeys(__all__, "decoding") | {"Score": "scoring", "Settings": "settings", "score": "scoring"}
+
+
 def __getattr__(name: str) -> Any:
-    """Import a name when it is first used: `Settings` alone needs no JAX."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{'scoring' if name.lower() == 'score' else 'decoding'}")
-    globals()[name] = getattr(module, name)
-    return globals()[name]
+    """Import a public name, or a module of the package, when it is first used."""
+    return _lazy.get(__name__, _MODULES, name)
+
+
+def __dir__() -> list[str]:
+    """Return what is there, and what is imported when it is first used."""
+    return _lazy.names(__name__, _MODULES)
