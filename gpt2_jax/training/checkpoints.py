@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.checkpoints import parts, runs
 from gpt2_jax.checkpoints.integrity import DamagedError
-from gpt2_jax.files import exchange, expanded, lock
+from gpt2_jax.files import expanded, lock, put_in_place
 from gpt2_jax.params import differences
 
 State = TypeVar("State")
@@ -189,11 +189,10 @@ class Checkpoints:
         finish()
         if jax.process_index() != 0:
             return
-        if path.exists():
-            exchange(written, path)
+        replaced = path.exists()
+        put_in_place(written, path)
+        if replaced:
             shutil.rmtree(written)
-        else:
-            written.rename(path)
         ours = [old for old in self.steps() if old <= step and (self.directory / str(old) / parts.MANIFEST).is_file()]
         for old in ours[: -self.keep]:
             deleted = self._hidden(old, "deleted")
