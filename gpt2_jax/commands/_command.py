@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -38,8 +38,9 @@ def call(
         `| head` does, ends the command with status 0. False is for the names of files, which are written as they are.
 
     """
+    args = None
     try:
-        default = {} if start is None else {"default": start()}
+        default: dict[str, Any] = {} if start is None else {"default": start()}
         args = tyro.cli(args_type, prog=prog, description=inspect.getdoc(args_type), args=argv, **default)
         if text and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
@@ -48,8 +49,12 @@ def call(
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit:  # the parser's
+        _drop_output()
+        raise
     except (ValueError, OSError) as error:
-        status = 0 if text and isinstance(error, BrokenPipeError) else 2
+        reader_left = isinstance(error, BrokenPipeError) and (text or args is None)  # --help is for reading too
+        status = 0 if reader_left else 2
         if status:
             report(prog, error)
         _drop_output()
@@ -64,8 +69,9 @@ def report(prog: str, error: Exception) -> None:
 
 def _drop_output() -> None:
     """Let go of what standard output does not take, at which the interpreter would fail once more when it ends."""
+    if sys.stdout is None:
+        return
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def as_json(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return a sample as a line of JSON has it."""
-    record = {"text": completion.text, "finish_reason": "stop" if completion.stopped else "length"}
+    record: dict[str, Any] = {"text": completion.text, "finish_reason": "stop" if completion.stopped else "length"}
     if completion.logprobs is not None:
         record["logprobs"] = [
             {"token": token, "logprob": logprob, "top": [{"token": name, "logprob": value} for name, value in top]}
@@ -25,6 +25,8 @@ def as_json(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
 def _by_token(completion: Completion, tokenizer: Tokenizer) -> Iterator[tuple[str, float, list[tuple[str, float]]]]:
     """Yield each token, its log-probability, and the alternatives with theirs."""
     logprobs = completion.logprobs
+    if logprobs is None:
+        return
     for i, token in enumerate(completion.ids):
         top = zip(logprobs.top_ids[i].tolist(), logprobs.top[i].tolist(), strict=True)
         yield tokenizer.decode([token]), float(logprobs.chosen[i]), [(tokenizer.decode([j]), value) for j, value in top]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import gpt2_jax
 from gpt2_jax.commands import _model
@@ -45,9 +45,9 @@ class Model:
             first_row = first * num_samples + start
             yield from complete(*self.weights, some, self.tokenizer, self.settings, first_row)
 
-    def stream(self, text: str, seed: int) -> Iterator[str]:
+    def stream(self, text: str, seed: int) -> Generator[str, None, None]:
         """Yield the completion of one text as it comes."""
-        settings = dataclasses.asdict(self.settings) | {"seed": seed}
+        settings: dict[str, Any] = dataclasses.asdict(self.settings) | {"seed": seed}
         del settings["logprobs"]
         return gpt2_jax.stream(*self.weights, encode(self.tokenizer, text), self.tokenizer, **settings)
 

@@ -18,7 +18,7 @@ def keep_compiled() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         try:
             directory = cache_dir() / "compiled"
             directory.mkdir(parents=True, exist_ok=True)

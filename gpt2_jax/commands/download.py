@@ -11,6 +11,8 @@ import tyro
 
 from gpt2_jax.commands import _command
 
+SIZES = "124M, 355M, 774M, 1558M"
+
 
 @dataclasses.dataclass
 class Args:
@@ -47,14 +49,17 @@ def run(args: Args) -> None:
 
     """
     if not args.sizes:
-        raise ValueError("name one size or more: 124M, 355M, 774M, 1558M")
+        raise ValueError(f"name one size or more: {SIZES}")
     from gpt2_jax.checkpoints import released
     from gpt2_jax.release import download
 
-    sizes = {name: download.size_of(name) for name in args.sizes}
-    if unknown := [name for name, size in sizes.items() if size is None]:
-        raise ValueError(f"no released GPT-2 is called {unknown[0]!r}: the sizes are 124M, 355M, 774M, 1558M")
+    sizes = []
+    for name in args.sizes:
+        size = download.size_of(name)
+        if size is None:
+            raise ValueError(f"no released GPT-2 is called {name!r}: the sizes are {SIZES}")
+        sizes.append(size)
     fetch = released.fetch_verified if args.verify else download.fetch
-    for size in dict.fromkeys(sizes.values()):
+    for size in dict.fromkeys(sizes):
         directory = None if args.models_dir is None else args.models_dir / size
         print(fetch(size, directory, base_urls=args.base_url or None, jobs=args.jobs), flush=True)

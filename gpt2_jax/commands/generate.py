@@ -67,20 +67,20 @@ def run(args: Args) -> None:
 
     """
     _check(args)
-    texts = None if args.interactive or args.input else list(_prompts.read(args.prompt, args.prompt_file))
+    texts = [] if args.interactive or args.input else list(_prompts.read(args.prompt, args.prompt_file))
     from gpt2_jax.generation.prompts import check_prompts
 
     keep_compiled()
     directory = _model.source(args.model)
     config, tokenizer = gpt2_jax.load_config(directory), gpt2_jax.load_tokenizer(directory)
     settings = args.sampling.settings(tokenizer).check(config, tokenizer)
-    if texts is not None:  # before the weights: those can take long
+    if texts:  # before the weights: those can take long
         check_prompts(config, [encode(tokenizer, text) for text in texts], settings)
     model = Model(args.model, args.dtype, tokenizer, settings, args.batch_size)
     if args.interactive:
         _conversation.converse(model, args.sampling.seed, args.echo)
-    elif args.input:
-        _complete_file(model, args, config)
+    elif args.input and args.output:
+        _complete_file(model, args, config, expanded(args.input), expanded(args.output))
     else:
         _complete_prompts(model, args, texts)
 
@@ -125,12 +125,10 @@ def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
     print(f"{n_new} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
 
 
-def _complete_file(model: Model, args: Args, config: GPT2Config) -> None:
+def _complete_file(model: Model, args: Args, config: GPT2Config, source: Path, target: Path) -> None:
     """Complete the prompts of a file into another."""
     from gpt2_jax.generation.jsonl import complete_file, read_prompts
     from gpt2_jax.generation.prompts import check_fits
-
-    source, target = expanded(args.input), expanded(args.output)
 
     def check(texts: list[str], first: int = 0) -> None:
         for i, text in enumerate(texts, start=first):
@@ -144,9 +142,10 @@ def _complete_file(model: Model, args: Args, config: GPT2Config) -> None:
         return [{"samples": samples[i : i + args.num_samples]} for i in range(0, len(samples), args.num_samples)]
 
     settings = dataclasses.asdict(model.settings) | {"num_samples": args.num_samples}
-    is_folder = args.model is not None and expanded(args.model).is_dir()
-    model_name = str(expanded(args.model).resolve()) if is_folder else args.model or "embedded"
-    settings |= {"model": model_name, "dtype": args.dtype}
+    name = args.model or "embedded"
+    if args.model and expanded(args.model).is_dir():
+        name = str(expanded(args.model).resolve())
+    settings |= {"model": name, "dtype": args.dtype}
     start = time.perf_counter()
     batch_size = max(1, args.batch_size // args.num_samples)
     if source.is_file() and not target.exists():  # a pipe can be read but once: there each batch is checked in its turn

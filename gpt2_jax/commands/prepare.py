@@ -88,9 +88,9 @@ def run(args: Args) -> None:
 
 def _report(prepared: Prepared, tokenizer: str | None) -> str:
     """Return a table of what was written, and what may be other than was meant."""
-    manifest = prepared.manifest
+    manifest = prepared.manifest or {}
     masked = "targets" in manifest["train"]
-    rows = [("", "tokens", "documents", *(["targets"] if masked else []))]
+    rows: list[tuple[str, ...]] = [("", "tokens", "documents", *(["targets"] if masked else []))]
     for name, title in (("train", "training"), ("val", "validation")):
         rows.append((title, *(f"{value:,}" for value in manifest[name].values())))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

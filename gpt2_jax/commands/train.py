@@ -72,9 +72,10 @@ def run(args: Args) -> int:
     recipe = args.recipe
     plan, params, tokenizer = start_model(recipe, folder)
     data = start_data(recipe, tokenizer, folder / "data")
-    split = data.manifest and (data.manifest["split"], data.manifest["val_fraction"])
-    if split and (recipe.data.split not in ("auto", split[0]) or recipe.data.val_fraction != split[1]):
-        print(f"the text was split when it was prepared, by {split[0]} at {split[1]:g}: that holds", file=sys.stderr)
+    if data.manifest is not None:
+        split, share = data.manifest["split"], data.manifest["val_fraction"]
+        if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
+            print(f"the text was split when it was prepared, by {split} at {share:g}: that holds", file=sys.stderr)
     n_val = data.val.n_tokens if data.val else 0
     print(
         f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} tokens to train, {n_val:,} to validate on",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -153,7 +153,7 @@ def stream(
     stop_strings: Sequence[str] = Settings.stop_strings,
     overflow: Overflow = Settings.overflow,
     edits: Edit | Sequence[Edit] = (),
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Yield the continuation of a prompt as it comes: text, or token ids, in; pieces of text out.
 
     The pieces are of whole characters and not empty, and joined they are the text of what `generate` gives for this
@@ -183,7 +183,7 @@ def stream(
     edits = check_edits(config, edits, whole_rows=False)
     row = _Row("prompt", ids, settings, tokenizer, wants_text=True)
 
-    def pieces() -> Iterator[str]:
+    def pieces() -> Generator[str, None, None]:
         for _ in _decode(config, params, [row], settings, edits, steps_a_call=STEPS_A_PIECE):
             if piece := row.new_text():
                 yield piece

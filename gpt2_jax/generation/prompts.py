@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def check_prompts(config: GPT2Config, prompts: Sequence[Sequence[int]], settings
     return rows
 
 
-def check_fits(config: GPT2Config, name: str, row: np.ndarray, settings: Settings) -> None:
+def check_fits(config: GPT2Config, name: str, row: Sized, settings: Settings) -> None:
     """Check that a prompt and the new tokens fit in n_ctx together, unless they may slide.
 
     Raises:

@@ -112,6 +112,16 @@ def test_a_reader_who_leaves_ends_a_text_alone(run):
     assert run(raising(error)) == (2, "begun\n", "gpt2-test: broken pipe\n")
 
 
+@pytest.mark.parametrize("script", ["download", "generate"])
+def test_a_reader_who_leaves_help(script):
+    """`--help | head -1`, of a command that writes names too: no complaint, also when the interpreter ends."""
+    command = [sys.executable, str(commands.SCRIPTS / f"{script}.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
 def test_a_character_that_cannot_be_shown(monkeypatch):
     """In a text it becomes a question mark; the name of a file must not become another."""
     for text, shown in ((True, b"caf?\n"), (False, b"")):

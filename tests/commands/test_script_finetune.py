@@ -175,3 +175,11 @@ def test_help_says_units_and_defaults(run):
         "share of the tokens that is kept for validation, in [0, 1). (default: 0.1)",
     ):  # fmt: skip
         assert text in plain, plain
+
+
+def test_messages_say_the_name_that_was_called(capfd, tmp_path):
+    for main, name in ((train.main, "gpt2-train"), (train.finetune, "gpt2-finetune")):
+        call = commands.caller(main, capfd)
+        assert call("--config", tmp_path / "no.toml").err.startswith(f"{name}: ")
+        assert call("--config").err.startswith(f"usage: {name} ")
+        assert f"{name} --help" in call("--steps", "many").err
