@@ -29,6 +29,7 @@ from gpt2_jax.config import DROPOUT_RATES
 # About 20 kB, so that names, shapes and offsets are hit often; n_head is 3, and changes to 1, 2, 4 and 6 are possible.
 CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=11, n_embd=12, n_head=3, n_layer=2)
 SUBJECTS = ("tensorflow", "huggingface", "orbax", "copy")
+SUPPORT = str(Path(__file__).parents[1] / "support")
 
 
 class Subject:
@@ -202,8 +203,9 @@ def test_damage_is_told_without_noise(form):
     run = f"import test_corruption; test_corruption.campaign({form!r}, 40, seed=3)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore::UserWarning", "-c", run],
-        cwd=Path(__file__).parents[1] / "support",
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"},
+        cwd=Path(__file__).parent,
+        env=os.environ
+        | {"PYTHONPATH": SUPPORT, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"},
         capture_output=True,
         text=True,
         check=False,
