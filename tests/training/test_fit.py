@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 import commands
 import jax
@@ -454,6 +455,7 @@ def test_fit_outside_the_main_thread(tmp_path, run):
 SAMPLED = {"sample_every": 3, "prompts": ("The ",), "sample_tokens": 3}
 ON_EIGHT = """
     import json, os, signal, sys, jax
+    sys.path.append(sys.argv[3])
     from test_fit import *
     from gpt2_jax.training import open_prepared
 
@@ -476,7 +478,7 @@ ON_EIGHT = """
 
 def test_begun_on_eight_devices_and_gone_on_with_on_one(tmp_path, run, data, tokenizer):
     """The same losses but for rounding, and the same samples."""
-    assert commands.on_eight_devices(ON_EIGHT, tmp_path / "run", data.train.path.parent) == 8
+    assert commands.on_eight_devices(ON_EIGHT, tmp_path / "run", data.train.path.parent, Path(__file__).parent) == 8
     wanted = small(batch_size=8, monitor=SAMPLED)
     begun = metrics(tmp_path / "run")
     assert list(begun) == [1, 2, 3, 4, 5]
