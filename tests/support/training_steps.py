@@ -193,3 +193,19 @@ def slow_run(recipe, batches, rates, config=CONFIG):
         norms.append(slow.step(flat(gradients), rate))
         losses.append(float(loss))
     return slow.weights, losses, norms
+
+
+# ---- compiled, and not run
+
+
+def compiled(recipe, config):
+    """The compiled step of windows of n_ctx tokens; no state is made."""
+    plan = make_plan(config_of(recipe, config), recipe)
+    shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, plan.n_tokens)
+    one = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    return make_train_step(plan).lower(plan.state, one).compile()
+
+
+def temporary(program) -> int:
+    """The bytes that a compiled step takes beside what goes in and comes out."""
+    return program.memory_analysis().temp_size_in_bytes

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import gpt2_jax
 from gpt2_jax.training.loss import token_loss
 from gpt2_jax.training.plan import make_plan
-from gpt2_jax.training.step import make_eval_step, make_train_step
+from gpt2_jax.training.step import make_eval_step
 
 BOUNDS = {"float32": 4e-6, "float64": 1e-13}  # of the largest value
 LONG = gpt2_jax.GPT2Config(n_vocab=50257, n_ctx=1021, n_embd=8, n_head=1, n_layer=1)
@@ -63,24 +63,12 @@ def test_logits_that_would_overflow_do_not():
     assert all(jnp.isfinite(leaf).all() for leaf in gradients)
 
 
-def compiled(recipe, config=LONG):
-    """The compiled step; nothing is run, and no state made."""
-    plan = make_plan(ts.config_of(recipe, config), recipe)
-    shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, plan.n_tokens)
-    batch = ts.Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
-    return make_train_step(plan).lower(plan.state, batch).compile()
-
-
-def temporary(program) -> int:
-    return program.memory_analysis().temp_size_in_bytes
-
-
 def test_the_logits_never_exist_at_once(monkeypatch):
     """With a plain loss the program needs at least as much more memory as they take. Compiled, not run."""
     recipe = ts.recipe(batch_size=7)
-    ours = temporary(compiled(recipe))
+    ours = ts.temporary(ts.compiled(recipe, LONG))
     monkeypatch.setattr("gpt2_jax.training.step.token_loss", plain)
-    theirs = temporary(compiled(recipe))
+    theirs = ts.temporary(ts.compiled(recipe, LONG))
     logits = recipe.batch_size * LONG.n_ctx * LONG.n_vocab * 4
     assert theirs - ours >= logits
 

@@ -80,11 +80,10 @@ REMAT = """
     os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     import gpt2_jax
     import training_steps as ts
-    from test_training_loss import compiled, temporary
 
     config = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=127, n_embd=24, n_head=3, n_layer=4)
-    programs = [compiled(ts.recipe(remat=remat), config) for remat in (False, True)]
-    print(json.dumps([[temporary(program), program.cost_analysis()["flops"]] for program in programs]))
+    programs = [ts.compiled(ts.recipe(remat=remat), config) for remat in (False, True)]
+    print(json.dumps([[ts.temporary(program), program.cost_analysis()["flops"]] for program in programs]))
 """
 
 
