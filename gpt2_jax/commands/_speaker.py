@@ -1,9 +1,10 @@
-"""The model of `gpt2-generate`, told its settings once."""
+"""The model of `gpt2-generate`, and what its samples look like beside their text: as JSON, and as a table."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,14 @@ class Model:
 
     @functools.cached_property
     def weights(self) -> tuple[GPT2Config, Params]:
-        """The config and the params."""
+        """The config and the params; reading them is said on standard error."""
+        import jax
+
         config, params = _model.load(self.name, self.dtype)
-        _announce(self.name, config)
-        _warn_of_bfloat16(self.dtype)
+        more = "" if self.name else "; for OpenAI's GPT-2 pass --model 124M, which fetches 0.5 GB the first time"
+        print(f"model: {_model.title(self.name)}, {config.n_params:,} parameters{more}", file=sys.stderr)
+        if self.dtype == "bfloat16" and jax.default_backend() == "cpu":
+            print("on a CPU bfloat16 saves memory and takes two to five times as long as float32", file=sys.stderr)
         return config, params
 
     def complete(self, texts: Sequence[str], num_samples: int, first: int = 0) -> Iterator[Completion]:
@@ -57,14 +62,31 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text) or [tokenizer.eot]
 
 
-def _announce(model: str | None, config: GPT2Config) -> None:
-    """Say in one line which model runs, and for the embedded one how to get the real ones."""
-    more = "" if model else "; for OpenAI's GPT-2 pass --model 124M, which fetches 0.5 GB the first time"
-    print(f"model: {_model.title(model)}, {config.n_params:,} parameters{more}", file=sys.stderr)
+def as_json(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a sample as a line of JSON has it."""
+    record: dict[str, Any] = {"text": completion.text, "finish_reason": "stop" if completion.stopped else "length"}
+    if completion.logprobs is not None:
+        record["logprobs"] = [
+            {"token": token, "logprob": logprob, "top": [{"token": name, "logprob": value} for name, value in top]}
+            for token, logprob, top in _by_token(completion, tokenizer)
+        ]
+    return record
 
 
-def _warn_of_bfloat16(dtype: str | None) -> None:
-    import jax
+def _by_token(completion: Completion, tokenizer: Tokenizer) -> Iterator[tuple[str, float, list[tuple[str, float]]]]:
+    """Yield each token, its log-probability, and the alternatives with theirs."""
+    logprobs = completion.logprobs
+    if logprobs is None:
+        return
+    for i, token in enumerate(completion.ids):
+        top = zip(logprobs.top_ids[i].tolist(), logprobs.top[i].tolist(), strict=True)
+        yield tokenizer.decode([token]), float(logprobs.chosen[i]), [(tokenizer.decode([j]), value) for j, value in top]
 
-    if dtype == "bfloat16" and jax.default_backend() == "cpu":
-        print("on a CPU bfloat16 saves memory and takes two to five times as long as float32", file=sys.stderr)
+
+def logprob_table(completion: Completion, tokenizer: Tokenizer) -> str:
+    """Return a line a token: log-probability, probability, token, alternatives."""
+    lines = ["logprob       p  token             alternatives"]
+    for token, logprob, top in _by_token(completion, tokenizer):
+        alternatives = "  ".join(f"{name!r} {math.exp(value):.1%}" for name, value in top)
+        lines.append(f"{logprob:7.3f} {math.exp(logprob):7.1%}  {token!r:16}  {alternatives}".rstrip())
+    return "\n".join(lines)

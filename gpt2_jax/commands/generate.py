@@ -5,18 +5,20 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
+import os
+import stat
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 import gpt2_jax
-from gpt2_jax.commands import _command, _conversation, _model, _prompts, _samples
+from gpt2_jax.commands import _command, _conversation, _model
 from gpt2_jax.commands._sampling import Options
-from gpt2_jax.commands._speaker import Model, encode
+from gpt2_jax.commands._speaker import Model, as_json, encode, logprob_table
 from gpt2_jax.commands.compilation import keep_compiled
 from gpt2_jax.files import expanded
 
@@ -67,7 +69,7 @@ def run(args: Args) -> None:
 
     """
     _check(args)
-    texts = [] if args.interactive or args.input else list(_prompts.read(args.prompt, args.prompt_file))
+    texts = [] if args.interactive or args.input else list(_prompts(args.prompt, args.prompt_file))
     from gpt2_jax.generation.prompts import check_prompts
 
     keep_compiled()
@@ -105,6 +107,34 @@ def _check(args: Args) -> None:
         raise ValueError("--input and --output go together: prompts from one file, samples to the other")
 
 
+def _prompts(prompts: Sequence[str], files: Sequence[Path]) -> Iterator[str]:
+    """Yield the prompts given, then the files' texts; without any, standard input if it is a pipe or a file, or ""."""
+    yield from prompts
+    for path in files:
+        if str(path) == "-":
+            yield _decode(sys.stdin.buffer.read(), "standard input")
+        else:
+            yield _decode(expanded(path).read_bytes(), str(path))
+    if not prompts and not files:
+        yield _decode(sys.stdin.buffer.read(), "standard input") if _stdin_has_text() else ""
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _stdin_has_text() -> bool:
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # there is no standard input
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
 def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
     """Print all samples; a single one as it comes, if someone is watching."""
     _ = model.weights  # not part of the time
@@ -120,7 +150,7 @@ def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
             print(f"--- {prompt}sample {sample + 1} of {args.num_samples}", file=sys.stderr, flush=True)
         print((text if args.echo else "") + completion.text, flush=True)
         if args.sampling.logprobs is not None:
-            print(_samples.logprob_table(completion, model.tokenizer), flush=True)
+            print(logprob_table(completion, model.tokenizer), flush=True)
         n_new += len(completion.ids)
     print(f"{n_new} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
 
@@ -136,9 +166,7 @@ def _complete_file(model: Model, args: Args, config: GPT2Config, source: Path, t
 
     def complete(texts: list[str], first: int) -> list[dict[str, Any]]:
         check(texts, first)
-        samples = [
-            _samples.as_json(sample, model.tokenizer) for sample in model.complete(texts, args.num_samples, first)
-        ]
+        samples = [as_json(sample, model.tokenizer) for sample in model.complete(texts, args.num_samples, first)]
         return [{"samples": samples[i : i + args.num_samples]} for i in range(0, len(samples), args.num_samples)]
 
     settings = dataclasses.asdict(model.settings) | {"num_samples": args.num_samples}
