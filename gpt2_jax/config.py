@@ -72,7 +72,7 @@ class GPT2Config:
             object.__setattr__(self, name, float_dtype(name, getattr(self, name)))
 
     @classmethod
-    def from_hparams(cls, hparams: Mapping[str, int]) -> GPT2Config:
+    def from_hparams(cls, hparams: Mapping[str, Any]) -> GPT2Config:
         """Build a config from the contents of an hparams.json: exactly its five names.
 
         Raises:
@@ -94,9 +94,9 @@ class GPT2Config:
 
         """
         _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"))
-        rate = settings["drop_rate"]
+        rates: dict[str, Any] = dict.fromkeys(DROPOUT_RATES, settings["drop_rate"])
         hparams = {ours: settings[word] for word, ours in BOOK_WORDS.items()}
-        return cls(**hparams, **dict.fromkeys(DROPOUT_RATES, rate), qkv_bias=settings["qkv_bias"])
+        return cls(**hparams, **rates, qkv_bias=settings["qkv_bias"])
 
     def to_hparams(self) -> dict[str, int]:
         """Return the contents of OpenAI's hparams.json."""

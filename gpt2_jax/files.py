@@ -151,9 +151,9 @@ def beside(path: Path) -> Path:
 def exchange(new: Path, old: Path) -> None:
     """Let two folders exchange their names: in one system call where the system and the file system have it."""
     libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
-    if hasattr(libc, "renameat2"):  # Linux; AT_FDCWD is -100, RENAME_EXCHANGE 2
+    if libc is not None and hasattr(libc, "renameat2"):  # Linux; AT_FDCWD is -100, RENAME_EXCHANGE 2
         done = libc.renameat2(-100, os.fsencode(new), -100, os.fsencode(old), 2) == 0
-    elif sys.platform == "darwin":  # RENAME_SWAP is 2
+    elif libc is not None and sys.platform == "darwin":  # RENAME_SWAP is 2
         done = libc.renamex_np(os.fsencode(new), os.fsencode(old), 2) == 0
     else:
         done = False

@@ -5,6 +5,7 @@ Shape letters: B batch, T query, S cache slot, N heads, H head width.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -82,16 +83,17 @@ def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int) 
         raise ValueError(f"cache must be a KVCache, as init_cache makes it, not a {type(cache).__name__}")
     if n_tokens > cache.n_slots:
         raise ValueError(f"{n_tokens} tokens do not fit a cache of {cache.n_slots} slots")
-    while cache is not None:
-        needed = jax.eval_shape(functools.partial(init_cache, config, n_rows, cache.n_slots))
+    part: KVCache | None = cache
+    while part is not None:
+        needed = jax.eval_shape(functools.partial(init_cache, config, n_rows, part.n_slots))
         found, needed = (
             [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(tree)]
-            for tree in (cache.replace(past=None), needed)
+            for tree in (dataclasses.replace(part, past=None), needed)
         )
         if found != needed:
             held = ", ".join(found) or "nothing"
             raise ValueError(f"the cache does not fit this model and {n_rows} rows of tokens: it holds {held}")
-        cache = cache.past
+        part = part.past
 
 
 def insert(cache: KVCache, other: KVCache, row_G: jax.Array) -> KVCache:
@@ -102,7 +104,8 @@ def insert(cache: KVCache, other: KVCache, row_G: jax.Array) -> KVCache:
         index = (row_G, *[slice(None)] * (axis - 1), slice(0, n_slots))
         return array.at[index].set(new)
 
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         k_BNHS=tuple(put(*pair, axis=3) for pair in zip(cache.k_BNHS, other.k_BNHS, strict=True)),
         v_BNSH=tuple(put(*pair, axis=2) for pair in zip(cache.v_BNSH, other.v_BNSH, strict=True)),
         mask_BS=put(cache.mask_BS.at[row_G].set(False), other.mask_BS, axis=1),
@@ -120,7 +123,8 @@ def merge(past: KVCache, recent: KVCache) -> KVCache:
         write = functools.partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
         return jax.vmap(write)(array, new, n_tokens_B)
 
-    return past.replace(
+    return dataclasses.replace(
+        past,
         k_BNHS=tuple(put(*pair, axis=3) for pair in zip(past.k_BNHS, recent.k_BNHS, strict=True)),
         v_BNSH=tuple(put(*pair, axis=2) for pair in zip(past.v_BNSH, recent.v_BNSH, strict=True)),
         mask_BS=put(past.mask_BS, recent.mask_BS, axis=1),

@@ -66,9 +66,10 @@ class Tokenizer:
           ValueError: ids are not 0, 1, ... or do not follow the order of the merges, or the two do not fit together.
 
         """
-        self.merges = [tuple(pair) for pair in merges]
+        pairs = [tuple(pair) for pair in merges]
         _check_tokens(tokens, tokens_from)
-        ids = _match_merges(tokens, self.merges, tokens_from, merges_from, first_line)
+        ids = _match_merges(tokens, pairs, tokens_from, merges_from, first_line)
+        self.merges = [(left, right) for left, right in pairs]
         self.tokens = dict(sorted(tokens.items(), key=operator.itemgetter(1)))
         self.eot = tokens[END_OF_TEXT]
         self.n_vocab = len(tokens)
@@ -182,7 +183,7 @@ def _check_tokens(tokens: dict[str, int], source: str | os.PathLike) -> None:
 
 def _match_merges(
     tokens: dict[str, int],
-    merges: list[tuple[str, str]],
+    merges: list[tuple[str, ...]],
     tokens_from: str | os.PathLike,
     merges_from: str | os.PathLike,
     first_line: int,
@@ -212,7 +213,7 @@ def _match_merges(
         raise ValueError(f"{merges_from} makes {END_OF_TEXT} by merging: ordinary text would become the special token")
     added = {name for name, i in tokens.items() if i > max(last, tokens[END_OF_TEXT])}
     if unmade := tokens.keys() - {*names, END_OF_TEXT} - added:
-        extra = min(unmade, key=tokens.get)
+        extra = min(unmade, key=tokens.__getitem__)
         raise ValueError(f"{tokens_from} holds {extra!r}, id {tokens[extra]}, which no line of {merges_from} makes")
     return {bytes(byte_of[character] for character in name): tokens[name] for name in names}
 

@@ -26,7 +26,7 @@ class DamagedError(ValueError):
 
 def sha256(array: np.ndarray) -> str:
     """Return the sha256 of an array's bytes, row by row and little-endian, in hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def write_manifest(config: GPT2Config, hashes: Mapping[str, str], **more: Any) -> str:
@@ -87,10 +87,10 @@ def count_strange(array: np.ndarray) -> int:
     flat = array.reshape(-1)
     chunks: Iterable[np.ndarray] = (flat[i : i + 2**20] for i in range(0, flat.size, 2**20))
     with np.errstate(invalid="ignore"):  # a signalling NaN is counted like any other
-        return sum(chunk.size - np.count_nonzero(np.isfinite(chunk)) for chunk in chunks)
+        return sum(chunk.size - int(np.count_nonzero(np.isfinite(chunk))) for chunk in chunks)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return what an error of another library says, on one line and not too long."""
     return " ".join(str(error).split())[:300]
 

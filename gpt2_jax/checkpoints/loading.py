@@ -80,7 +80,7 @@ def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
 def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding: Any) -> tuple[GPT2Config, Params]:
     """Put every leaf on its device, cast, one after the other."""
     if isinstance(sharding, Mapping):
-        sharding = flatten(sharding)
+        sharding = flatten(dict(sharding))
         if wrong := sorted(sharding.keys() ^ flatten(abstract_params(config)).keys()):
             raise ValueError(f"sharding must be a tree shaped as the params: {wrong[0]} is in one of the two alone")
     flat, strange, overflown = {}, {}, {}
@@ -140,7 +140,8 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     """
     directory = runs.run_of(locate(source, "tokenizer"))
     if _any_of(directory, OPENAI_FILES):
-        tokenizer = Tokenizer.from_files(*(directory / name for name in OPENAI_FILES))
+        encoder, merges = (directory / name for name in OPENAI_FILES)
+        tokenizer = Tokenizer.from_files(encoder, merges)
     elif _any_of(directory, HUGGING_FACE_FILES):
         tokenizer = huggingface_tokenizer.read(directory)
     else:

@@ -61,7 +61,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         raise DamagedError(f"{path} is damaged: {wrong[0]} is not what was written, or is missing")
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(config))
     try:
-        tree = ocp.load(path, host)
+        tree = ocp.load(str(path), host)
     except MemoryError:
         raise
     except Exception as error:  # Orbax lets through whatever the library that stumbled over the bytes raises
@@ -87,7 +87,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     path = (directory / TREE).resolve()
     odd = "[" in str(path)  # of which Orbax's database, a few large files, makes a pattern
     with parts.told(), parts.plain_files() if odd else contextlib.nullcontext():
-        ocp.save(path, unflatten(flat))
+        ocp.save(str(path), unflatten(flat))
     hashes = {name: sha256(array) for name, array in flat.items()}
     manifest = write_manifest(config, hashes, files=hash_files(path))
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")

@@ -62,7 +62,7 @@ def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
         probe.mkdir()
         probe.rmdir()
     with plain_files(), told():
-        response = ocp.save_checkpointables_async(path, trees)
+        response = ocp.save_checkpointables_async(str(path), trees)
 
     def finish() -> None:
         with told():
@@ -128,7 +128,7 @@ def read(path: Path, abstract: Parts) -> dict[str, dict[str, Any]]:
 
     trees = {part: unflatten(jax.tree.map(_placed, dict(flat))) for part, flat in abstract.items() if flat}
     try:
-        read = ocp.load_checkpointables(path, trees)
+        read = ocp.load_checkpointables(str(path), trees)
     except MemoryError:
         raise
     except Exception as error:  # Orbax wraps whatever it met

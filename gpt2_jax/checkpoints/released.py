@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gpt2_jax.checkpoints import tensorflow
 from gpt2_jax.checkpoints.integrity import DamagedError
@@ -20,7 +20,7 @@ def fetch_verified(
     directory: str | os.PathLike | None = None,
     files: Sequence[str] = download.FILES,
     base_urls: Sequence[str] | None = None,
-    **how: object,
+    **how: Any,
 ) -> Path:
     """Fetch a released size and read every tensor of it; damaged weights are fetched once more.
 

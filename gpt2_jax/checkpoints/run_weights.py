@@ -63,7 +63,7 @@ def _merged(
     for name in sorted(params, key=lambda name: -params[name].nbytes):
         leaf = params.pop(name)
         if f"{name}/a" in lora:
-            pair = {side: lora[f"{name}/{side}"] for side in "ab"}
+            pair: dict[str, Any] = {side: lora[f"{name}/{side}"] for side in "ab"}
             leaf = flatten(merge_lora(unflatten({name: leaf}), {name: pair}, recipe["lora"]["alpha"]))[name]
         yield name, np.asarray(leaf, config.param_dtype)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import io
 import json
 import math
 import os
@@ -140,7 +141,7 @@ def _state(file: IO) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_bytes(file: IO, name: str, tensor: Stored) -> np.ndarray:
+def _read_bytes(file: io.FileIO, name: str, tensor: Stored) -> np.ndarray:
     n_bytes = math.prod(tensor.shape) * tensor.dtype.itemsize
     room = np.empty(n_bytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
@@ -148,7 +149,7 @@ def _read_bytes(file: IO, name: str, tensor: Stored) -> np.ndarray:
     file.seek(tensor.offset)
     n_read = 0
     while n_read < n_bytes:
-        n = file.readinto(memoryview(flat)[n_read:])
+        n = file.readinto(flat.data[n_read:])
         if not n:
             raise DamagedError(f"{tensor.path} is damaged: it ends inside {name}")
         n_read += n
@@ -167,4 +168,4 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
     with replacing_file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -71,7 +71,9 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
 
 def size_meant(source: object) -> str | None:
     """Return the released size that a source names, None for one that is a model's folder or no size."""
-    size = download.size_of(os.fspath(source)) if isinstance(source, str | os.PathLike) else None
+    if not isinstance(source, str | os.PathLike):
+        return None
+    size = download.size_of(os.fspath(source))
     return None if size and Path(source).is_dir() and _holds_model(Path(source)) else size
 
 
@@ -92,7 +94,7 @@ def form_of(directory: Path) -> Form:
     if runs.is_checkpoint(directory):
         return "checkpoint"
     for patterns in (WEIGHTS, CONFIGS):
-        forms = {form: pattern for pattern, form in patterns.items() if any(directory.glob(pattern))}
+        forms: dict[Form, str] = {form: pattern for pattern, form in patterns.items() if any(directory.glob(pattern))}
         if len(forms) > 1:
             raise ValueError(
                 f"{directory} holds several models ({', '.join(forms.values())}): keep each in its own folder"

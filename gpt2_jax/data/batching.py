@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -180,6 +180,6 @@ def _row(tokens: Tokens, start: int, n_tokens: int) -> Row:
     return np.pad(ids, missing), np.pad(counts, missing)
 
 
-def _batch(rows: list[Row]) -> Batch:
+def _batch(rows: Sequence[Row]) -> Batch:
     ids, counts = (np.stack(part) for part in zip(*rows, strict=True))
     return Batch(tokens=ids[:, :-1], targets=ids[:, 1:], weights=counts[:, 1:])

@@ -8,10 +8,9 @@ import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.context import SpawnContext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
 WORTHWHILE = 32 * BLOCK  # bytes of text below which other processes take longer to start than they save
 MOST_PROCESSES = 16  # one process reads for all
 DIED = "died, perhaps for want of memory: use fewer"
+Pipe = Any  # multiprocessing's Connection, on Windows its PipeConnection
 
 
 class Encoded(NamedTuple):
@@ -53,7 +53,7 @@ def processes_for(n_bytes: int) -> int:
     return min(n_cores, MOST_PROCESSES)
 
 
-def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) -> Iterator[Encoded]:
+def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) -> Generator[Encoded, None, None]:
     """Yield the ids of all pieces, in order, some at a time. What is in memory does not grow with their number.
 
     Raises:
@@ -83,7 +83,7 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) 
 
 
 @contextlib.contextmanager
-def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Connection]:
+def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
     """Start a process that encodes, and give what leads to it: a pipe of its own, which ends when the process dies.
 
     A pool shares one pipe, and waits for ever where a process died in the middle of an answer.
@@ -101,7 +101,7 @@ def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Connection]
             process.join()
 
 
-def _work(pipe: Connection, tokens: dict[str, int], merges: list[tuple[str, str]]) -> None:
+def _work(pipe: Pipe, tokens: dict[str, int], merges: list[tuple[str, str]]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; who started this one ends it
     tokenizer = Tokenizer(tokens, merges)
     with contextlib.suppress(EOFError, OSError):  # who started this one is gone
@@ -110,14 +110,14 @@ def _work(pipe: Connection, tokens: dict[str, int], merges: list[tuple[str, str]
             pipe.send(encode_group(tokenizer, pipe.recv()))
 
 
-def _send(worker: Connection, group: list[Piece]) -> None:
+def _send(worker: Pipe, group: list[Piece]) -> None:
     try:
         worker.send(group)
     except OSError as error:
         raise OSError(f"a process that encodes text {DIED}") from error
 
 
-def _receive(worker: Connection, trouble: str = DIED) -> Encoded:
+def _receive(worker: Pipe, trouble: str = DIED) -> Encoded:
     try:
         return worker.recv()
     except (EOFError, OSError) as error:

@@ -198,7 +198,9 @@ def _split(folder: Path, split: str, manifest: dict[str, Any]) -> Tokens:
         if not path.is_file() or path.stat().st_size != size:
             found = f"{path.stat().st_size:,}" if path.is_file() else "no"
             raise ValueError(f"{path} has {found} bytes; by {MANIFEST} it has {size:,}: prepare the folder again")
-    return Tokens(*list(sizes)[:1], manifest[split]["tokens"], manifest["n_vocab"], *list(sizes)[1:])
+    mask = folder / f"{split}.mask.bin"
+    n_tokens, n_vocab = manifest[split]["tokens"], manifest["n_vocab"]
+    return Tokens(folder / f"{split}.bin", n_tokens, n_vocab, mask if mask in sizes else None)
 
 
 def _bare(path: Path, n_vocab: int) -> Tokens:

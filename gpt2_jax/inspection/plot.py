@@ -47,10 +47,10 @@ def draw(config: GPT2Config, params: Params) -> Any:
     Above distributions, sizes by layer, LayerNorm gains; below similarity of positions, sizes of wpe's and wte's rows.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     flat = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-    figure = Figure(figsize=(17, 9.6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(17, 9.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     axes = figure.subplots(2, 3)
     figure.suptitle(
         f"GPT-2, {config.n_params:,} parameters in {config.param_dtype.name}: {config.n_layer} layers of width "
@@ -201,7 +201,8 @@ def _extent(array: np.ndarray) -> float:
 def _deciles(array: np.ndarray) -> tuple[float, float, float]:
     """Return the first, fifth and ninth decile of an array's finite values."""
     values = np.concatenate(list(_chunks(array)))
-    return tuple(np.quantile(values, [0.1, 0.5, 0.9])) if values.size else (np.nan,) * 3
+    low, middle, high = np.quantile(values, [0.1, 0.5, 0.9]) if values.size else [np.nan] * 3
+    return low, middle, high
 
 
 def _row_norms(array: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from gpt2_jax.checks import real_number, whole_number
 from gpt2_jax.config import SIZES
@@ -94,7 +95,7 @@ def fetch_verified(
     base_urls: Sequence[str] | None = None,
     *,
     progress: bool | None = None,
-    **patience: float,
+    **patience: Any,
 ) -> Path:
     """Fetch as `fetch` does, with its arguments, then `verify`; damaged weights are fetched once more.
 
@@ -155,7 +156,7 @@ class _Plan:
     bases: tuple[str, ...]
     expected: dict[str, Expected]
     jobs: int
-    patience: dict[str, float]
+    patience: dict[str, Any]
 
     def missing(self) -> list[str]:
         """Return the files that are absent or wrong, the largest first: it takes longest."""

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -224,7 +224,7 @@ def _read(response: HTTPResponse, left: int | None, timeout: float, at: int, tot
         raise Failed(f"{_described(error)} {where}") from error
 
 
-def _writable(part: Path, mode: str) -> BinaryIO:
+def _writable(part: Path, mode: Literal["ab", "wb"]) -> BinaryIO:
     try:
         return part.open(mode, buffering=0)  # no buffer: a kill loses nothing that arrived
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import commands
 import jax
@@ -100,6 +101,7 @@ def test_saved_on_eight_devices_loaded_on_one(config, tokenizer, tmp_path):
     code = """
         import json, sys, jax
         from gpt2_jax.training.checkpoints import Checkpoints
+        sys.path.append(sys.argv[2])
         from test_load_runs import state_of, random_params
         from gpt2_jax.checkpoints.runs import read_run
         from train_states import on_mesh
@@ -109,7 +111,7 @@ def test_saved_on_eight_devices_loaded_on_one(config, tokenizer, tmp_path):
             checkpoints.save(2, on_mesh(state_of(params), 8))
         print(json.dumps(len(jax.devices())))
     """
-    assert commands.on_eight_devices(code, tmp_path) == 8
+    assert commands.on_eight_devices(code, tmp_path, Path(__file__).parent) == 8
     assert_same(gpt2_jax.load(tmp_path)[1], random_params(config, 11))
 
 
