@@ -147,7 +147,7 @@ def _whole(what: str, places: Where) -> jax.Array | None:
     return places.astype(np.int32)
 
 
-def check_edits(config: GPT2Config, edits: Sequence[Edit], whole_rows: bool = True) -> tuple[Edit, ...]:
+def check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], whole_rows: bool = True) -> tuple[Edit, ...]:
     """Return the edits as a tuple.
 
     Args:

@@ -27,7 +27,7 @@ def product(
     `jax.default_matmul_precision("highest")` asks for it, and so does "float32", the same by another name.
     Over 768 numbers the error of a plain product is 3.7e-7 on a CPU, in blocks 2.1e-7 (torch's library 2.5e-7), root
     mean square. The products of its gradients are summed in blocks too. A pass of the 124M shape takes 1.15 times as
-    long as without, and one with gradients 1.4 times.
+    long as without, one with gradients 1.4 times, and one of 9 tokens, which waits for the weights, about 3 times.
 
     Args:
       x: [..., K].

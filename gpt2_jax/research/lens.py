@@ -21,7 +21,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
-from gpt2_jax.research._forward import as_params, as_tokens, forward
+from gpt2_jax.research._forward import as_params, as_tokens, forward, places
 
 STREAM = ("^h0/resid_pre$", "/resid_post$")
 CHUNK = 256  # positions whose logits are held at a time: 51 MB of float32 for 50,257 tokens
@@ -139,7 +139,7 @@ def _read(
 def _next_tokens(tokens_BT: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
     """Return the real token behind each one in its row, int32; -1 where there is none, and at padding."""
     n_tokens = tokens_BT.shape[1]
-    mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
+    mask_BT = places(mask_BT, tokens_BT.shape) >= 0
     nearest_BT = jax.lax.cummin(jnp.where(mask_BT, jnp.arange(n_tokens), n_tokens), axis=1, reverse=True)
     next_BT = jnp.pad(nearest_BT[:, 1:], [(0, 0), (0, 1)], constant_values=n_tokens)
     token_BT = jnp.take_along_axis(tokens_BT, next_BT, axis=1, mode="fill", fill_value=-1)
