@@ -116,7 +116,8 @@ def _like(name: str, names: Sequence[str]) -> str:
 
 
 class _Module(Protocol):
-    path: tuple[str, ...]
+    @property
+    def path(self) -> tuple[str, ...]: ...
 
 
 class Taps:

@@ -56,7 +56,7 @@ def attention(
     weights_BNTS = dropout(on_weights(jax.nn.softmax(on_scores(scores_BNTS), axis=-1))).astype(q_BTNH.dtype)
     weights = jnp.split(weights_BNTS, [past[0].shape[-1]], axis=-1) if past is not None else [weights_BNTS]
     z_BTNH = sum(_mix(weights_BNTS, v_BNSH) for weights_BNTS, (_, v_BNSH, _) in zip(weights, parts, strict=True))
-    return z_BTNH.astype(q_BTNH.dtype)
+    return jnp.asarray(z_BTNH).astype(q_BTNH.dtype)
 
 
 def causal_attention(

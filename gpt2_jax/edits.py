@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 
 from gpt2_jax.activations import Tap, axes, check_names, shape
 from gpt2_jax.config import GPT2Config
@@ -100,13 +101,17 @@ def _edit(name: str, kind: str, value: Any, positions: Where | slice, heads: Whe
         raise ValueError(f"no model has an activation {name!r}: activation_names(config) lists a model's") from error
     if heads is not None and "N" not in letters:
         raise ValueError(f"{name} is not divided into heads: its axes are {letters}")
-    span = None
+    where: dict[str, Any] = {}
     if isinstance(positions, slice):
-        span, positions = _span(positions), None
-    return Edit(name, kind, _number(name, value), _whole("positions", positions), span, _whole("heads", heads))
+        where["span"] = _span(positions)
+    elif positions is not None:
+        where["positions"] = _places("positions", positions)
+    if heads is not None:
+        where["heads"] = _places("heads", heads)
+    return Edit(name, kind, _number(name, value), **where)
 
 
-def _number(name: str, value: Any) -> jax.Array | np.ndarray:
+def _number(name: str, value: Any) -> Any:
     """Return a value as an array of floats."""
     if isinstance(value, jax.Array):  # not of weak type, which would make it another program
         value = jax.lax.convert_element_type(value, value.dtype)
@@ -127,24 +132,23 @@ def _span(positions: slice) -> jax.Array:
     stop = END if positions.stop is None else positions.stop
     if positions.step not in (None, 1):
         raise ValueError(f"positions must be a slice of step 1, not {positions}: list the places")
-    ends = [_whole("positions", start), _whole("positions", stop)]
+    ends = [_places("positions", start), _places("positions", stop)]
     if [end.size for end in ends] != [1, 1]:
         raise ValueError(f"positions must be a slice from one place to another, not {positions}")
     return jnp.concatenate(ends)
 
 
-def _whole(what: str, places: Where) -> jax.Array | None:
-    if places is None:
-        return None
-    known = not any(isinstance(place, jax.core.Tracer) for place in jax.tree.leaves(places))
-    places = np.atleast_1d(np.asarray(places)) if known else jnp.atleast_1d(jnp.asarray(places))
-    if places.size == 0:  # nowhere; an empty list is one of floats
-        places = places.astype(np.int32)
-    if places.ndim != 1 or not jnp.issubdtype(places.dtype, jnp.integer) or (known and (places < 0).any()):
-        raise ValueError(f"{what} must be whole numbers, 0 or more, not {places}")
+def _places(what: str, places: Any) -> Any:
+    """Return places or heads as int32 [P]: NumPy's where they are known, JAX's where they are traced."""
+    known = not any(isinstance(place, Tracer) for place in jax.tree.leaves(places))
+    found: Any = np.atleast_1d(np.asarray(places)) if known else jnp.atleast_1d(jnp.asarray(places))
+    if found.size == 0:  # nowhere; an empty list is one of floats
+        found = found.astype(np.int32)
+    if found.ndim != 1 or not jnp.issubdtype(found.dtype, jnp.integer) or (known and (found < 0).any()):
+        raise ValueError(f"{what} must be whole numbers, 0 or more, not {found}")
     if known:
-        places = np.array([min(int(place), END) for place in places], np.int32)  # behind END is nothing either
-    return places.astype(np.int32)
+        found = np.array([min(int(place), END) for place in found], np.int32)  # behind END is nothing either
+    return found.astype(np.int32)
 
 
 def check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], whole_rows: bool = True) -> tuple[Edit, ...]:
@@ -164,16 +168,12 @@ def check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], whole_rows: bo
         if not isinstance(edit, Edit):
             raise ValueError(f"edits must be made by replace, add, scale or patch of research, not {edit!r}")
         check_names(config, [edit.name])
-        if (
-            edit.heads is not None
-            and not isinstance(edit.heads, jax.core.Tracer)
-            and (edit.heads >= config.n_head).any()
-        ):
+        if edit.heads is not None and not isinstance(edit.heads, Tracer) and (edit.heads >= config.n_head).any():
             raise ValueError(
                 f"the edit of {edit.name} is for heads {edit.heads}, and the model has {config.n_head}, from 0"
             )
         if not whole_rows:
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(edit)):
+            if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(edit)):
                 raise ValueError("this runs compiled programs of its own: call it outside of jit, vmap and grad")
             one = shape(config, edit.name, 1, 1)
             if not _fits(jnp.shape(edit.value), one):

@@ -131,6 +131,6 @@ def merge(past: KVCache, recent: KVCache) -> KVCache:
     )
 
 
-def write_slots(array: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+def write_slots(array: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
     """Return `array` with `new` written from slot `start` on along `axis` (clamped at the end: callers check)."""
     return lax.dynamic_update_slice_in_dim(array, new.astype(array.dtype), start, axis)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.errors import InvalidRngError, ScopeParamShapeError
+from jax.core import Tracer
 from jax.nn.initializers import Initializer, normal, ones, zeros
 
 from gpt2_jax.activations import NO_TAPS, Tap, Taps, check_names
@@ -203,10 +205,15 @@ class GPT2(nn.Module):
     config: GPT2Config
     remat: bool = False
 
+    if TYPE_CHECKING:  # what it returns depends on `method`
+
+        def apply(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+            ...
+
     def setup(self):
         """Declare wte, wpe, h0 ... and ln_f."""
         config = self.config
-        if "float64" in (config.param_dtype.name, config.compute_dtype.name) and not jax.config.jax_enable_x64:
+        if "float64" in (config.param_dtype.name, config.compute_dtype.name) and not _has_float64():
             raise ValueError('JAX computes float64 in float32 without jax.config.update("jax_enable_x64", True)')
         self.wte = param(self, "wte", normal(0.02), (config.n_vocab, config.n_embd))
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
@@ -267,9 +274,9 @@ class GPT2(nn.Module):
             full = start + tokens_BT.shape[1] > cache.n_slots
             position_BT = jnp.where(full, self.config.n_ctx, position_BT)
         mask_BTS = _causal_mask(tokens_BT.shape[1], mask_BS, start)
-        taps = self._taps(taps, position_BT)
+        seen = self._taps(taps, position_BT)
 
-        x_BTD = self._embed(tokens_BT, mask_BT, position_BT, taps)
+        x_BTD = self._embed(tokens_BT, mask_BT, position_BT, seen)
         x_BTD = self.embd_dropout(x_BTD, deterministic)
         new_kv = []
         for i in range(self.config.n_layer):
@@ -277,12 +284,12 @@ class GPT2(nn.Module):
             past = None
             if cache is not None and cache.past is not None:
                 past = (cache.past.k_BNHS[i], cache.past.v_BNSH[i], cache.past.mask_BS[:, None])
-            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, past, deterministic, taps)
+            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, past, deterministic, seen)
             new_kv.append(kv)
         if cache is not None:
             k_BNHS, v_BNSH = zip(*new_kv, strict=True)
-            cache = KVCache(k_BNHS, v_BNSH, mask_BS, start + tokens_BT.shape[1], cache.past)
-        return self.ln_f(x_BTD, taps), cache
+            cache = KVCache(k_BNHS, v_BNSH, mask_BS, cache.length + tokens_BT.shape[1], cache.past)
+        return self.ln_f(x_BTD, seen), cache
 
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
         """Return the logits [..., V] of hidden states [..., D]: a product with `wte` itself, accumulated in float32."""
@@ -310,13 +317,12 @@ class GPT2(nn.Module):
     def _check(
         self, tokens_BT: jax.Array, mask_BT: jax.Array | None, cache: KVCache | None, deterministic: bool
     ) -> tuple[jax.Array, jax.Array]:
-        if not isinstance(tokens_BT, jax.Array):
-            tokens_BT = np.asarray(tokens_BT)
-        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
-            raise ValueError(f"tokens must be whole numbers of shape [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
-        if isinstance(tokens_BT, np.ndarray):  # JAX would cut 64 bits to 32, and another token come out
-            tokens_BT = np.clip(tokens_BT.astype(np.int64), -1, self.config.n_vocab)
-        tokens_BT = jnp.asarray(tokens_BT)
+        given = tokens_BT if isinstance(tokens_BT, jax.Array) else np.asarray(tokens_BT)
+        if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
+            raise ValueError(f"tokens must be whole numbers of shape [B, T], not {given.dtype}{given.shape}")
+        if isinstance(given, np.ndarray):  # JAX would cut 64 bits to 32, and another token come out
+            given = np.clip(given.astype(np.int64), -1, self.config.n_vocab)
+        tokens_BT = jnp.asarray(given)
         tokens_BT = tokens_BT.astype(jnp.promote_types(tokens_BT.dtype, jnp.int32))
         if mask_BT is None:
             if tokens_BT.shape[1] > self.config.n_ctx:
@@ -344,6 +350,10 @@ def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.asarray(table).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
+def _has_float64() -> bool:
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]  JAX makes it when it is imported
+
+
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
     """Return new params with the original's initial values: w and wte N(0, 0.02), wpe N(0, 0.01), b 0, g 1.
 
@@ -352,14 +362,14 @@ def init_params(config: GPT2Config, key: jax.Array) -> Params:
 
     """
     try:
-        return GPT2(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return dict(GPT2(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
     except InvalidRngError as error:
         raise ValueError(f"key must be a key, jax.random.key(seed), not {key!r}") from error
 
 
 def abstract_params(config: GPT2Config) -> Params:
     """Return the params tree of jax.ShapeDtypeStruct: names, shapes and dtypes, no memory."""
-    return unflatten(_abstract_leaves(config, jax.config.jax_enable_x64))
+    return unflatten(_abstract_leaves(config, _has_float64()))
 
 
 @functools.lru_cache
@@ -379,10 +389,10 @@ def check_params(config: GPT2Config, params: Params, dtypes: bool = True) -> Non
         `config.qkv_bias` is False and the biases of a c_attn, where their values are known, are not zero.
 
     """
-    check(params, _abstract_leaves(config, jax.config.jax_enable_x64), dtypes)
+    check(params, _abstract_leaves(config, _has_float64()), dtypes)
     for i in range(0 if config.qkv_bias else config.n_layer):
         b = params[f"h{i}"]["attn"]["c_attn"]["b"]
-        if not isinstance(b, jax.core.Tracer | jax.ShapeDtypeStruct) and (b != 0).any():
+        if not isinstance(b, Tracer | jax.ShapeDtypeStruct) and (b != 0).any():
             raise ValueError(
                 f"the config says qkv_bias=False, but h{i}/attn/c_attn/b is not zero: these weights, like all the "
                 "released ones, have query, key and value biases; set qkv_bias=True"

@@ -36,7 +36,8 @@ def product(
       dtype: the product's; None for that of x and w.
 
     """
-    asked = jax.config.jax_default_matmul_precision in HIGHEST and jax.default_backend() == "cpu"
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    asked = precision in HIGHEST and jax.default_backend() == "cpu"
     if not asked or x.dtype != jnp.float32:
         return jnp.einsum("...K,MK->...M" if transposed else "...K,KM->...M", x, w, preferred_element_type=dtype)
     y_TM = _in_blocks(x.reshape(-1, x.shape[-1]), w.T if transposed else w)

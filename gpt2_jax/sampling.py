@@ -9,6 +9,8 @@ Nguyen et al. 2024, Turning Up the Heat (min-p).
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,9 @@ from jax import lax
 
 FILTERED = -1e10  # what the original writes over the logits that a filter drops
 NO_LOGITS = -1  # what `pick` gives in place of a token where the logits hold a NaN
+
+Knob = Any
+"""A scalar: jax.Array inside a program, NumPy's where a caller gives it."""
 
 
 @struct.dataclass
@@ -33,12 +38,12 @@ class Sampling:
 
     """
 
-    temperature: jax.Array
-    top_k: jax.Array = np.int32(0)
-    top_p: jax.Array = np.float32(1)
-    min_p: jax.Array = np.float32(0)
-    repetition_penalty: jax.Array = np.float32(1)
-    keep_crossing: jax.Array = np.bool_(False)
+    temperature: Knob
+    top_k: Knob = np.int32(0)
+    top_p: Knob = np.float32(1)
+    min_p: Knob = np.float32(0)
+    repetition_penalty: Knob = np.float32(1)
+    keep_crossing: Knob = np.bool_(False)
 
 
 def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.params import Params, by_rules
@@ -79,12 +80,12 @@ def placed(params: Params) -> Params:
     """
 
     def place(leaf: jax.Array | np.ndarray) -> jax.Array:
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             raise ValueError("this runs compiled programs of its own: call it outside of jit, vmap and grad")
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
-        mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+        mesh = Mesh(np.asarray(sharding.mesh.devices), sharding.mesh.axis_names)
         return jax.device_put(leaf, NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind))
 
     return jax.tree.map(place, params)

@@ -53,7 +53,7 @@ def read_questions(path: Path) -> list[Question]:
     """
 
     def question_of(name: str, record: dict[str, Any]) -> Question:
-        texts = [record.get(field) for field in ("context", "question", "answer")]
+        texts: list[Any] = [record.get(field) for field in ("context", "question", "answer")]
         candidates = record.get("candidates")
         if not isinstance(candidates, list) or not all(isinstance(text, str) for text in (*texts, *candidates)):
             raise ValueError(f"{name} must be {CLOZE_FIELDS}")

@@ -76,6 +76,9 @@ class _Answers:
     <|endoftext|> stands for an empty context) and has the tokens scored by `_loglikelihood_tokens`.
     """
 
+    cache_hook: Any  # these two are of TemplateLM
+    prefix_token_id: Any
+
     def __init__(
         self,
         config: GPT2Config,
@@ -189,7 +192,8 @@ class _Answers:
 
         groups: dict[Settings, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(self._settings(request.args[1]), []).append(i)
+            arguments: tuple = request.args
+            groups.setdefault(self._settings(arguments[1]), []).append(i)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as bar:
             for settings, group in groups.items():
@@ -211,7 +215,7 @@ class _Answers:
         """Return what a task's generation kwargs ask for."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-        asked = dict(normalize_gen_kwargs(kwargs, self.max_gen_toks))
+        asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(kwargs), self.max_gen_toks))
         stop_strings = handle_stop_sequences(asked.pop("until"), eos=END_OF_TEXT)
         n_new, samples, temperature = asked.pop("max_gen_toks"), asked.pop("do_sample"), asked.pop("temperature", 0)
         if asked.get("num_beams") == 1:  # many tasks say so: no beam search

@@ -204,11 +204,11 @@ def _run(
     wants_text: bool = False,
 ) -> list[_Row]:
     """Decode all rows to their ends."""
-    prompts = check_prompts(config, prompts, settings)
+    ids = check_prompts(config, prompts, settings)
     check_params(config, params, dtypes=False)
-    first_row = whole_number("first_row", first_row, 0, 2**32 - len(prompts))
+    first_row = whole_number("first_row", first_row, 0, 2**32 - len(ids))
     edits = check_edits(config, edits, whole_rows=False)
-    rows = [_Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(prompts)]
+    rows = [_Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(ids)]
     how = {"first_row": first_row, "look_ahead": not settings.stop_strings}
     for _ in _decode(config, params, rows, settings, edits, **how):
         pass
@@ -241,7 +241,8 @@ class _Row:
         self, name: str, prompt: np.ndarray, settings: Settings, tokenizer: Tokenizer | None, wants_text: bool = False
     ):
         self.name, self.prompt, self.stop_ids = name, prompt, set(settings.stop_ids)
-        self.text = RowText(tokenizer, settings.stop_strings) if wants_text or settings.stop_strings else None
+        needs_text = wants_text or bool(settings.stop_strings)
+        self.text = RowText(tokenizer, settings.stop_strings) if tokenizer is not None and needs_text else None
         self.all_ids: list[int] = []
         self.picked: list[Picked] = []  # the same with their log-probabilities, where those are asked for
         self.pieces: list[str] = []  # of text, not handed out yet
@@ -271,13 +272,13 @@ class _Row:
     def new_text(self, last: bool = False) -> str:
         """Return the text since the last call; the `last` one gives what was held back too."""
         pieces, self.pieces = self.pieces, []
-        return "".join(pieces) + (self.text.end() if last else "")
+        return "".join(pieces) + (self.text.end() if last and self.text is not None else "")
 
     def logprobs(self) -> Logprobs:
         """Return the log-probabilities of the ids that count."""
         n = len(self.ids)
         if not self.picked:  # none were asked for
-            none = np.zeros((0, self.n_top), np.float32)
+            none = np.zeros((0, self.n_top or 0), np.float32)
             return Logprobs(none.sum(-1), none.astype(np.int32), none)
         picked = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *self.picked)
         return Logprobs(picked.chosen_BR, picked.top_id_BRK, picked.top_BRK)

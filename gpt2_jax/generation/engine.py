@@ -9,6 +9,7 @@ Shape letters: B batch, G rows of one prefill, P padded prompt, R recent slots, 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -156,7 +157,7 @@ def decode(
 
     `past` is read alone, so that the loop carries, and XLA copies, no array of its size.
     """
-    state = state.replace(done_B=state.done_B | done_B)
+    state = dataclasses.replace(state, done_B=state.done_B | done_B)
 
     def go_on(carry: tuple[jax.Array, State, Picked]) -> jax.Array:
         i, state, _ = carry
@@ -164,9 +165,9 @@ def decode(
 
     def step(carry: tuple[jax.Array, State, Picked]) -> tuple[jax.Array, State, Picked]:
         i, state, all_picked = carry
-        cache = state.recent.replace(past=past)
+        cache = dataclasses.replace(state.recent, past=past)
         out = model.apply({"params": params}, state.token_B[:, None], cache=cache, taps=taps_of(edits))
-        state = state.replace(recent=out.cache.replace(past=None))
+        state = dataclasses.replace(state, recent=dataclasses.replace(out.cache, past=None))
         state, picked = _append(state, out.logits[:, -1], sampling, stop_ids, n_top)
         write = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
         return i + 1, state, jax.tree.map(write, all_picked, picked)
@@ -178,7 +179,8 @@ def decode(
 @functools.partial(jax.jit, donate_argnames=("past", "recent"))
 def merge_recent(past: KVCache, recent: KVCache) -> tuple[KVCache, KVCache]:
     """Move the recent part's tokens into the long part."""
-    recent_after = recent.replace(mask_BS=jnp.zeros_like(recent.mask_BS), length=jnp.zeros_like(recent.length))
+    nothing = {"mask_BS": jnp.zeros_like(recent.mask_BS), "length": jnp.zeros_like(recent.length)}
+    recent_after = dataclasses.replace(recent, **nothing)
     return merge(past, recent), recent_after
 
 
@@ -192,7 +194,8 @@ def _append(
     token_B = jnp.maximum(picked.id_BR, 0)
     if n_top is not None:
         picked = Picked(picked.id_BR, *token_logprobs(logits_BV, token_B, n_top))
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         token_B=token_B,
         seen_BV=state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True),
         done_B=state.done_B | (token_B[:, None] == stop_ids).any(-1),
@@ -207,7 +210,8 @@ def _nothing_picked(n_rows: int, n_top: int | None) -> Picked:
     if n_top is None:
         return picked
     room, top = (n_rows, RECENT), (n_rows, RECENT, n_top)
-    return picked.replace(
+    return dataclasses.replace(
+        picked,
         chosen_BR=jnp.zeros(room, jnp.float32),
         top_id_BRK=jnp.zeros(top, jnp.int32),
         top_BRK=jnp.zeros(top, jnp.float32),
@@ -260,7 +264,7 @@ def decode_rows(
     def hand_out(n_left: int) -> Iterator[Picked]:
         while len(waiting) > n_left and not finished_B.all():
             picked = batch.fetch(*waiting.popleft())
-            batch.note(picked.id_BR)
+            batch.note(np.asarray(picked.id_BR))
             yield picked
 
     yield from hand_out(int(look_ahead))
@@ -346,7 +350,7 @@ class _Batch:
     def make_room(self, finished_B: np.ndarray) -> None:
         """Empty the recent part into the long one, and cut the windows of full rows."""
         self.past, recent = merge_recent(self.past, self.state.recent)
-        self.state = self.state.replace(recent=recent)
+        self.state = dataclasses.replace(self.state, recent=recent)
         self.n_recent = 0
         if full := self.full_rows(finished_B):
             # The last token is the one that the next step reads.

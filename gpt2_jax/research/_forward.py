@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gpt2_jax.activations import Tap, select
 from gpt2_jax.config import GPT2Config
@@ -64,7 +66,7 @@ def forward(
     return out, {name: captured[name] for name in names}  # a program gives them by the alphabet
 
 
-def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]) -> jax.Array | np.ndarray:
+def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]) -> jax.Array:
     """Return token ids as an array [B, T]; of lists and NumPy arrays each id is checked, in a program none can be.
 
     Raises:
@@ -83,7 +85,7 @@ def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]
     if len({len(row) for row in rows}) > 1:
         lengths = ", ".join(str(len(row)) for row in rows)
         raise ValueError(f"the rows of tokens have {lengths} ids: pad them to one length, and say where in mask_BT")
-    return np.stack(rows).astype(np.int32)
+    return cast(jax.Array, np.stack(rows).astype(np.int32))  # programs take NumPy's arrays as they are
 
 
 def as_params(config: GPT2Config, params: Params) -> Params:
@@ -94,11 +96,11 @@ def as_params(config: GPT2Config, params: Params) -> Params:
 
     """
     check_params(config, params, dtypes=False)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
     return params if traced else placed(params)
 
 
-def places(mask_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+def places(mask_BT: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     """Return the place of each token in its row, [B, T], padding left out: 0, 1, ...; -1 at padding.
 
     Raises:

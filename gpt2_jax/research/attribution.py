@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 
 from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
@@ -206,7 +207,7 @@ def _rows(wte_VD: jax.Array, ids: jax.Array) -> jax.Array:
     return wte_VD.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def _alike(n_rows: int, **values: Any) -> dict[str, jax.Array]:
+def _alike(n_rows: int, **values: Any) -> dict[str, Any]:
     """Return arrays broadcast to one shape, [B, P]; None stays None."""
     try:
         shape = np.broadcast_shapes((n_rows, 1), *(jnp.shape(x) for x in values.values() if x is not None))
@@ -218,11 +219,11 @@ def _alike(n_rows: int, **values: Any) -> dict[str, jax.Array]:
     return {name: x if x is None else jnp.broadcast_to(x, shape) for name, x in values.items()}
 
 
-def _whole(name: str, values: Any, limit: int) -> jax.Array | None:
+def _whole(name: str, values: Any, limit: int) -> Any:
     """Return whole numbers from 0 to limit - 1 as an array; None stays None."""
     if values is None:
         return None
-    known = not any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values))
+    known = not any(isinstance(value, Tracer) for value in jax.tree.leaves(values))
     array = np.asarray(values) if known else jnp.asarray(values)
     if not jnp.issubdtype(array.dtype, jnp.integer) or (known and ((array < 0) | (array >= limit)).any()):
         raise ValueError(f"{name} must be whole numbers from 0 to {limit - 1}, not {reprlib.repr(values)}")

@@ -53,7 +53,7 @@ def traceable(metric: Metric) -> Metric:
     return metric if isinstance(metric, Partial) else Partial(metric)
 
 
-def as_place(at: Where, shape: tuple[int, int]) -> jax.Array | None:
+def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:
     """Return the place of each row [B] of tokens [B, T], -1 for the last; None stands for all.
 
     Raises:

@@ -265,8 +265,9 @@ def _chosen(
 
 def _places(what: str, places: Where | slice, count: int) -> np.ndarray:
     if places is None or isinstance(places, slice):
-        places = np.arange(count)[places or slice(None)]
-    array = np.atleast_1d(np.asarray(places))
+        array = np.arange(count)[places or slice(None)]
+    else:
+        array = np.atleast_1d(np.asarray(places))
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{what} must be whole numbers, one at least, not {places!r}")
     if not ((array >= 0) & (array < count)).all():

@@ -114,11 +114,12 @@ def attention_patterns(pattern_NTS: Any, tokens: Sequence[Any], heads: Sequence[
     squares = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for square in squares[len(heads) :]:
         square.set_axis_off()
+    images = []
     for square, head, pattern_TS in zip(squares, heads, pattern_NTS, strict=False):
         above = np.triu(np.ones(pattern_TS.shape, bool), 1)
         shown = np.where(above & (pattern_TS == 0), np.nan, pattern_TS)  # what nobody may see stays white
-        image = _draw_map(square, shown, tokens, tokens, f"head {head}", "looks", "looked at", (0, 1))
-    figure.colorbar(image, ax=squares, label="attention", shrink=0.6)
+        images.append(_draw_map(square, shown, tokens, tokens, f"head {head}", "looks", "looked at", (0, 1)))
+    figure.colorbar(images[-1], ax=squares, label="attention", shrink=0.6)
     return figure
 
 
@@ -179,7 +180,7 @@ def bars(labels: Sequence[str], values: Any, *, title: str = "", value_name: str
     figure = Figure(figsize=(7, 1.2 + 0.25 * len(chosen)), layout="constrained")
     axes = figure.subplots()
     axes.barh(np.arange(len(chosen)), values[chosen], color=["#d55e00" if values[i] > 0 else "#0072b2" for i in chosen])
-    axes.set_yticks(np.arange(len(chosen)), [labels[i] for i in chosen], fontsize=8, parse_math=False)
+    axes.set_yticks(np.arange(len(chosen)), [str(labels[i]) for i in chosen], fontsize=8, parse_math=False)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_title(title, parse_math=False)

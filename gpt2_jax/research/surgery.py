@@ -12,9 +12,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
@@ -158,8 +158,9 @@ def kept_energy(params: Params, name: str) -> Any:
 
 
 def _svd(w: Any) -> tuple[Any, Any, Any]:
-    if isinstance(w, jax.core.Tracer):
-        return jnp.linalg.svd(wide(w), full_matrices=False)
+    if isinstance(w, Tracer):
+        u, s, vh = jnp.linalg.svd(wide(w), full_matrices=False)
+        return u, s, vh
     return np.linalg.svd(np.asarray(w).astype(np.float64), full_matrices=False)
 
 

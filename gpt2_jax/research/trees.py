@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
@@ -141,7 +142,7 @@ def average(trees: Sequence[Params], weights: Any = None) -> Params:
     if not trees or len(weights) != len(trees):
         raise ValueError(f"an average takes a weight for each tree: there are {len(trees)} and {len(weights)} weights")
     total = sum(weights)
-    if not isinstance(total, jax.core.Tracer) and (total == 0 or not np.isfinite(total)):
+    if not isinstance(total, Tracer) and (total == 0 or not np.isfinite(total)):
         raise ValueError(f"the weights of an average must have a sum that is finite and not 0, not {total}")
     return _combine(trees, lambda *leaves: sum(w / total * leaf for w, leaf in zip(weights, leaves, strict=True)))
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-
-import jax
+from typing import Protocol
 
 from gpt2_jax.config import GPT2Config
 
@@ -69,7 +68,21 @@ PEAKS = {
 KIND = re.compile(r"(NVIDIA |Tesla |GeForce )*({})(-(SXM\d|PCIE|SXM))?([- ]\d+GB)?( HBM\w+| PCIe)?")
 
 
-def peak_flops(device: jax.Device) -> float | None:
+class Device(Protocol):
+    """What is read of a `jax.Device`."""
+
+    @property
+    def platform(self) -> str:
+        """Its kind: "cpu", "gpu" or "tpu"."""
+        ...
+
+    @property
+    def device_kind(self) -> str:
+        """What its maker calls it."""
+        ...
+
+
+def peak_flops(device: Device) -> float | None:
     """Return the operations a second that a device does at most, in dense bfloat16; None where that is not known.
 
     The yardstick is bfloat16's also for a run in float32, which so has a smaller MFU: it leaves that speed unused.
@@ -94,7 +107,7 @@ def flops_per_token(config: GPT2Config, n_tokens: int) -> float:
     return 6.0 * config.n_params + 12.0 * config.n_layer * config.n_embd * n_tokens
 
 
-def mfu(tokens_per_second: float, config: GPT2Config, n_tokens: int, devices: Sequence[jax.Device]) -> float | None:
+def mfu(tokens_per_second: float, config: GPT2Config, n_tokens: int, devices: Sequence[Device]) -> float | None:
     """Return the share of the devices' peak that a run uses: "model FLOPs utilization", 0 to 1.
 
     Args:

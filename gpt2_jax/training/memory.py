@@ -151,8 +151,8 @@ def _advice(plan: Plan) -> list[str]:
     return [*advice, "fewer data.n_tokens", "more devices"]
 
 
-def device_memory(device: jax.Device) -> int | None:
-    """Return the bytes that a device lets programs use; None where it does not say.
+def device_memory(device: Any) -> int | None:
+    """Return the bytes that a jax.Device lets programs use; None where it does not say.
 
     For a CPU that is the machine's memory, or less where the process is limited (cgroups), divided by the number of
     devices that this process makes of it.

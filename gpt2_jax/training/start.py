@@ -60,8 +60,8 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     return plan, params, tokenizer
 
 
-def _host() -> jax.Device | None:
-    """Return where params wait until they are divided over the devices: the CPU, if JAX was let have it."""
+def _host() -> Any:
+    """Return where params wait until they are divided over the devices: the CPU, or None where JAX may not have it."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

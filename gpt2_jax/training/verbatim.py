@@ -19,7 +19,10 @@ TABLE_BITS = 20  # of the table that says at once of nearly every run of n token
 class Tokens(Protocol):
     """A text as token ids, longer than memory perhaps: what `token_files` opens."""
 
-    n_tokens: int
+    @property
+    def n_tokens(self) -> int:
+        """How many there are."""
+        ...
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids from `start` on, int32 [count], and which of them the loss counts."""
