@@ -106,16 +106,6 @@ def test_what_is_no_regular_expression_is_refused(params, patterns):
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_two_numpy_models_agree(params):
-    """The one with names and edits computes what the one without does."""
-    tokens_BT = some_tokens(CONFIG, 3, 19)
-    for mask_BT in (None, *padding_masks(19).values()):
-        real_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
-        ours, _ = naive.forward(CONFIG, params, tokens_BT, mask_BT)
-        theirs = numpy_reference.forward(params, tokens_BT, CONFIG.n_head, mask_BT)
-        assert relative_error(ours[real_BT], theirs[real_BT]) < 1e-13
-
-
 def test_every_activation_is_numpys(params, short):
     naive.assert_agrees(short[1:], params, short[0], bound=BOUND)
 

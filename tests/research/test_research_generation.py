@@ -52,11 +52,9 @@ def by_hand(monkeypatch):
 
     def use(described):
         def logits_before(config, params, prompt, row):
-            ids, found = [*prompt, *row], []
-            for length in range(len(prompt), len(ids)):
-                seen = ids[length - naive_generation.window(length, config.n_ctx) : length]
-                found.append(naive.forward(config, params, np.array([seen]), None, described)[0][0, -1])
-            return np.stack(found)
+            windows = naive_generation.windows([*prompt, *row[:-1]], config.n_ctx)[len(prompt) - 1 :]
+            logits = [naive.forward(config, params, np.array([ids]), None, described)[0][0, -1] for ids in windows]
+            return np.stack(logits)
 
         monkeypatch.setattr(naive_generation, "logits_before", logits_before)
 

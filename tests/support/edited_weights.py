@@ -27,24 +27,17 @@ def weights(config=CONFIG, seed=3, dtype=np.float32, kind=np.asarray):
 def logits_by_hand(config, params, *, z=(), post=(), order=None):
     """Logits [T, V] of tokens 0, 1, ..., with heads' z {(layer, head): [H]} and neurons {(layer, neuron): value} held
     there, and the layers in another order."""
-    params = numpy_reference.as_float64(params)
-    width, whole = config.head_dim, {"w": np.eye(config.n_embd), "b": 0}
-    x_TD = params["wte"][: config.n_ctx] + params["wpe"]
-    for layer in range(config.n_layer) if order is None else order:
-        h = params[f"h{layer}"]
-        norm_TD = numpy_reference.layer_norm(x_TD, h["ln_1"], 1e-5)
-        z_TD = numpy_reference.attention(norm_TD, {"c_attn": h["attn"]["c_attn"], "c_proj": whole}, config.n_head)
-        for place, value in dict(z).items():
-            if place[0] == layer:
-                z_TD[:, place[1] * width : (place[1] + 1) * width] = value
-        x_TD = x_TD + z_TD @ h["attn"]["c_proj"]["w"] + h["attn"]["c_proj"]["b"]
-        norm_TD = numpy_reference.layer_norm(x_TD, h["ln_2"], 1e-5)
-        post_TF = numpy_reference.gelu_tanh(norm_TD @ h["mlp"]["c_fc"]["w"] + h["mlp"]["c_fc"]["b"])
-        for place, value in dict(post).items():
-            if place[0] == layer:
-                post_TF[:, place[1]] = value
-        x_TD = x_TD + post_TF @ h["mlp"]["c_proj"]["w"] + h["mlp"]["c_proj"]["b"]
-    return numpy_reference.layer_norm(x_TD, params["ln_f"], 1e-5) @ params["wte"].T
+
+    def hold(name, x):
+        for kind, held in (("attn/z", z), ("mlp/post", post)):
+            for (layer, n), value in dict(held).items():
+                if name == f"h{layer}/{kind}":
+                    x[:, n] = value
+        return x
+
+    return numpy_reference.row(
+        numpy_reference.as_float64(params), np.arange(config.n_ctx), config.n_head, hold, layers=order
+    )
 
 
 def logits(config, params):

@@ -23,21 +23,25 @@ PLAIN = {
 }
 
 
-def window(length, n_ctx):
-    """How many of its last tokens a row of `length` tokens sees: cut to half of n_ctx whenever n_ctx is exceeded."""
-    kept = max(1, n_ctx // 2)
-    return length if length <= n_ctx else kept + (length - n_ctx - 1) % (n_ctx - kept + 1)
+def windows(ids, n_ctx):
+    """What the model sees after each of the ids, as `overflow="slide"` is documented: they come one by one, and where
+    n_ctx are there already, the last n_ctx // 2 alone stay, the new one among them."""
+    seen, all_seen = [], []
+    for i in ids:
+        seen = [*seen, i]
+        if len(seen) > n_ctx:
+            seen = seen[-max(1, n_ctx // 2) :]
+        all_seen.append(seen)
+    return all_seen
 
 
 def logits_before(config, params, prompt, row):
     """[n, V] float64: for each token of `row`, the logits after the prompt and the row's tokens before it."""
-    params = numpy_reference.as_float64(params)
-    ids = [*prompt, *row]
-    lengths = range(len(prompt), len(ids))
+    params, ids = numpy_reference.as_float64(params), [*prompt, *row]
     if len(ids) <= config.n_ctx:  # one pass has all positions: each sees only what is before it
-        return numpy_reference.forward(params, np.array([ids]), config.n_head)[0, len(prompt) - 1 : -1]
-    seen = ([ids[length - window(length, config.n_ctx) : length]] for length in lengths)
-    return np.stack([numpy_reference.forward(params, np.array(ids_1T), config.n_head)[0, -1] for ids_1T in seen])
+        return numpy_reference.row(params, ids[:-1], config.n_head)[len(prompt) - 1 :]
+    seen = windows(ids[:-1], config.n_ctx)[len(prompt) - 1 :]
+    return np.stack([numpy_reference.row(params, window, config.n_head)[-1] for window in seen])
 
 
 def penalised(logits_V, ids, penalty):

@@ -2,15 +2,12 @@
 
 B batch, T query, S key, D n_embd, N heads, H head width, F mlp width, V vocab."""
 
-import math
-
 import numpy as np
 import numpy_reference
 
 import gpt2_jax
 
 CONFIG = gpt2_jax.GPT2Config(n_vocab=53, n_ctx=211, n_embd=15, n_head=3, n_layer=2)
-MASKED = -1e10
 LN = ["scale", "normalized", "out"]
 OF_BLOCK = [
     "resid_pre", *(f"ln_1/{name}" for name in LN), *(f"attn/{name}" for name in ["q", "k", "v"]),
@@ -31,64 +28,37 @@ def edit(how, name, value, positions=None, heads=None):
     return how, name, np.asarray(value, np.float64), positions, heads
 
 
-def change(edits, name, x, place_BT):
-    """The activation with its edits made in turn, one place and one head at a time."""
+def change(edits, name, x, value_of):
+    """A row's activation with its edits made in turn, one place and one head at a time."""
+    letters = PER_HEAD.get(name.split("/")[-1], "BT")[1:]
     for how, of, value, positions, heads in edits:
         if of != name:
             continue
-        x, old, value = x.copy(), x, np.broadcast_to(value, x.shape)
-        letters = PER_HEAD.get(name.split("/")[-1], "BT")
+        x, old, value = x.copy(), x, value_of(value)
         for index in np.ndindex(*x.shape[: len(letters)]):
-            b, t, n = (index[letters.index(axis)] if axis in letters else None for axis in "BTN")
-            if (positions is None or place_BT[b, t] in positions) and (heads is None or n in heads):
+            t, n = (index[letters.index(axis)] if axis in letters else None for axis in "TN")
+            if (positions is None or t in positions) and (heads is None or n in heads):
                 x[index] = {"replace": value, "add": old + value, "scale": old * value}[how][index]
     return x
 
 
 def forward(config, params, tokens_BT, mask_BT=None, edits=()):
-    """Logits [B, T, V] and {name: activation}. What padding holds has no meaning; no other token sees it."""
-    params, seen = numpy_reference.as_float64(params), {}
-    tokens_BT = np.asarray(tokens_BT)
+    """Logits [B, T, V] and {name: activation}. A padded row is its real tokens run alone; padding holds 0."""
+    params, seen, tokens_BT = numpy_reference.as_float64(params), {}, np.asarray(tokens_BT)
     mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else np.asarray(mask_BT)
-    n_rows, length = tokens_BT.shape
-    place_BT = np.where(mask_BT, mask_BT.cumsum(-1) - 1, -1)
-    visible_BTS = np.tri(length, dtype=bool) & mask_BT[:, None, :]
+    logits_BTV = np.zeros((*tokens_BT.shape, config.n_vocab))
+    for b, mask_T in enumerate(mask_BT):
 
-    def see(name, x):
-        seen[name] = change(edits, name, x, place_BT)
-        return seen[name]
+        def see(name, x, b=b, mask_T=mask_T):
+            shape, real = shape_of(name, *tokens_BT.shape, config), (mask_T,)
+            if PER_HEAD.get(name.split("/")[-1]) == "BNT":
+                real = np.ix_(range(config.n_head), mask_T, mask_T)
+            x = change(edits, name, x, lambda value: np.broadcast_to(value, shape)[b][real])
+            seen.setdefault(name, np.zeros(shape))[b][real] = x
+            return x
 
-    def norm(name, x_BTD, p):
-        x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
-        scale_BT1 = see(f"{name}/scale", np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5))
-        return see(f"{name}/out", see(f"{name}/normalized", x_BTD / scale_BT1) * p["g"] + p["b"])
-
-    def attention(name, x_BTD, p):
-        qkv = np.split(x_BTD @ p["c_attn"]["w"] + p["c_attn"]["b"], 3, axis=-1)
-        heads = (n_rows, length, config.n_head, config.n_embd // config.n_head)
-        q_BTNH, k_BTNH, v_BTNH = (see(f"{name}/{n}", x.reshape(heads)) for n, x in zip("qkv", qkv, strict=True))
-        scores_BNTS = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH) / math.sqrt(heads[-1])
-        scores_BNTS = see(f"{name}/scores", np.where(visible_BTS[:, None], scores_BNTS, MASKED))
-        pattern_BNTS = np.exp(scores_BNTS - scores_BNTS.max(-1, keepdims=True))
-        pattern_BNTS = see(f"{name}/pattern", pattern_BNTS / pattern_BNTS.sum(-1, keepdims=True))
-        z_BTNH = see(f"{name}/z", np.einsum("BNTS,BSNH->BTNH", pattern_BNTS, v_BTNH))
-        return see(f"{name}/out", z_BTNH.reshape(x_BTD.shape) @ p["c_proj"]["w"] + p["c_proj"]["b"])
-
-    def mlp(name, x_BTD, p):
-        pre_BTF = see(f"{name}/pre", x_BTD @ p["c_fc"]["w"] + p["c_fc"]["b"])
-        post_BTF = see(f"{name}/post", numpy_reference.gelu_tanh(pre_BTF))
-        return see(f"{name}/out", post_BTF @ p["c_proj"]["w"] + p["c_proj"]["b"])
-
-    embed_BTD = see("embed", params["wte"][np.where(mask_BT, tokens_BT, 0)])
-    x_BTD = embed_BTD + see("pos_embed", params["wpe"][np.maximum(place_BT, 0)])
-    for i in range(config.n_layer):
-        h, block = f"h{i}", params[f"h{i}"]
-        x_BTD = see(f"{h}/resid_pre", x_BTD)
-        x_BTD = see(
-            f"{h}/resid_mid", x_BTD + attention(f"{h}/attn", norm(f"{h}/ln_1", x_BTD, block["ln_1"]), block["attn"])
-        )
-        x_BTD = see(f"{h}/resid_post", x_BTD + mlp(f"{h}/mlp", norm(f"{h}/ln_2", x_BTD, block["ln_2"]), block["mlp"]))
-    return norm("ln_f", x_BTD, params["ln_f"]) @ params["wte"].T, seen
+        logits_BTV[b, mask_T] = numpy_reference.row(params, tokens_BT[b, mask_T], config.n_head, see)
+    return logits_BTV, seen
 
 
 def weights(config=CONFIG, seed=3):

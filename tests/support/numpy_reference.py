@@ -1,9 +1,12 @@
 """GPT-2's forward pass in plain NumPy float64, sharing nothing with the package it checks.
+
 B batch, T query, S key, D n_embd, N heads, H head width, F mlp width, V vocab."""
 
 import math
 
 import numpy as np
+
+MASKED = -1e10
 
 
 def gelu_tanh(x):
@@ -16,39 +19,55 @@ def gelu_erf(x):
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def layer_norm(x, p, eps):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * p["g"] + p["b"]
+def unseen(name, x):
+    """What `see` is where nobody looks: each activation goes on as it is."""
+    return x
 
 
-def attention(x_TD, p, n_head):
+def attention(x_TD, p, n_head, see=unseen, name="attn"):
     length, width = x_TD.shape
     qkv_T3NH = (x_TD @ p["c_attn"]["w"] + p["c_attn"]["b"]).reshape(length, 3, n_head, width // n_head)
-    q_NTH, k_NSH, v_NSH = qkv_T3NH.transpose(1, 2, 0, 3)
-    scores_NTS = q_NTH @ k_NSH.swapaxes(-1, -2) / math.sqrt(width // n_head)
-    scores_NTS = np.where(np.tri(length, dtype=bool), scores_NTS, -1e10)
-    weights_NTS = np.exp(scores_NTS - scores_NTS.max(-1, keepdims=True, initial=-1e10))
-    weights_NTS /= weights_NTS.sum(-1, keepdims=True)
-    merged_TD = (weights_NTS @ v_NSH).swapaxes(0, 1).reshape(length, width)
-    return merged_TD @ p["c_proj"]["w"] + p["c_proj"]["b"]
+    q_TNH, k_TNH, v_TNH = (see(f"{name}/{part}", qkv_T3NH[:, i]) for i, part in enumerate("qkv"))
+    scores_NTS = q_TNH.swapaxes(0, 1) @ k_TNH.transpose(1, 2, 0) / math.sqrt(width // n_head)
+    scores_NTS = see(f"{name}/scores", np.where(np.tri(length, dtype=bool), scores_NTS, MASKED))
+    pattern_NTS = np.exp(scores_NTS - scores_NTS.max(-1, keepdims=True, initial=MASKED))
+    pattern_NTS = see(f"{name}/pattern", pattern_NTS / pattern_NTS.sum(-1, keepdims=True))
+    z_TNH = see(f"{name}/z", (pattern_NTS @ v_TNH.swapaxes(0, 1)).swapaxes(0, 1))
+    return see(f"{name}/out", z_TNH.reshape(length, width) @ p["c_proj"]["w"] + p["c_proj"]["b"])
 
 
-def forward(params, tokens_BT, n_head, mask_BT=None, *, eps=1e-5, gelu=gelu_tanh, first_position=0):
-    """Logits [B, T, V] in float64. A padded row is its real tokens run alone; padded positions are NaN.
+def row(params, tokens_T, n_head, see=unseen, *, eps=1e-5, gelu=gelu_tanh, first_position=0, layers=None):
+    """Logits [T, V] of one text without padding. `see` gets each activation by name, and gives what goes on.
 
-    `eps`, `gelu` and `first_position` exist to be set wrongly."""
+    `params` are float64. `eps`, `gelu`, `first_position` and `layers`, the order of blocks, exist to be set wrongly."""
+
+    def norm(name, x_TD, p):
+        centred_TD = x_TD - x_TD.mean(-1, keepdims=True)
+        scale_T1 = see(f"{name}/scale", np.sqrt((centred_TD**2).mean(-1, keepdims=True) + eps))
+        return see(f"{name}/out", see(f"{name}/normalized", centred_TD / scale_T1) * p["g"] + p["b"])
+
+    def mlp(name, x_TD, p):
+        pre_TF = see(f"{name}/pre", x_TD @ p["c_fc"]["w"] + p["c_fc"]["b"])
+        return see(f"{name}/out", see(f"{name}/post", gelu(pre_TF)) @ p["c_proj"]["w"] + p["c_proj"]["b"])
+
+    pos_embed_TD = params["wpe"][first_position : first_position + len(tokens_T)]
+    x_TD = see("embed", params["wte"][tokens_T]) + see("pos_embed", pos_embed_TD)
+    for layer in range(sum(name.startswith("h") for name in params)) if layers is None else layers:
+        h, block = f"h{layer}", params[f"h{layer}"]
+        x_TD = see(f"{h}/resid_pre", x_TD)
+        normed_TD = norm(f"{h}/ln_1", x_TD, block["ln_1"])
+        x_TD = see(f"{h}/resid_mid", x_TD + attention(normed_TD, block["attn"], n_head, see, f"{h}/attn"))
+        x_TD = see(f"{h}/resid_post", x_TD + mlp(f"{h}/mlp", norm(f"{h}/ln_2", x_TD, block["ln_2"]), block["mlp"]))
+    return norm("ln_f", x_TD, params["ln_f"]) @ params["wte"].T
+
+
+def forward(params, tokens_BT, n_head, mask_BT=None, **wrong):
+    """Logits [B, T, V] in float64. A padded row is its real tokens run alone; padded positions are NaN."""
     params = as_float64(params)
     mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else np.asarray(mask_BT)
     logits_BTV = np.full((*tokens_BT.shape, len(params["wte"])), np.nan)
     for tokens_T, mask_T, logits_TV in zip(np.asarray(tokens_BT), mask_BT, logits_BTV, strict=True):
-        real_T = tokens_T[mask_T]
-        x_TD = params["wte"][real_T] + params["wpe"][first_position : first_position + len(real_T)]
-        for layer in range(sum(name.startswith("h") for name in params)):
-            h = params[f"h{layer}"]
-            x_TD = x_TD + attention(layer_norm(x_TD, h["ln_1"], eps), h["attn"], n_head)
-            a_TF = gelu(layer_norm(x_TD, h["ln_2"], eps) @ h["mlp"]["c_fc"]["w"] + h["mlp"]["c_fc"]["b"])
-            x_TD = x_TD + a_TF @ h["mlp"]["c_proj"]["w"] + h["mlp"]["c_proj"]["b"]
-        logits_TV[mask_T] = layer_norm(x_TD, params["ln_f"], eps) @ params["wte"].T
+        logits_TV[mask_T] = row(params, tokens_T[mask_T], n_head, **wrong)
     return logits_BTV
 
 
