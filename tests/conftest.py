@@ -9,11 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
+import strength
 
 import gpt2_jax
 
-hypothesis.settings.register_profile("gpt2_jax", deadline=None)  # a first call compiles
-hypothesis.settings.load_profile("gpt2_jax")
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="campaigns at full strength: every kill, call, example and case"
+    )
+
+
+def pytest_configure(config):
+    strength.FULL = config.getoption("full")
+    examples = strength.campaign(20, 100)
+    hypothesis.settings.register_profile("gpt2_jax", deadline=None, max_examples=examples)  # a first call compiles
+    hypothesis.settings.load_profile("gpt2_jax")
+
+
+def pytest_report_header(config):
+    return "campaigns: at full strength" if strength.FULL else "campaigns: small; --full runs them at full strength"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,6 +47,13 @@ def _float32_products():
     """
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file():
+    """Let go of what a file compiled: all files' programs together take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

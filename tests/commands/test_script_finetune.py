@@ -67,7 +67,7 @@ def test_from_a_text_to_a_model_that_speaks(run, tmp_path, capfd):
 
 def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path):
     """SIGTERM and Ctrl-C to the process itself: statuses 143 and 130, as a shell has them."""
-    options = ["--data.path", "text.txt", "--run", "a b", "--steps", 3000, *TINY, *QUIET]
+    options = ["--data.path", "text.txt", "--run", "a b", "--steps", 10**9, *TINY, *QUIET]  # no end in sight
     options += ["--monitor.evaluate-every", 0, "--monitor.save-every", 0]
     done = [0]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -90,7 +90,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path):
         assert (f"going on after step {done[-2]:,}" in err) == (done[-2] > 0)
         assert [path.name for path in (tmp_path / "a b" / "checkpoints").glob("[0-9]*")] == [str(done[-1])]
         assert last_step(tmp_path / "a b") == done[-1]
-    assert 0 < done[1] < done[2] < 3000
+    assert 0 < done[1] < done[2]
     options[options.index("--steps") + 1] = done[2] + 2
     ended = run(*options)
     assert ended.code == 0, ended.err

@@ -5,25 +5,27 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import vocabularies
 from hypothesis import given
 from hypothesis import strategies as st
+from strength import campaign
 from token_folders import DOCUMENTS, expected_ids, held, snapshot, write_jsonl
 
 from gpt2_jax.data import encoding, sources
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.sources import Fields, Piece, Sources
 from gpt2_jax.data.splitting import divide
-
-HELPER = Path(__file__).parents[1] / "support" / "killed_preparer.py"
+from gpt2_jax.data.token_files import open_prepared
 
 
 @pytest.fixture
@@ -344,18 +346,35 @@ def test_auto(lengths, fraction, split):
 # ---- killed, refused
 
 
+def what_is_there(tokens: Path, tokenizer, texts: dict[str, str]) -> str:
+    if not tokens.exists():
+        return "absent"
+    prepared = open_prepared(tokens, tokenizer)
+    return texts.get(tokenizer.decode(held(prepared.train) + held(prepared.val)), "something else")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each kill")
-def test_killed_before_each_file_operation_leaves_old_or_new(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(HELPER), str(tmp_path), "old text " * 99, "new " * 77],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    for before, states in json.loads(done.stdout).items():
-        assert states == sorted(states, key=[before, "new"].index), states  # first what was there, and then the new
-        assert states.count(before) > 7
-        assert "new" in states
-        print(f"\n{len(states)} kills over {before}, after {states.count('new')} of them the new one was there")
+@pytest.mark.parametrize("before", ["old", "absent"])
+def test_killed_before_each_file_operation_leaves_old_or_new(tmp_path, tokenizer, before):
+    texts = {"old text " * 99: "old", "new " * 77: "new"}
+    for text, name in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    tokens, states, killed = tmp_path / "work" / "tokens", [], True
+    with forks.Forks("killed_preparer") as fork:
+        while killed:
+            shutil.rmtree(tokens.parent, ignore_errors=True)
+            tokens.parent.mkdir()
+            if before == "old":
+                prepare([tmp_path / "old.txt"], tokens, tokenizer)
+            how = {"operation": campaign(3, 1) * len(states), "folder": tokens.parent}
+            ended = fork(source=str(tmp_path / "new.txt"), target=str(tokens), **how)
+            assert ended.error == ""
+            killed = ended.killed
+            states.append(what_is_there(tokens, tokenizer, texts))
+    assert states == sorted(states, key=[before, "new"].index), states  # first what was there, and then the new
+    assert states.count(before) > campaign(2, 7)
+    assert "new" in states
+    print(f"\n{len(states)} kills over {before}, after {states.count('new')} of them the new one was there")
 
 
 def test_it_replaces_tokens_alone_and_only_when_told(made, tmp_path):

@@ -1,4 +1,4 @@
-"""Compiling once: a thousand calls with other settings compile nothing, hold on to nothing, and capture no params."""
+"""Compiling once: calls with other settings compile nothing, hold on to nothing, and capture no params."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_models import N_SAID, TEXT_CONFIG
 from measures import COMPILATIONS
+from strength import campaign
 from tiny_models import CONFIG, random_params
 
 import gpt2_jax
@@ -51,13 +52,13 @@ def held():
     return len(arrays), sum(array.nbytes for array in arrays)
 
 
-def test_a_thousand_calls_compile_once_and_hold_nothing(many_params):
+def test_many_calls_compile_once_and_hold_nothing(many_params):
     """Any settings, seeds, stops, lengths of one bucket and params: nothing is compiled after the first call, and as
-    many bytes are held after a thousand as before."""
+    many bytes are held after all as before."""
     rng = np.random.default_rng(1)
     compile_all(many_params[0])
     compiled, before = len(COMPILATIONS), held()
-    for call in range(1000):
+    for call in range(campaign(50, 1000)):
         prompts, settings = some_call(rng)
         gpt2_jax.generate(CONFIG, many_params[call % 5], prompts, **settings)
         assert len(COMPILATIONS) == compiled, (call, settings)
@@ -69,7 +70,7 @@ def test_logprobs_of_other_settings_compile_nothing(many_params):
     rng = np.random.default_rng(2)
     compile_all(many_params[0], logprobs=5)
     compiled, before = len(COMPILATIONS), held()
-    for call in range(31):
+    for call in range(campaign(11, 31)):
         prompts, settings = some_call(rng)
         gpt2_jax.generate(CONFIG, many_params[call % 5], prompts, logprobs=5, **settings)
     assert len(COMPILATIONS) == compiled
@@ -82,7 +83,7 @@ def test_sliding_again_compiles_nothing(many_params):
     prompts = [list(range(37)), [5], [7] * 19, [1] * 5, [2] * 30]
 
     def slide(seed):
-        for call in range(13):
+        for call in range(campaign(5, 13)):
             cut = [prompt[call % 3 :] or [1] for prompt in prompts]
             knobs = {"overflow": "slide", "seed": seed, "top_k": call}
             gpt2_jax.generate(CONFIG, many_params[(call + seed) % 5], cut, 90 - 3 * call, **knobs)
@@ -102,7 +103,7 @@ def test_streams_with_other_settings_compile_nothing(tokenizer):
     params = random_params(TEXT_CONFIG, 1, scale=0.2)
     list(gpt2_jax.stream(TEXT_CONFIG, params, [1], tokenizer, N_SAID))
     compiled = len(COMPILATIONS)
-    for seed in range(31):
+    for seed in range(campaign(11, 31)):
         settings = {"seed": seed, "top_k": seed, "stop_strings": ["e"] * (seed % 2), "stop_ids": [seed] * (seed % 3)}
         pieces = gpt2_jax.stream(TEXT_CONFIG, params, [1] * (1 + seed % 27), tokenizer, N_SAID, **settings)
         next(pieces, None)
@@ -126,7 +127,7 @@ def test_prompt_lengths_fall_into_few_buckets():
     """Prompts of 1 to 126 tokens and a new one: as few programs as there are buckets, not as many as lengths."""
     params = random_params(TEXT_CONFIG, 1, scale=0.2)
     compiled = len(COMPILATIONS)
-    for length in range(1, 127):
+    for length in range(1, 127, campaign(9, 1)):
         gpt2_jax.generate(TEXT_CONFIG, params, [[1] * length], 1, temperature=0)
     buckets, programs_of_a_bucket = 5, 6
     assert len(COMPILATIONS) - compiled <= buckets * programs_of_a_bucket

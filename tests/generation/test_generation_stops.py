@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from fake_models import N_SAID, TEXT_CONFIG, decode_steps, speaker  # noqa: F401 (decode_steps is a fixture)
 from naive_generation import cut_at_ids, cut_at_strings
+from strength import campaign
 from tiny_models import CONFIG, random_params
 
 import gpt2_jax
@@ -38,10 +39,10 @@ def say(text, tokenizer, **settings):
 
 @pytest.mark.parametrize("knobs", [{"temperature": 0}, {"temperature": 1.5, "top_p": 0.9}], ids=["greedy", "sampled"])
 def test_rows_with_stop_ids_are_the_rows_without_cut_before_them(params, knobs):
-    """60 random sets of ids: each row is cut before the first it picks, and the others go on as if nothing was."""
+    """Random sets of ids: each row is cut before the first it picks, and the others go on as if nothing was."""
     rng = np.random.default_rng(1)
     whole = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=4, **knobs)
-    for _ in range(60):
+    for _ in range(campaign(7, 60)):
         stop_ids = rng.choice(CONFIG.n_vocab, rng.integers(1, 5), replace=False).tolist()
         rows = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=4, stop_ids=stop_ids, **knobs)
         assert rows == [cut_at_ids(row, stop_ids) for row in whole], stop_ids
@@ -170,7 +171,7 @@ def test_a_stop_string_in_the_prompt_stops_nothing(tokenizer):
 
 
 @counted
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(campaign(2, 5)))
 def test_rows_with_stop_strings_are_the_rows_without_cut_at_them(text_params, tokenizer, seed):
     """Random texts of broken characters, random pieces of them as stop strings, with and without stop ids."""
     rng = np.random.default_rng(seed)
@@ -178,7 +179,7 @@ def test_rows_with_stop_strings_are_the_rows_without_cut_at_them(text_params, to
     knobs = {"temperature": 1.3, "seed": seed, "max_new_tokens": N_SAID}
     whole = gpt2_jax.generate(TEXT_CONFIG, text_params, prompts, **knobs)
     texts = [tokenizer.decode(row) for row in whole]
-    for _ in range(9):
+    for _ in range(campaign(3, 9)):
         stop_strings = []
         for text in rng.choice(texts, rng.integers(1, 4)):
             start = rng.integers(len(text))

@@ -1,20 +1,21 @@
 """complete_file: killed anywhere and called again, it writes what an undisturbed call would have written."""
 
+import functools
 import io
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from killed_completer import SETTINGS, fake
+from strength import campaign
 
 from gpt2_jax.generation import jsonl
 from gpt2_jax.generation.jsonl import complete_file
 
-HELPER = Path(__file__).parents[1] / "support" / "killed_completer.py"
 TEXTS = [
     "To be",
     "",
@@ -329,25 +330,12 @@ def test_a_full_disk(source, target, whole, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def helper():
+def fork():
+    """Complete `source` into `target` in a child that is killed."""
     if not hasattr(os, "fork"):
         pytest.skip("forks")
-    process = subprocess.Popen(
-        [sys.executable, str(HELPER), jsonl.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def ask(source, target, log=os.devnull, batch_size=3, rounds=1, delay=None, step=None):
-        request = [str(source), str(target), str(log), batch_size, rounds, delay, step]
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    with process:
-        yield ask
-        process.stdin.close()
+    with forks.Forks("killed_completer") as run:
+        yield lambda source, target, **how: run(source=str(source), target=str(target), **how)
 
 
 def check_between(target, whole):
@@ -361,18 +349,20 @@ def check_between(target, whole):
     assert {path.name for path in target.parent.iterdir()} <= beside
 
 
-def test_killed_before_each_step(helper, tmp_path, target):
-    """Before each line of the program and each operation on a file, one after the other; then called again."""
+def test_killed_before_each_step(fork, tmp_path, target):
+    """Before lines of the program and operations on files, one after the other; then called again."""
     source, undisturbed = write_prompts(tmp_path / "three.jsonl", TEXTS[:3]), tmp_path / "whole.jsonl"
     assert complete_file(source, undisturbed, fake(), SETTINGS, 2) == 3
     whole = undisturbed.read_bytes()
-    steps, error = helper(source, target, batch_size=2, step=-1)
-    assert (error, target.read_bytes()) == ("", whole)
+    done = fork(source, target, batch_size=2)
+    assert (done.error, target.read_bytes()) == ("", whole)
+    steps = done.operations
     assert steps > 150, "nothing was watched"
+    chosen = campaign(sorted({*range(0, steps, 9), *range(steps - 60, steps, 4)}), range(steps))
     between = 0
-    for step in range(steps):
+    for step in chosen:
         target.unlink()
-        assert helper(source, target, batch_size=2, step=step) == "killed"
+        assert fork(source, target, batch_size=2, operation=step).killed
         check_between(target, whole)
         done, left = target.exists(), target.with_name("out.jsonl.part").exists()
         between += done and left
@@ -383,37 +373,48 @@ def test_killed_before_each_step(helper, tmp_path, target):
             complete_file(source, target, fake(), SETTINGS, 2)
         assert snapshot(target.parent) == {"out.jsonl": whole}, step
     assert between >= 2
-    print(f"\nkilled before each of {steps} steps; {between} between the last rename and the part file's end")
+    print(f"\nkilled before {len(chosen)} of {steps} steps; {between} between the last rename and the part file's end")
 
 
-def test_killed_twice(helper, source, target, whole):
+def test_killed_twice(fork, source, target, whole):
     """A process that goes on is killed too, at a step drawn; in the end all is there, and nothing twice."""
     rng = random.Random(5)
-    steps, _ = helper(source, target, step=-1)
-    for _ in range(25):
+    steps = fork(source, target).operations
+    for _ in range(campaign(4, 25)):
         target.unlink()
         while not target.exists():
-            helper(source, target, step=rng.randrange(steps // 2, steps), batch_size=rng.choice([1, 2, 5]))
+            fork(source, target, operation=rng.randrange(steps // 2, steps), batch_size=rng.choice([1, 2, 5]))
             check_between(target, whole)
-        helper(source, target)
+        fork(source, target)
         assert snapshot(target.parent) == {"out.jsonl": whole}
 
 
-def test_killed_at_random_moments(helper, tmp_path, target):
-    """60 kills of a process that takes some time over 97 prompts: every prompt is asked for, few twice."""
+def n_calls(log: Path) -> int:
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def has_grown(log: Path, n: int, said) -> bool:
+    return n_calls(log) > n
+
+
+def test_killed_at_random_moments(fork, tmp_path, target):
+    """Kills of a process that takes some time over 97 prompts: every prompt is asked for, few twice."""
     texts = [f"{TEXTS[i % len(TEXTS)]} {i}" for i in range(97)]
     source, log, rng = write_prompts(tmp_path / "many.jsonl", texts), tmp_path / "log", random.Random(11)
     undisturbed = tmp_path / "whole.jsonl"
     assert complete_file(source, undisturbed, fake(rounds=997), SETTINGS, 97) == 97
     whole = undisturbed.read_bytes()
     kills = completed = asked = 0
-    while kills < 60:
+    while kills < campaign(12, 60):
+        # At a random time, or once some calls more have been made, however slow the machine is.
+        how = {"delay": rng.uniform(0, 0.05)}
+        if rng.random() < 0.5:
+            how = {"until": functools.partial(has_grown, log, n_calls(log) + rng.randrange(40))}
         size = rng.choice([1, 2, 3, 5])
-        was_killed = helper(source, target, log, size, rounds=997, delay=rng.uniform(0, 0.05)) == "killed"
-        kills += was_killed
+        kills += fork(source, target, log=str(log), batch_size=size, rounds=997, **how).killed
         check_between(target, whole)
         if target.exists():
-            helper(source, target)
+            fork(source, target)
             completed += 1
             assert snapshot(target.parent) == {"out.jsonl": whole}
             calls = [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
@@ -421,8 +422,9 @@ def test_killed_at_random_moments(helper, tmp_path, target):
             asked += sum(n for _, n in calls)
             target.unlink()
             log.unlink()
-    assert helper(source, target, log, 5)[1] == ""
+    assert fork(source, target, log=str(log), batch_size=5).error == ""
     print(f"\n{kills} kills, {completed} completed on the way, {asked} prompts asked for of {97 * completed}")
+    assert completed
     assert asked <= 97 * completed + 5 * kills
 
 

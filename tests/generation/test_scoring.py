@@ -10,6 +10,7 @@ from commands import on_eight_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measures import COMPILATIONS
+from strength import campaign
 from tiny_models import CONFIG, chosen_logits, random_params
 
 import gpt2_jax
@@ -126,8 +127,8 @@ def test_more_prompts_than_go_into_a_call(params, monkeypatch):
 N = CONFIG.n_ctx
 
 
-@pytest.mark.parametrize("stride", [1, 2, 7, N // 2, N - 1])
-@pytest.mark.parametrize("length", [N, N + 1, N + 2, 2 * N - 1, 2 * N, 3 * N + 5])
+@pytest.mark.parametrize("stride", campaign([1, 7, N - 1], [1, 2, 7, N // 2, N - 1]))
+@pytest.mark.parametrize("length", campaign([N, N + 1, 3 * N + 5], [N, N + 1, N + 2, 2 * N - 1, 2 * N, 3 * N + 5]))
 def test_windows_equal_windows_by_hand(params, length, stride):
     (prompt,) = some_prompts([length])
     expected = by_hand(CONFIG, params, prompt, stride)
@@ -179,7 +180,7 @@ def test_windows_score_every_token_once(length, n_ctx, data):
     assert scored == list(range(1, length))
 
 
-@settings(max_examples=20)
+@settings(max_examples=campaign(5, 20))
 @given(st.lists(st.integers(2, 3 * N), min_size=1, max_size=5), st.integers(1, N - 1), st.integers(0, 99))
 def test_any_prompts_equal_windows_by_hand(params, lengths, stride, seed):
     prompts = some_prompts(lengths, seed=seed)
@@ -278,7 +279,7 @@ def test_many_calls_of_all_lengths_compile_a_few_programs():
     config = CONFIG.replace(n_ctx=101, n_vocab=31)
     weights = random_params(config, 0)
     before = len(COMPILATIONS)
-    for length in range(2, 320, 7):
+    for length in range(2, 320, campaign(29, 7)):
         score(config, weights, some_prompts([length], n_vocab=31), stride=60)
     assert 0 < len(COMPILATIONS) - before <= 12  # lengths 32, 48, 64, 96 and 101; rows 1, 2, 4, 8
 

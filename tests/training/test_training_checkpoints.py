@@ -1,26 +1,26 @@
 """Checkpoints of training: bit for bit, on any devices, whatever is killed, damaged or full meanwhile."""
 
-import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import commands
+import forks
 import jax
 import jax.numpy as jnp
 import killed_trainer
 import numpy as np
 import pytest
+from strength import campaign
 from train_states import OPTIMIZERS, SHAPES, abstract, assert_same, random_state
 
 from gpt2_jax.checkpoints.integrity import DamagedError
 from gpt2_jax.training.checkpoints import Checkpoints
-
-HELPER = Path(__file__).parents[1] / "support" / "killed_trainer.py"
 
 
 def names(run: Path) -> set[str]:
@@ -323,27 +323,37 @@ def test_an_error_in_the_background_is_told_once_and_hides_no_other(tmp_path):
         assert text == f"the checkpoint of step 7 could not be saved in {tmp_path / 'gone' / 'checkpoints'}: {why}"
 
 
+def after(saves: float):
+    """When to kill: after so many saves, such as 1.7: some time after the first was complete."""
+    times = []
+
+    def due(said) -> bool:
+        times.extend(time.perf_counter() for _ in said[len(times) :])
+        whole, n_told = int(saves), 2 + int(saves)  # it is open, it has begun, and each save
+        if len(times) < n_told:
+            return False
+        one = (times[n_told - 1] - times[1]) / whole if whole else 0.1
+        return time.perf_counter() >= times[n_told - 1] + (saves - whole) * one
+
+    return due
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a trainer for each round")
 def test_killed_at_any_moment_the_newest_complete_checkpoint_is_there(tmp_path):
     rng, run, seen = random.Random(3), tmp_path / "run", set()
-    command = [sys.executable, "-W", "ignore", str(HELPER)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        moments = [{"rename": n} for n in range(7)] + [{"saves": rng.uniform(0.2, 1.6)} for _ in range(13)]
+    moments = [{"operation": n} for n in campaign((0, 1, 2, 5), range(7))]
+    moments += [{"until": after(rng.uniform(0.2, 1.6))} for _ in range(campaign(3, 13))]
+    with forks.Forks("killed_trainer") as fork:
         for moment in moments:
-            print(json.dumps({"run": str(run)} | moment), file=process.stdin, flush=True)
-            answer = json.loads(process.stdout.readline())
-            assert answer["failed"] == ""
+            ended = fork(run=str(run), folder=run, **moment)
+            assert ended.error == ""
             latest = Checkpoints(run).latest() or 0
-            assert latest >= answer["complete"]
+            assert latest >= ended.said[-1]
             if latest:
                 state = random_state(latest, shapes=killed_trainer.SHAPES)
                 assert_same(Checkpoints(run).restore(abstract(state)), state)
             seen |= {"".join(c for c in name if not c.isdigit()) for name in names(run)}
-        process.stdin.close()
-    assert latest > 5  # it did go on
+    assert latest > campaign(2, 5)  # it did go on
     assert any("saving" in name for name in seen)  # and was killed in the midst of saves
     with Checkpoints(run):
         assert names(run) <= {".lock", str(latest), str(latest - 1)}
