@@ -48,10 +48,9 @@ def run(args: Args) -> None:
 
     """
     dest = expanded(args.dest)
-    if dest.exists() and not args.overwrite and not (dest.is_dir() and not any(dest.iterdir())):
-        raise FileExistsError(f"{dest} exists: choose another folder, or replace the model in it with --overwrite")
     from gpt2_jax.checkpoints import check_replaceable
 
+    check_replaceable(dest, with_vocabulary=True, overwrite=args.overwrite)  # before a vocabulary is fetched
     tokenizer = _tokenizer(args.source) if args.tokenizer else None
     check_replaceable(dest, with_vocabulary=tokenizer is not None)  # before the weights: those can take long
     config, params = gpt2_jax.load(args.source, dtype=args.dtype)
