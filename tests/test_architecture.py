@@ -94,7 +94,7 @@ def test_the_arrows_can_tell_wrong_from_right():
 
 def test_the_model_sees_no_file_and_no_optimizer():
     names = imported(ast.parse((PACKAGE / "model.py").read_text(encoding="utf-8")))
-    allowed = {"__future__", "collections", "functools", "flax", "jax", "numpy", "gpt2_jax"}
+    allowed = {"__future__", "collections", "functools", "typing", "flax", "jax", "numpy", "gpt2_jax"}
     assert {name.split(".")[0] for name in names} <= allowed
 
 
