@@ -45,7 +45,8 @@ def unedited(config, length):
     """Params, tokens, the plain model's logits, and all activations."""
     params = jax.tree.map(jnp.asarray, naive.weights(config))
     tokens_BT = some_tokens(config, 2, length, seed=7)
-    logits_BTV = jax.jit(lambda: gpt2_jax.GPT2(config).apply({"params": params}, tokens_BT).logits)()
+    # Arguments: products of constants are made while XLA compiles, by another routine that may round otherwise.
+    logits_BTV = jax.jit(lambda *args: gpt2_jax.GPT2(config).apply(*args).logits)({"params": params}, tokens_BT)
     return params, tokens_BT, np.asarray(logits_BTV), research.forward(config, params, tokens_BT, capture=".")[1]
 
 
