@@ -46,7 +46,8 @@ def real_number(
     above = low < number if open_low else low <= number
     below = number < high if open_high else number <= high
     if not (math.isfinite(number) and above and below):
-        raise ValueError(f"{name} must be a number, {_range(low, high, open_low, open_high)}, not {value!r}")
+        words = _range(low, high, open_low, open_high)
+        raise ValueError(f"{name} must be {f'a number, {words}' if words else 'a finite number'}, not {value!r}")
     return number
 
 
@@ -72,4 +73,4 @@ def _range(low: float, high: float, open_low: bool = False, open_high: bool = Fa
         return f"from {low} to {high}"
     lower = "" if low == -math.inf else f"above {low}" if open_low else f"{low} or more"
     upper = "" if high == math.inf else f"below {high}" if open_high else f"at most {high}"
-    return " and ".join(part for part in (lower, upper) if part) or "finite"
+    return " and ".join(part for part in (lower, upper) if part)

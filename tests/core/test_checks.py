@@ -1,6 +1,7 @@
 """Checks of arguments: what is taken, as what it comes back, and the one sentence for what is not."""
 
 import decimal
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ def test_whole_numbers_of_every_kind_come_back_as_ints(value):
     "value", [True, np.True_, jnp.bool_(True), np.array(True), 1.0, np.float32(1), "1", None, [1], np.array([1, 1]), 1j]
 )
 def test_what_is_no_whole_number(value):
-    with pytest.raises(ValueError, match="^n must be a whole number, 0 or more, not "):
+    with pytest.raises(ValueError, match=r"^n must be a whole number, 0 or more, not "):
         whole_number("n", value)
 
 
@@ -35,9 +36,8 @@ def test_what_is_no_whole_number(value):
     ],
 )
 def test_whole_numbers_out_of_range(low, high, value, text):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         whole_number("n", value, low, high)
-    assert str(error.value) == text
 
 
 @pytest.mark.parametrize("value", [0.5, np.float64(0.5), np.float32(0.5), jnp.float32(0.5), decimal.Decimal("0.5")])
@@ -52,7 +52,7 @@ def test_numbers_of_every_kind_come_back_as_floats(value):
     "value", [True, np.False_, jnp.bool_(True), "0.5", b"1", None, [0.5], 1j, float("nan"), float("inf"), 10**400]
 )
 def test_what_is_no_finite_number(value):
-    with pytest.raises(ValueError, match="^x must be a number, finite, not "):
+    with pytest.raises(ValueError, match=r"^x must be a finite number, not "):
         real_number("x", value)
 
 
@@ -67,9 +67,8 @@ def test_what_is_no_finite_number(value):
     ],
 )
 def test_numbers_out_of_range(value, low, high, ends, text):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         real_number("x", value, low, high, **ends)
-    assert str(error.value) == text
 
 
 def test_the_ends_of_a_range_belong_to_it_unless_open():
@@ -81,6 +80,5 @@ def test_the_ends_of_a_range_belong_to_it_unless_open():
 def test_one_of_some_words():
     assert choice("split", "tail", ("auto", "tail")) == "tail"
     for wrong in ("Tail", "", None, ["tail"], 3):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=re.escape(f"split must be one of auto, tail, not {wrong!r}") + "$"):
             choice("split", wrong, {"auto": 1, "tail": 2})
-        assert str(error.value) == f"split must be one of auto, tail, not {wrong!r}"
