@@ -49,8 +49,9 @@ def batches(
 
     Row r of step s is window number s * batch_size + r of a sequence of epochs. An epoch has as few windows as together
     reach over the text; they begin at even distances, from an offset that is drawn anew each epoch, and come in an
-    order that is drawn anew too. So an epoch reads each token once (a few, where windows overlap, twice; some at
-    either end, by the offset, not), and windows begin at every token equally often.
+    order that is drawn anew too. So an epoch reads each token once, and windows begin at every token equally often.
+    Where windows overlap, a token is read twice, or three times in a text of three windows; some at either end are
+    not read, by the offset.
 
     Args:
       tokens: the text; where it is shorter than a window, all rows are that text, padded with id 0 of weight 0.
