@@ -3,15 +3,14 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
-import commands
+import forks
 import killed_fit
 import numpy as np
 import pytest
 from killed_fit import CONFIG, N_STEPS, RECIPE
+from strength import campaign
 from train_states import assert_same
 
 import gpt2_jax
@@ -19,7 +18,7 @@ from gpt2_jax.params import flatten
 from gpt2_jax.training import make_plan
 from gpt2_jax.training.checkpoints import Checkpoints
 
-N_KILLS = 20
+N_KILLS = campaign(5, 20)
 TIMES = {"seconds", "tokens_per_second", "mfu"}
 
 
@@ -40,23 +39,6 @@ def what_is_there(run: Path) -> set[str]:
     return {kind for kind, part in kinds.items() if any(part in name for name in names)}
 
 
-@pytest.fixture
-def helper(tmp_path):
-    """Give ask(run, ...) -> answer of the process that forks."""
-    killed_fit.write_text(tmp_path / "data")
-    command = [sys.executable, "-W", "ignore", killed_fit.__file__, tmp_path / "data", tmp_path / "cache"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, env=environment, cwd=commands.ROOT / "tests", **pipes) as process:
-
-        def ask(run: Path, **how) -> dict:
-            print(json.dumps({"run": str(run)} | how), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-
-        yield ask
-        process.stdin.close()
-
-
 def assert_same_runs(run: Path, straight: Path) -> None:
     """State, metrics and best model are the same to the bit, each step is told once, and nothing else is there."""
     assert_same(last_state(run), last_state(straight))
@@ -72,27 +54,35 @@ def assert_same_runs(run: Path, straight: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a trainer for each round")
-def test_killed_twenty_times_a_run_ends_as_if_it_never_was(tmp_path, helper):
-    straight, runs, rng = tmp_path / "straight", [tmp_path / "run0"], random.Random(11)
-    assert helper(straight) == {"killed": False, "error": ""}
-    losses = [[line for line in records(straight) if name in line] for name in ("loss", "val_loss")]
-    assert [line["step"] for line in losses[0]] == list(range(1, N_STEPS + 1))
-    assert [line["step"] for line in losses[1]] == list(range(0, N_STEPS + 1, 8))
-    assert len({line["loss"] for line in losses[0]}) == N_STEPS
-    seen, kept = set(), []
-    while len(kept) < N_KILLS:
-        # Most come while a save is under way: its operations on files are many, and each third step has one.
-        how = {"delay": rng.uniform(0, 0.5)} if len(kept) % 4 == 3 else {"operation": rng.randrange(420)}
-        answer = helper(runs[-1], **how)
-        assert answer["error"] == ""
-        if answer["killed"]:
-            seen |= what_is_there(runs[-1])
-            kept.append(Checkpoints(runs[-1]).latest() or 0)
-        else:  # it came to its end meanwhile: kill another
-            runs.append(tmp_path / f"run{len(runs)}")
-    assert helper(runs[-1]) == {"killed": False, "error": ""}
+def test_killed_again_and_again_a_run_ends_as_if_it_never_was(tmp_path):
+    killed_fit.write_text(tmp_path / "data")
+    with forks.Forks("killed_fit", tmp_path / "data", tmp_path / "cache") as fork:
+
+        def train(run: Path, **how) -> forks.Ended:
+            ended = fork(run=str(run), folder=run, **how)
+            assert ended.error == ""
+            return ended
+
+        straight, runs, rng = tmp_path / "straight", [tmp_path / "run0"], random.Random(11)
+        whole = train(straight)
+        losses = [[line for line in records(straight) if name in line] for name in ("loss", "val_loss")]
+        assert [line["step"] for line in losses[0]] == list(range(1, N_STEPS + 1))
+        assert [line["step"] for line in losses[1]] == list(range(0, N_STEPS + 1, 8))
+        assert len({line["loss"] for line in losses[0]}) == N_STEPS
+        seen, kept = set(), []
+        while len(kept) < N_KILLS:
+            # Most kills come while a save is under way: nearly all operations on files are of saves.
+            some = rng.uniform(0, campaign(0.6, 0.3))
+            by_time = len(kept) % 4 == 3
+            how = {"delay": some * whole.seconds} if by_time else {"operation": int(some * whole.operations)}
+            if train(runs[-1], **how).killed:
+                seen |= what_is_there(runs[-1])
+                kept.append(Checkpoints(runs[-1]).latest() or 0)
+            else:  # it came to its end meanwhile: kill another
+                runs.append(tmp_path / f"run{len(runs)}")
+        assert not train(runs[-1]).killed
     print(f"after each kill the newest checkpoint was of step {kept}; left were {sorted(seen)}")
     assert "saving" in seen  # some were in the midst of saves, that is
-    assert len(set(kept)) > 3  # and at many places of the run
+    assert len(set(kept)) > campaign(2, 3)  # and at many places of the run
     for run in runs:
         assert_same_runs(run, straight)
