@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -23,19 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from peers import PEERS, prepare, start, timed
-from turns import (
-    ENVIRONMENT,
-    Report,
-    Turns,
-    add_options,
-    alone,
-    choose,
-    command_line,
-    peak_bytes,
-    ratio,
-    survey,
-    versions,
-)
+from turns import ENVIRONMENT, Report, Turns, add_options, alone, choose, peak_bytes, ratio, survey
 
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config
@@ -106,7 +93,6 @@ def measure(
 
     Returns:
       The times of the libraries that did it, and why the others did not.
-
     """
     times = {}
 
@@ -182,8 +168,7 @@ def main(args: argparse.Namespace) -> None:
     machine = alone(survey)
     names, left_out = choose(args.peers, PEERS, machine.where)
     dtypes = {name: PEERS[name].dtype or args.dtype for name in names}
-    say(f"# Greedy decoding, {args.dtype}\n\n    {command_line()}\n")
-    say(f"{machine.name}, Python {platform.python_version()}, {', '.join(versions())}.")
+    report.title(f"Greedy decoding, {args.dtype}", machine.name)
     kind = "copy, read and written" if machine.where == "gpu" else "read"
     say(f"Bandwidth measured in this run ({kind}): {machine.bandwidth / 1e9:.1f} GB/s. Load when it began: {busy:.1f}.")
     say(f"{args.new_tokens} new tokens a row; times are medians over the rounds.\n")

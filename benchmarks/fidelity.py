@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import itertools
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from forwards import CONTESTANTS, TRUTH, Contestant, Way, write_gradients, write_logits
-from turns import ENVIRONMENT, SIZES, Report, alone, command_line, save_weights, survey, versions
+from turns import ENVIRONMENT, SIZES, Report, alone, save_weights, survey
 
 LEGEND = """\
 Truth: Hugging Face torch in float64, the same float32 weights. Logits: the largest difference from the truth over {n:,}
@@ -150,8 +149,7 @@ def main(args: argparse.Namespace) -> None:
     os.environ |= ENVIRONMENT
     report = Report(args.output)
     machine = alone(survey)
-    report.say(f"# Distance from float64\n\n    {command_line()}\n")
-    report.say(f"{machine.name}, Python {platform.python_version()}, {', '.join(versions())}.\n")
+    report.title("Distance from float64", machine.name)
     report.say(LEGEND.format(n=args.positions, m=args.gradient_positions) + "\n")
     report.headings(HEADINGS)
     left_out: list[str] = []

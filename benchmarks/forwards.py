@@ -26,7 +26,6 @@ class Way:
       dtype: of weights and products: "float64", "float32" or "bfloat16".
       where: "cpu" or "gpu".
       rounded: float32 products at JAX's default precision, and torch's in TF32, which is that on a GPU.
-
     """
 
     dtype: str

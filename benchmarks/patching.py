@@ -24,20 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from turns import (
-    ENVIRONMENT,
-    SIZES,
-    Report,
-    Turns,
-    alone,
-    best_of,
-    command_line,
-    forget_peak,
-    peak_bytes,
-    ratio,
-    save_weights,
-    versions,
-)
+from turns import ENVIRONMENT, SIZES, Report, Turns, alone, best_of, forget_peak, peak_bytes, ratio, save_weights
 
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config
@@ -217,9 +204,9 @@ def main(args: argparse.Namespace) -> None:
     looped = [call[0] / len(call[2]) * n for call in done["theirs"][1:]]
 
     say, lens = report.say, version("transformer-lens")
-    say(f"# Patching each head at each of {args.tokens} positions, {args.size}, float32\n\n    {command_line()}\n")
-    machine = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), Python {platform.python_version()}"
-    say(f"{machine}, {', '.join(versions())}.\nLoad when it began: {busy:.1f}.\n")
+    title = f"Patching each head at each of {args.tokens} positions, {args.size}, float32"
+    report.title(title, f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})")
+    say(f"Load when it began: {busy:.1f}.\n")
     rate = "-".join(f"{rate / 1e9:.0f}" for rate in (min(rates), max(rates)))
     say(LEGEND.format(n=n, lens=lens, sample=len(done["theirs"][1][2]), tera=tera, rows=ROWS, rate=rate) + "\n")
     report.headings(HEADINGS)

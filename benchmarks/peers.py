@@ -138,7 +138,6 @@ class Peer:
       package: what must be installed.
       devices: where it runs unless it is asked for: "cpu", "gpu".
       dtype: what its weights are read in; None for what the benchmark is asked for.
-
     """
 
     load: Callable[[Path, str, str], Greedy]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,19 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainers import OPTIMIZER, PEERS, Case, device_flops, prepare, start, timed
-from turns import (
-    ENVIRONMENT,
-    Report,
-    Turns,
-    add_options,
-    alone,
-    choose,
-    command_line,
-    peak_bytes,
-    ratio,
-    survey,
-    versions,
-)
+from turns import ENVIRONMENT, Report, Turns, add_options, alone, choose, peak_bytes, ratio, survey
 
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config
@@ -96,7 +83,6 @@ def measure(
 
     Returns:
       The times of the libraries that did it, and why the others did not.
-
     """
     times = {}
 
@@ -171,8 +157,7 @@ def main(args: argparse.Namespace) -> None:
     args.steps = args.steps or (20 if machine.where == "gpu" else 1)
     names, left_out = choose(args.peers, PEERS, machine.where)
     peak = alone(device_flops)
-    report.say(f"# Training steps, {args.dtype}\n\n    {command_line()}\n")
-    report.say(f"{machine.name}, Python {platform.python_version()}, {', '.join(versions())}.")
+    report.title(f"Training steps, {args.dtype}", machine.name)
     report.say(f"Load when it began: {busy:.1f}.\n")
     report.say(legend(args, machine.where, peak) + "\n")
     report.headings(HEADINGS)

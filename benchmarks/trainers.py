@@ -140,7 +140,6 @@ class Peer:
       load: (folder, case, where) -> steps.
       package: what must be installed.
       devices: where it runs unless it is asked for: "cpu", "gpu".
-
     """
 
     load: Callable[[Path, Case, str], Steps]

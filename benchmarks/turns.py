@@ -170,18 +170,6 @@ def choose(asked: list[str] | None, peers: dict[str, Any], where: str) -> tuple[
     return found, [f"{name}: {peers[name].package} is not installed" for name in names if name not in found]
 
 
-def versions() -> list[str]:
-    """Return the versions of the libraries that are installed."""
-    names = ("jax", "flax", "torch", "transformers", "ctranslate2")
-    return [f"{name} {version(name)}" for name in names if importlib.util.find_spec(name)]
-
-
-def command_line() -> str:
-    """Return the command that is running, without the folders of this machine."""
-    words = [f"DIR/{Path(word).name}" if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
-
-
 def add_options(parser: argparse.ArgumentParser, peers: Sequence[str], rounds: int) -> None:
     """Add the options that the benchmarks have in common."""
     add = parser.add_argument
@@ -205,6 +193,16 @@ class Report:
         print(line, flush=True)
         if self.path:
             self.path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+
+    def title(self, title: str, machine: str) -> None:
+        """Begin with a title, the command, the machine and the versions of the libraries that are installed."""
+        # The folders of this machine are left out of the command.
+        words = [f"DIR/{Path(word).name}" if Path(word).is_absolute() else word for word in sys.argv[1:]]
+        command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+        names = ("jax", "flax", "torch", "transformers", "ctranslate2")
+        versions = [f"{name} {version(name)}" for name in names if importlib.util.find_spec(name)]
+        self.say(f"# {title}\n\n    {command}\n")
+        self.say(f"{machine}, Python {platform.python_version()}, {', '.join(versions)}.\n")
 
     def headings(self, headings: str) -> None:
         """Begin a table; `headings` are parted by bars."""

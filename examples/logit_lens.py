@@ -28,7 +28,6 @@ def main(
       model: a size, a folder or a hub id.
       text: to read.
       output: the picture, .png, .svg or .pdf.
-
     """
     config, params = gpt2_jax.load(model)
     tokenizer = gpt2_jax.load_tokenizer(model)

@@ -21,7 +21,6 @@ def main(model: str = "shakespeare", text: str = "To be, or not to be, that is t
     Args:
       model: a size, a folder or a hub id.
       text: whose loss it is.
-
     """
     config, params = gpt2_jax.load(model)
     ids = jnp.asarray([gpt2_jax.load_tokenizer(model).encode(text)])

@@ -27,7 +27,6 @@ def main(model: str = "shakespeare", text: str = TEXT, max_new_tokens: int = 24)
       model: a size, a folder or a hub id.
       text: whose perplexity is measured, and which is continued.
       max_new_tokens: of the continuation.
-
     """
     config, params = gpt2_jax.load(model)
     tokenizer = gpt2_jax.load_tokenizer(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gpt2_jax import _lazy
 
@@ -62,12 +62,4 @@ _MODULES = dict.fromkeys(__all__, "checkpoints") | {
     "stream": "generation",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, when it is first used."""
-    return _lazy.get(__name__, _MODULES, name)
-
-
-def __dir__() -> list[str]:
-    """Return what is there, and what is imported when it is first used."""
-    return _lazy.names(__name__, _MODULES)
+__getattr__, __dir__ = _lazy.attach(__name__, _MODULES)

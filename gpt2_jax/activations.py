@@ -83,7 +83,6 @@ def select(config: GPT2Config, patterns: str | Sequence[str]) -> list[str]:
 
     Raises:
       ValueError: a pattern that is none, or is found in no name.
-
     """
     names = activation_names(config)
     chosen = set()
@@ -103,7 +102,6 @@ def check_names(config: GPT2Config, names: Sequence[str]) -> None:
 
     Raises:
       ValueError: one is not.
-
     """
     known = activation_names(config)
     for name in set(names) - set(known):

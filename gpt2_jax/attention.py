@@ -49,7 +49,6 @@ def attention(
     Returns:
       z_BTNH in the dtype of the queries. A query that may see nothing gets the mean of all values: finite, and without
       meaning.
-
     """
     parts = [(k_BNHS, v_BNSH, mask_BTS)] if past is None else [past, (k_BNHS, v_BNSH, mask_BTS)]
     scores_BNTS = jnp.concatenate([_scores(q_BTNH, k_BNHS, mask_BTS) for k_BNHS, _, mask_BTS in parts], axis=-1)

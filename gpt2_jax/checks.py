@@ -13,7 +13,6 @@ def whole_number(name: str, value: Any, low: float = 0, high: float = math.inf) 
 
     Raises:
       ValueError: "NAME must be a whole number, LOW or more, not VALUE".
-
     """
     try:
         number = None if _is_bool(value) else operator.index(value)
@@ -37,7 +36,6 @@ def real_number(
 
     Raises:
       ValueError: "NAME must be a number, LOW or more, not VALUE".
-
     """
     try:
         number = math.nan if _is_bool(value) or isinstance(value, str | bytes) else float(value)
@@ -56,7 +54,6 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
 
     Raises:
       ValueError: "NAME must be one of A, B, not VALUE".
-
     """
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

@@ -44,7 +44,6 @@ class GPT2Config:
 
     Raises:
       ValueError: a value of the wrong type or out of range.
-
     """
 
     n_vocab: int
@@ -77,7 +76,6 @@ class GPT2Config:
 
         Raises:
           ValueError: a name is unknown or missing, or a value is not a positive whole number.
-
         """
         _check_names(hparams, HPARAMS)
         return cls(**hparams)
@@ -91,7 +89,6 @@ class GPT2Config:
 
         Raises:
           ValueError: a word is unknown or missing, or a value is out of range.
-
         """
         _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"))
         rates: dict[str, Any] = dict.fromkeys(DROPOUT_RATES, settings["drop_rate"])

@@ -14,7 +14,6 @@ class Dropout(nn.Module):
 
     Attributes:
       rate: that share, in [0, 1).
-
     """
 
     rate: float

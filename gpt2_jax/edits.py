@@ -35,7 +35,6 @@ class Edit:
       positions: int32 [P], the places in a row where it holds; None means all.
       span: int32 [2], or the first place and the one behind the last.
       heads: int32 [K], the heads for which it holds; None means all.
-
     """
 
     name: str = struct.field(pytree_node=False)
@@ -60,7 +59,6 @@ def replace(name: str, value: Any, positions: Where | slice = None, heads: Where
     Raises:
       ValueError: a name that no model has, heads where the activation has none, or places or heads that are no ints or
         negative (where their values are known: inside a compiled program a negative one is nowhere).
-
     """
     return _edit(name, "replace", value, positions, heads)
 
@@ -87,7 +85,6 @@ def patch(
 
     Raises:
       ValueError: as `replace`, or `name` was not captured.
-
     """
     if name not in activations:
         raise ValueError(f"{name} was not captured in the run to patch from: there are {', '.join(activations)}")
@@ -161,7 +158,6 @@ def check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], whole_rows: bo
 
     Raises:
       ValueError: they are no edits, of activations or heads that the model has not, or of values that do not broadcast.
-
     """
     edits = (edits,) if isinstance(edits, Edit) or not isinstance(edits, Iterable) else tuple(edits)
     for edit in edits:

@@ -20,7 +20,6 @@ def check_path(path: str | os.PathLike) -> Path:
     Raises:
       ValueError: another extension than .png, .svg or .pdf, or the name of a folder.
       FileNotFoundError: the folder for the file is not there.
-
     """
     path = expanded(path)
     if path.suffix.lower() not in FORMATS:
@@ -37,7 +36,6 @@ def save(figure: Figure, path: str | os.PathLike) -> None:
 
     Raises:
       ValueError, FileNotFoundError: as `check_path`.
-
     """
     path = check_path(path)
     with replacing_file(path) as temporary:

@@ -46,7 +46,6 @@ def expanded(path: str | os.PathLike) -> Path:
 
     Raises:
       ValueError: there is no such home folder.
-
     """
     try:
         return Path(path).expanduser()
@@ -65,7 +64,6 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
     Args:
       directory: a folder that is there or not.
       check: called just before an existing folder is replaced; what it raises stops that.
-
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +88,6 @@ def replacing_file(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     Args:
       path: a file that is there or not.
       temporary: the name to write under, in the same folder, where nobody else writes; None is a new one.
-
     """
     temporary = beside(path) if temporary is None else temporary
     try:
@@ -181,7 +178,6 @@ def check_replaceable(
 
     Raises:
       FileExistsError: the name is a file's, or the folder holds something that may not be replaced.
-
     """
     if not folder.exists():
         return
@@ -208,7 +204,6 @@ def lock(path: Path, busy: Exception | None = None, waiting: str = "") -> Iterat
 
     Raises:
       OSError: the file cannot be made.
-
     """
     from filelock import FileLock, Timeout
 
@@ -236,7 +231,6 @@ def read_text(path: Path) -> str:
     Raises:
       FileNotFoundError: the file is not there.
       ValueError: it is not UTF-8 text.
-
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -252,7 +246,6 @@ def read_json(path: Path) -> Any:
     Raises:
       FileNotFoundError: the file is not there.
       ValueError: it is not UTF-8 text, or not JSON.
-
     """
     try:
         return json.loads(read_text(path))
@@ -272,7 +265,6 @@ def hash_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, st
     Args:
       folder: which.
       names: of the files; those that are not there are left out. None is all.
-
     """
     candidates = folder.rglob("*") if names is None else (folder / name for name in names)
     paths = [path for path in sorted(candidates) if path.is_file()]

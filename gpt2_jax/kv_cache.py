@@ -32,7 +32,6 @@ class KVCache:
       mask_BS: bool, True where a slot holds a real token.
       length: int32 scalar, slots written so far.
       past: the cache of earlier tokens, read and never written; None where this one holds all of them.
-
     """
 
     k_BNHS: tuple[jax.Array, ...]
@@ -60,7 +59,6 @@ def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
 
     Raises:
       ValueError: batch_size or length is not a positive whole number.
-
     """
     batch_size, length = whole_number("batch_size", batch_size, 1), whole_number("length", length, 1)
     shape = (batch_size, config.n_head, config.head_dim, length)
@@ -77,7 +75,6 @@ def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int) 
 
     Raises:
       ValueError: not a KVCache, one of another model, of other rows or dtype, or with fewer slots than tokens.
-
     """
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache must be a KVCache, as init_cache makes it, not a {type(cache).__name__}")

@@ -23,7 +23,6 @@ def init_lora(params: Params, rank: int, targets: str, key: jax.Array) -> dict[s
 
     Raises:
       ValueError: no name matches, one that does is not a matrix, or the rank is not below its sides.
-
     """
     flat = {name: leaf for name, leaf in flatten(params).items() if re.search(targets, name)}
     if not flat:

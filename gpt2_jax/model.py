@@ -38,7 +38,6 @@ class Output:
     Attributes:
       logits: [B, T, V], float32 (float64 under a float64 `compute_dtype`).
       cache: the cache with this call's tokens added; None where none was passed.
-
     """
 
     logits: jax.Array
@@ -108,11 +107,11 @@ class Attention(nn.Module):
         self,
         x_BTD: jax.Array,
         mask_BTS: jax.Array,
-        kv: tuple[jax.Array, jax.Array] | None = None,
-        start: jax.Array | int = 0,
-        past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-        deterministic: bool = True,
-        taps: Taps = NO_TAPS,
+        kv: tuple[jax.Array, jax.Array] | None,
+        start: jax.Array | int,
+        past: tuple[jax.Array, jax.Array, jax.Array] | None,
+        deterministic: bool,
+        taps: Taps,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attend over the slots of this layer, the T new ones written from `start` on.
 
@@ -127,7 +126,6 @@ class Attention(nn.Module):
 
         Returns:
           What attention adds to the residual stream [B, T, D], and the layer's new (k_BNHS, v_BNSH).
-
         """
         config = self.config
         heads = (*x_BTD.shape[:2], config.n_head, config.head_dim)
@@ -199,7 +197,6 @@ class GPT2(nn.Module):
     Attributes:
       config: the hyperparameters.
       remat: keep only the residual stream before each block for a backward pass, which computes the rest anew.
-
     """
 
     config: GPT2Config
@@ -250,7 +247,6 @@ class GPT2(nn.Module):
           ValueError: a shape or dtype that does not fit, more than n_ctx tokens in a call without a mask (with one, the
             padding does not count), a cache of another model, of other rows, or with fewer slots than tokens, or a tap
             on what is no activation, or on one that is computed twice (`remat`).
-
         """
         h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic, taps)
         return Output(logits=self.unembed(h_BTD), cache=cache)
@@ -359,7 +355,6 @@ def init_params(config: GPT2Config, key: jax.Array) -> Params:
 
     Raises:
       ValueError: `key` is not a key (`jax.random.key(seed)`).
-
     """
     try:
         return dict(GPT2(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
@@ -387,7 +382,6 @@ def check_params(config: GPT2Config, params: Params, dtypes: bool = True) -> Non
     Raises:
       ValueError: they are not; the message lists all that is missing, extra, or of another shape or dtype. Or
         `config.qkv_bias` is False and the biases of a c_attn, where their values are known, are not zero.
-
     """
     check(params, _abstract_leaves(config, _has_float64()), dtypes)
     for i in range(0 if config.qkv_bias else config.n_layer):

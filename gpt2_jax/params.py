@@ -31,7 +31,6 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: b
 
     Returns:
       One line for each name that is missing, extra, of another shape or of another dtype; empty when they agree.
-
     """
     lines = [f"missing: {name} {_describe(expected[name])}" for name in expected if name not in found]
     lines += [f"extra: {name} {_describe(found[name])}" for name in found if name not in expected]
@@ -49,7 +48,6 @@ def check(params: Params, expected: Mapping[str, Any], dtypes: bool = True) -> N
 
     Raises:
       ValueError: it does not; the message lists all that is missing, extra, or of another shape or dtype.
-
     """
     try:
         flat = flatten(params)
@@ -67,7 +65,6 @@ def by_rules(rules: Sequence[tuple[str, T]], names: Iterable[str], what: str = "
 
     Raises:
       ValueError: a name is left over.
-
     """
     found = {}
     for name in names:

@@ -34,7 +34,6 @@ def product(
       w: [K, M].
       transposed: w is [M, K] instead.
       dtype: the product's; None for that of x and w.
-
     """
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     asked = precision in HIGHEST and jax.default_backend() == "cpu"

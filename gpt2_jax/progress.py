@@ -50,7 +50,6 @@ class Bars:
           done: how much is done, in the unit of the columns.
           total: how much there is; None if that is not known, or as before.
           text: what the column "text" shows.
-
         """
         if self._progress is None:
             return
@@ -85,7 +84,6 @@ def bars(
       room: columns of the terminal that the rest needs: the bar gives way to it, and is left out below NARROWEST.
       stay: leave the bars on the screen at the end.
       period: seconds over which the speed is measured that "speed" and "left" are computed from.
-
     """
     if shown is None:
         shown = sys.stderr is not None and sys.stderr.isatty()

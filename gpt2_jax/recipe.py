@@ -249,7 +249,6 @@ class Recipe:
         Raises:
           FileNotFoundError: there is no such file.
           ValueError: it is not TOML, names what is no part of a recipe, or a value is of a wrong type or out of range.
-
         """
         try:
             return from_dict(cls, tomllib.loads(Path(path).read_text(encoding="utf-8")))
@@ -264,7 +263,6 @@ def from_dict(cls: type, values: Mapping[str, Any], place: str = "") -> Any:
 
     Raises:
       ValueError: as `Recipe.from_toml`.
-
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     types = typing.get_type_hints(cls)

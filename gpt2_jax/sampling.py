@@ -35,7 +35,6 @@ class Sampling:
       min_p: float32 in [0, 1]; 0 means all.
       repetition_penalty: float32 above 0; 1 means none.
       keep_crossing: bool; top-p keeps the token that crosses p, as most libraries do and the original does not.
-
     """
 
     temperature: Knob
@@ -60,7 +59,6 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: ja
 
     Returns:
       token_B int32; NO_LOGITS where the logits hold a NaN. A tie of the greedy choice goes to the lowest id.
-
     """
     if seen_BV is not None:
         logits_BV = lax.cond(
@@ -96,7 +94,6 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     Args:
       logits_BV: float32 or float64, already divided by the temperature.
       sampling: the knobs; its temperature and penalty are not read.
-
     """
     n_vocab = logits_BV.shape[-1]
     top_p, min_p = sampling.top_p.astype(logits_BV.dtype), sampling.min_p.astype(logits_BV.dtype)
@@ -133,7 +130,6 @@ def token_logprobs(logits_BV: jax.Array, token_B: jax.Array, n_top: int) -> tupl
     Returns:
       chosen_B float32, top_id_BK int32 and top_BK float32, the most likely first and the lower id first in a tie
       (where -0.0 counts as less than 0.0).
-
     """
     logsumexp_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1) - logsumexp_B1

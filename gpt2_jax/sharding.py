@@ -31,7 +31,6 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
 
     Raises:
       ValueError: there are fewer devices, or -1 does not come out even.
-
     """
     devices = jax.devices()
     if -1 in (data, model):
@@ -51,7 +50,6 @@ def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, gathered: Iterable[st
       shapes: {name: anything with a shape}.
       mesh: of `make_mesh`.
       gathered: axes over which nothing is divided.
-
     """
     specs = by_rules(RULES, shapes)
     return {name: _fitting(leaf.shape, specs[name], mesh, tuple(gathered)) for name, leaf in shapes.items()}
@@ -76,7 +74,6 @@ def placed(params: Params) -> Params:
 
     Raises:
       ValueError: they are being traced.
-
     """
 
     def place(leaf: jax.Array | np.ndarray) -> jax.Array:

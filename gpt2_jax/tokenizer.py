@@ -43,7 +43,6 @@ class Tokenizer:
       merges: the pairs of tokens that merge, in order of precedence.
       added: the tokens that no merge makes, and no text becomes: `<|endoftext|>`, and any that were added after it,
         "[PAD]" say.
-
     """
 
     eot: int
@@ -64,7 +63,6 @@ class Tokenizer:
 
         Raises:
           ValueError: ids are not 0, 1, ... or do not follow the order of the merges, or the two do not fit together.
-
         """
         pairs = [tuple(pair) for pair in merges]
         _check_tokens(tokens, tokens_from)
@@ -91,7 +89,6 @@ class Tokenizer:
         Raises:
           FileNotFoundError: a file is not there.
           ValueError: a file is malformed, or the two do not belong together; the message names the file.
-
         """
         tokens = read_json(Path(encoder_json))
         if added and isinstance(tokens, dict):
@@ -115,7 +112,6 @@ class Tokenizer:
         Args:
           text: any str; a lone surrogate is read as U+FFFD.
           allow_special: let `<|endoftext|>` in the text become the id `eot`; by default it is text like any other.
-
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, not {type(text).__name__}")
@@ -132,7 +128,6 @@ class Tokenizer:
 
         Raises:
           ValueError: an id is not a whole number in [0, n_vocab).
-
         """
         try:
             ids = [operator.index(i) for i in (np.asarray(ids) if hasattr(ids, "__array__") else ids)]
@@ -148,7 +143,6 @@ class Tokenizer:
 
         Raises:
           ValueError: the id is not a whole number in [0, n_vocab).
-
         """
         return self._encoding.decode_single_token_bytes(whole_number("id", id, 0, self.n_vocab - 1))
 

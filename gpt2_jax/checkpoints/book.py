@@ -28,7 +28,6 @@ def download_and_load_gpt2(
     Raises:
       ValueError: an unknown size, or damaged files.
       OSError: the files cannot be fetched.
-
     """
     size = download.size_of(model_size)
     if size is None:
@@ -54,7 +53,6 @@ def to_blocks(params: Params, nested_ln_f: bool = False) -> dict[str, Any]:
 
     Raises:
       ValueError: a name is missing or unknown.
-
     """
     names = _layer_names(params)
     _check_names(params, {"wte", "wpe", "ln_f", *names}, "params")
@@ -67,7 +65,6 @@ def from_blocks(blocks: dict[str, Any]) -> Params:
 
     Raises:
       ValueError: a name is missing or unknown.
-
     """
     last = {"ln_f"} if isinstance(blocks, dict) and "ln_f" in blocks else {"g", "b"}
     _check_names(blocks, {"wte", "wpe", "blocks"} | last, "the books' params")

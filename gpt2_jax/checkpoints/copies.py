@@ -26,7 +26,6 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
 
     Raises:
       as `tensorflow.read`. A copy that is damaged or cannot be written is a warning.
-
     """
     source = _fingerprint(directory)
     try:

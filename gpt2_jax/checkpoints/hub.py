@@ -18,7 +18,6 @@ def fetch(repository: str, tokenizer_only: bool = False) -> Path:
       FileNotFoundError: no such repository, or it may not be read.
       ValueError: it holds no safetensors.
       ConnectionError: the hub cannot be reached, and the files are not in its cache.
-
     """
     import huggingface_hub
     from huggingface_hub import errors

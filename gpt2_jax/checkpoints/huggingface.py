@@ -16,14 +16,7 @@ import numpy as np
 
 from gpt2_jax.checkpoints import safetensors
 from gpt2_jax.checkpoints.huggingface_tokenizer import write_json
-from gpt2_jax.checkpoints.integrity import (
-    DamagedError,
-    Leaves,
-    read_manifest,
-    sha256,
-    stored_dtype,
-    write_manifest,
-)
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, stored_dtype, write_manifest
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, GPT2Config
 from gpt2_jax.files import read_json
 from gpt2_jax.model import abstract_params
@@ -66,7 +59,6 @@ def read_config(directory: Path) -> GPT2Config:
     Raises:
       FileNotFoundError: the file is not there.
       ValueError: it is malformed, or asks for arithmetic that is not GPT-2's; the message names the field.
-
     """
     path = directory / "config.json"
     fields = read_json(path)
@@ -102,7 +94,6 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
       FileNotFoundError: a file is not there.
       ValueError: config.json asks for another model, or the tensors are not those of its GPT-2.
       DamagedError: a file is damaged.
-
     """
     config = read_config(directory)
     tensors, manifest, source = _find_tensors(directory)

@@ -24,7 +24,6 @@ def read(directory: Path) -> Tokenizer:
     Raises:
       FileNotFoundError: a file is not there.
       ValueError: a file is malformed, or describes something other than GPT-2's byte-level BPE.
-
     """
     settings = directory / TOKENIZER_CONFIG
     asked = read_json(settings) if settings.is_file() else {}

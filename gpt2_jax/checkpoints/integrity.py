@@ -41,7 +41,6 @@ def read_manifest(text: str, source: object) -> tuple[GPT2Config, dict[str, Any]
 
     Raises:
       DamagedError: the text is not what was written.
-
     """
     try:
         manifest = unsealed(text)
@@ -57,7 +56,6 @@ def check_hash(name: str, array: np.ndarray, hashes: Mapping[str, str] | None, s
 
     Raises:
       DamagedError: it is another.
-
     """
     if hashes is not None and sha256(array) != hashes.get(name):
         raise DamagedError(f"{source} is damaged: {name} is not what was written (its sha256 is another)")
@@ -72,7 +70,6 @@ def stored_dtype(dtypes: Iterable[Any], source: object) -> np.dtype:
 
     Raises:
       ValueError: it is not float32, bfloat16 or float16.
-
     """
     (name, _), *_ = collections.Counter(dtype.name for dtype in dtypes).most_common(1) or [("nothing", 0)]
     if name not in STORED_DTYPES:
@@ -105,7 +102,6 @@ def unsealed(text: str) -> dict[str, Any]:
 
     Raises:
       ValueError: the text is not what was written.
-
     """
     try:
         manifest = json.loads(text)

@@ -50,7 +50,6 @@ def load(
       FileNotFoundError: there is no such source, or one of its files is not there.
       ValueError: a file is malformed or damaged, or holds another model than its config says, or one that is not GPT-2.
       OSError: it cannot be fetched.
-
     """
     dtype = None if dtype is None else float_dtype("dtype", dtype, STORED_DTYPES)
 
@@ -108,7 +107,6 @@ def load_config(source: str | os.PathLike) -> GPT2Config:
 
     Raises:
       as `load`.
-
     """
     if size := size_meant(source):
         return SIZES[size]
@@ -136,7 +134,6 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     Raises:
       FileNotFoundError: there is no such source, or no vocabulary in it.
       ValueError: a file is malformed, or the number of ids is not the model's n_vocab.
-
     """
     directory = runs.run_of(locate(source, "tokenizer"))
     if _any_of(directory, OPENAI_FILES):
@@ -166,7 +163,6 @@ def has_vocabulary(source: str | os.PathLike) -> bool:
 
     Raises:
       as `load_tokenizer`.
-
     """
     return _any_of(runs.run_of(locate(source, "tokenizer")), (*OPENAI_FILES, *HUGGING_FACE_FILES))
 

@@ -37,7 +37,6 @@ def read_config(directory: Path) -> GPT2Config:
 
     Raises:
       DamagedError: it is not what was written.
-
     """
     return _read_manifest(directory)[0]
 
@@ -48,7 +47,6 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     Raises:
       FileNotFoundError: there is no tree beside gpt2_jax.json.
       DamagedError: a file is damaged (found at the start, or while the leaves are read).
-
     """
     from orbax.checkpoint import v1 as ocp
 

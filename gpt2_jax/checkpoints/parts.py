@@ -52,7 +52,6 @@ def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
 
     Raises:
       OSError: it cannot be written (found now, or in `finish`).
-
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -84,7 +83,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
       DamagedError: it is absent, or not what was written.
-
     """
     try:
         manifest = unsealed((path / MANIFEST).read_text(encoding="utf-8"))
@@ -102,7 +100,6 @@ def check_files(path: Path, manifest: Mapping[str, Any], parts: Sequence[str]) -
 
     Raises:
       DamagedError: one is missing or another; the message names it.
-
     """
     wanted = {name for name in manifest["files"] if "/" not in name or name.split("/")[0] in parts}
     found = hash_files(path, wanted)
@@ -122,7 +119,6 @@ def read(path: Path, abstract: Parts) -> dict[str, dict[str, Any]]:
 
     Raises:
       OSError: it cannot be read.
-
     """
     from orbax.checkpoint import v1 as ocp
 

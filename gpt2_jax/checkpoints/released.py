@@ -29,7 +29,6 @@ def fetch_verified(
 
     Raises:
       as `gpt2_jax.release.download.fetch_verified`; ValueError also for a folder whose name TensorFlow cannot read.
-
     """
     if (known := download.size_of(size)) is not None:  # no damage, and better told before the download than after it
         tensorflow.check_path(download.directory_of(known, directory))
@@ -42,7 +41,6 @@ def verify(directory: str | os.PathLike) -> None:
     Raises:
       FileNotFoundError: a file is not there.
       ValueError: a file is damaged, or the tensors are not those that hparams.json describes.
-
     """
     _, leaves = tensorflow.read(expanded(directory))
     for _ in leaves:

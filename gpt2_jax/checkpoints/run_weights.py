@@ -23,7 +23,6 @@ def read_config(directory: Path) -> GPT2Config:
 
     Raises:
       as `runs.read_fields`, and DamagedError.
-
     """
     run_dir = runs.run_of(directory)
     config = runs.config_of(runs.read_fields(run_dir), run_dir / runs.RUN).replace(
@@ -41,7 +40,6 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
       FileNotFoundError: it lies in no run, whose run.json has the config.
       ValueError: run.json is malformed, or of another model.
       DamagedError: a file of the checkpoint is missing, or not what was written.
-
     """
     told = runs.read_fields(runs.run_of(directory))
     config = read_config(directory)

@@ -74,7 +74,6 @@ def read_run(run_dir: str | os.PathLike) -> Run:
     Raises:
       FileNotFoundError: there is none.
       ValueError: it is malformed, or of another version of this package.
-
     """
     directory = expanded(run_dir)
     told = read_fields(directory)
@@ -92,7 +91,6 @@ def read_fields(run_dir: Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError: there is none, of this package.
       ValueError: it is malformed, or of another version.
-
     """
     path = run_dir / RUN
     if not is_run(run_dir):
@@ -136,7 +134,6 @@ def write_run(
       FileExistsError: the folder holds something else.
       ValueError: the run there was begun otherwise; the message lists what differs.
       OSError: it cannot be written.
-
     """
     directory = expanded(run_dir)
     run = Run(config, recipe, json.loads(json.dumps(dict(data))), tokenizer and fingerprint(tokenizer))
@@ -159,7 +156,6 @@ def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
 
     Raises:
       ValueError: it is not; the message lists the fields that decide what was computed so far and differ.
-
     """
     before, now = dict(_fields(_to_json(old))), dict(_fields(_to_json(new)))
     names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
@@ -176,7 +172,6 @@ def check_free(directory: Path) -> None:
 
     Raises:
       FileExistsError: it holds something else.
-
     """
     # The second is what a run leaves that was killed as it began, or while it prepared its text.
     begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
@@ -195,7 +190,6 @@ def model_folder(run_dir: Path) -> Path:
 
     Raises:
       FileNotFoundError: there is none yet.
-
     """
     if (run_dir / BEST).is_dir():
         return run_dir / BEST

@@ -53,7 +53,6 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     Raises:
       FileNotFoundError: no such file.
       DamagedError: not a safetensors file, or one cut off or changed in its header.
-
     """
     from safetensors import SafetensorError, safe_open
 
@@ -95,7 +94,6 @@ def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped
 
     Raises:
       DamagedError: a tensor is not what was written, or the file ends before it.
-
     """
     waiting = collections.deque(sorted(tensors, key=lambda name: -math.prod(tensors[name].shape)))
     running: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()

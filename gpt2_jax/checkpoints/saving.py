@@ -56,7 +56,6 @@ def save(
       FileExistsError: the directory holds files that are not a saved model's, or a vocabulary and `tokenizer` is None.
       OSError: the disk is full, or the directory cannot be written.
       ValueError: an unknown format, params that are not this config's, or a dtype or tokenizer that does not fit.
-
     """
     choice("format", format, WRITERS)
     check_params(config, params)
@@ -95,7 +94,6 @@ def check_replaceable(directory: Path, with_vocabulary: bool, overwrite: bool = 
 
     Raises:
       FileExistsError: something would.
-
     """
 
     def others(names: set[str]) -> set[str]:

@@ -47,7 +47,6 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
       FileNotFoundError: there is no such source.
       ValueError: the source is no path or name.
       OSError: it cannot be fetched.
-
     """
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"a model must be named by a path, a size or a hub id, not {source!r}")
@@ -89,7 +88,6 @@ def form_of(directory: Path) -> Form:
     Raises:
       FileNotFoundError: it holds no model; the message lists what was found and what is understood.
       ValueError: it holds several, or pickled weights alone.
-
     """
     if runs.is_checkpoint(directory):
         return "checkpoint"

@@ -41,7 +41,6 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
       FileNotFoundError: a file is not there.
       ValueError: hparams.json is malformed, or the variables are not those of its GPT-2.
       DamagedError: the files are damaged (found at the start, or while the leaves are read).
-
     """
     config = read_hparams(directory)
     prefix = find_checkpoint(directory)
@@ -99,7 +98,6 @@ def check_path(path: Path) -> None:
 
     Raises:
       ValueError: they cannot.
-
     """
     if "[" in str(path.resolve()):
         raise ValueError(f"{path}: TensorFlow takes [ in a path for a pattern; choose another folder")
@@ -111,7 +109,6 @@ def read_hparams(directory: Path) -> GPT2Config:
     Raises:
       FileNotFoundError: the file is not there.
       ValueError: not JSON, or not exactly GPT-2's hyperparameters; the message names the file.
-
     """
     path = directory / "hparams.json"
     if not path.is_file():
@@ -130,7 +127,6 @@ def find_checkpoint(directory: Path) -> Path:
     Raises:
       FileNotFoundError: the index or the data file is not there.
       ValueError: no pointer, and more than one index to choose from; or an unreadable pointer.
-
     """
     pointer = directory / "checkpoint"
     if pointer.is_file():

@@ -36,7 +36,6 @@ def call(
       start: gives the arguments that the options change; None is the defaults of `args_type`.
       text: standard output is for reading: a character that it cannot show becomes "?", and a reader who leaves, as
         `| head` does, ends the command with status 0. False is for the names of files, which are written as they are.
-
     """
     args = None
     try:

@@ -1,18 +1,21 @@
-"""The model that a command is told: the option, the name that messages give it, and its weights."""
+"""The model that a command is told: the option, its name in messages, its weights, and its compiled programs."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 import gpt2_jax
+from gpt2_jax.files import cache_dir
 
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config
     from gpt2_jax.params import Params
 
+LARGEST = 2**30  # bytes of compiled programs that are kept; those not used for longest go first
 EMBEDDED = "the embedded Shakespeare model"
 
 ModelOption = Annotated[
@@ -46,7 +49,29 @@ def load(model: str | None, dtype: str | None) -> tuple[GPT2Config, Params]:
 
     Raises:
       as `gpt2_jax.load`.
-
     """
     config, params = gpt2_jax.load(source(model), dtype=dtype)
     return (config if dtype is None else config.replace(compute_dtype=dtype)), params
+
+
+def keep_compiled() -> None:
+    """Keep every program that is compiled from here on in the cache folder, and use what is there.
+
+    To be called before anything is compiled. JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where nothing can be written, nothing is kept: JAX would warn of
+    every program.
+    """
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        try:
+            directory = cache_dir() / "compiled"
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(directory, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_compilation_cache_max_size", LARGEST)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

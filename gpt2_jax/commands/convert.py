@@ -41,12 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Load, save, print the folder.
-
-    Raises:
-      ValueError, OSError: bad input; nothing has been written.
-
-    """
+    """Load, save, print the folder."""
     dest = expanded(args.dest)
     from gpt2_jax.checkpoints import check_replaceable
 

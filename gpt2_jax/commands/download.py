@@ -42,12 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Fetch each size, and print its directory once it is there.
-
-    Raises:
-      ValueError, OSError: bad input, told before anything is fetched; or a fetch that failed.
-
-    """
+    """Fetch each size, and print its directory once it is there."""
     if not args.sizes:
         raise ValueError(f"name one size or more: {SIZES}")
     from gpt2_jax.checkpoints import released

@@ -15,7 +15,6 @@ import tyro
 import gpt2_jax
 from gpt2_jax import progress
 from gpt2_jax.commands import _command, _model, _tables
-from gpt2_jax.commands.compilation import keep_compiled
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
@@ -65,12 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Read the file, load the model, measure, print.
-
-    Raises:
-      ValueError, OSError: bad input; nothing has been written to standard output.
-
-    """
+    """Read the file, load the model, measure, print."""
     _check(args)
     from gpt2_jax.evaluate import files
 
@@ -79,7 +73,7 @@ def run(args: Args) -> None:
     if args.limit is not None and args.task == "perplexity" and args.file.suffix != ".jsonl":
         raise ValueError(f"--limit counts documents, and {args.file} is one: cut it, or give a .jsonl")
     items = items[: args.limit]
-    keep_compiled()
+    _model.keep_compiled()
     tokenizer = gpt2_jax.load_tokenizer(_model.source(args.model))
     config, params = _model.load(args.model, args.dtype)
     print(f"model: {_model.title(args.model)}, {config.n_params:,} parameters, {config.compute_dtype}", file=sys.stderr)

@@ -17,13 +17,36 @@ import tyro
 
 import gpt2_jax
 from gpt2_jax.commands import _command, _conversation, _model
-from gpt2_jax.commands._sampling import Options
 from gpt2_jax.commands._speaker import Model, as_json, encode, logprob_table
-from gpt2_jax.commands.compilation import keep_compiled
 from gpt2_jax.files import expanded
+from gpt2_jax.generation.settings import Overflow, Settings, TopPRule
 
 if TYPE_CHECKING:
-    from gpt2_jax import GPT2Config
+    from gpt2_jax import GPT2Config, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Settings):
+    """Settings whose defaults are the command's; what is not described here says what `Settings` says."""
+
+    max_new_tokens: int = 128
+    """Most tokens to add, 0 or more; the prompt and they must fit in the model's n_ctx tokens, but for --overflow."""
+    top_k: int = 40
+    top_p_rule: TopPRule = "original"
+    """original leaves out the token that crosses p, as OpenAI's code; common keeps it, as most libraries."""
+    stop_ids: tyro.conf.Suppress[Sequence[int]] = ()
+    stop_strings: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="stop")] = ()
+    """End a sample before this string; a shell writes a blank line as $'\\n\\n'."""
+    stop_at_eot: bool = True
+    """End a sample where the model ends its text, with <|endoftext|>."""
+    overflow: Overflow = "error"
+    """When a text outgrows the model's n_ctx tokens: refuse, or let the model see the last tokens alone."""
+    logprobs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    """Write a table after each sample: every token's log-probability (base e) and this many alternatives, 0 or more."""
+
+    def settings(self, tokenizer: Tokenizer) -> Settings:
+        """Return them as the library takes them."""
+        return Settings.among(vars(self) | {"stop_ids": (tokenizer.eot,) if self.stop_at_eot else ()})
 
 
 @dataclasses.dataclass
@@ -62,17 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Load the model, generate, print.
-
-    Raises:
-      ValueError, OSError: bad input; nothing has been written to standard output.
-
-    """
+    """Load the model, generate, print."""
     _check(args)
     texts = [] if args.interactive or args.input else list(_prompts(args.prompt, args.prompt_file))
     from gpt2_jax.generation.prompts import check_prompts
 
-    keep_compiled()
+    _model.keep_compiled()
     directory = _model.source(args.model)
     config, tokenizer = gpt2_jax.load_config(directory), gpt2_jax.load_tokenizer(directory)
     settings = args.sampling.settings(tokenizer).check(config, tokenizer)

@@ -40,12 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Load the model, look, print.
-
-    Raises:
-      ValueError, OSError: bad input; nothing has been written to standard output.
-
-    """
+    """Load the model, look, print."""
     from gpt2_jax import checkpoints, figures, inspection
     from gpt2_jax.inspection import plot
 

@@ -59,12 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Prepare, report, print the folder.
-
-    Raises:
-      ValueError, OSError: bad input; nothing has been written.
-
-    """
+    """Prepare, report, print the folder."""
     from gpt2_jax.data._prepare import check_replaceable, prepare
 
     folder = expanded(args.output)

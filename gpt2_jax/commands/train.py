@@ -13,8 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from gpt2_jax.commands import _command
-from gpt2_jax.commands.compilation import keep_compiled
+from gpt2_jax.commands import _command, _model
 from gpt2_jax.files import expanded
 from gpt2_jax.recipe import Recipe
 
@@ -46,12 +45,7 @@ def finetune(argv: Sequence[str] | None = None) -> None:
 
 
 def _start(argv: Sequence[str] | None, prog: str) -> Args:
-    """Return the recipe that --config names, which the other options change.
-
-    Raises:
-      ValueError, OSError: it cannot be read.
-
-    """
+    """Return the recipe that --config names, which the other options change."""
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
@@ -59,15 +53,10 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
 
 
 def run(args: Args) -> int:
-    """Train, and print the run's folder; return the exit status: 0, 1 where the loss ended the run, or the signal's.
-
-    Raises:
-      ValueError, OSError: bad input, or something cannot be written.
-
-    """
+    """Train, and print the run's folder; return the exit status: 0, 1 where the loss ended the run, or the signal's."""
     from gpt2_jax.training import fit, start_data, start_model
 
-    keep_compiled()
+    _model.keep_compiled()
     folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
     recipe = args.recipe
     plan, params, tokenizer = start_model(recipe, folder)

@@ -40,12 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Train, write, print the folder.
-
-    Raises:
-      ValueError, OSError: bad input; nothing has been written.
-
-    """
+    """Train, write, print the folder."""
     from gpt2_jax.data.bpe import check_replaceable, train_tokenizer, write_tokenizer
 
     folder = expanded(args.output)

@@ -19,15 +19,7 @@ from gpt2_jax.checks import choice, real_number, whole_number
 from gpt2_jax.data.encoding import encode_all, processes_for
 from gpt2_jax.data.sources import Fields, Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
-from gpt2_jax.data.token_files import (
-    FILES,
-    MANIFEST,
-    SPLITS,
-    VERSION,
-    Prepared,
-    id_dtype,
-    open_prepared,
-)
+from gpt2_jax.data.token_files import FILES, MANIFEST, SPLITS, VERSION, Prepared, id_dtype, open_prepared
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
 
 
@@ -80,7 +72,6 @@ def prepare(
       FileExistsError: the folder holds something.
       ValueError: a source is malformed, there is no text, or too little to split as wanted; the message says where.
       OSError: files cannot be read or written, or a process died.
-
     """
     choice("split", split, ("auto", "documents", "tail"))
     number = real_number("val_fraction", val_fraction, 0, 1, open_high=True)
@@ -123,7 +114,6 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
 
     Raises:
       FileExistsError: there is one that is not empty, and it is not to be replaced, or holds more than prepared text.
-
     """
     files.check_replaceable(
         folder, "prepared text", lambda names: names - FILES or (set() if MANIFEST in names else names), overwrite
@@ -141,7 +131,6 @@ class _Written:
       folder: where they are.
       ends: where each document ends, in tokens; eight bytes a document are all that grows with their number.
       masked: whether there is a file of masks too.
-
     """
 
     folder: Path

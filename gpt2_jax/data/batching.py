@@ -70,7 +70,6 @@ def batches(
 
     Warns:
       UserWarning: the text is shorter than a window.
-
     """
     _check_text(tokens, n_tokens, batch_size)
     seed = whole_number("seed", seed, 0, 2**32 - 1)
@@ -147,7 +146,6 @@ def windows(tokens: Tokens, n_tokens: int, batch_size: int, at_most: int = 0) ->
 
     Raises:
       ValueError: there are fewer than two tokens, or numbers do not fit.
-
     """
     _check_text(tokens, n_tokens, batch_size)
     at_most = whole_number("at_most", at_most)

@@ -33,7 +33,6 @@ def train_tokenizer(
     Raises:
       FileNotFoundError: a source is not there.
       ValueError: a source is malformed, or there is no text.
-
     """
     from tokenizers import Tokenizer as Trained
     from tokenizers import models, pre_tokenizers, trainers
@@ -63,7 +62,6 @@ def write_tokenizer(folder: str | os.PathLike, tokenizer: Tokenizer, overwrite: 
 
     Raises:
       FileExistsError: the folder holds something, or more than a vocabulary where that may be overwritten.
-
     """
     folder = files.expanded(folder)
     check = functools.partial(check_replaceable, folder, overwrite)
@@ -78,7 +76,6 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
 
     Raises:
       FileExistsError: there is one that is not empty, and it is not to be replaced, or holds more than a vocabulary.
-
     """
     files.check_replaceable(folder, "a vocabulary", lambda names: names - {*OPENAI_FILES}, overwrite)
 

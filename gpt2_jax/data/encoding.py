@@ -34,7 +34,6 @@ class Encoded(NamedTuple):
       n_characters: of the text.
       n_bytes: of the text, as UTF-8.
       n_markers: how often the characters of <|endoftext|> stand in the text.
-
     """
 
     ids: np.ndarray
@@ -58,7 +57,6 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) 
 
     Raises:
       OSError: another process died, or could not be started.
-
     """
     if n_processes == 1:
         for group in _groups(pieces):

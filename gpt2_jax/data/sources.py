@@ -37,7 +37,6 @@ class Piece(NamedTuple):
       text: a text, or the ids of one that is tokenised already.
       counts: whether its tokens are targets of the loss.
       ends: whether the document ends with it.
-
     """
 
     text: str | np.ndarray
@@ -78,7 +77,6 @@ class Sources:
       n_bytes: of all files together; what standard input holds is not known.
       n_read: bytes of them that have been read.
       n_empty: documents without any text, which are left out.
-
     """
 
     def __init__(self, sources: Sequence[str | os.PathLike], fields: Fields, n_vocab: int = 0, eot: int = 0):
@@ -93,7 +91,6 @@ class Sources:
         Raises:
           FileNotFoundError: there is no such file, or nothing to read in a folder.
           ValueError: a file of another kind, a text without fields where pairs are wanted, or prepared tokens.
-
         """
         if isinstance(sources, str | os.PathLike):
             raise ValueError("sources must be a list of files and folders, not one name")
@@ -118,7 +115,6 @@ class Sources:
         Raises:
           ValueError: bytes that are not UTF-8, a line that is not JSON, a field that is not there, an id that is
             outside the vocabulary; the message says where.
-
         """
         for path in self.files:
             if path is None:

@@ -21,7 +21,6 @@ class Division(NamedTuple):
       documents: how many of each side; the one that the tail cuts counts where it begins.
       stops: where runs of tokens end, in order; each begins where the one before ends.
       for_val: of each run, whether it is for validation.
-
     """
 
     split: str
@@ -41,7 +40,6 @@ def divide(ends: np.ndarray, val_fraction: float, split: str, seed: int) -> Divi
 
     Raises:
       ValueError: a side would have nothing.
-
     """
     n = int(ends[-1])
     n_train = int(n * (1 - Decimal(repr(val_fraction))))  # exact: in binary, 0.9 and 1 - 0.1 are rounded
@@ -82,7 +80,6 @@ def separate(folder: Path, division: Division, sizes: Mapping[str, int]) -> None
       folder: where the files are.
       division: what to move.
       sizes: bytes of a token, by the end of the files' names.
-
     """
     for end, size in sizes.items():
         with (folder / f"train{end}").open("r+b") as train, (folder / f"val{end}").open("wb") as val:

@@ -38,7 +38,6 @@ class Tokens:
       n_tokens: how many there are.
       n_vocab: every id is below this.
       mask_path: the file that says which tokens count, None if all do.
-
     """
 
     path: Path
@@ -52,7 +51,6 @@ class Tokens:
         Raises:
           ValueError: there are not so many tokens, or an id is outside the vocabulary.
           OSError: the file cannot be read, or has become shorter.
-
         """
         if not 0 <= start <= start + count <= self.n_tokens:
             raise ValueError(f"{self.path} has {self.n_tokens:,} tokens: there are no {count:,} from {start:,} on")
@@ -83,7 +81,6 @@ class Prepared:
       train: to train on.
       val: to validate on; None where there is nothing.
       manifest: what tokens.json says; None for files that came without.
-
     """
 
     train: Tokens
@@ -100,7 +97,6 @@ class Prepared:
 
         Raises:
           ValueError: one differs.
-
         """
         expected = {} if self.manifest is None else self.manifest["sha256"]
         for name, digest in self.digests().items():
@@ -132,7 +128,6 @@ def open_prepared(path: str | os.PathLike, tokenizer: Tokenizer | None = None, n
       FileNotFoundError: there is no such folder or file, or it holds no tokens.
       ValueError: it was prepared with another vocabulary, files and manifest do not fit together, or nothing says
         how many ids there are.
-
     """
     path = expanded(path)
     if path.is_dir() and not (path / "train.bin").is_file():

@@ -27,7 +27,6 @@ class Question:
       question: the sentence, with "XXXXX" once where the word is missing.
       candidates: two choices or more.
       answer: the right one of them.
-
     """
 
     context: str
@@ -47,7 +46,6 @@ class Cloze:
       cut: questions with a context of which the model could not read the beginning.
       detokenizer: "none", "wikitext" or "ptb".
       conventions: for each of these but the last, by name, how it is measured or counted.
-
     """
 
     accuracy: float
@@ -84,7 +82,6 @@ def cloze(
 
     Raises:
       ValueError: no questions, or one without a blank, without a word before it, or whose answer is no candidate.
-
     """
     choice("detokenizer", detokenizer, DETOKENIZERS)
     if not len(questions):
@@ -116,7 +113,6 @@ def check_question(name: str, question: Question) -> None:
 
     Raises:
       ValueError: it cannot; the message calls it `name`.
-
     """
     if question.question.count(BLANK) != 1:
         raise ValueError(f"{name} must have {BLANK} once, where the word is missing, not {question.question[:80]!r}")

@@ -48,7 +48,6 @@ class Lambada:
       stop_words: passages whose last word is itself a stop word.
       cut: passages of which the model could not read the beginning.
       conventions: for each of these, by name, how it is measured or counted.
-
     """
 
     accuracy: float
@@ -96,7 +95,6 @@ def lambada(
 
     Raises:
       ValueError: no passages, or one without a space before its last word.
-
     """
     stop_words = frozenset(stop_words)
     parts = [_split(i, passage) for i, passage in enumerate(passages)]

@@ -37,7 +37,6 @@ class Perplexity:
       bos: whether <|endoftext|> stood before each document.
       detokenizer: "none", "wikitext" or "ptb".
       conventions: for the attributes that are measured or counted, by name, how that is done.
-
     """
 
     perplexity: float
@@ -89,7 +88,6 @@ def perplexity(
 
     Raises:
       ValueError: a bad argument, or a document too short to score.
-
     """
     documents = [documents] if isinstance(documents, str) else list(documents)
     choice("detokenizer", detokenizer, DETOKENIZERS)

@@ -37,7 +37,6 @@ def score_continuations(
 
     Raises:
       ValueError: an empty context or continuation, or a continuation that does not fit.
-
     """
     rows, first = [], []
     for i, (context, continuation) in enumerate(pairs):

@@ -26,7 +26,6 @@ class Rules:
       between_numbers: words with neither if numbers stand on both sides.
       pairs: two words that were one.
       spelt: what stands for a word that the benchmark spells in its own way.
-
     """
 
     before: frozenset[str] = CLOSING | ENDINGS

@@ -18,7 +18,6 @@ def read_documents(path: Path) -> list[str]:
     Raises:
       OSError: the file cannot be read.
       ValueError: it is not UTF-8, or empty, or a line that is not {"text": "..."}.
-
     """
     return read_passages(path) if path.suffix == ".jsonl" else [_read(path)]
 
@@ -29,7 +28,6 @@ def read_passages(path: Path) -> list[str]:
     Raises:
       OSError: the file cannot be read.
       ValueError: it is not UTF-8, or holds no line, or one that is something else.
-
     """
 
     def text_of(name: str, record: dict[str, Any]) -> str:
@@ -49,7 +47,6 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
       OSError: the file cannot be read.
       ValueError: it is not UTF-8, or holds no question, or one that is something else.
-
     """
 
     def question_of(name: str, record: dict[str, Any]) -> Question:

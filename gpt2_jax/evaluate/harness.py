@@ -60,7 +60,6 @@ def language_model(
     Raises:
       ValueError: batch_size or max_gen_toks is not a whole number of at least 1.
       ModuleNotFoundError: the harness is not installed.
-
     """
     from lm_eval.api.model import TemplateLM
 
@@ -115,7 +114,6 @@ class _Answers:
 
         Raises:
           ValueError: a continuation has no token of its own, or more than n_ctx.
-
         """
         from tqdm import tqdm
 
@@ -155,7 +153,6 @@ class _Answers:
         Args:
           requests: of one text each.
           disable_tqdm: show no progress bar.
-
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -186,7 +183,6 @@ class _Answers:
 
         Raises:
           ValueError: a generation kwarg that is unknown or out of range, before anything is generated.
-
         """
         from tqdm import tqdm
 

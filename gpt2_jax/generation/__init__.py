@@ -7,7 +7,7 @@ log-probabilities of given tokens. What is concluded from those (`gpt2_jax.evalu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gpt2_jax import _lazy
 
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Logprobs", "Score", "Settings", "complete", "generate", "score", "stream"]
 
-
 _MODULES = dict.fromkeys(__all__, "decoding") | {"Score": "scoring", "Settings": "settings", "score": "scoring"}
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, when it is first used."""
-    return _lazy.get(__name__, _MODULES, name)
-
-
-def __dir__() -> list[str]:
-    """Return what is there, and what is imported when it is first used."""
-    return _lazy.names(__name__, _MODULES)
+__getattr__, __dir__ = _lazy.attach(__name__, _MODULES)

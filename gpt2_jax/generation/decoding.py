@@ -33,7 +33,6 @@ class Logprobs:
       chosen: float32 [n], of the token that was picked.
       top_ids: int32 [n, k], the k most likely tokens, most likely first.
       top: float32 [n, k], theirs.
-
     """
 
     chosen: np.ndarray
@@ -50,7 +49,6 @@ class Completion:
       ids: the new tokens, those wholly before a stop string if it ended at one.
       stopped: it ended at a stop, not for want of more tokens.
       logprobs: of `ids`, where they were asked for.
-
     """
 
     text: str
@@ -103,7 +101,6 @@ def generate(
 
     Raises:
       ValueError: a bad argument, before anything is traced; or, after, logits that are NaN: the params hold one.
-
     """
     settings = Settings.among(locals()).check(config, tokenizer)
     rows = _run(config, params, prompts, settings, tokenizer, first_row, edits)
@@ -124,7 +121,6 @@ def complete(
 
     Raises:
       ValueError: as `generate`.
-
     """
     settings = settings.check(config, tokenizer)
     rows = _run(config, params, prompts, settings, tokenizer, first_row, edits, wants_text=True)
@@ -171,7 +167,6 @@ def stream(
 
     Raises:
       ValueError: as `generate`, for a bad argument at once.
-
     """
     settings = Settings.among(locals())
     if not isinstance(tokenizer, Tokenizer):

@@ -46,7 +46,6 @@ class Picked:
       chosen_BR: float32, the log-probability of each; this and the next two are None where none were asked for.
       top_id_BRK: int32, the most likely ids, most likely first.
       top_BRK: float32, their log-probabilities.
-
     """
 
     id_BR: jax.Array
@@ -66,7 +65,6 @@ class State:
       done_B: bool, the rows that are at their end; what they still compute is thrown away.
       key_B: a key for each row; its t-th new token is drawn with fold_in(key_B[b], t).
       n_new: int32 scalar, new tokens so far in every row.
-
     """
 
     recent: KVCache
@@ -95,7 +93,6 @@ def prefill(
 
     Returns:
       Their cache of P slots, and the hidden state of each row's last token [G, D].
-
     """
     n_rows, n_slots = tokens_GP.shape
     mask_GP = jnp.arange(n_slots) < length_G[:, None]
@@ -255,7 +252,6 @@ def decode_rows(
       look_ahead: start a call before the last one's tokens are handed out, so that the device does not wait for the
         host; for callers that set `finished_B` by `settings.stop_ids` alone, which the device knows too.
       edits: checked ones, made in every forward pass; those of other values compile nothing.
-
     """
     batch = _Batch(model, params, prompts, settings, edits)
     waiting = collections.deque([(batch.first(first_row), 1)])

@@ -59,7 +59,6 @@ def complete_file(
       FileNotFoundError: there is no such input, or no folder for the output.
       ValueError: before anything is generated or written: a line of the input that is no prompt, an output that exists,
         that is the input, that another process is writing, or that was begun with another input or other settings.
-
     """
     batch_size = whole_number("batch_size", batch_size, 1)
     source, target = Path(source), Path(target).resolve()
@@ -95,7 +94,6 @@ def read_prompts(data: bytes, source: Path, fields: Sequence[str] = ()) -> list[
 
     Raises:
       ValueError: the line that is no prompt, and why.
-
     """
     records = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -163,7 +161,6 @@ def _begin(target: Path, header: dict[str, Any], n_prompts: int) -> bool:
 
     Raises:
       ValueError: the target exists.
-
     """
     part = _part(target)
     if target.exists():
@@ -194,7 +191,6 @@ def _resume(part: Path, header: dict[str, Any], n_prompts: int) -> int:
 
     Raises:
       ValueError: it was begun with another input or other settings, or it is no such file; it is as it was.
-
     """
     _check_header(part, _read_header(part), header)
     with part.open("rb") as file:

@@ -16,7 +16,6 @@ def check_prompts(config: GPT2Config, prompts: Sequence[Sequence[int]], settings
 
     Raises:
       ValueError: not a list of lists of ids of the vocabulary, or one that is too long where overflow is "error".
-
     """
     if isinstance(prompts, str) or not hasattr(prompts, "__len__") or getattr(prompts, "ndim", 1) == 0:
         raise ValueError(f"prompts must be a list of token-id lists, not {reprlib.repr(prompts)}")
@@ -33,7 +32,6 @@ def check_fits(config: GPT2Config, name: str, row: Sized, settings: Settings) ->
 
     Raises:
       ValueError: they do not; the message calls the prompt `name`.
-
     """
     n_tokens = len(row) + settings.max_new_tokens
     if settings.overflow == "error" and n_tokens > config.n_ctx:
@@ -49,7 +47,6 @@ def check_prompt(config: GPT2Config, name: str, prompt: Sequence[int]) -> np.nda
 
     Raises:
       ValueError: it is not a list of ids of the vocabulary, or empty; the message calls it `name`.
-
     """
     try:
         row = np.asarray(prompt)

@@ -42,7 +42,6 @@ class Score:
       perplexity: exp(-mean of `logprobs`).
       greedy: as long, whether no token was more likely: greedy decoding would have chosen it, or one just as likely.
       greedy_aside: as long, whether no token was more likely but those of `aside`; None where none were given.
-
     """
 
     logprobs: np.ndarray
@@ -61,7 +60,6 @@ class Window:
       tokens: what the model reads; the last of them has no other use than to predict the last one scored.
       targets: the tokens scored: each one follows one of the last `len(targets)` of `tokens`.
       first: the place of targets[0] in the prompt, 1 or more.
-
     """
 
     prompt: int
@@ -111,7 +109,6 @@ def score(
 
     Raises:
       ValueError: a bad argument, before anything is traced; or, after, logits that are NaN: the params hold one.
-
     """
     rows = check_prompts(config, prompts, Settings(overflow="slide").check(config))
     for i, row in enumerate(rows):
@@ -144,7 +141,6 @@ def as_stride(config: GPT2Config, stride: int | None) -> int:
 
     Raises:
       ValueError: it is not from 1 to n_ctx.
-
     """
     return max(1, config.n_ctx // 2) if stride is None else whole_number("stride", stride, 1, config.n_ctx)
 

@@ -67,7 +67,6 @@ class Settings:
 
         Raises:
           ValueError: the setting that is wrong, its value, and what would be right.
-
         """
         from gpt2_jax.config import GPT2Config
 

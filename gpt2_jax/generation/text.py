@@ -23,7 +23,6 @@ class RowText:
     Attributes:
       ids: the ids that count: all that were added, or those that lie wholly before the stop string.
       stopped: a stop string was completed; what is added later is ignored.
-
     """
 
     ids: list[int]
@@ -34,7 +33,6 @@ class RowText:
 
         Raises:
           ValueError: stop strings that `check_stop_strings` refuses.
-
         """
         self.ids, self.stopped, self._ended = [], False, False
         self._tokenizer = tokenizer
@@ -51,7 +49,6 @@ class RowText:
         Raises:
           ValueError: an id is outside the vocabulary (the text of those before it comes with the next call), or
             `end` was called.
-
         """
         if self._ended:
             raise ValueError("the text has ended: take a new RowText for the next one")
@@ -105,7 +102,6 @@ def check_stop_strings(stop_strings: Sequence[str]) -> list[bytes]:
 
     Raises:
       ValueError: not a sequence of strings, or one of them is empty or holds a lone surrogate.
-
     """
     if isinstance(stop_strings, str):
         raise ValueError(f"stop_strings must be a list of strings, not one string: pass [{stop_strings!r}]")

@@ -44,7 +44,6 @@ def inspect(source: str | os.PathLike, track: Callable[[list], Iterable] = iter)
 
     Raises:
       FileNotFoundError, ValueError: as `load`. A vocabulary that is absent or malformed is reported, not raised.
-
     """
     directory = checkpoints.locate(source)
     return report(directory, *checkpoints.load(source), track)
@@ -68,7 +67,6 @@ def report(
         param_dtype: name; parameters: of `count_parameters`; memory: of `memory`, bytes;
         tensors: for each, wte and wpe first and then by layer, its name and what `describe_tensor` gives;
         finite: no tensor holds NaN or an infinite value; vocabulary: of `describe_vocabulary`.
-
     """
     form = checkpoints.form_of(directory)
     first = {"wte": 0, "wpe": 1}  # what a token meets first
@@ -100,7 +98,6 @@ def count_parameters(config: GPT2Config, params: Params) -> dict[str, Any]:
     Returns:
       parts: for "wte", "wpe", "attn", "mlp", "ln": part, holds, formula, counted (in the tensors), closed_form (from
       the config); the same for all of them at the top; agree: they do, in every part; symbols: what V, C, D, L are.
-
     """
     counted = dict.fromkeys(FORMULAS, 0)
     for name, leaf in flatten(params).items():
@@ -128,7 +125,6 @@ def memory(config: GPT2Config) -> dict[str, dict[str, dict[str, int]]]:
       {"inference" | "training": {"float32" | "bfloat16": {...}}}. Inference: weights, cache (the keys and values of
       one row of n_ctx tokens), total. Training with Adam, everything in that dtype: weights, gradients, moments (the
       two of Adam), total: 16 bytes a parameter in float32, 8 in bfloat16.
-
     """
     inference, training = {}, {}
     for dtype in ("float32", "bfloat16"):
@@ -145,7 +141,6 @@ def describe_tensor(array: Any) -> dict[str, Any]:
     Returns:
       shape, dtype (name), count (of all values), mean, std (of the population), min, max, norm (L2, of all values as
       one vector), nan and infinite (how many). A statistic that no finite number gives is None.
-
     """
     array = np.asarray(array)
     flat = array.reshape(-1)
@@ -183,7 +178,6 @@ def examine_tensor(params: Params, name: str) -> dict[str, Any]:
 
     Raises:
       ValueError: no tensor has this name; the message gives the nearest.
-
     """
     flat = flatten(params)
     if name not in flat:
@@ -226,7 +220,6 @@ def describe_vocabulary(directory: Path) -> dict[str, Any]:
       missing: None, or why there is none; and, None each if so, n_ids, end_of_text (the id of `<|endoftext|>`),
       first_tokens and last_tokens: {id, token (as in the file, where Ġ is a space), text}; n_merges, first_merges and
       last_merges: pairs of tokens.
-
     """
     names = ("n_ids", "end_of_text", "first_tokens", "last_tokens", "n_merges", "first_merges", "last_merges")
     try:

@@ -68,7 +68,6 @@ def list_files(directory: Path, form: str) -> list[dict[str, Any]]:
 
     Returns:
       For each file or folder ("params/"): name, bytes (of all in it), used, purpose in plain words ("" if not known).
-
     """
     paths = {path.name + "/" * path.is_dir(): path for path in sorted(directory.iterdir())}
     vocabulary = next((files for files in VOCABULARIES if files.keys() & paths.keys()), {})

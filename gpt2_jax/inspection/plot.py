@@ -35,7 +35,6 @@ def plot(config: GPT2Config, params: Params, path: str | os.PathLike) -> None:
     Raises:
       ValueError: another extension.
       FileNotFoundError: the folder for the file is not there.
-
     """
     path = figures.check_path(path)
     figures.save(draw(config, params), path)

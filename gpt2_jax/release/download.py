@@ -20,16 +20,7 @@ from gpt2_jax.checks import real_number, whole_number
 from gpt2_jax.config import SIZES
 from gpt2_jax.files import cache_dir, expanded, lock, put_in_place
 from gpt2_jax.progress import bars
-from gpt2_jax.release.known import (
-    DATA,
-    FILES,
-    INDEX,
-    MIRRORS,
-    Expected,
-    base_addresses,
-    expectations,
-    size_of,
-)
+from gpt2_jax.release.known import DATA, FILES, INDEX, MIRRORS, Expected, base_addresses, expectations, size_of
 from gpt2_jax.release.parallel import in_threads
 from gpt2_jax.release.transfer import Failed, Refused, Report, disk_error, length, no_room, transfer
 
@@ -70,15 +61,11 @@ def fetch(
       backoff: seconds before the second of them, doubled each time; a server's Retry-After counts where it is longer.
       jobs: how many files at once.
 
-    Returns:
-      the directory.
-
     Raises:
       ValueError: an unknown size or file, an address that is not http(s), or a number out of range.
       ConnectionError: no address could be read from to the end; the message says what happened at each.
       OSError: an address answered with something else than the file; or the disk is full (`errno` says so) or cannot
         be written.
-
     """
     plan = _plan(size, directory, files, base_urls, timeout=timeout, attempts=attempts, backoff=backoff, jobs=jobs)
     if plan.missing():
@@ -108,7 +95,6 @@ def fetch_verified(
     Raises:
       ValueError, ConnectionError, OSError: as `fetch`; ValueError too when the weights came damaged again, and then
         they have been removed.
-
     """
     plan = _plan(size, directory, files, base_urls, **patience)
     fetch(size, plan.directory, files, plan.bases, progress=progress, **patience)

@@ -77,7 +77,6 @@ def transfer(
       Failed: the last of the attempts, with what happened.
       Stopped: `stop` was set.
       OSError: the disk is full, or `part` cannot be written; what has arrived stays there.
-
     """
     furthest, fruitless, resume = length(part), 0, True
     while True:

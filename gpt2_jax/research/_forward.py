@@ -57,7 +57,6 @@ def forward(
 
     Raises:
       ValueError: as GPT2, a pattern that is found in no name, or an edit that does not fit.
-
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     names = tuple(select(config, capture)) if capture else ()
@@ -71,7 +70,6 @@ def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]
 
     Raises:
       ValueError: not rows of ids of the vocabulary, or rows of several lengths.
-
     """
     if isinstance(tokens_BT, jax.Array):
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
@@ -93,7 +91,6 @@ def as_params(config: GPT2Config, params: Params) -> Params:
 
     Raises:
       ValueError: they are not those of this config.
-
     """
     check_params(config, params, dtypes=False)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
@@ -105,7 +102,6 @@ def places(mask_BT: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
 
     Raises:
       ValueError: a mask of another shape than the tokens'.
-
     """
     mask_BT = jnp.ones(shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
     if mask_BT.shape != shape:
@@ -119,7 +115,6 @@ def slots(place_BT: jax.Array, at_BP: jax.Array) -> jax.Array:
     Args:
       place_BT: of `places`.
       at_BP: the places to find; a negative one is nowhere.
-
     """
     here_BPT = (place_BT[:, None] == at_BP[..., None]) & (at_BP[..., None] >= 0)
     return jnp.where(here_BPT.any(-1), here_BPT.argmax(-1), place_BT.shape[1])

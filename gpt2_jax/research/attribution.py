@@ -53,7 +53,6 @@ class Attribution:
         "mlp/out"; by head "attn/z" by head, "attn/c_proj/b" and "mlp/out"; by neuron "attn/out", "mlp/post" by neuron
         and "mlp/c_proj/b".
       logits: [B, P], the model's; float32 at least. NaN at a place where the row has no token.
-
     """
 
     parts: dict[str, jax.Array]
@@ -105,7 +104,6 @@ def logit_attribution(
     Raises:
       ValueError: as `forward`, a bad argument, ids or places that are out of range (where their values are known), or
         an edit of the residual stream, of ln_f, or of what is divided further.
-
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     edits = _check_edits(config, edits, DIVISIONS[choice("by", by, DIVISIONS)][1])
@@ -140,7 +138,6 @@ def residual_parts(
 
     Raises:
       ValueError: as `forward`, a layer out of range, or an edit of the stream.
-
     """
     n_layers = config.n_layer if layer is None else whole_number("layer", layer, 0, config.n_layer)
     edits = _check_edits(config, edits, "resid_")

@@ -37,7 +37,6 @@ class LowRank:
     Attributes:
       left: [..., D, H], float32 at least.
       right: [..., H, D].
-
     """
 
     left: jax.Array
@@ -67,7 +66,6 @@ def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
 
     Raises:
       ValueError: params that are not the config's, or a layer or head out of range.
-
     """
     weights = _weights(config, params, layer)
     head = whole_number("head", head, 0, config.n_head - 1)
@@ -79,7 +77,6 @@ def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
 
     Raises:
       ValueError: as `qk_circuit`.
-
     """
     weights = _weights(config, params, layer)
     head = whole_number("head", head, 0, config.n_head - 1)
@@ -102,7 +99,6 @@ def top_tokens(
 
     Raises:
       ValueError: params that are not the config's, vectors of another width, or k that is not from 1 to n_vocab.
-
     """
     params = as_params(config, params)
     k = whole_number("k", k, 1, config.n_vocab)
@@ -123,7 +119,6 @@ def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k
 
     Raises:
       ValueError: params that are not the config's, or `kind` is no letter of the three.
-
     """
     return _composition(config, as_params(config, params), choice("kind", kind, ("q", "k", "v")))
 
@@ -142,7 +137,6 @@ def copying_scores(config: GPT2Config, params: Params, *, ln_f: bool = False) ->
     Raises:
       ValueError: params that are not the config's.
       NotImplementedError: JAX has no eigenvalues of such matrices on the device at hand: move the params to a CPU.
-
     """
     return _copying(config, ln_f, as_params(config, params))
 

@@ -28,7 +28,6 @@ def fold_layer_norm(config: GPT2Config, params: Params) -> Params:
     Raises:
       ValueError: params are not those of the config, or the config's qkv_bias is False: then c_attn has no bias that
         could take in ln_1's b.
-
     """
     if not config.qkv_bias:
         raise ValueError("ln_1's b goes into the bias of c_attn: pass config.replace(qkv_bias=True), and use it after")
@@ -52,7 +51,6 @@ def center_unembed(params: Params) -> Params:
 
     Raises:
       ValueError: there is no `wte` or `wpe`.
-
     """
     flat = flatten(params)
     if missing := [name for name in ("wte", "wpe") if name not in flat]:

@@ -30,7 +30,6 @@ class HeadScores:
       previous: to the token before; of all tokens but the first of a row.
       duplicate: to earlier tokens equal to the one that looks; of the tokens that came before.
       induction: to tokens that stand behind earlier ones equal to the one that looks; of the tokens that came before.
-
     """
 
     previous: jax.Array
@@ -57,7 +56,6 @@ def head_scores(
 
     Raises:
       ValueError: as `forward`.
-
     """
     tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
     return HeadScores(**_head_scores(config, params, tokens_BT, mask_BT, edits))
@@ -87,7 +85,6 @@ def mean_attention(
 
     Raises:
       ValueError: as `forward`, or a choice of another shape or dtype.
-
     """
     tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
     shape = (*jnp.shape(tokens_BT), jnp.shape(tokens_BT)[1])
@@ -114,7 +111,6 @@ def repeated_tokens(
 
     Raises:
       ValueError: fewer ids than tokens, more tokens than n_ctx, or a number or a key that is none.
-
     """
     n_rows, n_tokens = whole_number("n_rows", n_rows, 1), whole_number("n_tokens", n_tokens, 1)
     start = [] if first is None else [whole_number("first", first, 0, config.n_vocab - 1)]

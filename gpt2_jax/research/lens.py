@@ -38,7 +38,6 @@ class Lens:
       next_logprobs: [L, B, T], that of the token that stands next in the row; NaN where none does, and at padding.
       next_ranks: int32 [L, B, T], how many tokens are likelier than that one, 0 where it is the prediction; -1 where
         there is none.
-
     """
 
     names: tuple[str, ...] = struct.field(pytree_node=False)
@@ -73,7 +72,6 @@ def logit_lens(
 
     Raises:
       ValueError: as `forward`, an activation that is not [B, T, D], or k that is not from 1 to n_vocab.
-
     """
     tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
     k = whole_number("k", k, 1, config.n_vocab)
@@ -93,7 +91,6 @@ def stream_logits(config: GPT2Config, params: Params, stream_BTD: jax.Array) -> 
 
     Raises:
       ValueError: params that are not the config's, or another width than n_embd.
-
     """
     params = as_params(config, params)
     if jnp.shape(stream_BTD)[-1:] != (config.n_embd,):

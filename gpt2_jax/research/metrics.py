@@ -31,7 +31,6 @@ def logit_difference(answer: Any, wrong: Any) -> Metric:
 
     Args:
       answer, wrong: token ids, one for all rows or one for each, [B]. One outside the vocabulary gives NaN.
-
     """
     for name, ids in (("answer", answer), ("wrong", wrong)):
         dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype
@@ -58,7 +57,6 @@ def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:
 
     Raises:
       ValueError: not a whole number, or one for each row, or outside the rows.
-
     """
     if at is None:
         return None

@@ -86,7 +86,6 @@ def activation_patching(
     Raises:
       ValueError: as `forward`, runs of two shapes, an activation that was not captured or is no block's, heads where it
         has none, or places out of range.
-
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     if activation not in BLOCK:
@@ -186,7 +185,6 @@ def attribution_patching(
 
     Raises:
       ValueError: as `activation_patching`, or a pattern is found in no name.
-
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     chosen = select(config, names)

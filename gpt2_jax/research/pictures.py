@@ -73,7 +73,6 @@ def heat_map(
 
     Raises:
       ValueError: not two axes, or labels of another number.
-
     """
     from matplotlib.figure import Figure
 
@@ -95,7 +94,6 @@ def attention_patterns(pattern_NTS: Any, tokens: Sequence[Any], heads: Sequence[
 
     Raises:
       ValueError: another shape than [N, T, T], or labels of another number.
-
     """
     from matplotlib.figure import Figure
 
@@ -134,7 +132,6 @@ def lens_picture(lens: Lens, tokenizer: Tokenizer, tokens_T: Sequence[int], row:
 
     Raises:
       ValueError: the row has another number of tokens.
-
     """
     probability_LT = np.exp(np.asarray(lens.logprobs, np.float64)[:, row, :, 0])
     ids_LT = np.asarray(lens.ids)[:, row, :, 0]
@@ -169,7 +166,6 @@ def bars(labels: Sequence[str], values: Any, *, title: str = "", value_name: str
 
     Raises:
       ValueError: labels of another number.
-
     """
     from matplotlib.figure import Figure
 

@@ -33,14 +33,7 @@ from gpt2_jax.research.trees import (
     task_vector,
     wide,
 )
-from gpt2_jax.research.units import (
-    ablate_heads,
-    ablate_neurons,
-    join_heads,
-    prune_heads,
-    prune_neurons,
-    split_heads,
-)
+from gpt2_jax.research.units import ablate_heads, ablate_neurons, join_heads, prune_heads, prune_neurons, split_heads
 
 __all__ = [
     "Difference",
@@ -79,7 +72,6 @@ def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> 
 
     Raises:
       ValueError: a layer is out of range, or there is none.
-
     """
     flat_of(config, params)
     old = [whole_number("layer", layer, 0, config.n_layer - 1) for layer in _listed(order)]
@@ -137,7 +129,6 @@ def low_rank(params: Params, name: str, rank: int) -> Params:
 
     Raises:
       ValueError: no tensor has this name, it is no matrix, or the rank is not from 1 to its shorter side.
-
     """
     flat, w = flatten(params), _matrix(params, name)
     rank = whole_number(f"the rank of {name}", rank, 1, min(w.shape))
@@ -151,7 +142,6 @@ def kept_energy(params: Params, name: str) -> Any:
 
     Raises:
       ValueError: no tensor has this name, or it is no matrix.
-
     """
     _, s, _ = _svd(_matrix(params, name))
     return (s**2).cumsum() / (s**2).sum()

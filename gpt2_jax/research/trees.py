@@ -31,7 +31,6 @@ def select(params: Params, patterns: str | Sequence[str]) -> dict[str, Any]:
 
     Raises:
       ValueError: a pattern is found in no name.
-
     """
     patterns, flat = [patterns] if isinstance(patterns, str) else list(patterns), _flat("params", params)
     for pattern in patterns:
@@ -47,7 +46,6 @@ def map_params(fn: Callable[[str, Any], Any], params: Params, pattern: str | Seq
 
     Raises:
       ValueError: the pattern is found in no name, or fn gave an array of another shape or dtype.
-
     """
     old = select(params, pattern)
     new = {name: fn(name, leaf) for name, leaf in old.items()}
@@ -65,7 +63,6 @@ class Difference:
       name: "h0/attn/c_attn/w".
       max_abs: the largest |a - b|.
       relative: the norm of a - b over that of b (L2, of all values as one vector); infinite where b is all 0.
-
     """
 
     name: str
@@ -88,7 +85,6 @@ def diff(a: Params, b: Params, by: Literal["name", "size"] = "name") -> list[Dif
 
     Raises:
       ValueError: a name is in one of the trees alone, a shape differs, or `by` is another word.
-
     """
     choice("by", by, ("name", "size"))
     flat_a, flat_b = alike([a, b], dtypes=False)
@@ -121,7 +117,6 @@ def interpolate(a: Params, b: Params, t: Any) -> Params:
 
     Raises:
       ValueError: the trees differ in a name, shape or dtype.
-
     """
     return _combine([a, b], lambda leaf_a, leaf_b: (1 - t) * leaf_a + t * leaf_b)
 
@@ -136,7 +131,6 @@ def average(trees: Sequence[Params], weights: Any = None) -> Params:
     Raises:
       ValueError: there is no tree, the trees differ in a name, shape or dtype, or weights are of another number or
         their sum is 0.
-
     """
     weights = np.ones(len(trees)) if weights is None else weights
     if not trees or len(weights) != len(trees):
@@ -155,7 +149,6 @@ def task_vector(a: Params, b: Params) -> Params:
 
     Raises:
       ValueError: the trees differ in a name, shape or dtype.
-
     """
     flat_a, flat_b = alike([a, b])
     return unflatten({name: wide(leaf) - wide(flat_b[name]) for name, leaf in flat_a.items()})
@@ -166,7 +159,6 @@ def apply_task_vector(params: Params, vector: Params, scale: Any = 1.0) -> Param
 
     Raises:
       ValueError: the vector is not of the params' names and shapes.
-
     """
     return _combine([params, vector], lambda leaf, change: leaf + scale * change, dtypes=False)
 

@@ -33,7 +33,6 @@ def ablate_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = 
 
     Raises:
       ValueError: a layer or head is out of range or named twice, or `mean` is of another shape.
-
     """
     return _ablate(config, params, "attn", heads, mean)
 
@@ -59,7 +58,6 @@ def ablate_neurons(config: GPT2Config, params: Params, neurons: Places, mean: An
 
     Raises:
       ValueError: a layer or neuron is out of range or named twice, or `mean` is of another shape.
-
     """
     return _ablate(config, params, "mlp", neurons, mean)
 
@@ -146,7 +144,6 @@ def split_heads(config: GPT2Config, params: Params, layer: int) -> Heads:
 
     Raises:
       ValueError: the layer is out of range.
-
     """
     flat, name = flat_of(config, params), f"h{whole_number('layer', layer, 0, config.n_layer - 1)}/attn"
     heads = (config.n_head, config.head_dim)
@@ -161,7 +158,6 @@ def join_heads(config: GPT2Config, params: Params, layer: int, heads: Heads) -> 
 
     Raises:
       ValueError: the layer is out of range, or `heads` have other names, shapes or dtypes than `split_heads` gives.
-
     """
     expected = flatten(split_heads(config, params, layer))
     require_alike("heads do not fit the layer", flatten(heads), expected)

@@ -48,7 +48,6 @@ class Checkpoints:
 
         Raises:
           ValueError: keep is not positive.
-
         """
         if keep < 1:
             raise ValueError(f"keep must be 1 checkpoint or more, not {keep!r}")
@@ -63,7 +62,6 @@ class Checkpoints:
 
         Raises:
           OSError: the folder cannot be made, or another process has it open.
-
         """
         with contextlib.ExitStack() as resources:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -88,7 +86,6 @@ class Checkpoints:
 
         Raises:
           OSError: that save failed.
-
         """
         try:
             self.wait()
@@ -110,7 +107,6 @@ class Checkpoints:
         Raises:
           OSError: this save failed, or the one before, or a folder of that name is not a checkpoint. A failure of the
             rest, which is written in the background, is raised by the next `save`, `wait` or `close`.
-
         """
         if self._resources is None:
             raise ValueError("open the checkpoints to save: with Checkpoints(run_dir) as checkpoints")
@@ -130,7 +126,6 @@ class Checkpoints:
 
         Raises:
           OSError: it failed.
-
         """
         if self._saving is None:
             return
@@ -163,7 +158,6 @@ class Checkpoints:
           ValueError: it is one of another model or optimizer; the message says what differs.
           DamagedError: a file of it is missing, or not what was written; the message says what older ones there are.
           OSError: it cannot be read.
-
         """
         there = self.steps()
         step = self.latest() if step is None else step

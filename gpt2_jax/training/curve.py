@@ -25,7 +25,6 @@ def plot_curve(metrics_jsonl: str | os.PathLike, png: str | os.PathLike) -> None
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is not what `Report` writes.
-
     """
     figure = draw(*read_losses(metrics_jsonl))
     with replacing_file(Path(png)) as temporary:

@@ -118,7 +118,6 @@ def mfu(tokens_per_second: float, config: GPT2Config, n_tokens: int, devices: Se
 
     Returns:
       None where there are no devices, or the peak of one is not known.
-
     """
     peaks = [peak_flops(device) for device in devices]
     known = [peak for peak in peaks if peak is not None]

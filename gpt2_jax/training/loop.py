@@ -48,7 +48,6 @@ class Fitted:
       stopped: why it ended before its last step; "" where it did not.
       signal: the signal among these reasons, "SIGINT" say.
       failed: whether the reason is a loss that is no number, or a spike.
-
     """
 
     params: Params
@@ -83,14 +82,10 @@ def fit(
         `load_tokenizer(run_dir)` take it.
       tokenizer: for the samples, and to be kept with the model; None writes no samples.
 
-    Returns:
-      Fitted.
-
     Raises:
       ValueError: recipe, model, data and devices do not fit together, the run in `run_dir` is another one, or the
         memory of the devices is too small.
       OSError: something cannot be written.
-
     """
     if not isinstance(plan, Plan):
         raise ValueError(f"plan must be a Plan, make_plan(config, recipe), not a {type(plan).__name__}")
@@ -203,7 +198,6 @@ class _Steps:
     Attributes:
       why: why the run should end, "" while it should not.
       failed: whether that is a loss that is no number, or a spike.
-
     """
 
     def __init__(self, plan: Plan, report: Report):

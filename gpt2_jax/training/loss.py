@@ -31,7 +31,6 @@ def token_loss(
       target_BT: ids.
       weight_BT: how much each target counts; has no gradient.
       chunk: logits that exist at once, at most (one position of each row is the least).
-
     """
     return _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients=False)[0]
 

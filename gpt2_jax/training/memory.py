@@ -110,7 +110,6 @@ def check_memory(plan: Plan, available: int | None = None) -> dict[str, int]:
     Raises:
       ValueError: it cannot fit, even if what is estimated takes a quarter less. The message has the parts,
         and what can be done.
-
     """
     parts = memory_needed(plan)
     if available is None:

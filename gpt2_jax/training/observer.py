@@ -37,7 +37,6 @@ class Observer:
       best_loss: that loss in nats a token, infinite where there is none.
       n_worse: evaluations since then.
       missed: whether a signal kept something from being done that was due.
-
     """
 
     def __init__(

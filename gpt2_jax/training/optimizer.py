@@ -19,7 +19,6 @@ def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
 
     Raises:
       ValueError: there are fewer steps than the warm-up has.
-
     """
     if optimizer.warmup_steps > steps:
         raise ValueError(f"optimizer.warmup_steps, {optimizer.warmup_steps}, must not be more than steps, {steps}")
@@ -50,7 +49,6 @@ def make_optimizer(optimizer: Optimizer, names: Iterable[str]) -> optax.Gradient
 
     Raises:
       ValueError: the rules for learning rates or decay leave a name out.
-
     """
     names = list(names)
     factors = by_rules(optimizer.learning_rates, names, "optimizer.learning_rates")

@@ -35,7 +35,6 @@ class Plan:
       schedule: the learning rate of a step, from 0 on.
       state: the TrainState as jax.ShapeDtypeStruct with shardings.
       gathered: params-shaped shardings, whole along `data`: how a product takes the parameters.
-
     """
 
     config: GPT2Config
@@ -74,7 +73,6 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
 
     Raises:
       ValueError: recipe, model and devices do not fit together, or a rule of the recipe leaves a parameter out.
-
     """
     if mesh is None:
         mesh = make_mesh(recipe.mesh.data, recipe.mesh.model)

@@ -22,7 +22,6 @@ class Records:
 
     Raises:
       ValueError: a line that is whole is no JSON object with a step.
-
     """
 
     def __init__(self, path: str | os.PathLike, step: int):
@@ -48,7 +47,6 @@ def read_records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
     Raises:
       ValueError: a whole line is no JSON object with a step; the message names the file and the line.
-
     """
     return (record for record, _ in _lines(Path(path)))
 

@@ -38,7 +38,6 @@ class Report:
 
     Raises:
       ValueError: a line of the files that is whole is no JSON object with a step.
-
     """
 
     def __init__(
@@ -90,7 +89,6 @@ class Report:
           metrics: what train_step gave; "loss" among it.
           tokens: that it read, over all devices.
           seconds: that it took.
-
         """
         now = self._clock()
         speed = None if self._started is None else tokens / max(seconds, 1e-9)

@@ -13,7 +13,6 @@ class Stop:
 
     Attributes:
       signal: its name, "SIGINT" say; None while nothing came.
-
     """
 
     def __init__(self):

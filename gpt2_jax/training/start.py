@@ -35,7 +35,6 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     Raises:
       as `load` and `load_tokenizer`; ValueError: new weights without a vocabulary, or as `make_plan` and
         `check_memory`.
-
     """
     model = recipe.model
     if not (model.source or model.tokenizer):
@@ -89,7 +88,6 @@ def check_tokenizer(plan: Plan, tokenizer: Tokenizer | None) -> None:
 
     Raises:
       ValueError: it has not.
-
     """
     if tokenizer is not None and tokenizer.n_vocab != plan.config.n_vocab:
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, the model n_vocab = {plan.config.n_vocab:,}")
@@ -100,7 +98,6 @@ def check_data(plan: Plan, data: Prepared) -> None:
 
     Raises:
       ValueError: it does not.
-
     """
     n_vocab, monitor = plan.config.n_vocab, plan.recipe.monitor
     if data.train.n_vocab > n_vocab:
@@ -129,7 +126,6 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
       FileExistsError: the run's folder holds other things.
       ValueError: no text is named, or the run has begun with another.
       as `prepare` and `open_prepared`.
-
     """
     data, run_dir = recipe.data, folder.parent
     if not data.path:

@@ -30,7 +30,6 @@ def init_state(plan: Plan, params: Params) -> TrainState:
 
     Raises:
       ValueError: params are not those of the plan's config.
-
     """
     check_params(plan.config, params, dtypes=False)
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(plan.config.param_dtype), params)
@@ -58,7 +57,6 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
       scalars: `loss` (nats a token, mean over the weights), `grad_norm` (of all gradients, before clipping),
       `learning_rate`, `n_tokens` (sum of the weights), and the bool `skipped`: the loss or a gradient was not finite,
       there was a spike that the recipe does not ignore, or no target counted; nothing that is trained was changed.
-
     """
     gradients = _make_gradients(plan)
     monitor = plan.recipe.monitor

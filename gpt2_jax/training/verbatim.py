@@ -41,7 +41,6 @@ class Overlap:
       n_sample: tokens of the sample.
       n_searched: tokens of the text that were searched, from its beginning on.
       n_text: tokens of the text.
-
     """
 
     share: float
@@ -86,7 +85,6 @@ def verbatim_shares(
 
     Raises:
       ValueError: n or at_most is not a positive whole number, or a sample is not a list of token ids.
-
     """
     n = whole_number("n", n, 1)
     at_most = at_most if at_most is None else whole_number("at_most", at_most, 1)

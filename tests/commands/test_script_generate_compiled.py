@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from gpt2_jax.commands.compilation import keep_compiled
+from gpt2_jax.commands._model import keep_compiled
 
 FOLDER = "jax_compilation_cache_dir"
 
@@ -117,7 +117,7 @@ def test_what_jax_was_told_counts(tmp_path, monkeypatch, enabled):
 @pytest.mark.usefixtures("_none_yet")
 def test_it_does_without_a_folder(tmp_path, monkeypatch):
     """A home folder that is not there, and one that is read-only."""
-    monkeypatch.setattr("gpt2_jax.commands.compilation.os.access", lambda path, mode: False)
+    monkeypatch.setattr("gpt2_jax.commands._model.os.access", lambda path, mode: False)
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path))
     keep_compiled()
     assert getattr(jax.config, FOLDER) is None

@@ -8,16 +8,7 @@ import jax
 import numpy as np
 import numpy_reference
 import pytest
-from forward import (
-    CONFIG,
-    cached_step,
-    logits_in_chunks,
-    logits_of,
-    padding_masks,
-    relative_error,
-    run,
-    some_tokens,
-)
+from forward import CONFIG, cached_step, logits_in_chunks, logits_of, padding_masks, relative_error, run, some_tokens
 
 import gpt2_jax
 

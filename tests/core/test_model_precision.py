@@ -9,16 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
-from forward import (
-    CONFIG,
-    in_bfloat16,
-    logits_of,
-    padding_masks,
-    relative_error,
-    run,
-    silence,
-    some_tokens,
-)
+from forward import CONFIG, in_bfloat16, logits_of, padding_masks, relative_error, run, silence, some_tokens
 
 import gpt2_jax
 

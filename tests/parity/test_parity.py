@@ -15,6 +15,7 @@ import pytest
 from bridge import by_torch_name, torch_model
 
 import gpt2_jax
+from gpt2_jax.activations import NO_TAPS
 from gpt2_jax.model import MLP, Attention, Block, Conv1D, LayerNorm
 
 pytestmark = pytest.mark.parity
@@ -131,7 +132,8 @@ def test_gelu_new(pair):
 def test_attention(pair):
     x_BTD = pair.stream(2, 7, pair.config.n_embd)
     ours_mask, theirs_mask = pair.masks(7)
-    ours, _ = Attention(pair.config).apply({"params": pair.params["h0"]["attn"]}, x_BTD, ours_mask)
+    rest = (None, 0, None, True, NO_TAPS)  # kv, start, past, deterministic, taps
+    ours, _ = Attention(pair.config).apply({"params": pair.params["h0"]["attn"]}, x_BTD, ours_mask, *rest)
     theirs = pair.hf.transformer.h[0].attn(pair.tensor(x_BTD), attention_mask=theirs_mask)
     pair.check(ours, theirs[0])
 
