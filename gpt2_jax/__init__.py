@@ -46,20 +46,10 @@ __all__ = [
     "to_blocks",
 ]
 
-# The module of each public name: those that are not here are of `checkpoints`.
-_MODULES = dict.fromkeys(__all__, "checkpoints") | {
-    "GPT2": "model",
-    "SIZES": "config",
-    "GPT2Config": "config",
-    "KVCache": "kv_cache",
-    "Output": "model",
-    "Tokenizer": "tokenizer",
-    "abstract_params": "model",
-    "generate": "generation",
-    "init_cache": "kv_cache",
-    "init_params": "model",
-    "score": "generation",
-    "stream": "generation",
-}
+# The module of each public name.
+_MODULES = dict.fromkeys(__all__, "checkpoints")
+_MODULES |= dict.fromkeys(("GPT2", "Output", "abstract_params", "init_params"), "model")
+_MODULES |= {"SIZES": "config", "GPT2Config": "config", "KVCache": "kv_cache", "init_cache": "kv_cache"}
+_MODULES |= {"Tokenizer": "tokenizer", "generate": "generation", "score": "generation", "stream": "generation"}
 
 __getattr__, __dir__ = _lazy.attach(__name__, _MODULES)

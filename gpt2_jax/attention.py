@@ -59,11 +59,7 @@ def attention(
 
 
 def causal_attention(
-    q_BTNH: jax.Array,
-    k_BNHS: jax.Array,
-    v_BNSH: jax.Array,
-    mask_BTS: jax.Array,
-    dropout: Change = unchanged,
+    q_BTNH: jax.Array, k_BNHS: jax.Array, v_BNSH: jax.Array, mask_BTS: jax.Array, dropout: Change = unchanged
 ) -> jax.Array:
     """Attention where query t sees no slot beyond its own, t (S = T), without computing most of what is masked.
 

@@ -121,19 +121,13 @@ def flush(path: Path) -> None:
 
 
 def _flush_one(path: Path) -> None:
-    if path.is_dir():
-        with contextlib.suppress(OSError):  # Windows opens no folders, and some network file systems flush none
-            _fsync(path, os.O_RDONLY)
-    else:
-        _fsync(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Windows opens no folders, and some network file systems flush none.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def beside(path: Path) -> Path:

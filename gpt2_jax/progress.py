@@ -95,19 +95,11 @@ def bars(
 
     console = Console(stderr=True)
     width = min(width, console.width - room)
-    title = [TextColumn("{task.description}", markup=False)] if titled else []
-    bar = [BarColumn(bar_width=width)] if width >= NARROWEST else []
-    rest = [_column(name) for name in columns]
-    with Progress(
-        *title,
-        *bar,
-        *rest,
-        console=console,
-        transient=not stay,
-        redirect_stdout=False,
-        refresh_per_second=4,
-        speed_estimate_period=period,
-    ) as progress:
+    parts: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)] if titled else []
+    parts += [BarColumn(bar_width=width)] if width >= NARROWEST else []
+    parts += [_column(name) for name in columns]
+    how = {"transient": not stay, "refresh_per_second": 4, "speed_estimate_period": period}
+    with Progress(*parts, console=console, redirect_stdout=False, **how) as progress:
         yield Bars(progress)
 
 

@@ -78,12 +78,7 @@ def from_blocks(blocks: dict[str, Any]) -> Params:
     return {"wte": blocks["wte"], "wpe": blocks["wpe"], **layers, "ln_f": ln_f}
 
 
-_BLOCK = {
-    "ln_1": {"g", "b"},
-    "attn": {"c_attn", "c_proj"},
-    "ln_2": {"g", "b"},
-    "mlp": {"c_fc", "c_proj"},
-}
+_BLOCK = {"ln_1": {"g", "b"}, "attn": {"c_attn", "c_proj"}, "ln_2": {"g", "b"}, "mlp": {"c_fc", "c_proj"}}
 
 
 def _check_block(block: Any, where: str) -> None:

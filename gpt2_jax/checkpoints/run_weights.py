@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,9 +26,8 @@ def read_config(directory: Path) -> GPT2Config:
       as `runs.read_fields`, and DamagedError.
     """
     run_dir = runs.run_of(directory)
-    config = runs.config_of(runs.read_fields(run_dir), run_dir / runs.RUN).replace(
-        compute_dtype="float32"
-    )  # a choice of each run
+    config = runs.config_of(runs.read_fields(run_dir), run_dir / runs.RUN)
+    config = config.replace(compute_dtype="float32")  # a choice of each run
     if not runs.is_checkpoint(directory):
         return config
     return config.replace(param_dtype=_dtype(parts.read_manifest(directory)))
@@ -48,9 +48,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     if wrong := differences(abstract[PARAMS], flatten(abstract_params(config)), dtypes=False):
         raise ValueError(f"{directory} is of another model than {runs.run_of(directory) / runs.RUN}: {wrong[0]}")
     parts.check_files(directory, manifest, (PARAMS, LORA))
-    host = {
-        part: {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in abstract[part].items()} for part in abstract
-    }
+    host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
     found = parts.read(directory.resolve(), host)
     return config, _merged(config, found[PARAMS], found[LORA], told["recipe"])
 

@@ -118,7 +118,7 @@ def write_run(
     data: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
 ) -> bool:
-    """Begin a run, or take one up again: write run.json and the vocabulary, nothing else, and remove nothing.
+    """Begin a run, or resume the one that is there (True): write run.json and the vocabulary, and remove nothing.
 
     Args:
       run_dir: a folder that is not there, is empty (but for `data`, text that was prepared there), or is a run's.
@@ -126,9 +126,6 @@ def write_run(
       recipe: how it is trained.
       data: what it is trained on, with a hash; "name" and "path" in it may be others when the run is resumed.
       tokenizer: None trains without one.
-
-    Returns:
-      Whether there was a run: it goes on.
 
     Raises:
       FileExistsError: the folder holds something else.

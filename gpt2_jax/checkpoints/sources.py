@@ -76,10 +76,7 @@ def size_meant(source: object) -> str | None:
     return None if size and Path(source).is_dir() and _holds_model(Path(source)) else size
 
 
-_PARTS = {
-    "model": download.FILES,
-    "tokenizer": ("hparams.json", *OPENAI_FILES),
-}
+_PARTS = {"model": download.FILES, "tokenizer": ("hparams.json", *OPENAI_FILES)}
 
 
 def form_of(directory: Path) -> Form:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 import gpt2_jax
-from gpt2_jax.commands import _command, _conversation, _model
-from gpt2_jax.commands._speaker import Model, as_json, encode, logprob_table
+from gpt2_jax.commands import _command, _model
+from gpt2_jax.commands._speaker import Model, as_json, converse, encode, logprob_table, print_stream
 from gpt2_jax.files import expanded
 from gpt2_jax.generation.settings import Overflow, Settings, TopPRule
 
@@ -98,7 +98,7 @@ def run(args: Args) -> None:
         check_prompts(config, [encode(tokenizer, text) for text in texts], settings)
     model = Model(args.model, args.dtype, tokenizer, settings, args.batch_size)
     if args.interactive:
-        _conversation.converse(model, args.sampling.seed, args.echo)
+        converse(model, args.sampling.seed, args.echo)
     elif args.input and args.output:
         _complete_file(model, args, config, expanded(args.input), expanded(args.output))
     else:
@@ -159,7 +159,7 @@ def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
     start, n_new = time.perf_counter(), 0
     watched = sys.stdout is not None and sys.stdout.isatty()
     if len(texts) * args.num_samples == 1 and args.sampling.logprobs is None and watched:
-        _conversation.print_stream(model, texts[0], args.sampling.seed, args.echo)
+        print_stream(model, texts[0], args.sampling.seed, args.echo)
         return
     for i, completion in enumerate(model.complete(texts, args.num_samples)):
         text, sample = texts[i // args.num_samples], i % args.num_samples

@@ -211,12 +211,7 @@ def _run(
 
 
 def _decode(
-    config: GPT2Config,
-    params: Params,
-    rows: list[_Row],
-    settings: Settings,
-    edits: tuple[Edit, ...],
-    **how: Any,
+    config: GPT2Config, params: Params, rows: list[_Row], settings: Settings, edits: tuple[Edit, ...], **how: Any
 ) -> Iterator[None]:
     """Decode into the rows; yields each time they have been given more."""
     if settings.max_new_tokens == 0:

@@ -282,12 +282,7 @@ class _Batch:
     """The rows of one call, padded to a bucket: their cache and state on the device, their tokens on the host."""
 
     def __init__(
-        self,
-        model: GPT2,
-        params: Params,
-        prompts: Sequence[np.ndarray],
-        settings: Settings,
-        edits: tuple[Edit, ...],
+        self, model: GPT2, params: Params, prompts: Sequence[np.ndarray], settings: Settings, edits: tuple[Edit, ...]
     ):
         self.model, self.params, self.settings, self.edits = model, params, settings, edits
         self.config = model.config

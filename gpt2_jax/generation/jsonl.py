@@ -157,11 +157,7 @@ def _header(settings: Mapping[str, Any], data: bytes) -> dict[str, Any]:
 
 
 def _begin(target: Path, header: dict[str, Any], n_prompts: int) -> bool:
-    """Make the part file if there is none; return False if an earlier process had done all but remove it.
-
-    Raises:
-      ValueError: the target exists.
-    """
+    """Make the part file if there is none; return False if an earlier process had done all but remove it."""
     part = _part(target)
     if target.exists():
         if part.exists() and _read_header(part) == header and _has_all(target, part, n_prompts):

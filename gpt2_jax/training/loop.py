@@ -60,11 +60,7 @@ class Fitted:
 
 
 def fit(
-    plan: Plan,
-    params: Params | None,
-    data: Prepared,
-    run_dir: str | os.PathLike,
-    tokenizer: Tokenizer | None = None,
+    plan: Plan, params: Params | None, data: Prepared, run_dir: str | os.PathLike, tokenizer: Tokenizer | None = None
 ) -> Fitted:
     """Train a model, or go on where a run in `run_dir` ended, was stopped or was killed.
 

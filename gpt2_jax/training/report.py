@@ -41,11 +41,7 @@ class Report:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        run_dir: str | os.PathLike,
-        first_step: int = 0,
-        clock: Callable[[], float] = time.monotonic,
+        self, plan: Plan, run_dir: str | os.PathLike, first_step: int = 0, clock: Callable[[], float] = time.monotonic
     ):
         self._folder, self._first_step, self._clock = Path(run_dir), first_step, clock
         self._n_steps, self._wants_board = plan.recipe.steps, plan.recipe.monitor.tensorboard

@@ -76,13 +76,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         new = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state, new)
         mean_loss = _mean_loss(state.mean_loss, loss, n_tokens, monitor.spike)
         new = dataclasses.replace(new, step=state.step + 1, mean_loss=mean_loss)
-        metrics = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": rate,
-            "n_tokens": n_tokens,
-            "skipped": skip,
-        }
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "n_tokens": n_tokens, "skipped": skip}
         return new, metrics
 
     shardings = _shardings(plan.state)
