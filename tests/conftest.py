@@ -1,5 +1,8 @@
 """Fixtures every test may use: the embedded model, its tokenizer, and what the original code computed with it."""
 
+import gc
+import math
+import os
 from pathlib import Path
 
 import forward
@@ -22,9 +25,24 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     strength.FULL = config.getoption("full")
+    if not strength.FULL:
+        compile_quickly()
     examples = strength.campaign(20, 100)
     hypothesis.settings.register_profile("gpt2_jax", deadline=None, max_examples=examples)  # a first call compiles
     hypothesis.settings.load_profile("gpt2_jax")
+    gc.set_threshold(100_000)  # tracing makes objects by the hundred thousand, next to none of them garbage
+
+
+def compile_quickly():
+    """Let XLA compile as fast as it can, here and in the processes that tests start: that is most of what tests wait for.
+
+    Programs are slower then, and round a little otherwise; with --full they are those that users have.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    flag = "--xla_cpu_use_fusion_emitters=false"  # of jax 0.10; XLA ends a process at a flag that it does not know
+    if jax.version.__version_info__ < (0, 11):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 
 def pytest_report_header(config):
@@ -51,9 +69,19 @@ def _float32_products():
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_file():
-    """Let go of what a file compiled: all files' programs together take gigabytes."""
+    """Let go of what was compiled once it takes gigabytes, as all files' programs together do."""
     yield
-    jax.clear_caches()
+    if memory_used() > 1.5e9:
+        jax.clear_caches()
+
+
+def memory_used() -> float:
+    """Return the bytes of memory that this process has in use; infinity where the system does not say."""
+    try:
+        n_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return math.inf
+    return n_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from unittest import mock
 import checkpoint_forms as forms
 import numpy as np
 import pytest
+import strength
 from checkpoint_forms import DATA, SAFETENSORS
 
 import gpt2_jax
@@ -145,13 +146,14 @@ ACCEPTABLE = {
 
 
 @pytest.mark.parametrize("form", SUBJECTS)
-def test_200_changed_bytes(form):
+def test_changed_bytes(form):
     forms.import_tensorflow()
-    counts = campaign(form, 200, seed=20)
+    n = strength.campaign(60, 200)
+    counts = campaign(form, n, seed=20)
     print(f"\n{form}: {counts}")
     assert counts.keys() <= ACCEPTABLE[form], counts
-    assert sum(counts.values()) == 200
-    assert counts.get("told", 0) + counts.get("rebuilt", 0) > 100  # most bytes are weights
+    assert sum(counts.values()) == n
+    assert counts.get("told", 0) + counts.get("rebuilt", 0) > n / 2  # most bytes are weights
 
 
 def test_a_changed_byte_of_a_weight_is_always_noticed(subject):
@@ -166,11 +168,11 @@ def test_a_changed_byte_of_a_weight_is_always_noticed(subject):
 
 
 def test_each_byte_of_the_texts(subject):
-    """One after the other: a digit becomes another digit, a letter another letter."""
+    """One after the other, or each seventh: a digit becomes another digit, a letter another letter."""
     counts = collections.Counter()
     for path, content in subject.files.items():
         if path.suffix == ".json" or path.name == "checkpoint":
-            for place, change in itertools.product(range(len(content)), (1, 2)):
+            for place, change in itertools.product(range(0, len(content), strength.campaign(7, 1)), (1, 2)):
                 other = content[:place] + bytes([content[place] ^ change]) + content[place + 1 :]
                 outcome = subject.outcome({path: other})
                 counts[outcome] += 1
@@ -197,7 +199,7 @@ def test_a_run_of_zeros_and_a_block_in_another_place(subject):
                 assert subject.outcome({path: other}) in ACCEPTABLE[subject.form], (path.name, start)
 
 
-@pytest.mark.parametrize("form", SUBJECTS)
+@pytest.mark.parametrize("form", strength.campaign(SUBJECTS[:3], SUBJECTS))  # a copy is told of as safetensors are
 def test_damage_is_told_without_noise(form):
     """The exception says it all: no traceback, no library's log on standard error, not even when the process ends."""
     run = f"import test_corruption; test_corruption.campaign({form!r}, 40, seed=3)"

@@ -12,6 +12,7 @@ from pathlib import Path
 import checkpoint_forms as forms
 import pytest
 from checkpoint_forms import CONFIG, DATA, INDEX, assert_loads_as
+from strength import full_only
 
 import gpt2_jax
 
@@ -68,6 +69,7 @@ def test_the_second_load_imports_no_tensorflow(model, cache):
     assert_loads_as(model, CONFIG, forms.random_model())
 
 
+@full_only("test_the_second_load_imports_no_tensorflow has one after the other")
 def test_two_processes_at_once(model, cache):
     running = [start(model) for _ in range(2)]
     assert all(answer(process)["right"] for process in running)

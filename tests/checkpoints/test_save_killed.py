@@ -64,7 +64,7 @@ def saver(fork, tmp_path):
 
 def test_killed_at_random_moments(saver):
     """From before the first file to after the last: the times are drawn, the claim holds at all of them."""
-    wanted = campaign(4, 27)
+    wanted = campaign(3, 27)
     seconds = saver.round().seconds
     rng, rounds, killed, replaced = np.random.default_rng(3), 0, 0, 0
     while killed < wanted and rounds < 3 * wanted + 9:  # a save may be done before its time comes
@@ -78,8 +78,8 @@ def test_killed_before_each_file_operation(saver):
     """Steps between the first file and the last, one after the other: no moment is left out by chance."""
     events = saver.round().operations
     assert events >= 2, "nothing was watched"
-    last = max(0, events - campaign(8, 20))  # where the new one takes the place of the old
-    chosen = sorted({*range(0, events, campaign(events // 4, 1 if events < 70 else 3)), *range(last, events)})
+    last = max(0, events - campaign(5, 20))  # where the new one takes the place of the old
+    chosen = sorted({*range(0, events, campaign(max(1, events // 3), 1 if events < 70 else 3)), *range(last, events)})
     moved, killed = [], 0
     for event in chosen:
         killed += saver.round(operation=event).killed

@@ -162,5 +162,3 @@ def test_in_a_process(tmp_path, source):
     wrong = commands.in_a_process("convert", "nowhere", "other", "--format", "orbax", cwd=tmp_path)
     assert_refused(wrong, "nowhere")
     assert_one_line(wrong)
-    again = commands.in_a_process("convert", "source", "out", "--format", "orbax", cwd=tmp_path)
-    assert_refused(again, "--overwrite")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import commands
 import pytest
+from strength import campaign
 
 import gpt2_jax
 from gpt2_jax.commands import generate
@@ -171,9 +172,12 @@ def test_long_prompts_may_slide(run, tmp_path):
     assert run(*files, "--max-new-tokens", 0, "--overflow", "slide").code == 0
 
 
+N_KILLS = campaign(1, 3)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL") or not hasattr(os, "openpty"), reason="kills, and needs a terminal")
 def test_killed_at_random_moments(run, tmp_path):
-    """The real process, three times; the fourth, on a terminal, goes on, and shows how far it is from there."""
+    """The real process, again and again; the last, on a terminal, goes on, and shows how far it is from there."""
     rng = random.Random(3)
     source, target, part = tmp_path / "in", tmp_path / "out", tmp_path / "out.part"
     source.write_text("\n".join(json.dumps(f"{prompt} {i}") for i in range(30) for prompt in PROMPTS), encoding="utf-8")
@@ -181,7 +185,7 @@ def test_killed_at_random_moments(run, tmp_path):
     assert run(*options, "--output", tmp_path / "whole").code == 0
     command = [sys.executable, str(commands.SCRIPTS / "generate.py"), *map(str, options), "--output", str(target)]
     n_lines, grown = 0, 0
-    for _ in range(3):
+    for _ in range(N_KILLS):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
         while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") <= max(n_lines, 1)):
             time.sleep(0.01)
@@ -193,7 +197,7 @@ def test_killed_at_random_moments(run, tmp_path):
         assert (tmp_path / "whole").read_bytes().startswith(lines)
         grown += part.read_bytes().count(b"\n") > n_lines
         n_lines = part.read_bytes().count(b"\n")
-    assert grown == 3
+    assert grown == N_KILLS
     with commands.OnATerminal("generate", *options, "--output", target, cwd=tmp_path, COLUMNS="100") as terminal:
         assert terminal.end() == 0
     shown = re.findall(r"(\d+)/180", terminal.shown)

@@ -36,7 +36,7 @@ def some_prompts(rng, n_rows):
 def test_greedy_ragged_batches_equal_whole_forward_passes(params):
     """Random batches of 1 to 13 prompts: every row is the slow loop's, id for id."""
     rng = np.random.default_rng(4)
-    for case in range(campaign(12, 120)):
+    for case in range(campaign(5, 120)):
         prompts = some_prompts(rng, int(rng.integers(1, 14)))
         rows = gpt2_jax.generate(CONFIG, params, prompts, int(rng.integers(10, 18)), temperature=0)
         assert rows == [naive.greedy(CONFIG, params, *pair) for pair in zip(prompts, rows, strict=True)], case

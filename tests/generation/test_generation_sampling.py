@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from measures import chi_square_p
+from strength import full_only
 from tiny_models import CONFIG, chosen_logits
 
 import gpt2_jax
@@ -68,6 +69,7 @@ def test_pairs_follow_the_probabilities(rule):
     assert chi_square_p(counts, (first[:, None] * second).ravel() * N_ROWS) > 1e-3
 
 
+@full_only("test_pairs_follow_the_probabilities has each rule")
 def test_rules_can_be_told_apart():
     """The test above has teeth: the draws of no rule pass for those of another."""
     config, params = chosen_logits(LOGITS)

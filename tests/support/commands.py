@@ -146,9 +146,10 @@ def config_of_jax_kept():
 
 def on_eight_devices(code: str, *args) -> object:
     """Run Python code in a process that has eight CPU devices, from the folder of the tests; read its last line."""
+    flags = os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

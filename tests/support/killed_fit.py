@@ -16,7 +16,7 @@ import gpt2_jax
 from gpt2_jax.params import flatten, unflatten
 from gpt2_jax.training import fit, loop, make_plan, open_prepared
 
-N_STEPS = 40
+N_STEPS = 24
 CONFIG = training_steps.CONFIG.replace(n_embd=6)
 RECIPE = training_steps.recipe(
     steps=N_STEPS,

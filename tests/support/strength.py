@@ -2,6 +2,8 @@
 
 from typing import TypeVar
 
+import pytest
+
 T = TypeVar("T")
 FULL = False  # set by conftest.py before any test is imported
 
@@ -12,3 +14,8 @@ def campaign(quick: T, full: T) -> T:
     The small campaign must fail, too, where what it is about is broken.
     """
     return full if FULL else quick
+
+
+def full_only(what: str) -> pytest.MarkDecorator:
+    """Return a mark for a test that only --full runs; `what` names the test that holds the property by default."""
+    return pytest.mark.skipif(not FULL, reason=f"--full alone: by default {what}")

@@ -5,6 +5,7 @@ import tomllib
 import commands
 import jax
 import pytest
+from strength import campaign
 
 import gpt2_jax
 from gpt2_jax.commands import train
@@ -12,6 +13,9 @@ from gpt2_jax.recipe import Recipe, from_dict
 from gpt2_jax.training import Batch, make_plan, make_train_step
 
 CONFIGS = sorted((commands.ROOT / "configs").glob("*.toml"))
+LORA, NEW = (
+    next(path for path in CONFIGS if path.stem == stem) for stem in ("finetune_1558M_lora", "train_shakespeare")
+)
 N_VOCAB = {"shakespeare": 1281}  # else GPT-2's own
 SHRUNK = ["--steps", 1, "--batch-size", 2, "--accumulate", 1, "--data.n-tokens", 7, "--optimizer.warmup-steps", 0]
 SHRUNK += ["--monitor.sample-every", 0, "--monitor.evaluate-windows", 1]
@@ -44,6 +48,7 @@ def test_its_head_says_the_command(path):
     assert any(line.removeprefix("#").strip().startswith(command) for line in head), head
 
 
+@pytest.mark.parametrize("path", campaign([LORA, NEW], CONFIGS), ids=lambda path: path.stem)
 def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypatch):
     """Those that begin with OpenAI's weights, or their vocabulary, do so with the embedded model's."""
     monkeypatch.chdir(tmp_path)
@@ -65,6 +70,9 @@ def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypat
     assert config.n_layer == (4 if recipe.model.source else 1)
 
 
+@pytest.mark.parametrize(
+    "path", campaign([path for path in CONFIGS if path != LORA], CONFIGS), ids=lambda path: path.stem
+)
 def test_its_full_shape_fits_together(path):
     """A whole step by `jax.eval_shape`: no memory, and the state that comes out is that which went in."""
     written = tomllib.loads(path.read_text(encoding="utf-8"))
