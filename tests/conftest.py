@@ -34,9 +34,9 @@ def pytest_configure(config):
 
 
 def compile_quickly():
-    """Let XLA compile as fast as it can, here and in the processes that tests start: that is most of what tests wait for.
+    """Let XLA compile without optimisation, here and in the processes that tests start: tests wait for it most of all.
 
-    Programs are slower then, and round a little otherwise; with --full they are those that users have.
+    The programs are slower and round differently. With --full they are those that users have.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
