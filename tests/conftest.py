@@ -27,7 +27,7 @@ def pytest_configure(config):
     strength.FULL = config.getoption("full")
     if not strength.FULL:
         compile_quickly()
-    examples = strength.campaign(20, 100)
+    examples = strength.campaign(12, 100)
     hypothesis.settings.register_profile("gpt2_jax", deadline=None, max_examples=examples)  # a first call compiles
     hypothesis.settings.load_profile("gpt2_jax")
     gc.set_threshold(100_000)  # tracing makes objects by the hundred thousand, next to none of them garbage

@@ -7,6 +7,7 @@ import checkpoint_forms as forms
 import commands
 import pytest
 from checkpoint_forms import FORMATS
+from strength import full_only
 
 import gpt2_jax
 from gpt2_jax.commands import convert
@@ -154,6 +155,7 @@ def test_help_names_every_option(run):
     assert [option for option in ("--format", "--dtype", "--overwrite") if option not in plain] == []
 
 
+@full_only("the tests above have it in this process")
 def test_in_a_process(tmp_path, source):
     """From another directory, with relative paths: stdout and stderr as promised."""
     done = commands.in_a_process("convert", "source", "out", "--format", "huggingface", cwd=tmp_path)
@@ -162,3 +164,5 @@ def test_in_a_process(tmp_path, source):
     wrong = commands.in_a_process("convert", "nowhere", "other", "--format", "orbax", cwd=tmp_path)
     assert_refused(wrong, "nowhere")
     assert_one_line(wrong)
+    again = commands.in_a_process("convert", "source", "out", "--format", "orbax", cwd=tmp_path)
+    assert_refused(again, "--overwrite")

@@ -11,6 +11,7 @@ import fake_release
 import misbehaving_server as server_that
 import pytest
 from fake_release import path, right_names
+from strength import full_only
 
 from gpt2_jax.checkpoints import released
 from gpt2_jax.commands import download as command
@@ -146,6 +147,7 @@ def test_help_says_everything_without_importing_jax():
     assert all(word in done.out for word in [*OPTIONS, "SIZE", "124M", "1558M", "gpt2-xl", "GPT2_JAX_BASE_URL"])
 
 
+@full_only("the tests above have it in this process")
 def test_as_a_process_of_its_own(server, model, tmp_path):
     inject = f"sys.path.insert(0, {str(commands.ROOT / 'tests' / 'support')!r})"
     inject += "; import fake_release; files = fake_release.embedded()"

@@ -1,6 +1,7 @@
 """scripts/finetune.py: from a text to a run that speaks; stopped, gone on with; one clear message for any mistake."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -9,10 +10,11 @@ import sys
 
 import commands
 import pytest
-from strength import campaign
+from strength import full_only
 
 import gpt2_jax
 from gpt2_jax.commands import generate, train
+from gpt2_jax.training.report import Report
 
 TEXT = "".join(f"Then came the {i % 7}th of the {'lords' if i % 3 else 'ladies'}, and spoke.\n" for i in range(61))
 # A model that is compiled in no time, with the embedded vocabulary.
@@ -66,12 +68,31 @@ def test_from_a_text_to_a_model_that_speaks(run, tmp_path, capfd):
     assert len(spoken.out) > len("Then\n")
 
 
+def test_a_signal_is_the_status_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
+    """In this process, after the second step that it takes."""
+    options, step, n_steps = ["--data.path", "text.txt", "--run", "a b", "--steps", 7, *TINY, *QUIET], Report.step, []
+
+    def signalled(report, number, *rest):
+        n_steps.append(number)
+        step(report, number, *rest)
+        if len(n_steps) % 2 == 0 and number < 6:
+            os.kill(os.getpid(), signal.SIGTERM if number == 2 else signal.SIGINT)
+
+    monkeypatch.setattr(Report, "step", signalled)
+    for status, begins in ((143, 0), (130, 1), (0, 1)):
+        done = run(*options)
+        assert (done.code, done.out) == (status, "a b\n"), done.err
+        assert done.err.count("going on after step ") == begins
+    assert n_steps == list(range(1, 8))
+
+
+@full_only("the test above has them in one process")
 def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path):
     """SIGTERM and Ctrl-C to the process itself: statuses 143 and 130, as a shell has them."""
     options = ["--data.path", "text.txt", "--run", "a b", "--steps", 10**9, *TINY, *QUIET]  # no end in sight
     options += ["--monitor.evaluate-every", 0, "--monitor.save-every", 0]
     done = [0]
-    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130))[campaign(1, 0) :]:
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         command = [sys.executable, commands.SCRIPTS / "finetune.py", *map(str, options)]
         with subprocess.Popen(
             command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

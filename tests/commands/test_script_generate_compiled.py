@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from strength import full_only
 
 from gpt2_jax.commands._model import keep_compiled
 
@@ -73,6 +74,7 @@ def test_the_second_run_compiles_nothing(count, tmp_path):
     assert sorted(path.name for path in (tmp_path / "cache" / "compiled").glob("*-cache")) == kept
 
 
+@full_only("test_it_does_without_a_folder has it in this process")
 def test_a_folder_that_cannot_be_written(count, tmp_path):
     """It is no reason to fail, nor to complain of every program."""
     (tmp_path / "file").write_text("in the way", encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import commands
 import pytest
-from strength import campaign
+from strength import full_only
 
 import gpt2_jax
 from gpt2_jax.commands import generate
@@ -172,10 +172,8 @@ def test_long_prompts_may_slide(run, tmp_path):
     assert run(*files, "--max-new-tokens", 0, "--overflow", "slide").code == 0
 
 
-N_KILLS = campaign(1, 3)
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL") or not hasattr(os, "openpty"), reason="kills, and needs a terminal")
+@full_only("test_jsonl.py kills the same code")
 def test_killed_at_random_moments(run, tmp_path):
     """The real process, again and again; the last, on a terminal, goes on, and shows how far it is from there."""
     rng = random.Random(3)
@@ -185,7 +183,7 @@ def test_killed_at_random_moments(run, tmp_path):
     assert run(*options, "--output", tmp_path / "whole").code == 0
     command = [sys.executable, str(commands.SCRIPTS / "generate.py"), *map(str, options), "--output", str(target)]
     n_lines, grown = 0, 0
-    for _ in range(N_KILLS):
+    for _ in range(3):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
         while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") <= max(n_lines, 1)):
             time.sleep(0.01)
@@ -197,7 +195,7 @@ def test_killed_at_random_moments(run, tmp_path):
         assert (tmp_path / "whole").read_bytes().startswith(lines)
         grown += part.read_bytes().count(b"\n") > n_lines
         n_lines = part.read_bytes().count(b"\n")
-    assert grown == N_KILLS
+    assert grown == 3
     with commands.OnATerminal("generate", *options, "--output", target, cwd=tmp_path, COLUMNS="100") as terminal:
         assert terminal.end() == 0
     shown = re.findall(r"(\d+)/180", terminal.shown)

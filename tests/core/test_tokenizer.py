@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strength import campaign
 from vocabularies import EOT, SNIPPETS, Vocabulary
 
 import gpt2_jax
@@ -52,7 +53,7 @@ def test_every_character_in_every_context(vocabulary):
     """Each assigned character next to a letter, a digit, a mark and a space: its class in the pattern is right."""
     chars = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cs", "Cn", "Co")]
     assert len(chars) > 140_000
-    text = "".join(f"a{c}1{c} {c}!{c}a" for c in chars)
+    text = "".join(f"a{c}1{c} {c}!{c}a" for c in chars[:: campaign(7, 1)])
     ids = assert_same_ids(vocabulary, text)
     assert vocabulary.ours.decode(ids) == text
 

@@ -51,7 +51,7 @@ BIG_TEXTS = {
     "punctuation": lambda: "!" * 1_200_000,
     "contractions": lambda: "'ll" * 400_009 + "'" * 300_007,
     "snippets": lambda: mixture(SNIPPETS, 600_011, 7),
-    "ordinary": lambda: ordinary_text(3_000_000),
+    "ordinary": lambda: ordinary_text(campaign(1_000_000, 3_000_000)),
 }
 
 

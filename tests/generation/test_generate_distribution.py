@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from measures import chi_square_p
+from strength import campaign
 from tiny_models import chosen_logits, random_params
 
 import gpt2_jax
@@ -39,10 +40,10 @@ KNOBS = [
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), KNOBS)
 def test_pairs_follow_the_probabilities(temperature, top_k, top_p):
-    """The first two tokens of 5,003 rows, the prefill's draw and the loop's, against probabilities by hand."""
+    """The first two tokens of thousands of rows, the prefill's draw and the loop's, against probabilities by hand."""
     config = gpt2_jax.GPT2Config(n_vocab=7, n_ctx=5, n_embd=6, n_head=2, n_layer=2)
     params = random_params(config, 6, scale=0.4)
-    prompt, rows = [3, 0, 6], 5003
+    prompt, rows = [3, 0, 6], campaign(2003, 5003)
     logits = gpt2_jax.GPT2(config).apply({"params": params}, jnp.array([[*prompt, v] for v in range(7)])).logits
     first = openai_probabilities(logits[0, 2], temperature, top_k, top_p)
     second = np.stack([openai_probabilities(logits[v, 3], temperature, top_k, top_p) for v in range(7)])
@@ -92,7 +93,9 @@ LOGITS = {
 def test_which_tokens_may_be_drawn(name, temperature, top_k, top_p, allowed):
     """The exact set that top-k and top-p leave on chosen logits: boundaries, ties and the order of the steps."""
     config, params = chosen_logits(LOGITS[name])
-    rows = gpt2_jax.generate(config, params, [[1]] * 2003, 3, temperature, top_k=top_k, top_p=top_p, seed=2)
+    rows = gpt2_jax.generate(
+        config, params, [[1]] * campaign(503, 2003), 3, temperature, top_k=top_k, top_p=top_p, seed=2
+    )
     assert {i for row in rows for i in row} == allowed
 
 

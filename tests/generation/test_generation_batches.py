@@ -4,7 +4,7 @@ import commands
 import naive_generation as naive
 import numpy as np
 import pytest
-from strength import campaign
+from strength import campaign, full_only
 from tiny_models import CONFIG, random_params
 
 import gpt2_jax
@@ -45,7 +45,7 @@ def test_greedy_ragged_batches_equal_whole_forward_passes(params):
 def test_sampled_ragged_batches_equal_whole_forward_passes(params):
     """Random batches and settings: row i draws what the slow loop draws with the keys of the seed, i and t."""
     rng = np.random.default_rng(5)
-    for case in range(campaign(12, 80)):
+    for case in range(campaign(5, 80)):
         prompts = some_prompts(rng, int(rng.integers(1, 14)))
         knobs = {
             "temperature": float(rng.choice([0.6, 1, 1.7])),
@@ -64,6 +64,7 @@ def test_sampled_ragged_batches_equal_whole_forward_passes(params):
         assert rows == expected, (case, knobs)
 
 
+@full_only("the two tests above have a small model")
 def test_the_embedded_model_in_a_ragged_batch_equals_whole_forward_passes(shakespeare, reference):
     """Real text, prompts of 1, 31 and 17 tokens: greedy and sampled rows are the slow loop's, id for id."""
     config, params = shakespeare

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_models
-from strength import campaign
+from strength import campaign, full_only
 from train_states import assert_same
 from training_steps import recipe
 
@@ -478,6 +478,7 @@ ON_EIGHT = """
 """
 
 
+@full_only("a state saved on eight is restored on one in test_training_checkpoints.py")
 def test_begun_on_eight_devices_and_gone_on_with_on_one(tmp_path, run, data, tokenizer):
     """The same losses but for rounding, and the same samples."""
     assert commands.on_eight_devices(ON_EIGHT, tmp_path / "run", data.train.path.parent, Path(__file__).parent) == 8

@@ -9,6 +9,7 @@ import pytest
 import training_steps as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strength import campaign
 
 import gpt2_jax
 from gpt2_jax.training.loss import token_loss
@@ -26,7 +27,7 @@ def plain(h_BTD, wte_VD, target_BT, weight_BT, chunk=None):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@settings(max_examples=12)
+@settings(max_examples=campaign(5, 12))
 @given(data=st.data())
 def test_chunks_give_the_plain_loss_and_gradients(dtype, data):
     """At any shape, in any number of chunks, and with any weights, of either sign and all 0 included."""
