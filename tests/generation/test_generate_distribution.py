@@ -93,9 +93,8 @@ LOGITS = {
 def test_which_tokens_may_be_drawn(name, temperature, top_k, top_p, allowed):
     """The exact set that top-k and top-p leave on chosen logits: boundaries, ties and the order of the steps."""
     config, params = chosen_logits(LOGITS[name])
-    rows = gpt2_jax.generate(
-        config, params, [[1]] * campaign(503, 2003), 3, temperature, top_k=top_k, top_p=top_p, seed=2
-    )
+    prompts = [[1]] * campaign(503, 2003)
+    rows = gpt2_jax.generate(config, params, prompts, 3, temperature, top_k=top_k, top_p=top_p, seed=2)
     assert {i for row in rows for i in row} == allowed
 
 

@@ -56,7 +56,7 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_pairs_follow_the_probabilities(rule):
-    """The first two tokens of thousands of rows, the prefill's draw and the loop's; the penalty knows the first at the second.
+    """The first two tokens of each row, the prefill's draw and the loop's; the penalty knows the first at the second.
 
     The seed is fixed, so that this passes always or never.
     """
