@@ -1,7 +1,5 @@
 """Fixtures every test may use: the embedded model, its tokenizer, and what the original code computed with it."""
 
-import gc
-import math
 import os
 from pathlib import Path
 
@@ -30,19 +28,17 @@ def pytest_configure(config):
     examples = strength.campaign(12, 100)
     hypothesis.settings.register_profile("gpt2_jax", deadline=None, max_examples=examples)  # a first call compiles
     hypothesis.settings.load_profile("gpt2_jax")
-    gc.set_threshold(100_000)  # tracing makes objects by the hundred thousand, next to none of them garbage
 
 
 def compile_quickly():
-    """Let XLA compile without optimisation, here and in the processes that tests start: tests wait for it most of all.
+    """Let XLA compile without optimisation, here and in the processes that tests start: compiling takes the most time.
 
-    The programs are slower and round differently. With --full they are those that users have.
+    The programs are slower and round differently. With --full they are those that users run.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    flag = "--xla_cpu_use_fusion_emitters=false"  # of jax 0.10; XLA ends a process at a flag that it does not know
-    if jax.version.__version_info__ < (0, 11):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    if jax.version.__version_info__ < (0, 11):  # jax 0.12 does not know this flag, and XLA aborts on an unknown one
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_report_header(config):
@@ -69,19 +65,9 @@ def _float32_products():
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_file():
-    """Let go of what was compiled once it takes gigabytes, as all files' programs together do."""
+    """Let go of what a file compiled: all files' programs together take gigabytes."""
     yield
-    if memory_used() > 1.5e9:
-        jax.clear_caches()
-
-
-def memory_used() -> float:
-    """Return the bytes of memory that this process has in use; infinity where the system does not say."""
-    try:
-        n_pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return math.inf
-    return n_pages * os.sysconf("SC_PAGE_SIZE")
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

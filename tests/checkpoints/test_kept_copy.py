@@ -61,6 +61,7 @@ def answer(process: subprocess.Popen) -> dict:
     return json.loads(out) | {"err": err}
 
 
+@full_only("test_two_processes_at_once has it too")
 def test_the_second_load_imports_no_tensorflow(model, cache):
     first, second = answer(start(model)), answer(start(model))
     assert (first["right"], first["tensorflow"]) == (True, True)
@@ -69,13 +70,13 @@ def test_the_second_load_imports_no_tensorflow(model, cache):
     assert_loads_as(model, CONFIG, forms.random_model())
 
 
-@full_only("test_the_second_load_imports_no_tensorflow has one after the other")
 def test_two_processes_at_once(model, cache):
     running = [start(model) for _ in range(2)]
     assert all(answer(process)["right"] for process in running)
     assert len(copies(cache)) == 1
     later = answer(start(model))
     assert (later["right"], later["tensorflow"]) == (True, False)
+    assert later["err"] == ""
 
 
 def test_one_verified_copy_in_the_cache_folder(model, cache):

@@ -48,7 +48,7 @@ def test_its_head_says_the_command(path):
     assert any(line.removeprefix("#").strip().startswith(command) for line in head), head
 
 
-@pytest.mark.parametrize("path", campaign([NEW], CONFIGS), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", campaign([LORA, NEW], CONFIGS), ids=lambda path: path.stem)
 def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypatch):
     """Those that begin with OpenAI's weights, or their vocabulary, do so with the embedded model's."""
     monkeypatch.chdir(tmp_path)

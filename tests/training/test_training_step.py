@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import training_steps as ts
 from measures import COMPILATIONS
-from strength import full_only
 
 import gpt2_jax
 from gpt2_jax.data.batching import Batch
@@ -88,7 +87,6 @@ REMAT = """
 """
 
 
-@full_only("test_remat_keeps_the_residual_stream_alone has the model")
 def test_the_recipe_s_remat_needs_less_memory_and_more_operations():
     """By a schedule that minds the memory: XLA's own on CPUs, made for concurrency, begins the new passes early."""
     (keeping, flops), (anew, more_flops) = commands.on_eight_devices(REMAT)
