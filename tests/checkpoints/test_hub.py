@@ -2,37 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import checkpoint_forms as forms
+import forks
 import pytest
 from fake_hub import FakeHub
 
 import gpt2_jax
 
-# huggingface_hub reads its settings when it is imported: each case is a process of its own.
-LOAD = textwrap.dedent("""
-    import json, sys
-    import checkpoint_forms as forms
-    import gpt2_jax
-    answer = {}
-    try:
-        for name in sys.argv[2:]:
-            if name == "load_tokenizer":
-                answer[name] = gpt2_jax.load_tokenizer(sys.argv[1]).encode("First Citizen:")
-            elif name == "load_config":
-                answer[name] = gpt2_jax.load_config(sys.argv[1]).to_hparams()
-            else:
-                config, params = gpt2_jax.load(sys.argv[1])
-                answer[name] = forms.difference(params, forms.random_model(config))
-    except (ValueError, OSError) as error:
-        answer = {"error": str(error), "kinds": [kind.__name__ for kind in type(error).__mro__]}
-    answer["imported"] = sorted({"tensorflow", "torch", "transformers"} & sys.modules.keys())
-    print(json.dumps(answer))
-""")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each call")
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer=2)
 
 
@@ -57,25 +35,24 @@ def hub(tmp_path_factory, model_dir):
         yield hub
 
 
+@pytest.fixture(scope="module")
+def fork():
+    with forks.Forks("hub_loader") as fork:
+        yield fork
+
+
 @pytest.fixture
-def call(hub, tmp_path):
+def call(hub, fork, tmp_path):
     """call("owner/name", "load", ...) -> what the functions gave in a new process, or the error."""
 
     def call(name: str, *functions: str, **env: str) -> dict:
-        keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1", "JAX_PLATFORMS": "cpu"}
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
         own["GPT2_JAX_CACHE"] = str(tmp_path / "cache")
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, name, *functions],
-            cwd=Path(__file__).parents[1] / "support",
-            env=keep | own | env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "Traceback" not in done.stderr
-        return json.loads(done.stdout)
+        err = tmp_path / "err"
+        ended = fork(name=name, functions=functions, env=own | env, err=str(err))
+        assert not ended.killed
+        assert "Traceback" not in err.read_text()
+        return {"error": ended.error, "kinds": ended.kinds} if ended.error else ended.said[0]
 
     return call
 

@@ -64,7 +64,7 @@ def saver(fork, tmp_path):
 
 def test_killed_at_random_moments(saver):
     """From before the first file to after the last: the times are drawn, the claim holds at all of them."""
-    wanted = campaign(3, 27)
+    wanted = campaign(2, 27)
     seconds = saver.round().seconds
     rng, rounds, killed, replaced = np.random.default_rng(3), 0, 0, 0
     while killed < wanted and rounds < 3 * wanted + 9:  # a save may be done before its time comes
@@ -78,8 +78,8 @@ def test_killed_before_each_file_operation(saver):
     """Steps between the first file and the last, one after the other: no moment is left out by chance."""
     events = saver.round().operations
     assert events >= 2, "nothing was watched"
-    last = max(0, events - campaign(5, 20))  # where the new one takes the place of the old
-    chosen = sorted({*range(0, events, campaign(max(1, events // 3), 1 if events < 70 else 3)), *range(last, events)})
+    last = max(0, events - campaign(3, 20))  # where the new one takes the place of the old
+    chosen = sorted({*range(0, events, campaign(max(1, events // 2), 1 if events < 70 else 3)), *range(last, events)})
     moved, killed = [], 0
     for event in chosen:
         killed += saver.round(operation=event).killed
@@ -93,7 +93,7 @@ def test_killed_before_each_file_operation(saver):
 def test_killed_where_nothing_was(saver, tmp_path):
     """The first save: nothing there, or the model whole."""
     events = saver.round().operations
-    for event in range(0, events, campaign(max(2, events // 4), 2)):
+    for event in range(0, events, campaign(max(2, events // 2), 2)):
         first = Saver(saver.fork, saver.form, tmp_path / f"first-{event}" / "model")
         first.directory.parent.mkdir()
         first.round(operation=event)
@@ -101,7 +101,7 @@ def test_killed_where_nothing_was(saver, tmp_path):
 
 def test_a_save_that_cannot_write_leaves_the_old_and_no_litter(saver):
     """No file may grow beyond some bytes, as on a full disk: one sentence, and nothing beside the model."""
-    for limit in (0, 100, 5_000, 9_000):
+    for limit in campaign((100, 9_000), (0, 100, 5_000, 9_000)):
         before = sorted(saver.directory.rglob("*"))
         ended = saver.round(limit=limit)
         assert not saver.moved, limit

@@ -1,5 +1,6 @@
 """`fit` on a tiny model: what it measures, keeps, stops at and refuses; and that a run goes on from anywhere."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from unittest import mock
 
 import commands
 import jax
@@ -74,13 +76,22 @@ def data(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(tmp_path, data):
-    """Give call(recipe, ...) -> Fitted, of the run in tmp_path / "run"."""
+    """Give call(recipe, ...) -> Fitted, of the run in tmp_path / "run"; the curve is drawn if asked: it takes long."""
 
-    def call(recipe, config=CONFIG, params=None, text=data, tokenizer=None, name="run"):
+    def call(recipe, config=CONFIG, params=None, text=data, tokenizer=None, name="run", curve=False):
         params = random_weights(config) if params is None else params
-        return fit(make_plan(config, recipe), params, text, tmp_path / name, tokenizer)
+        with contextlib.nullcontext() if curve else mock.patch.object(loop, "plot_curve"):
+            return fit(make_plan(config, recipe), params, text, tmp_path / name, tokenizer)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """The folder of a run of small(): copy it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    fit(make_plan(CONFIG, small()), random_weights(), data, folder)
+    return folder
 
 
 def lines(path):
@@ -139,7 +150,7 @@ def test_a_run_measures_keeps_and_speaks_as_often_as_it_should(tmp_path, run, da
     save = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, state: (saved.append(step), save(self, step, state))[1])
     wanted = small(monitor={"sample_every": 2, "prompts": PROMPTS, "sample_tokens": 5})
-    fitted = run(wanted, tokenizer=tokenizer)
+    fitted = run(wanted, tokenizer=tokenizer, curve=True)
     folder = tmp_path / "run"
     out, err = capfd.readouterr()
     assert out == ""
@@ -278,9 +289,9 @@ def test_weights_that_overflow_are_stopped_at_and_what_is_saved_is_finite(tmp_pa
 
 
 @pytest.mark.parametrize("choice", ["ignore", "skip", "stop"])
-def test_a_spike(tmp_path, run, data, choice, capfd):
+def test_a_spike(tmp_path, run, finished, choice, capfd):
     """The running mean is set to a tenth, so that the next loss is a spike."""
-    run(small())
+    shutil.copytree(finished, tmp_path / "run")
     state = state_of(tmp_path / "run", small())
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "7")
     with Checkpoints(tmp_path / "run") as checkpoints:
@@ -411,8 +422,8 @@ def test_a_finished_run_says_so_and_is_gone_on_with_for_more_steps(tmp_path, run
     assert_same(state_of(tmp_path / "constant", long), state_of(tmp_path / "straight", long))
 
 
-def test_another_recipe_is_refused_and_nothing_changed(tmp_path, run):
-    run(small())
+def test_another_recipe_is_refused_and_nothing_changed(tmp_path, run, finished):
+    shutil.copytree(finished, tmp_path / "run")
     before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     for changes, name in (
         ({"batch_size": 6}, "recipe.batch_size was 3 and is 6"),

@@ -2,9 +2,11 @@
 
 import commands
 import pytest
+from strength import campaign
 
+MESHES = campaign(["8x1", "2x4"], ["8x1", "4x2", "2x4"])
 EIGHT = """
-    import json
+    import json, sys
     import jax, numpy as np
     jax.config.update("jax_enable_x64", True)
     import gpt2_jax
@@ -34,9 +36,10 @@ EIGHT = """
 
     one, seen = run(1, 1)
     found = {}
-    for mesh in ((8, 1), (4, 2), (2, 4)):
+    for name in sys.argv[1:]:
+        mesh = map(int, name.split("x"))
         state, metrics = run(*mesh)
-        found["x".join(map(str, mesh))] = {
+        found[name] = {
             "far": ts.furthest(ts.flat(state.params), ts.flat(one.params)),
             "loss": max(abs(float(a["loss"] - b["loss"])) for a, b in zip(metrics, seen)),
             "norm": max(abs(float(a["grad_norm"] / b["grad_norm"]) - 1) for a, b in zip(metrics, seen)),
@@ -51,10 +54,7 @@ EIGHT = """
 
 @pytest.fixture(scope="module")
 def found():
-    return commands.on_eight_devices(EIGHT)
-
-
-MESHES = ["8x1", "4x2", "2x4"]
+    return commands.on_eight_devices(EIGHT, *MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -1,5 +1,6 @@
 """Optimizers, schedules and rules over parameter names, against their definitions in NumPy and against optax."""
 
+import itertools
 import re
 
 import checkpoint_forms as forms
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import training_steps as ts
+from strength import campaign
 
 FROZEN = r"^(wte|wpe)$|^h0/mlp/"
 LION = {"name": "lion", "learning_rate": 1e-3, "betas": (0.8, 0.95)}
@@ -70,8 +72,13 @@ def test_adafactor_is_optax_own(x64):
 # ---- schedules
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 1, 4])
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps"),
+    campaign(
+        [("cosine", 1), ("linear", 4), ("constant", 0)],
+        list(itertools.product(("cosine", "linear", "constant"), (0, 1, 4))),
+    ),
+)
 def test_schedules(x64, schedule, warmup_steps):
     """As the recipe says it, in what the metrics show and in what the weights did."""
     recipe = ts.recipe(
