@@ -14,6 +14,8 @@ import strength
 
 import gpt2_jax
 
+NUMBERS = {"core", "evaluate", "generation", "parity", "research", "training"}  # rooms
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -23,24 +25,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     strength.FULL = config.getoption("full")
-    if not strength.FULL:
-        compile_quickly()
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]  # the tests use all cores
+    if not strength.FULL and jax.version.__version_info__ < (0, 11):
+        flags.append("--xla_cpu_use_fusion_emitters=false")  # jax 0.12 does not know it, and XLA aborts then
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     examples = strength.campaign(12, 100)
     hypothesis.settings.register_profile("gpt2_jax", deadline=None, max_examples=examples)  # a first call compiles
     hypothesis.settings.load_profile("gpt2_jax")
-
-
-def compile_quickly():
-    """Let XLA compile without optimisation, here and in the processes that tests start: compiling takes the most time.
-
-    The programs are slower and round differently. With --full they are those that users run.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
-    if jax.version.__version_info__ < (0, 11):  # jax 0.12 does not know this flag, and XLA aborts on an unknown one
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 def pytest_report_header(config):
@@ -66,9 +57,17 @@ def _float32_products():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _programs_of_one_file():
-    """Let go of what a file compiled: all files' programs together take gigabytes."""
-    yield
+def _programs_of_one_file(request):
+    """Let XLA compile without optimisation, here and in the processes that tests start: compiling takes the most time.
+
+    The programs are slower and round differently. With --full those of the rooms of numbers are those that users run.
+    At the end of a file its programs are let go of: all files' programs together take gigabytes.
+    """
+    quickly = not strength.FULL or request.path.parent.name not in NUMBERS
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quickly)))
+        yield
     jax.clear_caches()
 
 

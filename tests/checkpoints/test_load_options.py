@@ -1,11 +1,14 @@
 """load(dtype=, sharding=): casts as numpy does them, arrays placed as asked, and errors that say what is possible."""
 
+import itertools
+
 import checkpoint_forms as forms
 import commands
 import jax
 import numpy as np
 import pytest
 from checkpoint_forms import CONFIG, FORMATS, assert_loads_as
+from strength import campaign
 
 import gpt2_jax
 
@@ -29,8 +32,10 @@ def save_as(request, tmp_path):
     return save
 
 
-@pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("wanted", DTYPES)
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    campaign([*itertools.pairwise(DTYPES), (DTYPES[-1], DTYPES[0])], [*itertools.product(DTYPES, DTYPES)]),
+)
 def test_casts_are_numpys(save_as, stored, wanted):
     """Round to nearest even, denormals included; param_dtype says what the params are."""
     config = CONFIG.replace(param_dtype=stored)

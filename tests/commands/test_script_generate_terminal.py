@@ -67,7 +67,7 @@ def test_a_conversation(tmp_path, greedy):
 
 def test_a_conversation_from_a_pipe(tmp_path):
     """A prompt a line, no prompt signs, and the end of the input ends it; each draws with a seed of its own."""
-    options = ["--interactive", "--max-new-tokens", "250", "--seed", "3"]
+    options = ["--interactive", "--max-new-tokens", "60", "--seed", "3"]
     done = subprocess.run(
         [sys.executable, str(commands.SCRIPTS / "generate.py"), *options],
         input="ROMEO:\n\nROMEO:\n",
@@ -79,7 +79,7 @@ def test_a_conversation_from_a_pipe(tmp_path):
     )
     assert ">" not in done.stdout
     assert done.stdout.startswith("ROMEO:")
-    last = commands.in_a_process("generate", "--prompt", "ROMEO:", "--max-new-tokens", 250, "--seed", 5, cwd=tmp_path)
+    last = commands.in_a_process("generate", "--prompt", "ROMEO:", "--max-new-tokens", 60, "--seed", 5, cwd=tmp_path)
     assert done.stdout.endswith("\n" + last.out)
     assert not done.stdout.startswith(last.out[:50])
 
@@ -97,7 +97,7 @@ def test_a_text_comes_as_it_is_made(tmp_path, greedy):
         assert user.end() == 130
         assert "Traceback" not in user.shown
         assert user.shown.endswith("\n")
-    with commands.OnATerminal("generate", "--max-new-tokens", 250, cwd=tmp_path) as user:
+    with commands.OnATerminal("generate", "--max-new-tokens", 20, cwd=tmp_path) as user:
         assert user.end() == 0
 
 
