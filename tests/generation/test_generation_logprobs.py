@@ -162,7 +162,7 @@ def test_logprobs_of_the_embedded_model(shakespeare, after_real_text):
 
 
 def test_bfloat16_mostly_chooses_as_float32(after_real_text):
-    """Weights and compute in bfloat16 choose what float32 chooses after real text: measured, all of 64 tokens with --full."""
+    """Weights and compute in bfloat16 choose what float32 chooses after real text: measured, all of 64 tokens."""
     _, (rows, _), (half_rows, _) = after_real_text
     assert np.mean(np.ravel(rows) == np.ravel(half_rows)) > 0.95
 
