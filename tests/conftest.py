@@ -14,7 +14,7 @@ import strength
 
 import gpt2_jax
 
-NUMBERS = {"core", "evaluate", "generation", "parity", "research", "training"}  # rooms
+NUMBERS = {"core", "evaluate", "generation", "parity", "research", "training"}  # rooms whose tests compare numbers
 
 
 def pytest_addoption(parser):
@@ -60,8 +60,8 @@ def _float32_products():
 def _programs_of_one_file(request):
     """Let XLA compile without optimisation, here and in the processes that tests start: compiling takes the most time.
 
-    The programs are slower and round differently. With --full those of the rooms of numbers are those that users run.
-    At the end of a file its programs are let go of: all files' programs together take gigabytes.
+    Such programs are slower and round differently. With --full, tests of the rooms NUMBERS run what users run.
+    A file's programs are freed at its end: those of all files take gigabytes.
     """
     quickly = not strength.FULL or request.path.parent.name not in NUMBERS
     jax.config.update("jax_disable_most_optimizations", quickly)
