@@ -5,8 +5,7 @@ import sys
 
 import checkpoint_forms as forms
 import forks
-import httpx  # noqa: F401  these are imported here once, not in each fork
-import jax  # noqa: F401
+import jax  # noqa: F401  these are imported here once, not in each fork
 import safetensors.numpy  # noqa: F401
 
 import gpt2_jax
