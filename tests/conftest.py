@@ -25,9 +25,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     strength.FULL = config.getoption("full")
-    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]  # the tests use all cores
-    if not strength.FULL and jax.version.__version_info__ < (0, 11):
-        flags.append("--xla_cpu_use_fusion_emitters=false")  # jax 0.12 does not know it, and XLA aborts then
+    # XLA compiles each program in one part: the processes of pytest use all cores already.
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
+    if not strength.FULL and jax.version.__version_info__ < (0, 11):  # jax 0.12: XLA aborts on this flag
+        flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
     examples = strength.campaign(12, 100)
     hypothesis.settings.register_profile("gpt2_jax", deadline=None, max_examples=examples)  # a first call compiles

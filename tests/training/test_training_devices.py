@@ -37,8 +37,7 @@ EIGHT = """
     one, seen = run(1, 1)
     found = {}
     for name in sys.argv[1:]:
-        mesh = map(int, name.split("x"))
-        state, metrics = run(*mesh)
+        state, metrics = run(*map(int, name.split("x")))
         found[name] = {
             "far": ts.furthest(ts.flat(state.params), ts.flat(one.params)),
             "loss": max(abs(float(a["loss"] - b["loss"])) for a, b in zip(metrics, seen)),
