@@ -2,11 +2,13 @@
 
 COMMAND: python benchmarks/decode.py --random 124M [--model DIR] [--cases 1,64 8,512] [--output FILE.md]
 
-Needs Linux, the `parity` extra, and ctranslate2 for its two rows; of those that are not installed it says so. Every
-size, batch and prompt length that fits the memory is measured: the whole grid of 124M takes two hours on two CPU cores.
+Needs Linux, the `parity` extra, and ctranslate2 for its two rows. The report lists libraries that are not installed.
+Every size, batch and prompt length that fits into memory is measured: all cases of 124M take two hours on two CPU
+cores.
 
-Each library has a process of its own, fresh for every case, so that none's threads disturb another's, and they take
-turns. Arguments by argparse, weights by safetensors: a GPU machine often has neither tyro nor TensorFlow.
+The libraries take turns. Each runs in its own process, which is new for every case, so that their threads do not
+disturb each other. The arguments use argparse and the weights safetensors, because a GPU machine often has neither tyro
+nor TensorFlow.
 """
 
 from __future__ import annotations
@@ -31,15 +33,17 @@ GRID = [(n_rows, n_prompt) for n_rows in (1, 8, 64) for n_prompt in (64, 512, 96
 HEADINGS = "model, batch, prompt | library | prefill ms | ms/step | tok/s | MB/step | floor ms | x floor | compile s | "
 HEADINGS += "peak MB | prefill ratio | step ratio | same ids | rounds"
 LEGEND = """\
-Prefill is a call for one new token; a step is what each further token of a longer call adds, and gives every row one
-token. MB/step: the bytes a step must read, which are the weights once and the keys and values of the tokens so far; the
-floor is these bytes over the bandwidth above, and `x floor` the step over its floor. Compile: the first call less a
-later one like it, with no cache on disk. Ratio: the library's time over ours, the median over rounds. Same ids: rows
-that are ours, token for token.
-Peak MB: {peak}."""
+- Prefill: the time of a call for one new token.
+- Step: the time that each further token of a longer call adds. A step gives every row one token.
+- MB/step: the bytes that a step must read: all weights once, and the keys and values of the tokens so far.
+- Floor: MB/step divided by the bandwidth above. `x floor`: the step divided by its floor.
+- Compile: the time of the first call minus that of a later equal call, with no cache on disk.
+- Ratio: the library's time divided by ours, median over the rounds.
+- Same ids: share of the rows whose tokens are all equal to ours.
+- Peak MB: {peak}."""
 PEAK = {
-    "cpu": "of the process's resident memory once it has loaded, with its weights and its libraries' code",
-    "gpu": "of the device memory that the process's arrays took, from its start",
+    "cpu": "peak resident memory of the process after it has loaded, with its weights and its libraries' code",
+    "gpu": "peak device memory of the process's arrays, from its start",
 }
 WIDTHS = {"float32": (4, 4), "bfloat16": (2, 2), "int8": (1, 4)}  # bytes of a weight, and of a key or value
 
@@ -51,7 +55,7 @@ def parse_case(text: str) -> tuple[int, int]:
     except ValueError:
         n_rows = n_prompt = 0
     if min(n_rows, n_prompt) < 1:
-        raise argparse.ArgumentTypeError(f"a case is rows,tokens, as 8,512, not {text!r}")
+        raise argparse.ArgumentTypeError(f"a case is rows,tokens, for example 8,512, not {text!r}")
     return n_rows, n_prompt
 
 
@@ -60,9 +64,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, list(PEERS), rounds=5)
     add = parser.add_argument
-    add("--cases", nargs="+", type=parse_case, default=GRID, metavar="B,P", help="rows, and tokens of each prompt")
+    add("--cases", nargs="+", type=parse_case, default=GRID, metavar="B,P", help="rows, and tokens in each prompt")
     add("--new-tokens", type=int, default=64, help="tokens that a call adds to each row, 2 or more")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of our and torch's weights and products")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and products (ours and torch)")
     args = parser.parse_args()
     if not args.model + args.random:
         parser.error("give --model DIR or --random SIZE")
@@ -73,7 +77,7 @@ def parse_args() -> argparse.Namespace:
 
 @dataclasses.dataclass
 class Times:
-    """One library's times at one case, in seconds a call, one a round, and what else was seen of it."""
+    """The times of one library in one case, in seconds per call, one per round; and its ids and peak memory."""
 
     first_call: float
     ids: list[list[int]]
@@ -82,7 +86,7 @@ class Times:
     peak: int = 0
 
     def steps(self) -> list[float]:
-        """Return the seconds of a step, one a round."""
+        """Return the seconds of a step, one per round."""
         return [(whole - one) / (len(self.ids[0]) - 1) for one, whole in zip(self.one, self.whole, strict=True)]
 
 
@@ -92,7 +96,7 @@ def measure(
     """Time one case: every library in turn, for `args.rounds` rounds or `args.case_seconds`.
 
     Returns:
-      The times of the libraries that did it, and why the others did not.
+      The times of the libraries that finished, and the reasons why others failed.
     """
     times = {}
 
@@ -113,33 +117,33 @@ def measure(
 
 
 def bytes_read(config: GPT2Config, dtype: str, n_rows: int, n_tokens: int) -> int:
-    """Return what a step must read: every matrix once, keys and values of `n_tokens` a row; of wpe, next to nothing."""
+    """Return the bytes that a step must read: all weights but wpe, and keys and values of `n_tokens` per row."""
     weight, key = WIDTHS[dtype]
     n_weights = config.n_params - config.param_counts["wpe"]
     return n_weights * weight + 2 * config.n_layer * n_rows * n_tokens * config.n_embd * key
 
 
 def bytes_held(config: GPT2Config, dtype: str, n_rows: int, n_tokens: int) -> int:
-    """Return the least that a library must hold: weights, keys and values of `n_tokens` a row, float32 logits."""
+    """Return the minimum bytes of a library: weights, keys and values of `n_tokens` per row, float32 logits."""
     read = bytes_read(config, dtype, n_rows, n_tokens)
     return read + config.param_counts["wpe"] * WIDTHS[dtype][0] + n_rows * config.n_vocab * 4
 
 
 def why_not(config: GPT2Config, dtypes: list[str], n_rows: int, n_tokens: int, memory: int) -> str | None:
-    """Return why a case cannot run here, if it cannot."""
+    """Return why a case cannot run here; None if it can."""
     if n_tokens > config.n_ctx:
-        return f"prompt and new tokens make {n_tokens}, more than n_ctx = {config.n_ctx}"
+        return f"prompt and new tokens are {n_tokens} together, more than n_ctx = {config.n_ctx}"
     held = sum(bytes_held(config, dtype, n_rows, n_tokens) for dtype in dtypes)
     if held > memory:
         needed, free = f"{held / 1e9:.1f} GB", f"{memory / 1e9:.1f}"
-        return f"weights, cache and logits of {len(dtypes)} libraries at once take {needed}, and {free} are free"
+        return f"weights, cache and logits of {len(dtypes)} libraries together need {needed}; {free} GB are free"
     return None
 
 
 def table_rows(
     times: dict[str, Times], config: GPT2Config, dtypes: dict[str, str], case: tuple[int, int], bandwidth: float
 ):
-    """Yield the cells of each library, from `prefill ms` on."""
+    """Yield the cells of each library, starting with its name."""
     n_rows, n_prompt = case
     ours = times.get("ours")
 
@@ -164,14 +168,14 @@ def main(args: argparse.Namespace) -> None:
 
     report = Report(args.output)
     say = report.say
-    busy = os.getloadavg()[0]  # of others: peers whose threads wait for each other suffer from them more than we do
+    busy = os.getloadavg()[0]  # other programs slow down libraries whose threads wait for each other more than ours
     machine = alone(survey)
     names, left_out = choose(args.peers, PEERS, machine.where)
     dtypes = {name: PEERS[name].dtype or args.dtype for name in names}
     report.title(f"Greedy decoding, {args.dtype}", machine.name)
     kind = "copy, read and written" if machine.where == "gpu" else "read"
     say(f"Bandwidth measured in this run ({kind}): {machine.bandwidth / 1e9:.1f} GB/s. Load when it began: {busy:.1f}.")
-    say(f"{args.new_tokens} new tokens a row; times are medians over the rounds.\n")
+    say(f"{args.new_tokens} new tokens per row. Times are medians over the rounds.\n")
     say(LEGEND.format(peak=PEAK[machine.where]) + "\n")
     report.headings(HEADINGS)
     sources = [(source, False) for source in args.model] + [(size, True) for size in args.random]

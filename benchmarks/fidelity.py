@@ -1,11 +1,11 @@
-"""How close to the truth logits and gradients are: ours, Hugging Face torch's, the original's TensorFlow graph's.
+"""Error of logits and gradients against a float64 reference: ours, Hugging Face torch, the original TensorFlow graph.
 
 COMMAND: python benchmarks/fidelity.py --random 124M [355M ...] [--model DIR] [--output FILE.md]
-         (124M: 3 minutes on two CPU cores, 4 GB of memory; the truth of 1558M takes 17 GB)
+         (124M: 3 minutes on two CPU cores, 4 GB of memory; the reference of 1558M takes 17 GB)
 
-The truth is Hugging Face torch in float64 on the same device, with the float32 weights as they are. Needs the `parity`
-extra; without TensorFlow its row is left out. Arguments by argparse, weights by safetensors: a GPU machine often has
-neither tyro nor TensorFlow.
+The reference is Hugging Face torch in float64 on the same device, with the same float32 weights. Needs the `parity`
+extra; without TensorFlow, its row is left out. The arguments use argparse and the weights safetensors, because a GPU
+machine often has neither tyro nor TensorFlow.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from forwards import CONTESTANTS, TRUTH, Contestant, Way, write_gradients, write
 from turns import ENVIRONMENT, SIZES, Report, alone, save_weights, survey
 
 LEGEND = """\
-Truth: Hugging Face torch in float64, the same float32 weights. Logits: the largest difference from the truth over {n:,}
-positions of random ids, and the root mean square of all, over the largest absolute logit. KL: of the next token's
-distribution from the truth's, mean and largest over the positions, nats. Top-1: positions where the most likely token
-is the truth's. Gradients, of the mean loss of {m:,} positions: for each parameter the largest difference over its
-largest absolute gradient; the worst parameter, and the median one. In bfloat16 the weights are rounded too.
-Ours is under jax.default_matmul_precision("highest"), unless it says that it is not."""
+- Reference: Hugging Face torch in float64, with the same float32 weights.
+- Logits: the largest difference from the reference over {n:,} positions of random ids, divided by the largest absolute
+  logit. "their RMS" is the root mean square of all differences, divided by the same number.
+- KL: the divergence of the next token's distribution from the reference, in nats: mean and largest over the positions.
+- Top-1: share of the positions where the most likely token is that of the reference.
+- Gradients: those of the mean loss of {m:,} positions. For each parameter, the largest difference divided by its
+  largest absolute gradient. The table has the worst parameter and the median parameter.
+- In bfloat16, the weights are rounded too.
+- "ours" uses `jax.default_matmul_precision("highest")`, except where the table says "default precision"."""
 HEADINGS = "shape | device | dtype | library | logits | their RMS | mean KL | largest KL | top-1 | worst gradient | "
 HEADINGS += "median gradient"
 AT_A_TIME = 64  # positions whose logits are compared together
@@ -43,9 +46,9 @@ def parse_args() -> argparse.Namespace:
     add("--random", nargs="+", default=[], choices=SIZES, help="random weights of these sizes")
     add("--model", nargs="+", default=[], metavar="DIR", help="checkpoints in any form")
     add("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"], choices=["float64", "float32", "bfloat16"])
-    add("--positions", type=int, default=1024, help="at which logits are compared")
-    add("--gradient-positions", type=int, default=256, help="of the loss whose gradients are compared; 0 for none")
-    add("--output", type=Path, metavar="FILE.md", help="write the table there too")
+    add("--positions", type=int, default=1024, help="positions whose logits are compared")
+    add("--gradient-positions", type=int, default=256, help="positions in the loss for gradients; 0 for none")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
     args = parser.parse_args()
     if not args.random + args.model:
         parser.error("give --random SIZE or --model DIR")
@@ -55,7 +58,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def contests(dtypes: list[str], where: str) -> Iterator[tuple[str, Contestant, Way]]:
-    """Yield each row's label, library and way of computing; float32 also as JAX computes it unasked, and in TF32."""
+    """Yield each row's label, library and precision; float32 also at JAX's default precision and in TF32."""
     for dtype, (name, contestant) in itertools.product(dtypes, CONTESTANTS.items()):
         if dtype not in contestant.dtypes or where not in contestant.devices:
             continue
@@ -69,7 +72,7 @@ def contests(dtypes: list[str], where: str) -> Iterator[tuple[str, Contestant, W
 
 
 def compare_logits(path: Path, truth: Path) -> list[str]:
-    """Return the relative error of logits, its root mean square, mean and largest KL, and the share of equal tops."""
+    """Return the relative error of logits, its root mean square, mean and largest KL, and the share of equal top-1."""
     ours_TV, true_TV = np.load(path, mmap_mode="r"), np.load(truth, mmap_mode="r")
     error, largest, square, divergence, same = 0.0, 0.0, 0.0, [], []
     for start in range(0, len(true_TV), AT_A_TIME):
@@ -85,7 +88,7 @@ def compare_logits(path: Path, truth: Path) -> list[str]:
 
 
 def compare_gradients(folder: Path, truth: Path) -> list[str]:
-    """Return the relative error of the worst parameter's gradient, and of the median one's."""
+    """Return the relative gradient error of the worst parameter and of the median parameter."""
     errors = []
     for path in sorted(truth.iterdir()):
         ours, true = np.load(folder / path.name).astype(np.float64), np.load(path)
@@ -94,12 +97,12 @@ def compare_gradients(folder: Path, truth: Path) -> list[str]:
 
 
 def attempt(call: Callable, *args: object) -> str | None:
-    """Run a call in a process of its own; return why it failed, if it did."""
+    """Run a call in its own process; return why it failed, or None."""
     try:
         alone(call, *args)
     except BrokenProcessPool:
         return "its process was killed; memory may have run out"
-    except Exception as error:  # whatever a library raises: it is told, and the others go on
+    except Exception as error:  # any error of a library is reported, and the others continue
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
@@ -133,7 +136,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-JOBS = {  # how a row's cells come about: what writes and compares, the tokens it takes, and how many cells it gives
+JOBS = {  # for the cells of a row: functions to write and to compare, number of tokens, number of cells
     "logits": (write_logits, compare_logits, lambda args: args.positions, 5),
     "gradients": (
         write_gradients,

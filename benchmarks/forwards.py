@@ -1,8 +1,7 @@
-"""What benchmarks/fidelity.py runs, each in a process of its own: forward passes and gradients of the same weights.
+"""Forward passes and gradients of the same weights; benchmarks/fidelity.py runs each of them in its own process.
 
-Every forward takes the folder of the weights, tokens [T] and a dtype, and gives the logits [T, V] and, where they are
-asked for, the gradients of the mean loss by our names, over the first tokens alone. No library is imported but in the
-process that needs it.
+Every function takes the folder of the weights, tokens [T] and a `Way`. It returns the logits [T, V], or the gradients
+of the mean loss as {our name: gradient}. A library is imported only in the process that needs it.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ class Way:
     """How a pass is computed.
 
     Attributes:
-      dtype: of weights and products: "float64", "float32" or "bfloat16".
+      dtype: dtype of weights and products: "float64", "float32" or "bfloat16".
       where: "cpu" or "gpu".
-      rounded: float32 products at JAX's default precision, and torch's in TF32, which is that on a GPU.
+      rounded: whether float32 products have JAX's default precision. For torch this means TF32, as on a GPU in JAX.
     """
 
     dtype: str
@@ -55,7 +54,7 @@ def our_logits(folder: Path, tokens_T: np.ndarray, way: Way) -> np.ndarray:
 
 
 def our_gradients(folder: Path, tokens_T: np.ndarray, way: Way) -> dict[str, np.ndarray]:
-    """Return the gradients of this library's own loss."""
+    """Return the gradients of this library's loss."""
     import jax
     import jax.numpy as jnp
 
@@ -96,7 +95,7 @@ def torch_logits(folder: Path, tokens_T: np.ndarray, way: Way) -> np.ndarray:
 
 
 def torch_gradients(folder: Path, tokens_T: np.ndarray, way: Way) -> dict[str, np.ndarray]:
-    """Return the gradients of Hugging Face torch; its loss in float32 at least, as it computes it for itself."""
+    """Return the gradients of Hugging Face torch; its loss is in float32 or wider, like its own loss."""
     import torch
 
     from gpt2_jax.checkpoints.huggingface import hugging_face_name
@@ -121,7 +120,7 @@ def _config(folder: Path) -> Any:
 
 
 def _tensorflow(config: Any, params: dict[str, Any], tokens_T: Any) -> Any:
-    """Return the logits by the operations of the original's graph, one by one, in TensorFlow.
+    """Return the logits, computed in TensorFlow by the same operations as the original graph.
 
     Source: openai/gpt-2, src/model.py.
     """
@@ -168,7 +167,7 @@ def _tensorflow_variables(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def tensorflow_logits(folder: Path, tokens_T: np.ndarray, way: Way) -> np.ndarray:
-    """Return the logits of the original's graph."""
+    """Return the logits of the original graph."""
     import tensorflow as tf
 
     config, variables = _tensorflow_variables(folder)
@@ -176,7 +175,7 @@ def tensorflow_logits(folder: Path, tokens_T: np.ndarray, way: Way) -> np.ndarra
 
 
 def tensorflow_gradients(folder: Path, tokens_T: np.ndarray, way: Way) -> dict[str, np.ndarray]:
-    """Return the gradients of the original's graph."""
+    """Return the gradients of the original graph."""
     import tensorflow as tf
 
     config, variables = _tensorflow_variables(folder)
@@ -194,7 +193,7 @@ def tensorflow_gradients(folder: Path, tokens_T: np.ndarray, way: Way) -> dict[s
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A library: how it gives logits and gradients, what must be installed, and the devices it is run on."""
+    """A library: functions for logits and gradients, the package to install, its dtypes and devices."""
 
     logits: Forward
     gradients: Gradients
@@ -217,7 +216,7 @@ def write_logits(contestant: Contestant, folder: Path, tokens_T: np.ndarray, way
 
 
 def write_gradients(contestant: Contestant, folder: Path, tokens_T: np.ndarray, way: Way, path: Path) -> None:
-    """Write a contestant's gradients into .npy files of a folder, one a parameter."""
+    """Write a contestant's gradients into a folder, one .npy file per parameter."""
     path.mkdir(exist_ok=True)
     for name, leaf in contestant.gradients(folder, tokens_T, way).items():
         np.save(path / f"{name.replace('/', '.')}.npy", leaf.astype(np.promote_types(leaf.dtype, np.float32)))

@@ -1,10 +1,10 @@
-"""Wall time of the whole command: scripts/generate.py against the equivalent transformers script, in turn.
+"""Wall time of the whole command: scripts/generate.py against the equivalent transformers script; they take turns.
 
 COMMAND: python benchmarks/generate_script.py --random 124M --vocabulary DIR     (needs the `parity` extra)
 
-DIR holds GPT-2's encoder.json and vocab.bpe; a --model that has its own vocabulary needs none. Both commands get the
-same weights and prompt, and take the most likely token 40 times. Each is a fresh process: imports, loading and whatever
-is compiled count. Both have run once before, so that what they keep on disk for the next time is there.
+DIR contains GPT-2's encoder.json and vocab.bpe. A --model with its own vocabulary does not need it. Both commands get
+the same weights and prompt, and add 40 tokens by greedy decoding. Each run is a new process: imports, loading and
+compilation count. The first run fills the caches on disk and is reported separately.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Args:
     vocabulary: Path | None = None
     """Directory of encoder.json and vocab.bpe (default: the model's own)."""
     form: Literal["tensorflow", "huggingface", "orbax"] = "tensorflow"
-    """What our command reads: OpenAI's form is what `--model 124M` fetches. Theirs reads Hugging Face's."""
+    """Checkpoint format for our command. `--model 124M` fetches OpenAI's. Theirs reads Hugging Face's."""
     prompt: str = "The first thing that anyone noticed about the town was"
     """The text to continue."""
     max_new_tokens: int = 40
@@ -61,7 +61,7 @@ class Args:
 
 
 def write_models(args: Args, ours: Path, theirs: Path) -> None:
-    """Write the weights and the vocabulary as each command reads them (in a process that ends with it)."""
+    """Write weights and vocabulary in the format that each command reads (called in a separate process)."""
     import jax
 
     import gpt2_jax
@@ -77,7 +77,7 @@ def write_models(args: Args, ours: Path, theirs: Path) -> None:
 
 
 def run(command: list[str], scratch: Path) -> tuple[float, str]:
-    """Run a command from a folder that is not the repository; return its seconds and what it wrote to its output."""
+    """Run a command outside the repository; return its time in seconds and its standard output."""
     begin = time.perf_counter()
     done = subprocess.run(command, cwd=scratch, capture_output=True, encoding="utf-8", check=False)
     seconds = time.perf_counter() - begin
@@ -87,7 +87,7 @@ def run(command: list[str], scratch: Path) -> tuple[float, str]:
 
 
 def measure(args: Args, scratch: Path) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Return the seconds of both commands, those of the first run before those of the rounds, and their outputs."""
+    """Return the seconds of each command, first run first, and its output."""
     ours, theirs = scratch / "ours", scratch / "theirs"
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(write_models, args, ours, theirs).result()
@@ -108,24 +108,24 @@ def measure(args: Args, scratch: Path) -> tuple[dict[str, list[float]], dict[str
 def main(args: Args) -> None:
     """Measure and print a Markdown table."""
     if (args.model is None) == (args.random is None):
-        sys.exit("give one of --model DIR and --random SIZE")
+        sys.exit("give either --model DIR or --random SIZE")
     if args.random and not args.vocabulary:
-        sys.exit("random weights have no vocabulary: give --vocabulary DIR, with encoder.json and vocab.bpe")
+        sys.exit("random weights have no vocabulary: give --vocabulary DIR with encoder.json and vocab.bpe")
     if args.rounds < 1:
         sys.exit(f"--rounds must be 1 or more, not {args.rounds}")
     busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
-        # Copies of weights and compiled programs go where nothing is, and away with the rest.
+        # Caches of weights and compiled programs start empty, and are deleted at the end.
         os.environ |= {"GPT2_JAX_CACHE": f"{scratch}/cache", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
         seconds, output = measure(args, Path(scratch))
     pairs = zip(*(times[1:] for times in seconds.values()), strict=True)
     ratio = statistics.median(theirs / ours for ours, theirs in pairs)
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch", "transformers"))
     print(f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {packages}")
-    print(f"load average when it began: {busy:.1f}")
+    print(f"load average at the start: {busy:.1f}")
     model = args.random or args.model.name
     print(f"{model}, greedy, {args.max_new_tokens} new tokens; a first run and {args.rounds} later ones")
-    print(f"transformers' time over ours, the median over the later runs: {ratio:.2f}\n")
+    print(f"transformers' time divided by ours, median over the later runs: {ratio:.2f}\n")
     print("| command | first run s | later runs s | fastest-slowest |")
     print("|---|---|---|---|")
     for name, (first, *later) in seconds.items():

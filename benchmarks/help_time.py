@@ -1,4 +1,4 @@
-"""Time until a command answers `--help`, which is also that until a typo is told: 1.5 s at most, on a quiet machine.
+"""Time until a command answers `--help` or reports a wrong option. It should be at most 1.5 s on an idle machine.
 
 COMMAND: python benchmarks/help_time.py     (a few seconds)
 """
@@ -19,10 +19,10 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 @dataclasses.dataclass
 class Args:
-    """Print the best wall and processor time of `--help`, of each script in a process of its own."""
+    """Print the best wall and processor time of `--help` for each script, each in a new process."""
 
     rounds: int = 3
-    """Turns each script takes; the best counts."""
+    """Runs of each script; the best counts."""
 
 
 def main(args: Args) -> None:
@@ -35,7 +35,7 @@ def main(args: Args) -> None:
 
 
 def measure(script: Path) -> tuple[float, float]:
-    """Return seconds by the clock and of the processor."""
+    """Return the wall time and the processor time in seconds."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, str(script), "--help"], stdout=subprocess.DEVNULL, check=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,10 +1,10 @@
-"""Time and peak memory of loading a model, each in a fresh process with its imports, against Hugging Face torch.
+"""Time and peak memory of loading a model against Hugging Face torch, each in a new process, with imports.
 
 COMMAND: python benchmarks/load.py     (the 124M shape, 2 GB of scratch disk, 3 minutes on two CPU cores)
 
-Every array is summed on the device inside the time, so that nothing is left unread. The first load of a TensorFlow
-checkpoint goes through TensorFlow and keeps a copy; the second reads the copy. `before` is the peak of a process that
-has imported jax (torch and transformers for theirs) and loaded nothing.
+The time includes the sum of every array on the device, so that all data is read. The first load of a TensorFlow
+checkpoint uses TensorFlow and keeps a copy; the second load reads the copy. `before` is the peak memory of a process
+that has only imported jax (torch and transformers for theirs).
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Args:
     """Compare loading a model with Hugging Face torch."""
 
     size: Literal["124M", "355M", "774M", "1558M"] = "124M"
-    """Which shape, with random weights."""
+    """Size of the model; its weights are random."""
     repeats: int = 5
-    """How often; the table holds medians, and the rows take turns."""
+    """Runs of each row. The rows take turns, and the table has medians."""
 
 
 def main(args: Args) -> None:
-    """Make the checkpoints, measure, print a Markdown table."""
+    """Write the checkpoints, measure, and print a Markdown table."""
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"GPT2_JAX_CACHE": f"{scratch}/cache", "HF_HUB_OFFLINE": "1"}
         models = {format: f"{scratch}/{format}" for format in ("tensorflow", "huggingface", "orbax")}
@@ -88,7 +88,7 @@ def main(args: Args) -> None:
 
 
 def _run(program: str) -> dict[str, float]:
-    """Run a program in a fresh process; it leaves its time in `seconds`."""
+    """Run a program in a new process; the program stores its time in `seconds`."""
     code = f"{program}\nimport json; print(json.dumps({{'seconds': seconds, 'peak': {PEAK}}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -2,12 +2,12 @@
 
 COMMAND: python benchmarks/patching.py [--size 124M] [--tokens 32] [--sample 64] [--output FILE.md]
 
-Needs Linux, and the `parity` extra with transformer-lens; runs on the CPU, 124M in five minutes on two cores. Random
-weights, one row of tokens, and as the metric the logits of two tokens at the last place. Ours does all patches in one
-compiled call. TransformerLens runs the whole model for each, so that every one takes the same time: its loop goes over
-a sample, spread evenly over the grid, and what all would take is worked out from that.
+Needs Linux, and the `parity` extra with transformer-lens. Runs on the CPU: 124M takes five minutes on two cores. The
+weights are random, and the batch has one row. The metric is the logit difference of two tokens at the last position.
+Ours does all patches in one compiled call. TransformerLens runs the whole model for each patch, so each takes the same
+time. Its loop therefore runs over a sample, spread evenly over the grid, and the total is calculated from that.
 
-Each library has a process of its own, and they take turns.
+Each library runs in its own process, and they take turns.
 """
 
 from __future__ import annotations
@@ -30,32 +30,34 @@ if TYPE_CHECKING:
     from gpt2_jax import GPT2Config
 
 ANSWER, WRONG = 11, 13
-ROWS = 512  # of the products that the rate is measured with: about as many tokens as go together
+ROWS = 512  # rows of the products that measure the rate: about as many as the tokens that are computed together
 HEADINGS = "what | seconds | fastest-slowest | patches/s | x floor | x ours | peak MB"
 LEGEND = """\
-Ours: one call for all {n:,} patches (attn/z of each head at each position); the first compiles, with no cache on disk.
-TransformerLens {lens}: its bridge, compatibility mode off, and its own `get_act_patch_attn_head_out_by_pos`
-without gradients, over {sample} patches of the grid; worked out from these for all. x ours: the median over the rounds.
-Floor: the operations of what lies behind each patch (the rest of its layer, the layers above, the logits of one place:
-{tera:.2f}e12 in all), at the rate of products alone, [{rows}, D] by a layer's two largest matrices, measured in our
-process at each turn: {rate} GFLOP/s.
-Peak MB: what a call adds to the process's resident memory at its peak; for ours the first call, with the compiler."""
+- Ours: one call for all {n:,} patches (`attn/z` of each head at each position). The first call compiles, with no cache
+  on disk.
+- TransformerLens {lens}: its bridge with compatibility mode off, and its own `get_act_patch_attn_head_out_by_pos`
+  without gradients. It runs over {sample} patches of the grid. The time for all patches is calculated from these.
+- x ours: the time divided by ours, median over the rounds.
+- Floor: the time of the operations that come after each patch: the rest of its layer, the layers above, and the logits
+  of one position, {tera:.2f}e12 operations in all. The rate is that of plain products of [{rows}, D] with a layer's two
+  largest matrices, measured in our process at each turn: {rate} GFLOP/s.
+- Peak MB: what a call adds to the peak resident memory of its process. Our first call includes the compiler."""
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--size", default="124M", choices=SIZES, help="which shape, with random weights")
+    add("--size", default="124M", choices=SIZES, help="size of the model; its weights are random")
     add("--tokens", type=int, default=32, help="tokens in the row")
-    add("--sample", type=int, default=64, help="patches that TransformerLens's loop makes each round")
-    add("--rounds", type=int, default=3, help="turns each library takes")
-    add("--output", type=Path, metavar="FILE.md", help="write the table there too")
+    add("--sample", type=int, default=64, help="patches in TransformerLens's loop in each round")
+    add("--rounds", type=int, default=3, help="runs of each library")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
     return parser.parse_args()
 
 
 def operations(config: GPT2Config, n_tokens: int) -> int:
-    """Return the floating-point operations of what lies behind a patch of attn/z, of all heads and positions."""
+    """Return the floating-point operations after a patch of attn/z, summed over all heads and positions."""
     width = config.n_embd
     block = 24 * width**2 * n_tokens + 4 * width * n_tokens**2
     rest = 18 * width**2 * n_tokens  # c_proj and the MLP
@@ -65,7 +67,7 @@ def operations(config: GPT2Config, n_tokens: int) -> int:
 
 
 def both_runs(n_vocab: int, n_tokens: int) -> np.ndarray:
-    """Return the tokens of the run that is patched, and of the one that activations are taken from, [2, 1, T]."""
+    """Return the tokens of the run that is patched and of the source run, [2, 1, T]."""
     return np.random.default_rng(0).integers(0, n_vocab, (2, 1, n_tokens))
 
 
@@ -73,7 +75,7 @@ def both_runs(n_vocab: int, n_tokens: int) -> np.ndarray:
 
 
 def timed(*args: np.ndarray) -> tuple[float, int, np.ndarray]:
-    """Return the seconds of a call, what it adds to the resident memory at its peak in bytes, and the metrics."""
+    """Return the seconds of a call, the bytes that it adds to the peak resident memory, and the metrics."""
     forget_peak("cpu")
     held, begin = peak_bytes("cpu"), time.perf_counter()
     metrics = patched(*args)
@@ -81,7 +83,7 @@ def timed(*args: np.ndarray) -> tuple[float, int, np.ndarray]:
 
 
 def start_ours(folder: Path, n_tokens: int) -> None:
-    """Load the model and capture; leave patched() -> [layers, heads, positions]."""
+    """Load the model, capture activations, and set the global patched() -> [layers, heads, positions]."""
     import jax
 
     import gpt2_jax
@@ -100,7 +102,7 @@ def start_ours(folder: Path, n_tokens: int) -> None:
 
 
 def start_theirs(folder: Path, n_tokens: int) -> None:
-    """Load the model and capture; leave patched(places [P, 3]: layer, head, position) -> [P]."""
+    """Load the model, capture activations, and set the global patched(places [P, 3]: layer, head, position) -> [P]."""
     import pandas
     import tokenizers
     import torch
@@ -112,7 +114,7 @@ def start_theirs(folder: Path, n_tokens: int) -> None:
     torch.set_grad_enabled(False)
     transformers.utils.logging.disable_progress_bar()
     model = transformers.GPT2LMHeadModel.from_pretrained(folder / "hf", attn_implementation="eager").eval()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"0": 0}, unk_token="0"))  # or the bridge asks the hub
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"0": 0}, unk_token="0"))  # else the bridge asks the hub
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0")
     bridge = TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=tokenizer)
     tokens_BT, source_BT = map(torch.tensor, both_runs(model.config.vocab_size, n_tokens))
@@ -128,7 +130,7 @@ def start_theirs(folder: Path, n_tokens: int) -> None:
 
 
 def product_rate(width: int) -> float:
-    """Return operations a second of products alone: [ROWS, D] by [D, 4 D] and back, of eight layers in turn."""
+    """Return the operations per second of products only: [ROWS, D] by [D, 4 D] and back, over eight layers."""
     import jax
 
     keys = jax.random.split(jax.random.key(0), 8)
@@ -149,7 +151,7 @@ def product_rate(width: int) -> float:
 
 
 def measure(folder: Path, args: argparse.Namespace, config: GPT2Config) -> tuple[dict[str, list], list[float], str]:
-    """Let both take turns; return what `timed` gave by library, the rates of products, and how well they agree."""
+    """Run both in turns; return the results of `timed` by library, the rates of products, and how well they agree."""
     n_all = config.n_layer * config.n_head * args.tokens
     grid = (config.n_layer, config.n_head, args.tokens)
     sample = np.unique(np.linspace(0, n_all - 1, args.sample).astype(int))

@@ -1,7 +1,7 @@
-"""What benchmarks/decode.py runs in processes of their own: the libraries it times.
+"""The libraries that benchmarks/decode.py times, each in its own process.
 
-Every loader returns greedy(prompts_BP, n_new), which gives the new ids once they are on the host, so that whoever times
-it has waited for the device. Nothing stops a row early. No library is imported but in the process that needs it.
+Every loader returns greedy(prompts_BP, n_new). It returns the new ids when they are on the host, so a measured time
+includes the wait for the device. No row stops early. A library is imported only in the process that needs it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Greedy = Callable[[np.ndarray, int], list[list[int]]]
 
 
 def prepare(source: str, random: bool, folder: Path, with_ctranslate2: bool) -> dict[str, int]:
-    """Write the same float32 weights as every library reads them, and return the model's hparams.
+    """Write the same float32 weights in the format of every library, and return the model's hparams.
 
-    In `folder`, hf is Hugging Face's form, and ct2 CTranslate2's, where it is wanted. Runs on the CPU.
+    In `folder`, hf is Hugging Face's format, and ct2 is CTranslate2's, if requested. Runs on the CPU.
     """
     config, params = save_weights(source, random, folder)
     if with_ctranslate2:
@@ -30,7 +30,7 @@ def prepare(source: str, random: bool, folder: Path, with_ctranslate2: bool) -> 
 
 
 def save_ctranslate2(folder: Path, config: object, params: dict) -> None:
-    """Write params in CTranslate2's form; it wants a vocabulary, so the token of id 7 is called "7"."""
+    """Write params in CTranslate2's format. It needs a vocabulary: the token with id 7 is called "7"."""
     import ctranslate2
 
     def norm(spec: object, part: dict) -> None:
@@ -73,25 +73,25 @@ def load_ours(folder: Path, dtype: str, where: str) -> Greedy:
 
 
 def load_torch(folder: Path, dtype: str, where: str, compiled: bool = False) -> Greedy:
-    """Load Hugging Face torch; `compiled` gives it its static cache, with which `generate` compiles the decode step."""
+    """Load Hugging Face torch; `compiled` uses its static cache, with which `generate` compiles the decode step."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     if where == "gpu":
-        torch.set_float32_matmul_precision("high")  # TF32, as JAX does by itself
+        torch.set_float32_matmul_precision("high")  # TF32, the default in JAX
     model = transformers.GPT2LMHeadModel.from_pretrained(folder / "hf", dtype=getattr(torch, dtype)).eval()
     model.to("cuda" if where == "gpu" else "cpu")
     model.generation_config.eos_token_id = None
     options = {"do_sample": False, "pad_token_id": 0}
-    if compiled and where != "gpu":  # there it compiles unasked
+    if compiled and where != "gpu":  # on a GPU it compiles by default
         options["compile_config"] = transformers.CompileConfig()
         options["compile_config"]._compile_all_devices = True
     caches = []
 
     def greedy(prompts_BP: np.ndarray, n_new: int) -> list[list[int]]:
         prompts_BP = torch.from_numpy(prompts_BP).to(model.device)
-        if compiled and not caches:  # one for all calls, of which the first is the longest: what is compiled reads it
+        if compiled and not caches:  # one for all calls, as compiled code reads it; the first call is longest
             caches.append(transformers.StaticCache(config=model.config, max_cache_len=prompts_BP.shape[1] + n_new))
         for cache in caches:
             cache.reset()
@@ -108,7 +108,7 @@ def load_torch_compiled(folder: Path, dtype: str, where: str) -> Greedy:
 
 
 def load_ctranslate2(folder: Path, dtype: str, where: str) -> Greedy:
-    """Load CTranslate2 on the CPU's cores, computing in float32, or from int8 weights."""
+    """Load CTranslate2 on all CPU cores, in float32 or with int8 weights."""
     import ctranslate2
 
     generator = ctranslate2.Generator(
@@ -135,9 +135,9 @@ class Peer:
 
     Attributes:
       load: (folder, dtype, where) -> greedy.
-      package: what must be installed.
-      devices: where it runs unless it is asked for: "cpu", "gpu".
-      dtype: what its weights are read in; None for what the benchmark is asked for.
+      package: the package that must be installed.
+      devices: devices on which it runs by default: "cpu", "gpu".
+      dtype: the dtype of its weights; None takes that of the benchmark.
     """
 
     load: Callable[[Path, str, str], Greedy]
@@ -156,14 +156,14 @@ PEERS = {
 
 
 def start(name: str, folder: Path, dtype: str, where: str) -> None:
-    """Load a library in a worker process, and forget what that took at its peak."""
+    """Load a library in a worker process, and reset the peak memory after that."""
     global greedy
     greedy = PEERS[name].load(folder, dtype, where)
     forget_peak(where)
 
 
 def timed(prompts_BP: np.ndarray, n_new: int) -> tuple[float, list[list[int]]]:
-    """Return the seconds of one call in a worker process, and its ids."""
+    """Return the seconds of one call in a worker process, and the ids."""
     begin = time.perf_counter()
     ids = greedy(prompts_BP, n_new)
     return time.perf_counter() - begin, ids

@@ -1,6 +1,6 @@
-"""Write a checkpoint of a released size with random weights, in OpenAI's layout: the real shapes to measure on.
+"""Write a checkpoint of a released size with random weights, in OpenAI's layout, to measure on the real shapes.
 
-COMMAND: python benchmarks/random_checkpoint.py 124M /somewhere/124M     (0.5 GB, 20 s on two CPU cores)
+COMMAND: python benchmarks/random_checkpoint.py 124M DIR     (0.5 GB, 20 s on two CPU cores)
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Args:
     """Write a checkpoint of a released size with random weights (no vocabulary)."""
 
     size: Annotated[Literal["124M", "355M", "774M", "1558M"], tyro.conf.Positional]
-    """Which."""
+    """Size of the model."""
     directory: Annotated[Path, tyro.conf.Positional]
-    """Where: a directory that does not exist yet."""
+    """Directory to write; it must not exist yet."""
     format: Literal["tensorflow", "huggingface", "orbax"] = "tensorflow"
-    """In which form: OpenAI's own files, Hugging Face's, or Orbax."""
+    """Format: OpenAI's own files, Hugging Face's, or Orbax."""
     seed: int = 0
     """Seed of the weights."""
 
 
 def main(args: Args) -> None:
-    """Write the checkpoint, with the original's initial values for weights."""
+    """Write the checkpoint with GPT-2's random initial weights."""
     config = gpt2_jax.SIZES[args.size]
     gpt2_jax.save(args.directory, config, gpt2_jax.init_params(config, jax.random.key(args.seed)), format=args.format)
 

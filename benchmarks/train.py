@@ -5,9 +5,9 @@ COMMAND: python benchmarks/train.py --random 124M --batch 4 --tokens 256 [--roun
 
 Needs Linux and the `parity` extra; the first command takes 3 minutes and 5 GB on two CPU cores.
 
-On a CPU the peer is eager torch, on a GPU torch.compile. Each library has a process of its own, so that neither's
-memory nor threads disturb the other's, and they take turns. Arguments by argparse, weights by safetensors: a GPU
-machine often has neither tyro nor TensorFlow.
+On a CPU the peer is eager torch, on a GPU torch.compile. The libraries take turns. Each runs in its own process, so
+that their memory and threads do not disturb each other. The arguments use argparse and the weights safetensors, because
+a GPU machine often has neither tyro nor TensorFlow.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ from turns import ENVIRONMENT, Report, Turns, add_options, alone, choose, peak_b
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config
 
-N_FIRST = 3  # steps before any is timed, whose losses are shown
+N_FIRST = 3  # untimed first steps, whose losses are shown
 HEADINGS = "model, batch x tokens | library | tok/s | ms/step | MFU | peak MB | compile s | first losses | "
 HEADINGS += "ratio | rounds"
 LEGEND = """\
-Every step is on the same batch of random ids: forward, backward, gradients clipped to norm {clip:g}, AdamW (learning
-rate {learning_rate:g}, betas {betas}, epsilon {epsilon:g}, decay {weight_decay:g} on matrices). Dropout is 0 in every
-library. Parameters, optimizer and loss are float32, and matrix products {dtype}{autocast}.{saving}
-torch is Hugging Face's GPT2LMHeadModel{compiled}, with scaled_dot_product_attention and torch's fused AdamW.
-Times are medians over the rounds, of {n_steps}. MFU: tokens/s times 6 N + 12 L D T, N all parameters, over the device's
-bfloat16 peak: {flops}. Compile: the first step less a later one, with no cache on disk. First losses: of the first
-{n_first} steps, a check that all do the same. Ratio: the library's time over ours, the median over rounds.
-Peak MB: {peak}."""
+- Every step uses the same batch of random ids: forward pass, backward pass, gradients clipped to norm {clip:g}, AdamW
+  (learning rate {learning_rate:g}, betas {betas}, epsilon {epsilon:g}, decay {weight_decay:g} on matrices). Dropout is
+  0 in every library.
+- Params, optimizer state and loss are float32. Matrix products are {dtype}{autocast}.{saving}
+- torch: Hugging Face's GPT2LMHeadModel{compiled}, with scaled_dot_product_attention and torch's fused AdamW.
+- Times: of {n_steps}, median over the rounds.
+- MFU: tokens/s times 6 N + 12 L D T (N: all parameters), divided by the device's bfloat16 peak ({flops}).
+- Compile: the time of the first step minus that of a later one, with no cache on disk.
+- First losses: those of the first {n_first} steps. They show that all libraries compute the same.
+- Ratio: the library's time divided by ours, median over the rounds.
+- Peak MB: {peak}."""
 PEAK = {
-    "cpu": "of the process's resident memory once it has loaded, with its weights and its libraries' code",
-    "gpu": "of the device memory that the process's arrays took, from its start",
+    "cpu": "peak resident memory of the process after it has loaded, with its weights and its libraries' code",
+    "gpu": "peak device memory of the process's arrays, from its start",
 }
 
 
@@ -50,11 +53,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, list(PEERS), rounds=5)
     add = parser.add_argument
-    add("--batch", type=int, nargs="+", default=[4], help="rows of a step; several make several cases")
+    add("--batch", type=int, nargs="+", default=[4], help="rows of a step; each number is one case")
     add("--tokens", type=int, default=256, help="tokens of a row")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
-    add("--accumulate", type=int, default=1, help="parts that a step's rows are computed in")
-    add("--remat", action="store_true", help="compute each block anew in the backward pass, in every library")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the matrix products")
+    add("--accumulate", type=int, default=1, help="parts of a step (gradient accumulation)")
+    add("--remat", action="store_true", help="use rematerialization of each block, in every library")
     add("--steps", type=int, help="steps of a turn; default 1 on a CPU, 20 on a GPU")
     args = parser.parse_args()
     if not args.model + args.random:
@@ -68,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 @dataclasses.dataclass
 class Times:
-    """One library's times at one case, in seconds a step, one a round, and what else was seen of it."""
+    """The times of one library in one case, in seconds per step, one per round; and its losses and peak memory."""
 
     first_step: float
     losses: list[float]
@@ -82,7 +85,7 @@ def measure(
     """Time one case: every library in turn, for `args.rounds` rounds or `args.case_seconds`.
 
     Returns:
-      The times of the libraries that did it, and why the others did not.
+      The times of the libraries that finished, and the reasons why others failed.
     """
     times = {}
 
@@ -102,17 +105,17 @@ def measure(
 
 
 def why_not(config: GPT2Config, case: Case, n_libraries: int, memory: int) -> str | None:
-    """Return why a case cannot run here, if it cannot."""
+    """Return why a case cannot run here; None if it can."""
     if case.n_tokens > config.n_ctx:
         return f"{case.n_tokens} tokens are more than n_ctx = {config.n_ctx}"
     if (held := n_libraries * config.adam_bytes) > memory:
         needed, free = f"{held / 1e9:.1f} GB", f"{memory / 1e9:.1f}"
-        return f"weights, gradients and moments of {n_libraries} libraries at once take {needed}, and {free} are free"
+        return f"weights, gradients and moments of {n_libraries} libraries together need {needed}; {free} GB are free"
     return None
 
 
 def table_rows(times: dict[str, Times], config: GPT2Config, case: Case, peak: float | None) -> Iterator[list[str]]:
-    """Yield the cells of each library, from its name on."""
+    """Yield the cells of each library, starting with its name."""
     from gpt2_jax.training.hardware import flops_per_token
 
     ours = times.get("ours")
@@ -130,9 +133,9 @@ def table_rows(times: dict[str, Times], config: GPT2Config, case: Case, peak: fl
 
 
 def legend(args: argparse.Namespace, where: str, peak: float | None) -> str:
-    """Say what is in the table."""
-    saving = [f"A step's rows are computed in {args.accumulate} parts."] * (args.accumulate > 1)
-    saving += ["Blocks are computed anew in the backward pass."] * args.remat
+    """Return the text above the table, which explains its columns."""
+    saving = [f"Gradients are accumulated over {args.accumulate} parts of a step."] * (args.accumulate > 1)
+    saving += ["Every library uses rematerialization of each block."] * args.remat
     return LEGEND.format(
         **OPTIMIZER,
         dtype=args.dtype,
@@ -152,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
     import gpt2_jax
 
     report = Report(args.output)
-    busy = os.getloadavg()[0]  # of others
+    busy = os.getloadavg()[0]  # load of other programs
     machine = alone(survey)
     args.steps = args.steps or (20 if machine.where == "gpu" else 1)
     names, left_out = choose(args.peers, PEERS, machine.where)

@@ -1,8 +1,8 @@
-"""What benchmarks/train.py runs in processes of their own: the libraries it times, which take the same steps.
+"""The libraries that benchmarks/train.py times, each in its own process; all take the same steps.
 
-Every loader returns steps(n), which takes n optimizer steps on the same batch and gives their losses once they are on
-the host, so that whoever times it has waited for the device. All train with AdamW as in OPTIMIZER, gradients clipped,
-no dropout, parameters and optimizer in float32. No library is imported but in the process that needs it.
+Every loader returns steps(n), which takes n optimizer steps on the same batch. It returns their losses when they are on
+the host, so a measured time includes the wait for the device. All train with AdamW as in OPTIMIZER, clipped gradients,
+no dropout, and float32 params and optimizer state. A library is imported only in the process that needs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPTIMIZER = {"learning_rate": 1e-4, "betas": (0.9, 0.95), "epsilon": 1e-8, "weig
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a step is: its shape, the dtype of its products ("float32", "bfloat16"), and how memory is saved."""
+    """The settings of a step: its shape, the dtype of its products ("float32", "bfloat16"), and how memory is saved."""
 
     n_rows: int
     n_tokens: int
@@ -81,7 +81,7 @@ def load_torch(folder: Path, case: Case, where: str, compiled: bool = False) -> 
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if where == "gpu" else "cpu"
     if where == "gpu":
-        torch.set_float32_matmul_precision("high")  # TF32, as JAX does by itself
+        torch.set_float32_matmul_precision("high")  # TF32, the default in JAX
     no_dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
     model = transformers.GPT2LMHeadModel.from_pretrained(
         folder / "hf", dtype=torch.float32, attn_implementation="sdpa", use_cache=False, **no_dropout
@@ -138,8 +138,8 @@ class Peer:
 
     Attributes:
       load: (folder, case, where) -> steps.
-      package: what must be installed.
-      devices: where it runs unless it is asked for: "cpu", "gpu".
+      package: the package that must be installed.
+      devices: devices on which it runs by default: "cpu", "gpu".
     """
 
     load: Callable[[Path, Case, str], Steps]
@@ -160,7 +160,7 @@ def prepare(source: str, random: bool, folder: Path) -> dict[str, int]:
 
 
 def device_flops() -> float | None:
-    """Return the operations a second that the device does at most, if that is known."""
+    """Return the device's peak operations per second; None if that is not known."""
     import jax
 
     from gpt2_jax.training.hardware import peak_flops
@@ -169,7 +169,7 @@ def device_flops() -> float | None:
 
 
 def start(name: str, folder: Path, case: Case, where: str) -> None:
-    """Load a library in a worker process, and forget what that took at its peak."""
+    """Load a library in a worker process, and reset the peak memory after that."""
     global steps
     steps = PEERS[name].load(folder, case, where)
     forget_peak(where)

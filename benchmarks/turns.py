@@ -1,4 +1,4 @@
-"""What the benchmarks share: a look at the machine, and libraries in processes of their own that take turns."""
+"""Shared code of the benchmarks: properties of the machine, and libraries that take turns in their own processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import Any
 SIZES = ("124M", "355M", "774M", "1558M")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what compiling takes is measured
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # the compile time is measured
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the libraries share one GPU
 }
@@ -30,7 +30,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this runs: "cpu" or "gpu", its name, its bandwidth in bytes a second, and bytes of memory to be had."""
+    """The machine: "cpu" or "gpu", its name, its bandwidth in bytes per second, and the available memory in bytes."""
 
     where: str
     name: str
@@ -39,7 +39,7 @@ class Machine:
 
 
 def survey() -> Machine:
-    """Look at the machine."""
+    """Measure the machine."""
     import jax
 
     device = jax.devices()[0]
@@ -51,7 +51,7 @@ def survey() -> Machine:
 
 
 def read_bandwidth() -> float:
-    """Return bytes a second of going through 1 GiB with every core: the best of seven."""
+    """Return bytes per second of reading 1 GiB with all cores: the best of seven."""
     import torch
 
     block = torch.ones(2**28)
@@ -59,7 +59,7 @@ def read_bandwidth() -> float:
 
 
 def copy_bandwidth() -> float:
-    """Return bytes a second, read and written, of copying 4 GiB on the device: the best of seven."""
+    """Return bytes per second, read and written, of copying 4 GiB on the device: the best of seven."""
     import jax
     import jax.numpy as jnp
 
@@ -79,9 +79,9 @@ def best_of(n: int, call: Callable[[], Any]) -> float:
 
 
 def save_weights(source: str, random: bool, folder: Path) -> tuple[Any, Any]:
-    """Write a model's float32 weights in Hugging Face's form, which every library reads, and return it.
+    """Write a model's float32 weights in Hugging Face's format, which every library reads; return (config, params).
 
-    Runs on the CPU, in a process of its own.
+    Runs on the CPU; call it in a separate process.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -98,13 +98,13 @@ def save_weights(source: str, random: bool, folder: Path) -> tuple[Any, Any]:
 
 
 def forget_peak(where: str) -> None:
-    """Let a worker's peak begin anew with what it holds now, where that can be done."""
+    """Reset a worker's peak memory to its present memory, on a CPU. On a GPU this is not possible."""
     if where == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present resident memory
 
 
 def peak_bytes(where: str) -> int:
-    """Return a worker's peak: of resident memory since `forget_peak`; on a GPU, of the device memory it took."""
+    """Return a worker's peak memory in bytes: resident memory since `forget_peak`, or on a GPU its device memory."""
     if where == "cpu":
         status = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
@@ -116,18 +116,18 @@ def peak_bytes(where: str) -> int:
 
 
 def worker() -> ProcessPoolExecutor:
-    """Return one fresh process."""
+    """Return one new process."""
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def alone(call: Callable, *args: Any) -> Any:
-    """Run one call in a process of its own, which gives back all it took when it ends."""
+    """Run one call in its own process, which frees all memory when it ends."""
     with worker() as pool:
         return pool.submit(call, *args).result()
 
 
 class Turns:
-    """Libraries by name, each in a fresh process, that take turns; `failed` says why some no longer do."""
+    """Libraries that take turns, each in its own new process; `failed` says why some no longer run."""
 
     def __init__(self, names: Sequence[str]):
         self.pools = {name: worker() for name in names}
@@ -148,23 +148,23 @@ class Turns:
                 turn(name, lambda *call, pool=self.pools[name]: pool.submit(*call).result())
             except BrokenProcessPool:
                 self.failed[name] = "its process was killed; memory may have run out"
-            except Exception as error:  # whatever a library raises: it is told, and the others go on
+            except Exception as error:  # any error of a library is reported, and the others continue
                 self.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
     def rounds(self, n: int, seconds: float, turn: Callable[[str, Callable], None]) -> None:
-        """Let all take `n` turns; none but the first begins when more than `seconds` have gone since the start."""
+        """Run `n` rounds; only the first round starts if more than `seconds` have passed since the start."""
         for done in range(n):
             if done == 0 or time.perf_counter() - self.begin < seconds:
                 self.take(turn)
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> str:
-    """Return their time over ours: the median over the rounds that both did."""
+    """Return their time divided by ours: the median over the rounds that both finished."""
     return f"{statistics.median(a / b for a, b in zip(theirs, ours, strict=False)):.2f}"
 
 
 def choose(asked: list[str] | None, peers: dict[str, Any], where: str) -> tuple[list[str], list[str]]:
-    """Return which of the peers to time, by default those for the device, and a line on each that is not installed."""
+    """Return the peers to time, by default those for the device, and a line for each that is not installed."""
     names = asked or [name for name, peer in peers.items() if where in peer.devices]
     found = [name for name in names if importlib.util.find_spec(peers[name].package)]
     return found, [f"{name}: {peers[name].package} is not installed" for name in names if name not in found]
@@ -175,14 +175,14 @@ def add_options(parser: argparse.ArgumentParser, peers: Sequence[str], rounds: i
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="DIR", help="a checkpoint in any form; may be repeated")
     add("--random", action="append", default=[], choices=SIZES, help="random weights of this size; may be repeated")
-    add("--rounds", type=int, default=rounds, help="turns each library takes at each case")
-    add("--case-seconds", type=float, default=600, help="no further round of a case begins after so long")
+    add("--rounds", type=int, default=rounds, help="runs of each library in each case")
+    add("--case-seconds", type=float, default=600, help="no new round of a case starts after this time")
     add("--peers", nargs="+", choices=peers, help="default: those for the device that are installed")
-    add("--output", type=Path, metavar="FILE.md", help="write the table there too")
+    add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
 
 
 class Report:
-    """Lines that are printed as they come, and written to a file too if there is one."""
+    """Lines that are printed at once, and also written to a file if there is one."""
 
     def __init__(self, path: Path | None):
         self.path, self.lines = path, []
@@ -195,8 +195,8 @@ class Report:
             self.path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
 
     def title(self, title: str, machine: str) -> None:
-        """Begin with a title, the command, the machine and the versions of the libraries that are installed."""
-        # The folders of this machine are left out of the command.
+        """Write a title, the command, the machine, and the versions of the installed libraries."""
+        # Folder names of this machine are left out of the command.
         words = [f"DIR/{Path(word).name}" if Path(word).is_absolute() else word for word in sys.argv[1:]]
         command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
         names = ("jax", "flax", "torch", "transformers", "ctranslate2")
@@ -205,5 +205,5 @@ class Report:
         self.say(f"{machine}, Python {platform.python_version()}, {', '.join(versions)}.\n")
 
     def headings(self, headings: str) -> None:
-        """Begin a table; `headings` are parted by bars."""
+        """Begin a table; `headings` are separated by bars."""
         self.say(f"| {headings} |\n|" + "---|" * (headings.count("|") + 1))

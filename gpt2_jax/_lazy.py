@@ -1,7 +1,7 @@
-"""Names of a package that are imported when they are first used, so that what needs no JAX does not wait for it.
+"""Lazy imports: the public names of a package are imported when they are first used.
 
-A package's `__getattr__` and `__dir__` (PEP 562) are what `attach` gives; its imports under TYPE_CHECKING say the same
-to readers and type checkers.
+So code that does not need JAX does not wait for its import. `attach` returns the package's `__getattr__` and `__dir__`
+(PEP 562). The package's imports under TYPE_CHECKING declare the same names to readers and type checkers.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 
 def attach(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package: its public names and its modules are imported when asked for.
+    """Return `__getattr__` and `__dir__` of a package. They import its public names and modules on first use.
 
     Args:
-      package: its `__name__`.
-      modules: for each public name the module of the package that has it.
+      package: the package's `__name__`.
+      modules: {public name: the module of the package that defines it}.
     """
 
     def get(name: str) -> Any:

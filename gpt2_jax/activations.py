@@ -1,4 +1,4 @@
-"""The activations of a forward pass by name, and the taps that see and change them.
+"""The activations of a forward pass by name, and the taps that read and change them.
 
 Shape letters: B batch, T query, S cache slot, D n_embd, N heads, H head width, F mlp width.
 """
@@ -16,7 +16,7 @@ import jax
 from gpt2_jax.config import GPT2Config
 
 Tap = Callable[[jax.Array, jax.Array], jax.Array]
-"""Takes an activation and position_BT, int32, the tokens' places in the model's window; gives what goes on instead."""
+"""A function (activation, position_BT) -> new activation; position_BT, int32: each token's position in the window."""
 
 _NORM = {"scale": "BT1", "normalized": "BTD", "out": "BTD"}
 _ATTENTION = {"q": "BTNH", "k": "BTNH", "v": "BTNH", "scores": "BNTS", "pattern": "BNTS", "z": "BTNH", "out": "BTD"}
@@ -39,32 +39,33 @@ BLOCK = {
 }
 AFTER = _below("ln_f", _NORM)
 AXES = MappingProxyType({**BEFORE, **BLOCK, **AFTER})
-"""The axes of each activation, those of a block without its "h3/", in the order in which they are computed.
+"""The axes of each activation, in the order of computation. The names of a block are listed without "h3/".
 
-embed, pos_embed: the rows of wte and wpe; their sum is h0/resid_pre.
-resid_pre, resid_mid, resid_post: the residual stream before a block, between attention and MLP, and behind it.
-ln_*/scale: sqrt(variance + epsilon); normalized: (x - mean) / scale, before g and b; out: after them.
-attn/scores: what goes into the softmax, -1e10 where a token may not look; pattern: what comes out.
-attn/z: each head's mix of values. attn/out, mlp/out: what is added to the residual stream, bias included.
-mlp/pre, mlp/post: the neurons before and after GELU.
-embed and pos_embed are of `param_dtype`; scale, normalized, scores and pattern are float32 at least; all others are of
+- embed, pos_embed: the rows of wte and wpe. Their sum is h0/resid_pre.
+- resid_pre, resid_mid, resid_post: the residual stream before a block, between attention and MLP, and after the block.
+- `ln_*/scale`: sqrt(variance + epsilon); normalized: (x - mean) / scale, before g and b; out: after g and b.
+- attn/scores: the input of the softmax, -1e10 where masked; pattern: the output of the softmax.
+- attn/z: each head's weighted sum of values. attn/out, mlp/out: what is added to the residual stream, with the bias.
+- mlp/pre, mlp/post: the neurons before and after GELU.
+
+embed and pos_embed have `param_dtype`. scale, normalized, scores and pattern are at least float32. All others have
 `compute_dtype`.
 """
 
 
 def activation_names(config: GPT2Config) -> list[str]:
-    """Return the names of all activations of a model, in the order in which they are computed."""
+    """Return the names of all activations of a model, in the order of computation."""
     blocks = [f"h{i}/{name}" for i in range(config.n_layer) for name in BLOCK]
     return [*BEFORE, *blocks, *AFTER]
 
 
 def axes(name: str) -> str:
-    """Return the axes of an activation: "BTNH" of "h3/attn/q"."""
+    """Return the axes of an activation: "BTNH" for "h3/attn/q"."""
     return AXES[re.sub(r"^h\d+/", "", name)]
 
 
 def shape(config: GPT2Config, name: str, n_rows: int, n_tokens: int, n_slots: int | None = None) -> tuple[int, ...]:
-    """Return the shape of an activation of `n_rows` rows of `n_tokens` tokens; S is T where there is no cache."""
+    """Return the shape of an activation for `n_rows` rows of `n_tokens` tokens. S is T if `n_slots` is None."""
     sizes = {
         "B": n_rows,
         "T": n_tokens,
@@ -79,10 +80,14 @@ def shape(config: GPT2Config, name: str, n_rows: int, n_tokens: int, n_slots: in
 
 
 def select(config: GPT2Config, patterns: str | Sequence[str]) -> list[str]:
-    r"""Return the names in which a pattern, a regular expression, is found: r"h\d+/attn/pattern", "resid_post$", ".".
+    r"""Return the activation names that match any of the patterns.
+
+    Args:
+      config: the model's config.
+      patterns: regular expressions, such as r"h\d+/attn/pattern", "resid_post$" or ".".
 
     Raises:
-      ValueError: a pattern that is none, or is found in no name.
+      ValueError: a pattern is not a regular expression, or matches no activation name.
     """
     names = activation_names(config)
     chosen = set()
@@ -90,18 +95,18 @@ def select(config: GPT2Config, patterns: str | Sequence[str]) -> list[str]:
         try:
             found = [name for name in names if re.search(pattern, name)]
         except (re.error, TypeError) as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         if not found:
-            raise ValueError(f"no activation's name holds {pattern!r}{_like(pattern, names)}")
+            raise ValueError(f"no activation name matches {pattern!r}{_like(pattern, names)}")
         chosen.update(found)
     return [name for name in names if name in chosen]
 
 
 def check_names(config: GPT2Config, names: Sequence[str]) -> None:
-    """Check that these are names of activations.
+    """Check that all names are activations of the model.
 
     Raises:
-      ValueError: one is not.
+      ValueError: a name is not an activation.
     """
     known = activation_names(config)
     for name in set(names) - set(known):
@@ -110,7 +115,7 @@ def check_names(config: GPT2Config, names: Sequence[str]) -> None:
 
 def _like(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=3) or [names[0], names[-1]]
-    return f"; there are {', '.join(close)} and others: activation_names(config) lists them all"
+    return f"; the names include {', '.join(close)}: activation_names(config) lists them all"
 
 
 class _Module(Protocol):
@@ -119,18 +124,18 @@ class _Module(Protocol):
 
 
 class Taps:
-    """The taps of one forward pass, which the modules call with each activation; without a tap it is left alone."""
+    """The taps of one forward pass. Modules call it with each activation. One without a tap stays unchanged."""
 
     def __init__(self, taps: Mapping[str, Tap], position_BT: Any = None, n_outer: int = 0):
-        """Take the taps by name; `n_outer` is the number of modules that the model itself stands in."""
+        """Take the taps by name. `n_outer` is the number of modules that enclose the model."""
         self._taps, self._position_BT, self._n_outer = taps, position_BT, n_outer
 
     def on(self, module: _Module, *names: str) -> bool:
-        """Say whether one of the module's activations has a tap."""
+        """Return whether one of the module's activations has a tap."""
         return any(self._name(module, name) in self._taps for name in names)
 
     def __call__(self, module: _Module, name: str, value: jax.Array) -> jax.Array:
-        """Return what goes on in place of the module's activation."""
+        """Return the module's activation, changed by its tap if it has one."""
         tap = self._taps.get(self._name(module, name)) if self._taps else None
         return value if tap is None else tap(value, self._position_BT)
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns the value as a plain Python one, or raises ValueError with one sentence."""
+"""Argument checks. Each returns the value as a plain Python value, or raises a ValueError of one sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def whole_number(name: str, value: Any, low: float = 0, high: float = math.inf) -> int:
-    """Return a whole number in [low, high] as an int: Python's, NumPy's and JAX's integers are taken, bools are not.
+    """Return a whole number in [low, high] as an int. Python, NumPy and JAX integers are accepted; bools are not.
 
     Raises:
       ValueError: "NAME must be a whole number, LOW or more, not VALUE".
@@ -32,7 +32,7 @@ def real_number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """Return a finite number in [low, high] as a float; `open_low` and `open_high` leave that end out.
+    """Return a finite number in [low, high] as a float. `open_low` and `open_high` exclude that end.
 
     Raises:
       ValueError: "NAME must be a number, LOW or more, not VALUE".
@@ -50,7 +50,7 @@ def real_number(
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> str:
-    """Return one of some strings.
+    """Return `value`, which must be one of the strings in `choices`.
 
     Raises:
       ValueError: "NAME must be one of A, B, not VALUE".

@@ -1,4 +1,4 @@
-"""The hyperparameters of a GPT-2, and what follows from them: exact parameter counts and bytes of memory."""
+"""The hyperparameters of a GPT-2 model, and its exact parameter counts and bytes of memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gpt2_jax.checks import real_number, whole_number
 
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-BOOK_WORDS = {  # of the build-an-LLM books' configs; their drop_rate and qkv_bias come on top
+BOOK_WORDS = {  # names in the configs of the build-an-LLM books; they also have drop_rate and qkv_bias
     "vocab_size": "n_vocab",
     "context_length": "n_ctx",
     "emb_dim": "n_embd",
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
-LARGEST = 2**31 - 1  # of a hyperparameter: JAX counts in int32
+LARGEST = 2**31 - 1  # largest value of a hyperparameter: JAX uses int32
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -29,21 +29,22 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 class GPT2Config:
     """Hyperparameters under the names of OpenAI's hparams.json, dropout rates and dtypes.
 
-    Frozen and hashable, so that it can be a static argument of a jitted function.
+    It is frozen and hashable, so it can be a static argument of a jitted function.
 
     Attributes:
       n_vocab: number of token ids (50,257 for the released vocabulary).
-      n_ctx: longest sequence, in tokens: the number of rows of `wpe`.
+      n_ctx: longest sequence in tokens, which is the number of rows of `wpe`.
       n_embd: width of the residual stream; a multiple of n_head.
-      n_head: attention heads a layer.
+      n_head: attention heads per layer.
       n_layer: number of blocks.
-      embd_pdrop, attn_pdrop, resid_pdrop: dropout rates in [0, 1) after the embeddings, on the attention weights, and
-        on what a block adds to the residual stream. Used only where a caller passes `deterministic=False`.
-      param_dtype: dtype the parameters are stored in.
-      compute_dtype: dtype of the matrix products' inputs; LayerNorm, softmax and logits are float32 at least.
+      embd_pdrop, attn_pdrop, resid_pdrop: dropout rates in [0, 1): after the embeddings, on the attention weights, and
+        on what a block adds to the residual stream. They apply only with `deterministic=False`.
+      qkv_bias: False means that the query, key and value biases are 0 and get no gradient.
+      param_dtype: dtype of the stored parameters.
+      compute_dtype: dtype of the inputs of matrix products; LayerNorm, softmax and logits are at least float32.
 
     Raises:
-      ValueError: a value of the wrong type or out of range.
+      ValueError: a value has the wrong type or is out of range.
     """
 
     n_vocab: int
@@ -72,7 +73,7 @@ class GPT2Config:
 
     @classmethod
     def from_hparams(cls, hparams: Mapping[str, Any]) -> GPT2Config:
-        """Build a config from the contents of an hparams.json: exactly its five names.
+        """Build a config from the contents of an hparams.json, which has exactly five names.
 
         Raises:
           ValueError: a name is unknown or missing, or a value is not a positive whole number.
@@ -82,13 +83,13 @@ class GPT2Config:
 
     @classmethod
     def from_book(cls, settings: Mapping[str, Any]) -> GPT2Config:
-        """Build a config from the words of the build-an-LLM books.
+        """Build a config from the names that the build-an-LLM books use.
 
-        They are vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate (of all three dropouts) and qkv_bias.
-        For the released weights set qkv_bias to True, as the books do: they have these biases.
+        The names are vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate (for all three dropout rates)
+        and qkv_bias. For the released weights set qkv_bias to True, as the books do: those weights have these biases.
 
         Raises:
-          ValueError: a word is unknown or missing, or a value is out of range.
+          ValueError: a name is unknown or missing, or a value is out of range.
         """
         _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"))
         rates: dict[str, Any] = dict.fromkeys(DROPOUT_RATES, settings["drop_rate"])
@@ -110,7 +111,7 @@ class GPT2Config:
 
     @property
     def param_counts(self) -> dict[str, int]:
-        """Exact number of parameters by part, over all layers; the tied output head is `wte` and counts once."""
+        """Exact number of parameters by part, over all layers. The output head is `wte` itself and is counted once."""
         d, n = self.n_embd, self.n_layer
         return {
             "wte": self.n_vocab * d,
@@ -127,7 +128,7 @@ class GPT2Config:
 
     @property
     def param_bytes(self) -> int:
-        """Bytes the parameters take in `param_dtype`."""
+        """Bytes of the parameters in `param_dtype`."""
         return self.n_params * self.param_dtype.itemsize
 
     def cache_bytes(self, batch_size: int, length: int) -> int:
@@ -142,7 +143,7 @@ class GPT2Config:
 
 def _check_names(values: Mapping[str, Any], names: tuple[str, ...]) -> None:
     if not isinstance(values, Mapping):
-        raise ValueError(f"hyperparameters must map names to numbers, not be a {type(values).__name__}")
+        raise ValueError(f"hyperparameters must be a mapping of names to numbers, not a {type(values).__name__}")
     unknown = [str(name) for name in values if name not in names]
     missing = [name for name in names if name not in values]
     if unknown:
@@ -152,7 +153,7 @@ def _check_names(values: Mapping[str, Any], names: tuple[str, ...]) -> None:
 
 
 def float_dtype(name: str, value: Any, allowed: tuple[str, ...] = FLOAT_DTYPES) -> np.dtype:
-    """Return the dtype that a user names; ValueError, under that name, where it is not one of those allowed."""
+    """Return `value` as a dtype. If it is not one of `allowed`, raise a ValueError that starts with `name`."""
     try:
         dtype = None if value is None else jnp.dtype(value)
     except TypeError:
@@ -174,4 +175,4 @@ SIZES: Mapping[str, GPT2Config] = MappingProxyType(
         "1558M": _released(n_embd=1600, n_head=25, n_layer=48),
     }
 )
-"""The released sizes, by the names of the release."""
+"""The configs of the released models, by name."""

@@ -1,10 +1,14 @@
-"""Pictures as files: which names they may have, and writing them whole or not at all."""
+"""Pictures: the figure that all of them are drawn into, the names of their files, and writing a file in one step.
+
+matplotlib is imported when `Figure` is first used, and not before.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpt2_jax.files import expanded, replacing_file
 
@@ -12,6 +16,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
+
+
+def __getattr__(name: str) -> Any:
+    """Make the class `Figure` when it is first asked for (PEP 562)."""
+    if name != "Figure":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from matplotlib.figure import Figure as Base
+
+    class Figure(Base):
+        """A matplotlib Figure that a notebook shows as the value of a cell, without pyplot and `%matplotlib`."""
+
+        __module__, __qualname__ = __name__, "Figure"  # pickle finds the class under these names
+
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    return globals().setdefault("Figure", Figure)
 
 
 def check_path(path: str | os.PathLike) -> Path:

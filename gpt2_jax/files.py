@@ -1,9 +1,9 @@
-"""Where files are kept, reading them, replacing them in one step, and locks.
+"""Where files are kept; how they are read and replaced in one step; locks.
 
-Whatever takes a name in one step is on the disk before it does: every file of it is flushed (fsync), then it is
-renamed, then the folder that holds the name is flushed. So a power cut, like a kill, leaves the old or the new, and
-nothing that is removed afterwards is gone before the new is there. Files that grow (a download's part, JSON lines) are
-not flushed as they grow: what reads them finds out how far they are good.
+A file or folder is on the disk before it takes its final name: all its files are flushed (fsync), then it is renamed,
+then the folder that contains it is flushed. So a power cut or a kill leaves the old version or the new one, and the
+old one is removed only when the new one is on the disk. Files that grow (a partial download, JSON lines) are not
+flushed as they grow: their readers find out how much of them is valid.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ABANDONED = 24 * 3600  # seconds after which nobody can still be writing under a temporary name
-LISTED = 5  # names that a message lists
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems that know no locks
+ABANDONED = 24 * 3600  # seconds; no process writes under a temporary name for longer
+LISTED = 5  # most names listed in a message
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # errors of file systems without locks
 
 
 def cache_dir() -> Path:
@@ -37,8 +37,8 @@ def cache_dir() -> Path:
         return Path(base) / "gpt2-jax"
     try:
         return Path.home() / ".cache" / "gpt2-jax"
-    except RuntimeError as error:  # no HOME and no such user, as in some containers
-        raise OSError("there is no home folder to keep files in: name a folder in GPT2_JAX_CACHE") from error
+    except RuntimeError as error:  # no HOME and an unknown user, as in some containers
+        raise OSError("there is no home folder to keep files in: set GPT2_JAX_CACHE to a folder") from error
 
 
 def expanded(path: str | os.PathLike) -> Path:
@@ -55,15 +55,15 @@ def expanded(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """Give a new folder to fill, which takes the name and place of `directory` in one step at the end of the block.
+    """Yield a new folder to fill. At the end of the block it replaces `directory` in one step.
 
-    Killed at any moment, or on any error, `directory` is as it was or as it should become. Where the system cannot
-    exchange two names at once (Windows, some network file systems) there is a moment when only a hidden name beside it
-    holds what it was.
+    After a kill at any moment, or an error, `directory` has its old contents or its complete new ones. If the system
+    cannot exchange two names at once (Windows, some network file systems), there is a moment when the old contents are
+    only under a hidden name in the same folder.
 
     Args:
-      directory: a folder that is there or not.
-      check: called just before an existing folder is replaced; what it raises stops that.
+      directory: the folder to write; it may exist.
+      check: called just before an existing folder is replaced. If it raises, the folder is not replaced.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -76,18 +76,18 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
         put_in_place(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if temporary.exists():  # threads of a library that failed may still have been writing there
+        if temporary.exists():  # threads of a failed library call may still write to it
             time.sleep(0.5)
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def replacing_file(path: Path, temporary: Path | None = None) -> Iterator[Path]:
-    """Give the name of a file to write, which takes the name of `path` in one step at the end of the block.
+    """Yield the name of a file to write. At the end of the block that file replaces `path` in one step.
 
     Args:
-      path: a file that is there or not.
-      temporary: the name to write under, in the same folder, where nobody else writes; None is a new one.
+      path: the file to write; it may exist.
+      temporary: the name to write under, in the same folder, which no other process uses; None makes a new one.
     """
     temporary = beside(path) if temporary is None else temporary
     try:
@@ -98,9 +98,9 @@ def replacing_file(path: Path, temporary: Path | None = None) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Let a file or folder that is whole take a name in one step, once it is on the disk.
+    """Flush a complete file or folder to the disk, and give it the name `path` in one step.
 
-    A file that had the name is gone then; a folder that had it has the name `new`.
+    An old file of that name is gone then. An old folder has the name `new`.
     """
     flush(new)
     if new.is_dir() and path.exists():
@@ -111,7 +111,7 @@ def put_in_place(new: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    """Wait until a file, or a folder with all its contents, is on the disk."""
     if not path.is_dir():
         _flush_one(path)
         return
@@ -121,7 +121,7 @@ def flush(path: Path) -> None:
 
 
 def _flush_one(path: Path) -> None:
-    # Windows opens no folders, and some network file systems flush none.
+    # Windows cannot open folders, and some network file systems cannot flush them.
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
@@ -131,7 +131,7 @@ def _flush_one(path: Path) -> None:
 
 
 def beside(path: Path) -> Path:
-    """Return a new hidden name in the same folder, and clear those that killed processes left there long ago."""
+    """Return a new hidden name in the same folder. Delete old ones there that killed processes left behind."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > ABANDONED:
@@ -140,7 +140,7 @@ def beside(path: Path) -> Path:
 
 
 def exchange(new: Path, old: Path) -> None:
-    """Let two folders exchange their names: in one system call where the system and the file system have it."""
+    """Exchange the names of two folders: in one system call if the system and the file system support it."""
     libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     if libc is not None and hasattr(libc, "renameat2"):  # Linux; AT_FDCWD is -100, RENAME_EXCHANGE 2
         done = libc.renameat2(-100, os.fsencode(new), -100, os.fsencode(old), 2) == 0
@@ -162,16 +162,16 @@ def exchange(new: Path, old: Path) -> None:
 def check_replaceable(
     folder: Path, what: str, others: Callable[[set[str]], Iterable[str]], overwrite: bool = True
 ) -> None:
-    """Check that a folder may be written: it is absent or empty, or holds what may be replaced and nothing else.
+    """Check that a folder may be written: it is absent, empty, or contains only what may be replaced.
 
     Args:
-      folder: the one to write.
-      what: a name for what it may hold, for the messages: "a saved model".
-      others: returns those of the names in the folder that do not belong to such a thing.
-      overwrite: whether such a thing may be replaced.
+      folder: the folder to write.
+      what: what the folder may contain, in words for the messages: "a saved model".
+      others: takes the names in the folder, and returns those that do not belong to `what`.
+      overwrite: whether `what` may be replaced.
 
     Raises:
-      FileExistsError: the name is a file's, or the folder holds something that may not be replaced.
+      FileExistsError: the name belongs to a file, or the folder contains something that may not be replaced.
     """
     if not folder.exists():
         return
@@ -182,22 +182,22 @@ def check_replaceable(
         raise FileExistsError(f"{folder} exists: choose another folder, or replace {what} in it with --overwrite")
     if names and (found := sorted(others(names))):
         listed = ", ".join(found[:LISTED]) + (f" and {len(found) - LISTED} more" if len(found) > LISTED else "")
-        raise FileExistsError(f"{folder} holds other things than {what} ({listed}), which stay: choose another folder")
+        raise FileExistsError(f"{folder} contains files that are not part of {what} ({listed}): choose another folder")
 
 
 @contextlib.contextmanager
 def lock(path: Path, busy: Exception | None = None, waiting: str = "") -> Iterator[None]:
-    """Keep other processes out of a block with the same lock; the lock ends with the process, however it ends.
+    """Keep other processes with the same lock out of a block. The lock ends with the process, however it ends.
 
-    On a file system that knows no locks nobody is kept out.
+    On a file system without locks, no process is kept out.
 
     Args:
-      path: an empty file, which is made; it may stay behind.
-      busy: is raised where another process holds the lock; None waits for it.
-      waiting: a line for standard error before it waits.
+      path: an empty file. It is created, and may remain afterwards.
+      busy: the error to raise if another process holds the lock; None waits for that process.
+      waiting: a line to print on standard error before waiting.
 
     Raises:
-      OSError: the file cannot be made.
+      OSError: the file cannot be created.
     """
     from filelock import FileLock, Timeout
 
@@ -223,7 +223,7 @@ def read_text(path: Path) -> str:
     """Return the contents of a text file in UTF-8, without a byte order mark.
 
     Raises:
-      FileNotFoundError: the file is not there.
+      FileNotFoundError: the file does not exist.
       ValueError: it is not UTF-8 text.
     """
     if not path.is_file():
@@ -238,7 +238,7 @@ def read_json(path: Path) -> Any:
     """Return the contents of a JSON file.
 
     Raises:
-      FileNotFoundError: the file is not there.
+      FileNotFoundError: the file does not exist.
       ValueError: it is not UTF-8 text, or not JSON.
     """
     try:
@@ -254,14 +254,14 @@ def sha256_of(path: Path) -> str:
 
 
 def hash_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the sha256 of files in a folder and those below it by their names from there ("d/0a1b").
+    """Return {name: sha256} of the files in a folder and its subfolders; names are relative to it ("d/0a1b").
 
     Args:
-      folder: which.
-      names: of the files; those that are not there are left out. None is all.
+      folder: the folder.
+      names: the files to hash, without those that do not exist. None means all.
     """
     candidates = folder.rglob("*") if names is None else (folder / name for name in names)
     paths = [path for path in sorted(candidates) if path.is_file()]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
         digests = pool.map(sha256_of, paths)
         return {path.relative_to(folder).as_posix(): found for path, found in zip(paths, digests, strict=True)}

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens seen so far: a plain pytree, an argument and a result, never module state.
+"""The KV cache: keys and values of the tokens so far. It is a plain pytree that functions take and return.
 
 Shape letters: B batch, T query, S cache slot, N heads, H head width.
 """
@@ -19,19 +19,19 @@ from gpt2_jax.config import GPT2Config
 
 @struct.dataclass
 class KVCache:
-    """One K and one V array a layer (a stack of layers would make XLA copy the lot at every step).
+    """One K and one V array per layer. (If all layers were one array, XLA would copy it at every step.)
 
-    Every row writes the same slots, so that one step is one slice; what a row pads is False in `mask_BS`.
+    All rows write the same slots, so one step writes one slice. `mask_BS` is False for padding.
 
-    What a loop carries and writes, XLA copies, here several times a step. So a decoding loop carries a few slots and
-    leaves the long rest in `past`, which it only reads; `merge` moves the few into it once they are full.
+    XLA copies every array that a loop updates, here several times per step. So a decoding loop updates a cache of a few
+    slots, and only reads the long rest in `past`. When the few slots are full, `merge` moves them into `past`.
 
     Attributes:
-      k_BNHS: keys, one array a layer, in `compute_dtype`.
-      v_BNSH: values, one array a layer, in `compute_dtype`.
+      k_BNHS: keys, one array per layer, in `compute_dtype`.
+      v_BNSH: values, one array per layer, in `compute_dtype`.
       mask_BS: bool, True where a slot holds a real token.
-      length: int32 scalar, slots written so far.
-      past: the cache of earlier tokens, read and never written; None where this one holds all of them.
+      length: int32 scalar, number of slots written so far.
+      past: the cache of earlier tokens, which is only read; None if this cache holds all tokens.
     """
 
     k_BNHS: tuple[jax.Array, ...]
@@ -42,12 +42,12 @@ class KVCache:
 
     @property
     def n_slots(self) -> int:
-        """Number of slots, written or not, without those of `past`."""
+        """Number of slots, written or not, excluding those of `past`."""
         return self.mask_BS.shape[1]
 
     @property
     def n_tokens_B(self) -> jax.Array:
-        """Number of real tokens of each row, those of `past` included."""
+        """Number of real tokens of each row, including those of `past`."""
         n_tokens_B = self.mask_BS.sum(-1, dtype=jnp.int32)
         return n_tokens_B if self.past is None else n_tokens_B + self.past.n_tokens_B
 
@@ -55,7 +55,7 @@ class KVCache:
 def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
     """Return an empty cache of `length` slots for `batch_size` rows: `config.cache_bytes(batch_size, length)` bytes.
 
-    `length` counts padding too, so it may exceed n_ctx where rows are padded.
+    `length` counts padding too, so it may exceed n_ctx if rows are padded.
 
     Raises:
       ValueError: batch_size or length is not a positive whole number.
@@ -71,10 +71,10 @@ def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
 
 
 def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int) -> None:
-    """Check that `n_tokens` more tokens of `n_rows` rows can go into a cache of a model with this config.
+    """Check that a cache fits this config and `n_rows` rows, and has at least `n_tokens` slots.
 
     Raises:
-      ValueError: not a KVCache, one of another model, of other rows or dtype, or with fewer slots than tokens.
+      ValueError: it is not a KVCache, has fewer slots than tokens, or fits another model, number of rows or dtype.
     """
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache must be a KVCache, as init_cache makes it, not a {type(cache).__name__}")
@@ -94,7 +94,7 @@ def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int) 
 
 
 def insert(cache: KVCache, other: KVCache, row_G: jax.Array) -> KVCache:
-    """Return the cache with the rows `row_G` replaced by those of another, at most as long: their slots come first."""
+    """Return `cache` with the rows `row_G` replaced by those of `other`, from slot 0; `other` must not be longer."""
     n_slots = other.n_slots
 
     def put(array: jax.Array, new: jax.Array, axis: int) -> jax.Array:
@@ -110,9 +110,9 @@ def insert(cache: KVCache, other: KVCache, row_G: jax.Array) -> KVCache:
 
 
 def merge(past: KVCache, recent: KVCache) -> KVCache:
-    """Return `past` with the tokens of `recent` behind each row's own, which must be its first slots.
+    """Return `past` with the tokens of `recent` appended to each row. The tokens of a row must be in its first slots.
 
-    Past the tokens there must be as many slots as `recent` has, written or not.
+    After them, `past` must have at least as many free slots as `recent` has slots, written or not.
     """
     n_tokens_B = past.n_tokens_B
 
@@ -129,5 +129,5 @@ def merge(past: KVCache, recent: KVCache) -> KVCache:
 
 
 def write_slots(array: jax.Array, new: jax.Array, start: jax.Array | int, axis: int) -> jax.Array:
-    """Return `array` with `new` written from slot `start` on along `axis` (clamped at the end: callers check)."""
+    """Return `array` with `new` written along `axis` from `start` on. XLA clamps `start`, so callers must check it."""
     return lax.dynamic_update_slice_in_dim(array, new.astype(array.dtype), start, axis)

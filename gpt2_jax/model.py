@@ -1,6 +1,6 @@
-"""GPT-2 as Flax linen modules that declare their parameters under OpenAI's names and shapes, and do the arithmetic.
+"""GPT-2 as Flax linen modules, whose parameters have OpenAI's names and shapes.
 
-Shape letters, here and everywhere: B batch, T query, S cache slot, D n_embd, N heads, H head width, F mlp width,
+Shape letters, here and in all files: B batch, T query, S cache slot, D n_embd, N heads, H head width, F mlp width,
 V vocab.
 Source: openai/gpt-2, src/model.py.
 """
@@ -28,16 +28,16 @@ from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
 from gpt2_jax.products import product
 
-EPSILON = 1e-5  # the original's; Flax's own default is 1e-6
+EPSILON = 1e-5  # the original's value; Flax's default is 1e-6
 
 
 @struct.dataclass
 class Output:
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
       logits: [B, T, V], float32 (float64 under a float64 `compute_dtype`).
-      cache: the cache with this call's tokens added; None where none was passed.
+      cache: the cache with this call's tokens added; None if none was passed.
     """
 
     logits: jax.Array
@@ -45,9 +45,9 @@ class Output:
 
 
 def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
-    """Return a module's parameter, as `module.param` does, in half the time it takes to trace the whole model.
+    """Return a module's parameter, like `module.param`, but tracing the whole model takes half the time.
 
-    Flax compares its shape with that of traced initial values; that is here a comparison with `shape`.
+    Flax traces the initial values to compare shapes. Here the parameter's shape is compared with `shape`.
     """
     if module.is_initializing() or not module.has_variable("params", name):
         return module.param(name, init, shape, module.config.param_dtype)
@@ -59,13 +59,13 @@ def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with biased variance, computed in float32 at least."""
+    """Layer normalization with biased variance, computed in at least float32."""
 
     config: GPT2Config
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, taps: Taps = NO_TAPS) -> jax.Array:
-        """Return x_BTD normalised over D, scaled by `g` and shifted by `b`, in `compute_dtype`."""
+        """Return x_BTD normalized over D, scaled by `g` and shifted by `b`, in `compute_dtype`."""
         g_D = param(self, "g", ones, (x_BTD.shape[-1],))
         b_D = param(self, "b", zeros, (x_BTD.shape[-1],))
         x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
@@ -74,13 +74,13 @@ class LayerNorm(nn.Module):
         inverse_BT1 = jax.lax.rsqrt(variance_BT1)
         if taps.on(self, "scale"):
             scale_BT1 = jnp.sqrt(variance_BT1)
-            inverse_BT1 = inverse_BT1 * (scale_BT1 / taps(self, "scale", scale_BT1))  # times 1 where nothing changes
+            inverse_BT1 = inverse_BT1 * (scale_BT1 / taps(self, "scale", scale_BT1))  # times 1 without a change
         x_BTD = taps(self, "normalized", x_BTD * inverse_BT1)
         return taps(self, "out", (x_BTD * g_D + b_D).astype(self.config.compute_dtype))
 
 
 class Conv1D(nn.Module):
-    """A dense layer, `x @ w + b` with w (in, out): the original calls it a convolution of width 1."""
+    """A dense layer, `x @ w + b` with w (in, out). The original calls it a convolution of width 1."""
 
     config: GPT2Config
     n_out: int
@@ -98,7 +98,7 @@ class Conv1D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; c_attn's columns are q | k | v."""
+    """Multi-head attention. The columns of c_attn are q, k and v, in this order."""
 
     config: GPT2Config
 
@@ -113,16 +113,16 @@ class Attention(nn.Module):
         deterministic: bool,
         taps: Taps,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Attend over the slots of this layer, the T new ones written from `start` on.
+        """Attend over the slots of this layer. The T new tokens are written to slots from `start` on.
 
         Args:
-          x_BTD: the normalised residual stream.
-          mask_BTS: bool, True where query t may see slot s.
-          kv: this layer's k_BNHS and v_BNSH of a cache; None means that the T new tokens are all there is (S = T).
+          x_BTD: the normalized residual stream.
+          mask_BTS: bool, True where query t may attend to slot s.
+          kv: this layer's k_BNHS and v_BNSH of a cache; None means that there are only the T new tokens (S = T).
           start: the first slot to write in `kv`.
-          past: k_BNHS, v_BNSH and mask_BTS of earlier slots, if the cache has them apart.
-          deterministic: no dropout.
-          taps: see and change activations.
+          past: k_BNHS, v_BNSH and mask_BTS of earlier slots, if the cache keeps them separately.
+          deterministic: True means no dropout.
+          taps: functions that read and change activations.
 
         Returns:
           What attention adds to the residual stream [B, T, D], and the layer's new (k_BNHS, v_BNSH).
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         see = [functools.partial(taps, self, name) for name in ("scores", "pattern")]
         if past is not None or k_BNHS.shape[-1] != x_BTD.shape[1]:
             z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past, *see)
-        elif taps.on(self, "scores", "pattern"):  # from here on the new tokens are all there is: `start` is 0
+        elif taps.on(self, "scores", "pattern"):  # from here on there are only the new tokens: `start` is 0
             z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see)
         else:
             z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout)
@@ -150,7 +150,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with the tanh form of GELU between, F = 4 D wide."""
+    """Two dense layers with the tanh form of GELU between them. The width F is 4 D."""
 
     config: GPT2Config
 
@@ -164,7 +164,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention, then MLP, each added to the residual stream."""
+    """One pre-norm layer: attention, then MLP. Each is added to the residual stream."""
 
     config: GPT2Config
 
@@ -179,7 +179,7 @@ class Block(nn.Module):
         deterministic: bool = True,
         taps: Taps = NO_TAPS,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Return the residual stream after this layer, and its new (k_BNHS, v_BNSH); arguments as Attention's."""
+        """Return the residual stream after this layer, and its new (k_BNHS, v_BNSH). Arguments: see Attention."""
         x_BTD = taps(self, "resid_pre", x_BTD)
         h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD, taps)
         h_BTD, kv = Attention(self.config, name="attn")(h_BTD, mask_BTS, kv, start, past, deterministic, taps)
@@ -192,17 +192,17 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """The whole model: `GPT2(config).apply({"params": params}, tokens_BT).logits`.
 
-    `__call__` is `hidden` then `unembed`; each can be called alone with `apply(..., method="hidden")`.
+    `__call__` is `hidden`, then `unembed`. Each can be called separately: `apply(..., method="hidden")`.
 
     Attributes:
       config: the hyperparameters.
-      remat: keep only the residual stream before each block for a backward pass, which computes the rest anew.
+      remat: rematerialization: keep only the residual stream before each block; the backward pass recomputes the rest.
     """
 
     config: GPT2Config
     remat: bool = False
 
-    if TYPE_CHECKING:  # what it returns depends on `method`
+    if TYPE_CHECKING:  # the return type depends on `method`
 
         def apply(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
             ...
@@ -211,7 +211,7 @@ class GPT2(nn.Module):
         """Declare wte, wpe, h0 ... and ln_f."""
         config = self.config
         if "float64" in (config.param_dtype.name, config.compute_dtype.name) and not _has_float64():
-            raise ValueError('JAX computes float64 in float32 without jax.config.update("jax_enable_x64", True)')
+            raise ValueError('float64 needs jax.config.update("jax_enable_x64", True); without it JAX uses float32')
         self.wte = param(self, "wte", normal(0.02), (config.n_vocab, config.n_embd))
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
         block = nn.remat(Block, static_argnums=(6, 7)) if self.remat else Block  # `deterministic` and `taps`
@@ -231,22 +231,22 @@ class GPT2(nn.Module):
         """Compute the logits of the next token at every position.
 
         Args:
-          tokens_BT: token ids, any integer dtype. Inside a compiled program nothing can raise, so an id outside the
-            vocabulary, a position beyond n_ctx or a full cache gives its row NaN, never another token's numbers.
-          mask_BT: bool, True for real tokens; None means all. Padding may stand anywhere: positions count the real
-            tokens, and nobody sees the padding, so that a padded row equals the row alone.
-          cache: what came before, from `init_cache` or an earlier call; None means that this is all there is.
-          deterministic: False asks for dropout and needs `rngs={"dropout": key}`.
-          taps: {activation's name: function (value, position_BT) -> what goes on in its place}; position_BT, int32,
-            are the tokens' places in the row. `gpt2_jax.activations` has the names, `gpt2_jax.research` ready taps.
+          tokens_BT: token ids, any integer dtype. A compiled program cannot raise errors. So an id outside the
+            vocabulary, a position beyond n_ctx or a full cache gives NaN in its row, never another token's numbers.
+          mask_BT: bool, True for real tokens; None means all. Padding may be anywhere in a row. Positions count only
+            real tokens, and no token attends to padding. So a row gives the same results with and without padding.
+          cache: the earlier tokens, from `init_cache` or an earlier call; None means that there are none.
+          deterministic: False applies dropout, and needs `rngs={"dropout": key}`.
+          taps: {activation name: function (value, position_BT) -> new value}. position_BT, int32, has the tokens'
+            positions in the row. `gpt2_jax.activations` lists the names. `gpt2_jax.research` makes taps.
 
         Returns:
           Output with logits [B, T, V] and the new cache.
 
         Raises:
-          ValueError: a shape or dtype that does not fit, more than n_ctx tokens in a call without a mask (with one, the
-            padding does not count), a cache of another model, of other rows, or with fewer slots than tokens, or a tap
-            on what is no activation, or on one that is computed twice (`remat`).
+          ValueError: a shape or dtype does not fit; a call without a mask has more than n_ctx tokens (with a mask,
+            padding does not count); the cache is of another model or other rows, or has fewer slots than tokens; a tap
+            has an unknown name, or is used with `remat`, which computes activations twice.
         """
         h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic, taps)
         return Output(logits=self.unembed(h_BTD), cache=cache)
@@ -259,7 +259,7 @@ class GPT2(nn.Module):
         deterministic: bool = True,
         taps: Mapping[str, Tap] | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Return the residual stream after ln_f [B, T, D], and the new cache; arguments as `__call__`'s."""
+        """Return the residual stream after ln_f [B, T, D], and the new cache. Arguments: see `__call__`."""
         tokens_BT, mask_BT = self._check(tokens_BT, mask_BT, cache, deterministic)
         start, n_tokens_B1 = (0, 0) if cache is None else (cache.length, cache.n_tokens_B[:, None])
         position_BT = jnp.where(mask_BT, n_tokens_B1 + jnp.cumsum(mask_BT, axis=-1) - 1, 0)
@@ -288,7 +288,7 @@ class GPT2(nn.Module):
         return self.ln_f(x_BTD, seen), cache
 
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
-        """Return the logits [..., V] of hidden states [..., D]: a product with `wte` itself, accumulated in float32."""
+        """Return the logits [..., V] of hidden states [..., D]: a product with `wte`, in at least float32."""
         dtype = self.config.compute_dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         return product(h_BTD.astype(dtype), self.wte.astype(dtype), transposed=True, dtype=wide)
@@ -298,13 +298,13 @@ class GPT2(nn.Module):
             return NO_TAPS
         check_names(self.config, list(taps))
         if self.remat:
-            raise ValueError("a tap would see what is computed anew for the backward pass: use GPT2 without remat")
+            raise ValueError("taps do not work with remat, which computes activations twice: use GPT2 without remat")
         return Taps(taps, position_BT, n_outer=len(self.path))
 
     def _embed(self, tokens_BT: jax.Array, mask_BT: jax.Array, position_BT: jax.Array, taps: Taps) -> jax.Array:
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.config.n_vocab)
         tokens_BT = jnp.where(known_BT, tokens_BT, self.config.n_vocab)
-        # What is padded may hold any id, -1 say: it must not become a NaN that 0 * NaN would spread over its row.
+        # Padding may hold any id, such as -1. It must not become NaN: 0 * NaN would spread over its row.
         tokens_BT = jnp.where(mask_BT, tokens_BT, 0)
         embed_BTD = taps(self, "embed", _rows(self.wte, tokens_BT))
         pos_embed_BTD = taps(self, "pos_embed", _rows(self.wpe, position_BT))
@@ -316,7 +316,7 @@ class GPT2(nn.Module):
         given = tokens_BT if isinstance(tokens_BT, jax.Array) else np.asarray(tokens_BT)
         if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
             raise ValueError(f"tokens must be whole numbers of shape [B, T], not {given.dtype}{given.shape}")
-        if isinstance(given, np.ndarray):  # JAX would cut 64 bits to 32, and another token come out
+        if isinstance(given, np.ndarray):  # JAX would cut 64 bits to 32, and read another token
             given = np.clip(given.astype(np.int64), -1, self.config.n_vocab)
         tokens_BT = jnp.asarray(given)
         tokens_BT = tokens_BT.astype(jnp.promote_types(tokens_BT.dtype, jnp.int32))
@@ -326,7 +326,7 @@ class GPT2(nn.Module):
             mask_BT = jnp.ones(tokens_BT.shape, bool)
         mask_BT = jnp.asarray(mask_BT)
         if mask_BT.shape != tokens_BT.shape or jnp.issubdtype(mask_BT.dtype, jnp.floating):
-            raise ValueError(f"mask must be bool{tokens_BT.shape}, as the tokens, not {mask_BT.dtype}{mask_BT.shape}")
+            raise ValueError(f"mask must be bool{tokens_BT.shape}, like the tokens, not {mask_BT.dtype}{mask_BT.shape}")
         if cache is not None:
             check_cache(cache, self.config, *tokens_BT.shape)
         if not deterministic and not self.has_rng("dropout"):
@@ -335,23 +335,25 @@ class GPT2(nn.Module):
 
 
 def _causal_mask(n_queries: int, mask_BS: jax.Array, start: jax.Array | int) -> jax.Array:
-    """Return mask_BTS: query t, in slot start + t, sees the real tokens up to its own slot."""
+    """Return mask_BTS: query t, in slot start + t, attends to the real tokens up to its own slot."""
     query_T = start + jnp.arange(n_queries)
     slot_S = jnp.arange(mask_BS.shape[1])
     return (slot_S <= query_T[:, None]) & mask_BS[:, None, :]
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Return table[index], and NaN where JAX's own indexing would clamp or wrap an index outside the table."""
+    """Return table[index], with NaN for an index outside the table, which JAX's indexing would clamp or wrap."""
     return jnp.asarray(table).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _has_float64() -> bool:
-    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]  JAX makes it when it is imported
+    return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]  JAX defines it at import
 
 
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
     """Return new params with the original's initial values: w and wte N(0, 0.02), wpe N(0, 0.01), b 0, g 1.
+
+    N has mean and standard deviation.
 
     Raises:
       ValueError: `key` is not a key (`jax.random.key(seed)`).
@@ -363,7 +365,7 @@ def init_params(config: GPT2Config, key: jax.Array) -> Params:
 
 
 def abstract_params(config: GPT2Config) -> Params:
-    """Return the params tree of jax.ShapeDtypeStruct: names, shapes and dtypes, no memory."""
+    """Return the params tree with jax.ShapeDtypeStruct leaves: names, shapes and dtypes without memory."""
     return unflatten(_abstract_leaves(config, _has_float64()))
 
 
@@ -372,16 +374,16 @@ def _abstract_leaves(config: GPT2Config, x64: bool) -> Mapping[str, jax.ShapeDty
     one = config.replace(n_layer=1)  # all layers are alike, and tracing 48 of them takes seconds
     tree = jax.eval_shape(lambda: init_params(one, jax.random.key(0)))
     flat = flatten({**tree, **{f"h{i}": tree["h0"] for i in range(config.n_layer)}})
-    # Anew, without the sharding that the leaves take from a mesh that happens to be set.
+    # New structs: the traced leaves have the sharding of a mesh, if one is set.
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
 
 
 def check_params(config: GPT2Config, params: Params, dtypes: bool = True) -> None:
-    """Check that params are those of this config, by name, shape and dtype; `dtypes=False` takes any real floats.
+    """Check that params match the config in names, shapes and dtypes; `dtypes=False` accepts any float dtypes.
 
     Raises:
-      ValueError: they are not; the message lists all that is missing, extra, or of another shape or dtype. Or
-        `config.qkv_bias` is False and the biases of a c_attn, where their values are known, are not zero.
+      ValueError: they do not match; the message lists all that is missing, extra, or of another shape or dtype. Or
+        `config.qkv_bias` is False, and the biases of a c_attn are not zero (checked if their values are known).
     """
     check(params, _abstract_leaves(config, _has_float64()), dtypes)
     for i in range(0 if config.qkv_bias else config.n_layer):

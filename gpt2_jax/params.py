@@ -1,4 +1,4 @@
-"""The params tree by name: nested dicts of arrays <-> "h3/attn/c_attn/w", and how two trees differ."""
+"""The params tree by name: nested dicts of arrays <-> "h3/attn/c_attn/w". Differences between two trees."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 Params = dict[str, Any]
-"""Nested plain dicts of arrays; the joined path of a leaf is its TensorFlow variable's name without `model/`."""
+"""Nested plain dicts of arrays. The path of a leaf, joined by "/", is its TensorFlow name without `model/`."""
 T = TypeVar("T")
 
 
@@ -27,10 +27,10 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> list[str]:
-    """Compare two flat trees of anything with a shape and a dtype, both ways; `dtypes=False` lets dtypes differ.
+    """Compare two flat trees of arrays, or of other objects with shape and dtype; `dtypes=False` ignores dtypes.
 
     Returns:
-      One line for each name that is missing, extra, of another shape or of another dtype; empty when they agree.
+      One line for each name that is missing, extra, or of another shape or dtype; an empty list if the trees match.
     """
     lines = [f"missing: {name} {_describe(expected[name])}" for name in expected if name not in found]
     lines += [f"extra: {name} {_describe(found[name])}" for name in found if name not in expected]
@@ -44,10 +44,10 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: b
 
 
 def check(params: Params, expected: Mapping[str, Any], dtypes: bool = True) -> None:
-    """Check that a tree holds exactly the expected names, shapes and dtypes (`dtypes=False`: any floats).
+    """Check that a tree has exactly the expected names, shapes and dtypes (`dtypes=False`: any floats).
 
     Raises:
-      ValueError: it does not; the message lists all that is missing, extra, or of another shape or dtype.
+      ValueError: it does not match; the message lists all that is missing, extra, or of another shape or dtype.
     """
     try:
         flat = flatten(params)
@@ -55,22 +55,22 @@ def check(params: Params, expected: Mapping[str, Any], dtypes: bool = True) -> N
         raise ValueError(f"params must be nested dicts of arrays, not {reprlib.repr(params)}") from error
     for name, leaf in flat.items():
         if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"params hold no array of floats at {name}, but {reprlib.repr(leaf)}")
+            raise ValueError(f"params must hold an array of floats at {name}, not {reprlib.repr(leaf)}")
     if wrong := differences(flat, expected, dtypes):
-        raise ValueError("params are not those of this config:\n  " + "\n  ".join(wrong))
+        raise ValueError("params do not match the config:\n  " + "\n  ".join(wrong))
 
 
 def by_rules(rules: Sequence[tuple[str, T]], names: Iterable[str], what: str = "the rules") -> dict[str, T]:
-    """Return for every name the value of the first rule, (regular expression, value), that is found in it.
+    """Return {name: value of the first rule that matches it}; a rule is (regular expression, value).
 
     Raises:
-      ValueError: a name is left over.
+      ValueError: no rule matches a name.
     """
     found = {}
     for name in names:
         values = [value for pattern, value in rules if re.search(pattern, name)]
         if not values:
-            raise ValueError(f'{what} say nothing of {name}: end them with one for all the rest, (".*", ...)')
+            raise ValueError(f'{what} do not match {name}: end them with a rule for all other names, (".*", ...)')
         found[name] = values[0]
     return found
 

@@ -1,15 +1,15 @@
-"""The progress bar: how far a long piece of work is, on standard error, where that is a terminal.
+"""The progress bar. It shows the progress of long tasks on standard error, if that is a terminal.
 
-    with progress.bars("count", "left") as bars:  # the columns behind the title and the bar
+    with progress.bars("count", "left") as bars:  # the columns after the title and the bar
         for i, batch in enumerate(batches):
-            bars.update("scoring", i, len(batches))  # a new title begins a line of its own
+            bars.update("scoring", i, len(batches))  # a new title starts a new line
             bars.say("a line above the bars")
 
     for batch in progress.tracked("scoring")(batches):  # the same for the elements of a list
         ...
 
-Where nothing is shown `bars` gives an object whose calls do nothing, and whose `shown` is False. Standard output is
-never written to. rich is imported when a bar is shown, and not before.
+If nothing is shown, the methods of `bars` do nothing, and its `shown` is False. Nothing is written to standard output.
+rich is imported only when a bar is shown.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 Unit = Literal["bytes", "count", "percent", "speed", "left", "text"]
 T = TypeVar("T")
 
-LARGE = 10**9  # bytes: a bar for less would be gone before it is read
-WIDTH = 40  # columns of the terminal that a bar takes
-NARROWEST = 10  # columns below which a bar that gives way is left out
+LARGE = 10**9  # bytes; reading less is too short for a bar
+WIDTH = 40  # terminal columns of a bar
+NARROWEST = 10  # terminal columns; a narrower bar is left out
 
 
 class Bars:
-    """Bars on standard error, one below another; none if it was made with None."""
+    """Bars on standard error, one below another. With `progress=None` there are none."""
 
     def __init__(self, progress: Progress | None):
         self._progress = progress
@@ -39,21 +39,21 @@ class Bars:
 
     @property
     def shown(self) -> bool:
-        """Whether there is anything to see."""
+        """Whether bars are shown."""
         return self._progress is not None
 
     def update(self, title: str, done: int, total: int | None = None, text: str = "") -> None:
-        """Show how far something is; the first call for a title adds its bar, which begins at what is done by then.
+        """Show the progress of a task. The first call for a title adds its bar, which starts at `done`.
 
         Args:
-          title: of the bar.
+          title: title of the bar.
           done: how much is done, in the unit of the columns.
-          total: how much there is; None if that is not known, or as before.
-          text: what the column "text" shows.
+          total: how much there is to do; None means unknown, or unchanged.
+          text: content of the column "text".
         """
         if self._progress is None:
             return
-        if title not in self._tasks:  # what was done before is not part of the speed
+        if title not in self._tasks:  # earlier work does not count in the speed
             self._tasks[title] = self._progress.add_task(title, total=total, completed=done, text=text)
         self._progress.update(self._tasks[title], total=total, completed=done, text=text)
 
@@ -76,14 +76,14 @@ def bars(
     """Show bars while the block runs.
 
     Args:
-      columns: what stands behind the bar, in order: "bytes" (done and total), "count" (n/total), "percent", "speed"
-        (bytes a second), "left" (time), "text" (free text, cut at the end of the line).
-      shown: True shows them in any case, False never, None where standard error is a terminal.
+      columns: what follows the bar, in order: "bytes" (done and total), "count" (n/total), "percent", "speed" (bytes
+        per second), "left" (remaining time), "text" (free text, cut at the end of the line).
+      shown: True always shows the bars, False never; None shows them if standard error is a terminal.
       titled: write the title before each bar.
-      width: columns of the terminal that a bar takes.
-      room: columns of the terminal that the rest needs: the bar gives way to it, and is left out below NARROWEST.
+      width: terminal columns of a bar.
+      room: terminal columns that the rest of the line needs. The bar gets narrower, and is left out below NARROWEST.
       stay: leave the bars on the screen at the end.
-      period: seconds over which the speed is measured that "speed" and "left" are computed from.
+      period: seconds over which the speed is averaged, for "speed" and "left".
     """
     if shown is None:
         shown = sys.stderr is not None and sys.stderr.isatty()
@@ -121,7 +121,7 @@ def _column(name: Unit) -> ProgressColumn:
 
 
 def tracked(title: str, shown: bool | None = None) -> Callable[[Sequence[T]], Iterable[T]]:
-    """Return a function that yields the elements of a list and shows how many are done; `shown` as in `bars`."""
+    """Return a function that yields the elements of a list and shows how many are done. `shown` is as in `bars`."""
 
     def track(items: Sequence[T]) -> Iterator[T]:
         with bars("percent", "left", shown=shown) as lines:
@@ -134,7 +134,7 @@ def tracked(title: str, shown: bool | None = None) -> Callable[[Sequence[T]], It
 
 
 def reading(leaves: Iterable[tuple[str, Any]], title: str, n_bytes: int) -> Iterator[tuple[str, Any]]:
-    """Yield (name, array) of a model that is being read, and show how much of it is; nothing is shown below LARGE."""
+    """Yield the (name, array) pairs of a model as they are read. Show a bar if the model has LARGE bytes or more."""
     done = 0
     with bars("bytes", "left", shown=None if n_bytes >= LARGE else False) as lines:
         lines.update(title, done, n_bytes)

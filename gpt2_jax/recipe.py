@@ -1,4 +1,4 @@
-"""A recipe: all that decides how a model is trained, as a TOML file says it; checked before anything starts."""
+"""A recipe: every setting of a training run, read from a TOML file and checked before the run starts."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from typing import Any, Literal
 from gpt2_jax.checks import choice, real_number, whole_number
 
 Rules = tuple[tuple[str, float], ...]
-"""(regular expression, value) in order: a parameter gets the value of the first that is found in its name."""
-KINDS = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}
+"""(regular expression, value) pairs in order. A parameter gets the value of the first pair that matches its name."""
+KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What is trained.
+    """The model to train. n_ctx, n_embd, n_head and n_layer are used only with random weights.
 
     Attributes:
-      source: what to start from, any model that `load` takes; "" starts from random weights of the shape below.
-      n_ctx: longest sequence in tokens; this and the next three are read where `source` is "" alone.
-      n_embd: width of the residual stream.
-      n_head: attention heads a layer.
-      n_layer: number of blocks.
-      tokenizer: a model or folder whose vocabulary to use; "" is that of `source`.
-      dropout: rate in [0, 1) after the embeddings, on the attention weights and on what a block adds.
+      source: the model to start from, any that `load` takes; "" starts from random weights of the shape below.
+      n_ctx: longest sequence, in tokens.
+      n_embd: width of the residual stream; a multiple of n_head.
+      n_head: attention heads per layer.
+      n_layer: number of layers.
+      tokenizer: a model or folder whose vocabulary is used; "" means that of `source`.
+      dropout: dropout rate after the embeddings, on the attention weights and on what each block adds to the residual
+        stream; 0 or more, less than 1.
     """
 
     source: str = "shakespeare"
@@ -49,16 +50,16 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What it is trained on.
+    """The data to train on. field, val_fraction and split apply to text, and not to tokens that are already prepared.
 
     Attributes:
-      path: a folder that prepare_data.py wrote; or text, which is prepared first: a .txt, .jsonl or .csv file or a
-        folder of these.
-      field: of each object of a .jsonl file, and the column of a .csv file, that holds the text.
-      val_fraction: share of the tokens that is kept for validation, in [0, 1).
-      split: which share: "documents" drawn by the seed, the "tail" of the tokens, or "auto": documents, or the tail
-        where there are too few of them.
-      n_tokens: tokens of one window; 0 is the model's n_ctx.
+      path: text, which is tokenized first: a .txt, .jsonl or .csv file, a folder of these, or - for standard input.
+        Or tokens: a folder that gpt2-prepare wrote, or a .bin file. Required by gpt2-train.
+      field: name of the .jsonl field or .csv column that contains the text.
+      val_fraction: fraction of the tokens that is kept for validation; 0 or more, less than 1.
+      split: how the validation part is chosen: "documents" draws whole documents with the seed, "tail" takes the last
+        tokens, "auto" uses documents, or the tail if there are too few documents.
+      n_tokens: tokens per window, which is one training sequence; 0 means the model's n_ctx.
     """
 
     path: str = ""
@@ -75,21 +76,23 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How the weights are changed.
+    """The optimizer. A rule is a pair (regular expression, factor); the first that matches a parameter's name applies.
 
     Attributes:
       name: adamw, adafactor, sgd (with momentum) or lion.
-      learning_rate: the peak.
-      schedule: what follows the warm-up: cosine or linear down to `final_fraction` of the peak, or constant.
-      warmup_steps: optimizer steps up to the peak, which the last of them has.
-      final_fraction: of the peak, reached at the last step.
-      betas: decay of the first and second moment (adamw, lion).
-      epsilon: added to the root of the second moment (adamw).
-      momentum: of sgd.
-      weight_decay: a step takes learning rate times this off each weight, times its `decay` rule.
-      clip: largest norm of all gradients together, to which larger ones are scaled; 0 does not clip.
-      learning_rates: rules, factors of the learning rate by parameter name; 0 freezes a parameter.
-      decay: rules, factors of the weight decay by parameter name.
+      learning_rate: peak learning rate, 0 or more.
+      schedule: learning rate schedule after the warm-up: cosine or linear, down to `final_fraction` of the peak, or
+        constant.
+      warmup_steps: optimizer steps of linear warm-up; the last of them has the peak learning rate.
+      final_fraction: learning rate of the last step, as a fraction of the peak, 0 to 1 (cosine, linear).
+      betas: decay rates of the first and second moment; 0 or more, less than 1 (adamw, lion).
+      epsilon: added to the root of the second moment; above 0 (adamw).
+      momentum: decay rate of the momentum; 0 or more, less than 1 (sgd).
+      weight_decay: decoupled weight decay: a step subtracts learning rate * weight_decay * weight, times the factor
+        of the weight's `decay` rule.
+      clip: largest global norm of the gradients; larger gradients are scaled down to it. 0 turns clipping off.
+      learning_rates: rules for the factor of the learning rate; 0 freezes a parameter.
+      decay: rules for the factor of the weight decay; 0 means no decay.
     """
 
     name: Literal["adamw", "adafactor", "sgd", "lion"] = "adamw"
@@ -114,7 +117,7 @@ class Optimizer:
         _check(len(self.betas) == 2, self, "betas", "two numbers")
         for beta in self.betas:
             real_number("each of betas", beta, 0, 1, open_high=True)
-        _real(self, "epsilon", 0, open_low=True)  # 0 / 0 for what has no gradient
+        _real(self, "epsilon", 0, open_low=True)  # 0 would give 0 / 0 for a zero gradient
         _real(self, "momentum", 0, 1, open_high=True)
         _real(self, "weight_decay", 0)
         _real(self, "clip", 0)
@@ -124,14 +127,15 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Training small matrices beside frozen weights: w + alpha / rank * a @ b, a (in, rank) and b (rank, out).
+    """LoRA: freeze the weights and train low-rank matrices: w + alpha / rank * a @ b.
 
-    The optimizer's rules are for their names then, h0/attn/c_attn/w/a and .../b, which by default do not decay.
+    a is (in, rank) and b is (rank, out). The optimizer's rules then match names such as h0/attn/c_attn/w/a and
+    h0/attn/c_attn/w/b. By default these have no weight decay.
 
     Attributes:
-      rank: 0 trains the weights themselves.
-      alpha: strength.
-      targets: regular expression of the names of the matrices that get a pair.
+      rank: rank of the matrices; 0 trains the weights themselves.
+      alpha: scale of the change, which is alpha / rank * a @ b.
+      targets: regular expression; every matrix whose name matches gets a pair a, b.
     """
 
     rank: int = 0
@@ -146,11 +150,11 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How many devices share the work; -1 takes all that are left.
+    """How many devices share the work; -1 means all that are left. Params and optimizer state are divided over all.
 
     Attributes:
-      data: over these the rows of a batch are divided, and parameters and optimizer state kept in parts.
-      model: over these single matrix products are divided.
+      data: devices that share the rows of a batch.
+      model: devices that share each matrix product.
     """
 
     data: int = -1
@@ -160,25 +164,26 @@ class Mesh:
         for name in ("data", "model"):
             _whole(self, name, -1)
             _check(getattr(self, name) != 0, self, name, "a number of devices, or -1 for all")
-        _check(not self.data == self.model == -1, self, "data", "a number where model is -1, not both -1")
+        _check(not self.data == self.model == -1, self, "data", "a number of devices if model is -1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Monitor:
-    """What is looked at meanwhile, how often, and what it may lead to. Counts of steps; 0 is never.
+    """What is measured and saved during training, and when training stops early.
 
     Attributes:
-      evaluate_every: steps between two validation losses; the last step always has one.
-      evaluate_windows: most windows of a validation loss, the first of the validation text; 0 is all.
-      patience: evaluations in a row without a better loss after which training stops; 0 never stops it.
-      save_every: steps between two checkpoints; the last step always has one.
-      sample_every: steps between two rounds of samples.
-      prompts: what the samples continue.
-      sample_tokens: new tokens of a sample.
-      on_nan: what to do where the loss or a gradient is not a number: "stop", or "skip" that step.
-      on_spike: what to do where the loss is above `spike` times its running mean: "ignore", "skip" or "stop".
-      spike: that factor.
-      tensorboard: write TensorBoard's files too.
+      evaluate_every: optimizer steps between two validation losses; the last step has one too. 0 means never.
+      evaluate_windows: most windows of one validation loss, from the start of the validation text; 0 means all.
+      patience: stop after this many evaluations in a row without a better loss; 0 means never.
+      save_every: optimizer steps between two checkpoints; 0 means only at the end. The end always has one.
+      sample_every: optimizer steps between two rounds of samples; the last step has one too. 0 means never.
+      prompts: texts that the samples continue; "" starts a new document.
+      sample_tokens: most new tokens per sample.
+      on_nan: what to do if the loss or a gradient is NaN or infinite: "stop" the run, or "skip" the step.
+      on_spike: what to do if the loss is above `spike` times its running mean: "ignore", "skip" the step, or "stop" the
+        run.
+      spike: that factor, 1 or more.
+      tensorboard: also write TensorBoard files.
     """
 
     evaluate_every: int = 100
@@ -198,7 +203,7 @@ class Monitor:
         for name in counts:
             _whole(self, name, 0)
         if not isinstance(self.prompts, tuple):
-            raise ValueError(f"prompts must be a tuple of texts, not {self.prompts!r}")
+            raise ValueError(f"prompts must be a tuple of strings, not {self.prompts!r}")
         _choice(self, "on_nan")
         _choice(self, "on_spike")
         _real(self, "spike", 1)
@@ -206,17 +211,18 @@ class Monitor:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that decides how a model is trained.
+    """Every setting of a training run.
 
     Attributes:
-      steps: optimizer steps of the whole run, which the schedule spans. A run that goes on with more has the learning
-        rates of one that had so many from the beginning.
-      batch_size: windows of one optimizer step.
-      accumulate: parts that these are computed in, one after the other, for want of memory; divides batch_size.
-      seed: of the order of the data, dropout, samples and new weights.
-      compute_dtype: of the matrix products' inputs; parameters, optimizer and loss are float32.
-      remat: compute each block anew in the backward pass instead of keeping what it computed: a third more work, and
-        memory that hardly grows with n_layer. Not on a CPU, where XLA undoes the saving.
+      steps: optimizer steps of the whole run, which the learning rate schedule spans. If you resume a run with more
+        steps, the learning rate follows the schedule of the longer run.
+      batch_size: windows per optimizer step.
+      accumulate: gradient accumulation: number of micro-batches that a step computes one after another, to save memory;
+        must divide batch_size.
+      seed: seed of the validation split, data order, dropout, samples and new weights.
+      compute_dtype: dtype of the inputs of matrix products; parameters, optimizer and loss are at least float32.
+      remat: rematerialization: compute each block again in the backward pass instead of storing its activations. It
+        costs a third more computation, and memory hardly grows with n_layer. It saves no memory on a CPU.
     """
 
     model: Model = dataclasses.field(default_factory=Model)
@@ -244,22 +250,23 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike) -> Recipe:
-        """Read a recipe; what the file does not name has its default.
+        """Read a recipe. Fields that the file does not name have their defaults.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: it is not TOML, names what is no part of a recipe, or a value is of a wrong type or out of range.
+          FileNotFoundError: the file does not exist.
+          ValueError: the file is not TOML, a name is not a recipe field, or a value has the wrong type or is out of
+            range.
         """
         try:
             return from_dict(cls, tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no recipe {path}") from error
-        except ValueError as error:  # also of TOML's own errors, and of bytes that are no text
+            raise FileNotFoundError(f"no such recipe: {path}") from error
+        except ValueError as error:  # also errors of TOML, and bytes that are not UTF-8
             raise ValueError(f"{path}: {error}") from error
 
 
 def from_dict(cls: type, values: Mapping[str, Any], place: str = "") -> Any:
-    """Build a recipe, or the part of one that is called `place`, from nested dicts.
+    """Build a recipe, or the part of it that is named `place`, from nested dicts.
 
     Raises:
       ValueError: as `Recipe.from_toml`.
@@ -267,7 +274,7 @@ def from_dict(cls: type, values: Mapping[str, Any], place: str = "") -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     types = typing.get_type_hints(cls)
     if unknown := [name for name in values if name not in fields]:
-        raise ValueError(f"{place}{unknown[0]} is no part of a recipe; here are known: {', '.join(fields)}")
+        raise ValueError(f"{place}{unknown[0]} is not a recipe field; the fields here are {', '.join(fields)}")
     made = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):
@@ -283,7 +290,7 @@ def from_dict(cls: type, values: Mapping[str, Any], place: str = "") -> Any:
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:
-    """Return a recipe as nested dicts, lists, strings, numbers and booleans: what JSON holds, and `from_dict` takes."""
+    """Return a recipe as nested dicts, lists, strings, numbers and booleans, which JSON can hold."""
     return {
         field.name: to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
         for field in dataclasses.fields(recipe)
@@ -296,14 +303,14 @@ def _plain(value: Any) -> Any:
 
 
 def _typed(value: Any, wanted: Any, name: str) -> Any:
-    """Return a value of TOML or JSON as the type of a field: lists become tuples, and a whole number may be a float."""
+    """Return a TOML or JSON value as the type of a field. Lists become tuples; a float field accepts an int."""
     if typing.get_origin(wanted) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name} must be a list, not {value!r}")
         parts = typing.get_args(wanted)
         parts = parts[:1] * len(value) if len(parts) == 2 and parts[1] is Ellipsis else parts
         if len(parts) != len(value):
-            raise ValueError(f"{name} must be a list of {len(parts)}, not {value!r}")
+            raise ValueError(f"{name} must be a list of {len(parts)} values, not {value!r}")
         return tuple(_typed(one, part, name) for one, part in zip(value, parts, strict=True))
     kind = type(typing.get_args(wanted)[0]) if typing.get_origin(wanted) is Literal else wanted
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -313,7 +320,7 @@ def _typed(value: Any, wanted: Any, name: str) -> Any:
     return value
 
 
-# ---- what fields may hold
+# ---- checks of fields
 
 
 def _check(holds: bool, part: Any, name: str, what: str) -> None:
@@ -328,7 +335,7 @@ def _whole(part: Any, name: str, low: int, high: float = math.inf) -> None:
 def _real(part: Any, name: str, low: float, high: float = math.inf, **ends: bool) -> None:
     value = getattr(part, name)
     number = real_number(name, value, low, high, **ends)
-    object.__setattr__(part, name, value if isinstance(value, int) else number)  # run.json says 1 where 1 is given
+    object.__setattr__(part, name, value if isinstance(value, int) else number)  # an int stays an int in run.json
 
 
 def _choice(part: Any, name: str) -> None:
@@ -339,7 +346,7 @@ def _pattern(part: Any, name: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{name} holds {pattern!r}, which is no regular expression: {error}") from error
+        raise ValueError(f"{name} holds {pattern!r}, which is not a regular expression: {error}") from error
 
 
 def _rules(part: Any, name: str) -> None:

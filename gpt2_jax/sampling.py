@@ -1,6 +1,6 @@
-"""From logits to token ids: greedy, or a draw after penalty, temperature, top-k, top-p and min-p. Knows no model.
+"""From logits to token ids: greedy, or a random draw after penalty, temperature, top-k, top-p and min-p.
 
-Nothing is sorted. Each filter keeps the logits from some threshold on, and the thresholds are found by bisection.
+Nothing is sorted. Each filter keeps the logits at or above a threshold, which is found by bisection.
 
 Shape letters: B batch, V vocab, K the most likely tokens.
 Sources: openai/gpt-2, src/sample.py (temperature, top-k, top-p); Keskar et al. 2019, CTRL, section 4.1 (the penalty);
@@ -17,24 +17,24 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-FILTERED = -1e10  # what the original writes over the logits that a filter drops
-NO_LOGITS = -1  # what `pick` gives in place of a token where the logits hold a NaN
+FILTERED = -1e10  # the original sets dropped logits to this
+NO_LOGITS = -1  # `pick` returns this instead of a token if the logits contain NaN
 
 Knob = Any
-"""A scalar: jax.Array inside a program, NumPy's where a caller gives it."""
+"""A scalar: a jax.Array inside a program, a NumPy scalar from a caller."""
 
 
 @struct.dataclass
 class Sampling:
-    """How to pick a token, as traced scalars: changing them compiles nothing, and what is off costs nothing.
+    """Sampling settings as traced scalars. Changing them does not recompile. A filter that is off costs no time.
 
     Attributes:
-      temperature: float32; the logits are divided by it, and 0 means greedy.
+      temperature: float32; divides the logits; 0 means greedy.
       top_k: int32; 0 means all.
       top_p: float32 in (0, 1]; 1 means all.
       min_p: float32 in [0, 1]; 0 means all.
       repetition_penalty: float32 above 0; 1 means none.
-      keep_crossing: bool; top-p keeps the token that crosses p, as most libraries do and the original does not.
+      keep_crossing: bool; True if top-p keeps the token that crosses p, as in most libraries, but not in the original.
     """
 
     temperature: Knob
@@ -46,19 +46,19 @@ class Sampling:
 
 
 def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
-    """Pick one token a row: the most likely at temperature 0, else a draw from what the filters leave.
+    """Pick one token per row: the most likely at temperature 0, otherwise a random draw after the filters.
 
-    In this order: repetition penalty (for the greedy choice too), temperature, top-k, top-p, min-p.
+    The order is: repetition penalty (for the greedy choice too), temperature, top-k, top-p, min-p.
 
     Args:
       logits_BV: float32 or float64.
-      key_B: a key for each row; a row's draw depends on its own logits and key alone.
-      sampling: the knobs.
-      seen_BV: bool, True for the tokens that the row holds already, which the penalty makes less likely: a positive
-        logit is divided by it, a negative one multiplied. None means no penalty.
+      key_B: one key per row. A row's draw depends only on its own logits and key.
+      sampling: the sampling settings.
+      seen_BV: bool, True for the tokens that the row already contains. The penalty makes them less likely: it divides a
+        positive logit and multiplies a negative one. None means no penalty.
 
     Returns:
-      token_B int32; NO_LOGITS where the logits hold a NaN. A tie of the greedy choice goes to the lowest id.
+      token_B int32; NO_LOGITS where the logits contain NaN. In a tie, the greedy choice is the lowest id.
     """
     if seen_BV is not None:
         logits_BV = lax.cond(
@@ -69,9 +69,9 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: ja
     largest_B1 = logits_BV.max(axis=-1, keepdims=True)
 
     def draw() -> jax.Array:
-        # Hotter makes no difference, and XLA multiplies by the inverse: it would be 0, and -inf * 0 NaN.
+        # A higher one makes no difference. XLA multiplies by the inverse: it would be 0, and -inf * 0 is NaN.
         temperature = jnp.minimum(sampling.temperature, 1e37).astype(logits_BV.dtype)
-        # The largest becomes 0, which no temperature overflows; said again for 0 / 0 and inf - inf, which are NaN.
+        # The largest becomes 0, so no temperature overflows. It is set to 0 because 0 / 0 and inf - inf are NaN.
         scaled_BV = jnp.where(logits_BV == largest_B1, 0, (logits_BV - largest_B1) / temperature)
         return _first_largest(filter_logits(scaled_BV, sampling) + _gumbel(key_B, scaled_BV))
 
@@ -80,20 +80,20 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: ja
 
 
 def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Drop (set to -1e10) what top-k, then top-p, then min-p leave out.
+    """Set to -1e10 the logits that top-k, then top-p, then min-p drop.
 
     - Top-k keeps the k largest logits and all ties with the k-th.
-    - Top-p looks at what top-k left, most likely first, in probabilities that add up to 1. By the original's rule it
-      keeps the longest prefix that adds up to at most p, at least one token, and all ties with the last kept. By the
-      common rule (`keep_crossing`) it keeps every token whose more likely ones add up to less than p: so the token
-      that crosses p stays, and all ties with it.
-    - Min-p keeps what is at least min_p times as likely as the most likely token.
+    - Top-p takes what top-k kept, most likely first, with probabilities scaled to sum to 1. The original rule keeps the
+      longest prefix that sums to at most p, at least one token, and all ties with the last kept one. The common rule
+      (`keep_crossing`) keeps every token whose more likely tokens sum to less than p: so it keeps the token that
+      crosses p, and all ties with it.
+    - Min-p keeps the tokens that are at least min_p times as likely as the most likely one.
 
-    The sums are those of the logits' dtype: in float32, p means p to about 1e-6.
+    Sums are computed in the dtype of the logits: in float32, p is exact to about 1e-6.
 
     Args:
       logits_BV: float32 or float64, already divided by the temperature.
-      sampling: the knobs; its temperature and penalty are not read.
+      sampling: the sampling settings; temperature and penalty are not used.
     """
     n_vocab = logits_BV.shape[-1]
     top_p, min_p = sampling.top_p.astype(logits_BV.dtype), sampling.min_p.astype(logits_BV.dtype)
@@ -104,10 +104,10 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
         return _threshold(logits_BV, jnp.int32(1), sampling.top_k, largest_B1)
 
     def nucleus() -> jax.Array:
-        p_BV = jnp.where(logits_BV >= kth_B1, jnp.exp(logits_BV - largest_B1), 0)  # up to a factor
+        p_BV = jnp.where(logits_BV >= kth_B1, jnp.exp(logits_BV - largest_B1), 0)  # not normalized
         limit_B1 = top_p * p_BV.sum(axis=-1, keepdims=True)
         crossing_B1 = _threshold(logits_BV, p_BV, limit_B1, largest_B1)
-        # The original's last token is the one that crosses p, if with it the sum is p exactly, or else the one before.
+        # The original's last token is the one that crosses p if the sum with it is exactly p, else the one before.
         reached_B1 = _above(logits_BV, p_BV, crossing_B1) + jnp.exp(crossing_B1 - largest_B1)
         before_B1 = jnp.minimum(_next_above(logits_BV, crossing_B1), largest_B1)
         keep_B1 = sampling.keep_crossing | (reached_B1 <= limit_B1)
@@ -120,16 +120,16 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def token_logprobs(logits_BV: jax.Array, token_B: jax.Array, n_top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities, base e, under the logits as they are: no penalty, temperature or filter.
+    """Return log-probabilities (base e) under the unchanged logits: no penalty, temperature or filter.
 
     Args:
       logits_BV: float32 or float64.
       token_B: the chosen tokens.
-      n_top: how many of the most likely tokens to tell as well, at most V; 0 for none.
+      n_top: how many of the most likely tokens to return as well, at most V; 0 means none.
 
     Returns:
-      chosen_B float32, top_id_BK int32 and top_BK float32, the most likely first and the lower id first in a tie
-      (where -0.0 counts as less than 0.0).
+      chosen_B float32, top_id_BK int32 and top_BK float32, most likely first. In a tie the lower id is first; -0.0
+      counts as less than 0.0.
     """
     logsumexp_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1) - logsumexp_B1
@@ -144,11 +144,12 @@ def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> j
 
 
 def _gumbel(key_B: jax.Array, like_BV: jax.Array) -> jax.Array:
-    """Return Gumbel noise of the shape and dtype given: the largest of logits + noise is a draw from their softmax.
+    """Return Gumbel noise of the shape and dtype of `like_BV`. The argmax of logits + noise is a draw from the softmax.
 
-    (One uniform number and the cumulative sum would do, at less cost. But a logit's last bit, which depends on the
-    batch size, moves every sum after it, and one of thousands may cross the number; here only the two largest count.)
-    A row is drawn as eight, which XLA spreads over the cores: alone on two, 0.3 ms for 50,257 tokens instead of 1.4.
+    (One uniform number and a cumulative sum would be cheaper. But the last bit of a logit depends on the batch size and
+    changes every sum after it, and one of thousands may then cross the number. Here only the two largest matter.)
+    A row is drawn in eight parts, which XLA spreads over the cores: one row of 50,257 tokens on two cores takes 0.3 ms
+    instead of 1.4 ms.
     """
     n_vocab = like_BV.shape[-1]
     shape = (8, -(-n_vocab // 8))
@@ -157,7 +158,7 @@ def _gumbel(key_B: jax.Array, like_BV: jax.Array) -> jax.Array:
 
 
 def _first_largest(x_BV: jax.Array) -> jax.Array:
-    """Return argmax as int32, of rows without NaN: in two passes that XLA's CPU vectorises, as it does not argmax."""
+    """Return argmax as int32, for rows without NaN, in two passes. XLA vectorizes these on a CPU, but not argmax."""
     ids_BV = lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
     is_largest_BV = x_BV == x_BV.max(axis=-1, keepdims=True)
     return jnp.where(is_largest_BV, ids_BV, x_BV.shape[-1]).min(axis=-1)
@@ -167,14 +168,14 @@ def _first_largest(x_BV: jax.Array) -> jax.Array:
 
 
 def _threshold(x_BV: jax.Array, mass_BV: jax.Array, limit_B1: jax.Array, largest_B1: jax.Array) -> jax.Array:
-    """Return the smallest element above which there is less mass than `limit_B1`, or the largest if there is none.
+    """Return the smallest element above which the mass is less than `limit_B1`, or the largest if there is none.
 
-    `mass_BV` is what each element weighs, 0 for none but the smallest ones, or one number for all.
+    `mass_BV` is the weight of each element, or one number for all. Only the smallest elements may have weight 0.
 
-    The mass above t never grows with t, not even as a rounded sum: fewer terms, none negative, are added in the same
-    order, and each rounding is monotone. So bisection finds the place, over the floats themselves, as whole numbers of
-    the same order: 32 passes at most for float32. It is over sooner where the mass above some t is the limit exactly,
-    as soon happens with counts: then the answer is the next element above t.
+    The mass above t does not grow with t, even as a rounded sum: fewer terms, none negative, are added in the same
+    order, and rounding is monotone. So bisection finds the threshold. It bisects the floats as whole numbers of the
+    same order: at most 32 passes for float32. It ends sooner if the mass above some t equals the limit, which is common
+    with counts. Then the answer is the next element above t.
     """
 
     def narrow(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -185,7 +186,7 @@ def _threshold(x_BV: jax.Array, mass_BV: jax.Array, limit_B1: jax.Array, largest
         return low_B1, jnp.where(mass_B1 > limit_B1, high_B1, middle_B1)
 
     def unfinished(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return (_middle(*bounds) > bounds[0]).any()  # so that a row of NaN, of either sign, comes to an end as well
+        return (_middle(*bounds) > bounds[0]).any()  # also ends for a row of NaN of either sign
 
     low_B1 = jnp.full_like(largest_B1, -jnp.inf)
     low_B1, _ = lax.while_loop(unfinished, narrow, (_as_int(low_B1), _as_int(largest_B1)))
@@ -211,5 +212,5 @@ def _as_float(i: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Return their mean, rounded down, without overflow; `low` where nothing lies between."""
+    """Return the mean, rounded down, without overflow. It is `low` if no number is in between."""
     return (low & high) + ((low ^ high) >> 1)

@@ -1,4 +1,4 @@
-"""Where parameters are: on one device, or in parts on many."""
+"""The placement of parameters: on one device, or divided over several."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gpt2_jax.params import Params, by_rules
 DATA, MODEL = "data", "model"
 ALL = (MODEL, DATA)
 RULES = (
-    # Along n_embd: 50,257 tokens can be divided by no number of devices that anyone has.
+    # Along n_embd: 50,257 tokens are not divisible by any usual number of devices.
     (r"(^|/)(wte|wpe)$", PartitionSpec(None, ALL)),
-    # As Megatron divides a block: into c_attn and c_fc by what comes out, into c_proj by what goes in.
+    # As in Megatron: c_attn and c_fc are divided by their outputs, c_proj by its inputs.
     (r"(c_attn|c_fc)/w$", PartitionSpec(DATA, MODEL)),
     (r"c_proj/w$", PartitionSpec(MODEL, DATA)),
     (".*", PartitionSpec(ALL)),
@@ -27,16 +27,16 @@ RULES = (
 
 
 def make_mesh(data: int = -1, model: int = 1) -> Mesh:
-    """Return a mesh of data x model devices, the first there are; -1 takes all that the other number leaves.
+    """Return a mesh of data x model devices, the first of JAX's list; -1 means all that the other number leaves.
 
     Raises:
-      ValueError: there are fewer devices, or -1 does not come out even.
+      ValueError: there are fewer devices, or their number is not divisible by the other number.
     """
     devices = jax.devices()
     if -1 in (data, model):
         other = max(data, model)
         if len(devices) % other:
-            raise ValueError(f"{len(devices)} devices cannot be divided by {other}: give both sides of the mesh")
+            raise ValueError(f"{len(devices)} devices cannot be divided by {other}: set both sizes of the mesh")
         data, model = (len(devices) // other if n == -1 else n for n in (data, model))
     if data * model > len(devices):
         raise ValueError(f"a mesh of data={data} times model={model} devices needs {data * model}, not {len(devices)}")
@@ -44,12 +44,12 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
 
 
 def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, gathered: Iterable[str] = ()) -> dict[str, NamedSharding]:
-    """Return the sharding of each parameter by RULES; a side that its axes do not divide stays whole.
+    """Return the sharding of each parameter by RULES. Mesh axes that do not divide a side are left out, last first.
 
     Args:
-      shapes: {name: anything with a shape}.
-      mesh: of `make_mesh`.
-      gathered: axes over which nothing is divided.
+      shapes: {name: object with a shape}.
+      mesh: a mesh from `make_mesh`.
+      gathered: mesh axes over which nothing is divided.
     """
     specs = by_rules(RULES, shapes)
     return {name: _fitting(leaf.shape, specs[name], mesh, tuple(gathered)) for name, leaf in shapes.items()}
@@ -67,18 +67,18 @@ def _fitting(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, gathered: 
 
 
 def placed(params: Params) -> Params:
-    """Return params as programs take them at no cost, however often: on devices, NumPy arrays put there once.
+    """Return params on devices, so that calling programs with them transfers nothing. NumPy arrays are copied once.
 
-    Sharded ones stay as they are, over meshes whose axes XLA may propagate. (`jax.make_mesh` makes axes Explicit, with
-    which every gather and product would have to name its output's sharding.)
+    Sharded arrays keep their sharding, but Explicit mesh axes become Auto. (`jax.make_mesh` makes Explicit axes: every
+    gather and product would have to name the sharding of its output.)
 
     Raises:
-      ValueError: they are being traced.
+      ValueError: the params are tracers.
     """
 
     def place(leaf: jax.Array | np.ndarray) -> jax.Array:
         if isinstance(leaf, Tracer):
-            raise ValueError("this runs compiled programs of its own: call it outside of jit, vmap and grad")
+            raise ValueError("this function runs its own compiled programs: call it outside of jit, vmap and grad")
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)

@@ -1,4 +1,4 @@
-"""Byte-level BPE: a `tiktoken.Encoding` built from a model's own encoder.json and vocab.bpe; nothing is downloaded."""
+"""Byte-level BPE: a `tiktoken.Encoding` made from a model's encoder.json and vocab.bpe. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ END_OF_TEXT = "<|endoftext|>"
 
 OPENAI_FILES = ("encoder.json", "vocab.bpe")
 HUGGING_FACE_FILES = VOCAB_JSON, MERGES, TOKENIZER_JSON = ("vocab.json", "merges.txt", "tokenizer.json")
-"""The names of vocabulary files: the first two of Hugging Face's, or the third, hold what OpenAI's two do."""
-TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer_config.json", "added_tokens.json"  # beside Hugging Face's
+"""Names of vocabulary files. Hugging Face's first two, or its third, have the content of OpenAI's two files."""
+TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer_config.json", "added_tokens.json"  # optional files of Hugging Face
 
-# How the original (openai/gpt-2, src/encoder.py) splits text before merging, possessive where that changes nothing:
-# contractions, letters, numbers, the rest, and whitespace less the last character before a word.
+# How the original (openai/gpt-2, src/encoder.py) splits text before merging: contractions, letters, numbers, the rest,
+# and whitespace without its last character before a word. Quantifiers are possessive where that changes nothing.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# `\s+(?!\S)` backtracks, and tiktoken gives up on a run of a million characters: longer runs than this are cut out.
+# `\s+(?!\S)` backtracks, and tiktoken fails on a run of a million characters. So longer runs than this are cut.
 LONGEST_RUN = 2**16
-_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # White_Space; Python's \s is another set
-_LONG_RUN = re.compile(rf"(?<!{_SPACE}){_SPACE}{{{LONGEST_RUN},}}+")  # tried at the start of a run alone: linear
+_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # White_Space; Python's \s differs
+_LONG_RUN = re.compile(rf"(?<!{_SPACE}){_SPACE}{{{LONGEST_RUN},}}+")  # tried only at the start of a run: linear time
 
 
 class Tokenizer:
     """Text to token ids and back.
 
     Attributes:
-      eot: the id of `<|endoftext|>`, which stands between documents.
+      eot: the id of `<|endoftext|>`, which separates documents.
       n_vocab: number of ids; every id is in [0, n_vocab).
-      tokens: the id of every token, in order, spelt as in OpenAI's encoder.json: a printable character a byte.
-      merges: the pairs of tokens that merge, in order of precedence.
-      added: the tokens that no merge makes, and no text becomes: `<|endoftext|>`, and any that were added after it,
-        "[PAD]" say.
+      tokens: {token: id} in order of id, spelled as in OpenAI's encoder.json: one printable character per byte.
+      merges: the pairs of tokens that merge, in order of priority.
+      added: {token: id} of the tokens that no merge makes: `<|endoftext|>`, and tokens added after it, such as "[PAD]".
+        Ordinary text never becomes one of them.
     """
 
     eot: int
@@ -59,10 +59,10 @@ class Tokenizer:
         merges_from: str | os.PathLike = "the merges",
         first_line: int = 1,
     ):
-        """Take a vocabulary; the last three arguments are for messages: the files, and the line of the first merge.
+        """Take a vocabulary. The last three arguments are for messages: the files, and the line of the first merge.
 
         Raises:
-          ValueError: ids are not 0, 1, ... or do not follow the order of the merges, or the two do not fit together.
+          ValueError: the ids are not 0, 1, ..., do not follow the order of the merges, or do not match the merges.
         """
         pairs = [tuple(pair) for pair in merges]
         _check_tokens(tokens, tokens_from)
@@ -79,15 +79,15 @@ class Tokenizer:
     def from_files(
         cls, encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike, added: Mapping[str, int] | None = None
     ) -> Tokenizer:
-        """Read a vocabulary in OpenAI's two files (Hugging Face calls them vocab.json and merges.txt).
+        """Read a vocabulary from OpenAI's two files (Hugging Face calls them vocab.json and merges.txt).
 
         Args:
-          encoder_json: maps every token to its id.
-          vocab_bpe: the merges, a line each.
-          added: the ids of tokens beside those of encoder_json.
+          encoder_json: the file that maps every token to its id.
+          vocab_bpe: the file with the merges, one per line.
+          added: {token: id} of tokens that encoder_json does not have.
 
         Raises:
-          FileNotFoundError: a file is not there.
+          FileNotFoundError: a file does not exist.
           ValueError: a file is malformed, or the two do not belong together; the message names the file.
         """
         tokens = read_json(Path(encoder_json))
@@ -101,7 +101,7 @@ class Tokenizer:
         return cls(tokens, merges, encoder_json, vocab_bpe, first_line=n_head + 1)
 
     def to_files(self, encoder_json: str | os.PathLike, vocab_bpe: str | os.PathLike) -> None:
-        """Write the vocabulary as OpenAI's two files, byte for byte as the released ones are written."""
+        """Write the vocabulary as OpenAI's two files, in the format of the released ones, byte for byte."""
         Path(encoder_json).write_text(json.dumps(self.tokens), encoding="utf-8")
         lines = "".join(f"{left} {right}\n" for left, right in self.merges)
         Path(vocab_bpe).write_text(f"#version: 0.2\n{lines}", encoding="utf-8", newline="\n")
@@ -111,7 +111,7 @@ class Tokenizer:
 
         Args:
           text: any str; a lone surrogate is read as U+FFFD.
-          allow_special: let `<|endoftext|>` in the text become the id `eot`; by default it is text like any other.
+          allow_special: True turns `<|endoftext|>` in the text into the id `eot`. By default it stays ordinary text.
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, not {type(text).__name__}")
@@ -124,7 +124,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of any sequence of ids; bytes that are not UTF-8 become U+FFFD.
+        """Return the text of a sequence of ids. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
           ValueError: an id is not a whole number in [0, n_vocab).
@@ -139,7 +139,7 @@ class Tokenizer:
         return self._encoding.decode(ids, errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """Return the bytes of one token, which need not be whole characters.
+        """Return the bytes of one token. They may include parts of characters.
 
         Raises:
           ValueError: the id is not a whole number in [0, n_vocab).
@@ -154,9 +154,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _cut_long_runs(text: str) -> Iterable[str]:
-    """Cut a text where a token ends in any case: around long runs of whitespace, before their last character.
+    """Cut a text where a token ends anyway: around long runs of whitespace, before their last character.
 
-    The pattern ends a token before every run of whitespace, and takes a run whole, less the character before a word.
+    The pattern ends a token before every run of whitespace. It takes a run whole, without its last character if a word
+    follows.
     """
     start = 0
     for run in _LONG_RUN.finditer(text):
@@ -182,7 +183,7 @@ def _match_merges(
     merges_from: str | os.PathLike,
     first_line: int,
 ) -> dict[bytes, int]:
-    """Return the id of each byte sequence, having checked that ids follow the order of the merges."""
+    """Return {byte sequence: id}, after checking that ids follow the order of the merges."""
     byte_of = _byte_characters()
     tokens_name = Path(tokens_from).name
     missing = [character for character in byte_of if character not in tokens]
@@ -199,7 +200,7 @@ def _match_merges(
         if tokens.get(merged, -1) <= last:
             raise ValueError(
                 f"{merges_from}, line {number}: {merged!r} has id {tokens.get(merged)} in {tokens_name}, "
-                f"which does not follow the {last} of the merge before: the two files do not belong together"
+                f"which is not above {last}, the id of the merge before: the two files do not belong together"
             )
         last = tokens[merged]
         names.append(merged)
@@ -213,7 +214,7 @@ def _match_merges(
 
 
 def _byte_characters() -> dict[str, int]:
-    """Return the printable character that stands for each byte in both files: itself, or one from U+0100 on."""
+    """Return {character: byte}. Both files spell a byte as a printable character: itself, or one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,8 +1,8 @@
-"""Text to documents to tokens to batches, and vocabularies from text.
+"""From text to documents, to tokens, to batches; and from text to vocabularies.
 
-`sources` reads documents, `encoding` makes them tokens, `splitting` divides them, `token_files` keeps them and
-`batching` reads them a window at a time; `bpe` trains a vocabulary. Not here: reading a vocabulary and encoding a text
-(`gpt2_jax.tokenizer`), and what a model or an optimizer does with batches (`gpt2_jax.training`).
+`sources` reads documents, `encoding` turns them into tokens, `splitting` divides them, `token_files` stores them, and
+`batching` reads them one window at a time. `bpe` trains a vocabulary. Not in this package: reading a vocabulary and
+encoding one text (`gpt2_jax.tokenizer`), and training on batches (`gpt2_jax.training`).
 """
 
 from gpt2_jax.data._prepare import prepare

@@ -1,4 +1,4 @@
-"""Text to a folder of token ids: tokenised once, split once, and then read by every training run."""
+"""Text to a folder of token ids: tokenized once, split once, and then read by every training run."""
 
 from __future__ import annotations
 
@@ -38,44 +38,45 @@ def prepare(
     overwrite: bool = False,
     shown: bool | None = None,
 ) -> Prepared:
-    """Tokenise text, and write it as train.bin and val.bin with a manifest, tokens.json, into a new folder.
+    """Tokenize text, and write it to a new folder as train.bin and val.bin with a manifest, tokens.json.
 
-    After each document stands the id `tokenizer.eot`; the characters <|endoftext|> in a text stay text. Where there is
-    one document alone it has none after it: there is nothing to part it from. Documents without text are left out.
+    Each document is followed by the id `tokenizer.eot`. The characters `<|endoftext|>` inside a text stay ordinary
+    text. A single document has no `tokenizer.eot` after it, unless it is a pair. Documents without text are left out.
 
-    What is written depends on the text, its order, the tokenizer and the settings that say which text and how to split
-    it, and on nothing else. The folder appears in one step; killed before, there is none, or what there was.
+    The result depends only on the text, its order, the tokenizer, and the settings for fields and split. The folder
+    appears in one step. If the process is killed before that, the folder does not exist, or is unchanged.
 
     Args:
-      sources: in order: .txt files, a document each; .jsonl, one a line, in a field of an object; .csv, one a row, in a
-        column, which the first line names (a lone column may have any name); .bin, ids already, with the
-        end-of-text between documents; folders, all such files in them, by name; "-", standard input, one document.
-      folder: what to write.
-      tokenizer: whose ids to write.
-      field: of a .jsonl file's objects, and the column of a .csv file, that holds the text.
-      prompt_field: with the next instead of `field`: pairs, encoded each by itself, so that a completion begins a
-        token; it is the completion and the end-of-text after it that count in the loss, and train.mask.bin and
-        val.mask.bin say so.
-      completion_field: see there.
-      val_fraction: share for validation, in [0, 1).
-      split: "documents" puts each document into validation with that probability, drawn from (seed, its number).
-        "tail" takes the last tokens: int(n * (1 - val_fraction)) of all n train, computed without rounding. "auto" is
-        documents, but the tail where that would leave either side without a document, or with less than half or more
-        than twice the tokens that are its share.
-      seed: of the draws.
-      n_processes: that encode; 0 is one for each core where there is enough text, else one.
-      overwrite: replace the folder, if it holds prepared text and nothing else.
-      shown: show a progress bar on standard error; None shows it where that is a terminal.
+      sources: files and folders to read, in order. A .txt file is one document. A .jsonl file has one document per
+        line, in a field of an object. A .csv file has one document per row, in a column that the first line names (a
+        single column may have any name). A .bin file has token ids, with the end-of-text id between documents. A
+        folder means all such files in it, sorted by name. "-" is standard input, one document.
+      folder: the folder to write.
+      tokenizer: encodes the text.
+      field: the field of .jsonl objects, or the column of .csv files, that contains the text.
+      prompt_field: the field of prompts. With completion_field, it replaces `field`. Prompt and completion are encoded
+        separately, so a completion begins at a token boundary. Only the completion and the end-of-text id after it
+        count in the loss; train.mask.bin and val.mask.bin record this.
+      completion_field: the field of completions.
+      val_fraction: share of the text for validation, in [0, 1).
+      split: "documents" puts each document into validation with that probability, drawn from (seed, document number).
+        "tail" trains on the first `int(n * (1 - val_fraction))` of all n tokens, computed exactly, and validates on the
+        rest. "auto" is "documents", unless that leaves one side without a document, or with less than half or more than
+        twice its share of the tokens. Then it is "tail".
+      seed: the seed of the draws.
+      n_processes: number of processes that encode; 0 uses one per core if there is enough text, else one.
+      overwrite: replace the folder, if it contains only prepared text.
+      shown: show a progress bar on standard error; None shows it only on a terminal.
 
     Raises:
-      FileNotFoundError: a source is not there.
-      FileExistsError: the folder holds something.
-      ValueError: a source is malformed, there is no text, or too little to split as wanted; the message says where.
-      OSError: files cannot be read or written, or a process died.
+      FileNotFoundError: a source does not exist.
+      FileExistsError: the folder is not empty, and may not be replaced.
+      ValueError: a source is malformed, there is no text, or too little for this split; the message says where.
+      OSError: files cannot be read or written, or an encoding process died.
     """
     choice("split", split, ("auto", "documents", "tail"))
     number = real_number("val_fraction", val_fraction, 0, 1, open_high=True)
-    val_fraction = val_fraction if isinstance(val_fraction, int) else number  # the manifest says 0 where 0 is given
+    val_fraction = val_fraction if isinstance(val_fraction, int) else number  # an integer 0 stays 0 in the manifest
     seed = whole_number("seed", seed, 0, 2**32 - 1)
     n_processes = whole_number("n_processes", n_processes, 0, 1024)
     fields = Fields(field, prompt_field, completion_field)
@@ -113,7 +114,7 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
     """Check that this folder may be written.
 
     Raises:
-      FileExistsError: there is one that is not empty, and it is not to be replaced, or holds more than prepared text.
+      FileExistsError: the folder is not empty, and `overwrite` is False or it contains more than prepared text.
     """
     files.check_replaceable(
         folder, "prepared text", lambda names: names - FILES or (set() if MANIFEST in names else names), overwrite
@@ -128,9 +129,9 @@ class _Written:
     """All tokens, in the file that becomes train.bin.
 
     Attributes:
-      folder: where they are.
-      ends: where each document ends, in tokens; eight bytes a document are all that grows with their number.
-      masked: whether there is a file of masks too.
+      folder: the folder of the file.
+      ends: the end of each document, in tokens. Only this grows with the number of documents: eight bytes each.
+      masked: whether a file of masks is written too.
     """
 
     folder: Path
@@ -160,7 +161,7 @@ def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_processes: 
             written.n_markers += part.n_markers
             bars.update("encoding", found.n_read, found.n_bytes or None)
         if not written.n_tokens:
-            raise ValueError(f"there is no text in {len(found.files)} files, of {found.n_bytes:,} bytes together")
+            raise ValueError(f"there is no text in {len(found.files)} files with {found.n_bytes:,} bytes in total")
         if len(written.ends) == 1 and not written.masked:
             written.n_tokens -= 1
             written.ends[0] -= 1

@@ -1,4 +1,4 @@
-"""Windows of tokens in batches. What a step reads is a function of (seed, step): nothing has to be kept to go on."""
+"""Windows of tokens in batches. A batch is a function of (seed, step): resuming needs no saved state."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from flax import struct
 from gpt2_jax.checks import whole_number
 from gpt2_jax.data.token_files import Tokens
 
-PREFETCHED = 8  # batches that wait, read already
+PREFETCHED = 8  # batches that are read ahead
 THREADS = 2
-ENDLESS = 2**50  # rows: more than anyone reads, and lengths are exact as floats, as Grain takes them
+ENDLESS = 2**50  # rows: more than any run reads, and exact as a float, which Grain uses for lengths
 Row = tuple[np.ndarray, np.ndarray]  # ids int32 [T + 1], counts float32 [T + 1]
 
 
 @struct.dataclass
 class Batch:
-    """Windows of text, all [rows, T]; `train_step` takes them with one more leading axis, the parts of the step.
+    """Windows of text, all [rows, T]. `train_step` takes them with one more leading axis, the parts of the step.
 
     Attributes:
       tokens: int32 ids that the model reads.
-      targets: int32 ids that it shall say next: the tokens, one further.
-      weights: float32, 1 where a target counts in the loss, and 0 where it is padding or masked.
+      targets: int32 ids to predict: the tokens shifted left by one.
+      weights: float32, 1 if a target counts in the loss, 0 if it is padding or masked.
     """
 
     tokens: np.ndarray | jax.Array
@@ -45,28 +45,29 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Generator[Batch, None, None]:
-    """Yield batches to train on, without end, from that of step `first_step` on; to begin late takes no longer.
+    """Yield training batches without end, from step `first_step` on. A late first step takes no longer to reach.
 
-    Row r of step s is window number s * batch_size + r of a sequence of epochs. An epoch has as few windows as together
-    reach over the text; they begin at even distances, from an offset that is drawn anew each epoch, and come in an
-    order that is drawn anew too. So an epoch reads each token once, and windows begin at every token equally often.
-    Where windows overlap, a token is read twice, or three times in a text of three windows; some at either end are
-    not read, by the offset.
+    Row r of step s is window number `s * batch_size + r` of a sequence of epochs. An epoch has the smallest number of
+    windows that cover the text. They begin at even distances, from an offset, and come in random order. Offset and
+    order are drawn again for each epoch. So an epoch reads each token once, and over many epochs windows begin at every
+    token equally often. Where windows overlap, a token is read twice, or three times in a text of three windows. The
+    offset leaves out some tokens at both ends.
 
     Args:
-      tokens: the text; where it is shorter than a window, all rows are that text, padded with id 0 of weight 0.
-      n_tokens: T, of a window; it reads one more, as targets are one further.
-      batch_size: windows of a step, of all processes together.
-      seed: of order and offsets, in [0, 2**32).
-      first_step: number of the step to begin with.
-      process_index: which of the processes this is: it gets the rows from process_index * rows on.
-      process_count: how many processes share a batch.
+      tokens: the text. If it is shorter than a window, each row is the whole text, padded with id 0 of weight 0.
+      n_tokens: T, the tokens of a window; one more token is read for the last target.
+      batch_size: windows of a step, over all processes.
+      seed: the seed of order and offsets, in `[0, 2**32)`.
+      first_step: the number of the first step.
+      process_index: the index of this process. It gets `batch_size // process_count` rows of each batch, in the order
+        of the processes.
+      process_count: the number of processes that share a batch.
 
     Returns:
-      An iterator of Batch, [batch_size // process_count, T], on the host. Threads read ahead of it until it is closed.
+      An iterator of Batch, [batch_size // process_count, T], on the host. Threads read ahead until it is closed.
 
     Raises:
-      ValueError: there are fewer than two tokens, or numbers do not fit.
+      ValueError: the text has fewer than two tokens, or the numbers do not fit together.
 
     Warns:
       UserWarning: the text is shorter than a window.
@@ -77,12 +78,12 @@ def batches(
     if not 0 <= process_index < process_count or batch_size % process_count:
         raise ValueError(
             f"a batch of {batch_size} rows cannot be shared by {process_count} processes, of which this is number "
-            f"{process_index}: it must be a multiple of them"
+            f"{process_index}: process_count must divide batch_size, and process_index must be in [0, process_count)"
         )
     if tokens.n_tokens <= n_tokens:
         warnings.warn(
             f"{tokens.path} has {tokens.n_tokens:,} tokens, fewer than the {n_tokens + 1:,} of a window and its last "
-            "target: every row is this text, padded",
+            "target: every row is the whole text, padded",
             UserWarning,
             stacklevel=2,
         )
@@ -99,7 +100,7 @@ def _read_ahead(
     def read(number: int) -> Row:
         return _row(tokens, epochs.start(number), n_tokens)
 
-    # Not Grain's own shuffle: it takes milliseconds an index where there are few, and its next seed is its next epoch.
+    # Grain's own shuffle takes milliseconds per index for short data, and its epochs repeat those of the next seed.
     rows = grain.MapDataset.range(ENDLESS).map(read).batch(batch_size // process_count, batch_fn=_batch)
     steps = rows[process_index::process_count][first_step:]
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
@@ -108,44 +109,44 @@ def _read_ahead(
 
 
 class _Epochs:
-    """Where windows begin, epoch after epoch: an offset and an order of each, drawn from (seed, epoch) alone."""
+    """Where windows begin in each epoch: an offset and an order per epoch, drawn only from (seed, epoch)."""
 
     def __init__(self, n_text: int, n_tokens: int, seed: int):
         self.n_starts = max(n_text - n_tokens, 1)
         self.n_windows = max(-(-(n_text - 1) // n_tokens), 1)
         self.seed = seed
-        self._lock = threading.Lock()  # the threads that read come to a new epoch together
+        self._lock = threading.Lock()  # reading threads reach a new epoch at the same time
         self._drawn = functools.lru_cache(maxsize=2)(self._draw)
 
     def start(self, number: int) -> int:
-        """Return the token that window `number` of the sequence of epochs begins with."""
+        """Return the index of the first token of window `number` in the sequence of epochs."""
         epoch, place = divmod(number, self.n_windows)
         with self._lock:
             offset, order = self._drawn(epoch)
         return (int(order[place]) * self.n_starts + offset) // self.n_windows
 
     def _draw(self, epoch: int) -> tuple[int, np.ndarray]:
-        # The raw numbers of a bit generator are the same in any version of NumPy; those of its distributions are not.
+        # A bit generator gives the same raw numbers in all versions of NumPy; its distributions do not.
         raw = np.random.Philox(key=[self.seed, epoch]).random_raw(1 + self.n_windows)
         return int(raw[0]) % self.n_starts, np.argsort(raw[1:], kind="stable")
 
 
 def windows(tokens: Tokens, n_tokens: int, batch_size: int, at_most: int = 0) -> Iterator[Batch]:
-    """Yield batches to validate on: the text's first windows one after another, window i from token i * T on.
+    """Yield validation batches: consecutive windows from the beginning of the text; window i begins at token `i * T`.
 
-    There are as many as are full, or one, padded, where none is. Rows that the last batch lacks have weight 0.
+    Only full windows are used; if there is none, one padded window is. Missing rows of the last batch have weight 0.
 
     Args:
       tokens: the text.
-      n_tokens: T, of a window; it reads one more, which the next window begins with.
+      n_tokens: T, the tokens of a window; one more token is read, with which the next window begins.
       batch_size: rows of a batch.
-      at_most: most windows; 0 is all.
+      at_most: maximum number of windows; 0 is all.
 
     Returns:
       An iterator of Batch, [batch_size, T], on the host.
 
     Raises:
-      ValueError: there are fewer than two tokens, or numbers do not fit.
+      ValueError: the text has fewer than two tokens, or a number is not valid.
     """
     _check_text(tokens, n_tokens, batch_size)
     at_most = whole_number("at_most", at_most)
@@ -170,7 +171,7 @@ def _check_text(tokens: Tokens, n_tokens: int, batch_size: int) -> None:
 
 
 def _row(tokens: Tokens, start: int, n_tokens: int) -> Row:
-    """Read the window that begins at a token, and pad it where the text ends."""
+    """Read the window that begins at a token, and pad it at the end of the text."""
     count = min(n_tokens + 1, tokens.n_tokens - start)
     ids, counts = tokens.read(start, count)
     if count == n_tokens + 1:

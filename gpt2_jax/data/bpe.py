@@ -1,4 +1,4 @@
-"""A vocabulary for a new corpus: byte-level BPE, trained by Hugging Face tokenizers and numbered as OpenAI's."""
+"""A vocabulary for a new corpus: byte-level BPE, trained by Hugging Face tokenizers, with ids in OpenAI's order."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ N_BYTES = 256
 def train_tokenizer(
     sources: Sequence[str | os.PathLike], n_merges: int = 50_000, *, field: str = "text", shown: bool = False
 ) -> Tokenizer:
-    """Train a vocabulary: the ids are the 256 bytes in OpenAI's order, a token for each merge, and <|endoftext|>.
+    """Train a vocabulary: the ids are the 256 bytes in OpenAI's order, a token for each merge, and `<|endoftext|>`.
 
-    Text is split by GPT-2's own pattern first. Where pairs occur equally often, that of the lower ids merges first.
+    Text is first split by GPT-2's pattern. If pairs occur equally often, the pair with the lower ids merges first.
 
     Args:
-      sources: .txt, .jsonl and .csv files, folders of these, or "-", as `prepare` takes them.
-      n_merges: most merges; a text may have fewer pairs that occur twice. GPT-2 has 50,000.
-      field: of a .jsonl file's objects, and the column of a .csv file, that holds the text.
+      sources: .txt, .jsonl and .csv files, folders of such files, or "-", as in `prepare`.
+      n_merges: maximum number of merges; there are fewer if no more pairs occur twice. GPT-2 has 50,000.
+      field: the field of .jsonl objects, or the column of .csv files, that contains the text.
       shown: show a progress bar on standard error.
 
     Raises:
-      FileNotFoundError: a source is not there.
+      FileNotFoundError: a source does not exist.
       ValueError: a source is malformed, or there is no text.
     """
     from tokenizers import Tokenizer as Trained
@@ -47,11 +47,11 @@ def train_tokenizer(
     )
     trained.train_from_iterator((_text(piece.text) for piece in found.pieces()), trainer)
     if not found.n_read or not trainer.get_word_count():
-        raise ValueError(f"there is no text in {len(found.files)} files, of {found.n_bytes:,} bytes together")
+        raise ValueError(f"there is no text in {len(found.files)} files with {found.n_bytes:,} bytes in total")
     merges = {}
     for left, right in json.loads(trained.to_str())["model"]["merges"]:
-        # A run of one character can become the same token twice, as "aa a" and "a aa": the first counts, and encoding
-        # looks at what pairs become, not at where they are parted.
+        # A run of one character can become the same token twice, as "aa a" and "a aa". Only the first is kept: encoding
+        # depends on the merged token, and not on how it is divided.
         merges.setdefault(left + right, (left, right))
     tokens = {token: i for i, token in enumerate([*alphabet, *merges, END_OF_TEXT])}
     return Tokenizer(tokens, merges.values(), "the trained tokens", "the trained merges")
@@ -61,7 +61,7 @@ def write_tokenizer(folder: str | os.PathLike, tokenizer: Tokenizer, overwrite: 
     """Write encoder.json and vocab.bpe into a new folder, in one step; return the folder.
 
     Raises:
-      FileExistsError: the folder holds something, or more than a vocabulary where that may be overwritten.
+      FileExistsError: the folder is not empty, and `overwrite` is False or it contains more than a vocabulary.
     """
     folder = files.expanded(folder)
     check = functools.partial(check_replaceable, folder, overwrite)
@@ -75,11 +75,11 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
     """Check that this folder may be written.
 
     Raises:
-      FileExistsError: there is one that is not empty, and it is not to be replaced, or holds more than a vocabulary.
+      FileExistsError: the folder is not empty, and `overwrite` is False or it contains more than a vocabulary.
     """
     files.check_replaceable(folder, "a vocabulary", lambda names: names - {*OPENAI_FILES}, overwrite)
 
 
 def _text(text: object) -> str:
-    """Return a text as UTF-8 can hold it: JSON may have half a character."""
+    """Return a text that UTF-8 can encode; JSON may contain half of a surrogate pair."""
     return str(text).encode(errors="surrogatepass").decode(errors="replace")

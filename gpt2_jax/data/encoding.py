@@ -1,4 +1,4 @@
-"""Pieces of text to token ids, in this process or in several; the ids and their order are the same."""
+"""Encodes pieces of text to token ids, in this process or in several; the ids and their order are the same."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from gpt2_jax.data.sources import BLOCK, Piece
 from gpt2_jax.data.token_files import id_dtype
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
 
-WORTHWHILE = 32 * BLOCK  # bytes of text below which other processes take longer to start than they save
-MOST_PROCESSES = 16  # one process reads for all
-DIED = "died, perhaps for want of memory: use fewer"
+WORTHWHILE = 32 * BLOCK  # bytes of text; with less, starting other processes takes longer than it saves
+MOST_PROCESSES = 16  # one process reads for all of them
+DIED = "died, perhaps because memory ran out: use fewer processes"
 Pipe = Any  # multiprocessing's Connection, on Windows its PipeConnection
 
 
 class Encoded(NamedTuple):
-    """Some documents' ids, each document with its end-of-text.
+    """The ids of some documents, each with its end-of-text id.
 
     Attributes:
-      ids: of all, one after another.
-      counts: uint8 for each id, 1 where it is a target.
-      ends: where in the ids documents end.
-      n_characters: of the text.
-      n_bytes: of the text, as UTF-8.
-      n_markers: how often the characters of <|endoftext|> stand in the text.
+      ids: the ids of all documents, one after another.
+      counts: uint8 for each id, 1 if it is a target of the loss.
+      ends: the positions in `ids` where documents end.
+      n_characters: characters of the text.
+      n_bytes: bytes of the text as UTF-8.
+      n_markers: how often the characters `<|endoftext|>` occur in the text.
     """
 
     ids: np.ndarray
@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
 
 
 def processes_for(n_bytes: int) -> int:
-    """Return how many processes to use for so many bytes of text: one for each core where that is worthwhile."""
+    """Return how many processes to use for n_bytes of text: one per core if that saves time, else one."""
     if n_bytes < WORTHWHILE:
         return 1
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,7 +53,7 @@ def processes_for(n_bytes: int) -> int:
 
 
 def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) -> Generator[Encoded, None, None]:
-    """Yield the ids of all pieces, in order, some at a time. What is in memory does not grow with their number.
+    """Yield the ids of all pieces, in order, some at a time. Memory does not grow with the number of pieces.
 
     Raises:
       OSError: another process died, or could not be started.
@@ -62,17 +62,15 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) 
         for group in _groups(pieces):
             yield encode_group(tokenizer, group)
         return
-    # Spawned, not forked: jax runs threads, and a fork of a process with threads may hang.
+    # Spawn instead of fork: jax runs threads, and a forked process with threads may hang.
     context = multiprocessing.get_context("spawn")
     groups, waiting = _groups(pieces), collections.deque()
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker(context, tokenizer)) for _ in range(n_processes)]
         for worker in workers:
-            _receive(
-                worker, 'cannot be started: the program that calls needs an `if __name__ == "__main__":` around it'
-            )
+            _receive(worker, 'cannot be started: put the code of your program under `if __name__ == "__main__":`')
         for worker, group in zip(itertools.cycle(workers), groups):
-            if len(waiting) == n_processes:  # it is this one that works longest
+            if len(waiting) == n_processes:  # this worker has worked the longest
                 yield _receive(waiting.popleft())
             _send(worker, group)
             waiting.append(worker)
@@ -82,9 +80,9 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) 
 
 @contextlib.contextmanager
 def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
-    """Start a process that encodes, and give what leads to it: a pipe of its own, which ends when the process dies.
+    """Start a process that encodes, and give the pipe to it. The pipe is its own, and ends when the process dies.
 
-    A pool shares one pipe, and waits for ever where a process died in the middle of an answer.
+    A pool shares one pipe, and waits for ever if a process dies in the middle of an answer.
     """
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, tokenizer.tokens, tokenizer.merges), daemon=True)
@@ -100,9 +98,9 @@ def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
 
 
 def _work(pipe: Pipe, tokens: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; who started this one ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     tokenizer = Tokenizer(tokens, merges)
-    with contextlib.suppress(EOFError, OSError):  # who started this one is gone
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
         pipe.send(None)
         while True:
             pipe.send(encode_group(tokenizer, pipe.recv()))
@@ -123,7 +121,7 @@ def _receive(worker: Pipe, trouble: str = DIED) -> Encoded:
 
 
 def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
-    """Encode some pieces; the characters of <|endoftext|> in a text are text."""
+    """Encode some pieces. The characters `<|endoftext|>` inside a text stay ordinary text."""
     dtype = id_dtype(tokenizer.n_vocab)
     ids, counts, ends = [], [], []
     n_ids = n_characters = n_bytes = n_markers = 0
@@ -146,11 +144,11 @@ def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
 
 
 def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Put pieces together until they are worth sending to another process."""
+    """Collect pieces into groups that are large enough to send to another process."""
     group, size = [], 0
     for piece in pieces:
         group.append(piece)
-        size += len(piece.text) + 64  # what goes with an empty piece counts too
+        size += len(piece.text) + 64  # an empty piece has a size too
         if size >= BLOCK:
             yield group
             group, size = [], 0

@@ -1,4 +1,4 @@
-"""Documents out of text files, a piece at a time, so that a file of any size takes little memory."""
+"""Reads documents from text files, one piece at a time, so that a file of any size takes little memory."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ STDIN = "-"
 BOM = codecs.BOM_UTF8
 LONGEST_FIELD = 2**31 - 1  # characters of a field of .csv; Python's own limit is 131,072
 
-# What GPT-2's pattern takes for whitespace; Python's own set is another one.
+# The whitespace of GPT-2's pattern; Python's own set is different.
 WHITESPACE = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 )
 
 
 class Piece(NamedTuple):
-    """A part of a document, which becomes the same tokens alone as it does within the whole.
+    """A part of a document. It gives the same tokens alone as within the document.
 
     Attributes:
-      text: a text, or the ids of one that is tokenised already.
+      text: a text, or the ids of a text that is already tokenized.
       counts: whether its tokens are targets of the loss.
-      ends: whether the document ends with it.
+      ends: whether the document ends with this piece.
     """
 
     text: str | np.ndarray
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Where the text of a document is: in one field of an object or row, or in two, of which only the second counts."""
+    """Where the text of a document is: in one field of an object or row, or in two; then only the second counts."""
 
     text: str = "text"
     prompt: str = ""
@@ -54,9 +54,9 @@ class Fields:
 
     def __post_init__(self):
         if bool(self.prompt) != bool(self.completion):
-            raise ValueError("a prompt's field and a completion's go together: name both or neither")
+            raise ValueError("the prompt field and the completion field go together: name both or neither")
         if not self.text:
-            raise ValueError("the name of the text's field is empty")
+            raise ValueError("the name of the text field is empty")
 
     @property
     def pairs(self) -> bool:
@@ -73,24 +73,25 @@ class Sources:
     """The documents of files and folders, in order.
 
     Attributes:
-      files: what is read, None for standard input.
-      n_bytes: of all files together; what standard input holds is not known.
-      n_read: bytes of them that have been read.
-      n_empty: documents without any text, which are left out.
+      files: the files to read; None is standard input.
+      n_bytes: bytes of all files; standard input is not included, because its size is not known.
+      n_read: bytes read so far.
+      n_empty: documents without text, which are left out.
     """
 
     def __init__(self, sources: Sequence[str | os.PathLike], fields: Fields, n_vocab: int = 0, eot: int = 0):
         """Find the files.
 
         Args:
-          sources: as `prepare` takes them.
+          sources: files and folders, as in `prepare`.
           fields: where the text is.
-          n_vocab: number of ids of the vocabulary, for .bin files, which are refused where it is 0.
+          n_vocab: number of ids in the vocabulary, for .bin files; with 0, .bin files are refused.
           eot: the id between documents in .bin files.
 
         Raises:
-          FileNotFoundError: there is no such file, or nothing to read in a folder.
-          ValueError: a file of another kind, a text without fields where pairs are wanted, or prepared tokens.
+          FileNotFoundError: a file does not exist, or a folder has nothing to read.
+          ValueError: a file has an unknown type, pairs are requested from a file without fields, or a folder contains
+            prepared tokens.
         """
         if isinstance(sources, str | os.PathLike):
             raise ValueError("sources must be a list of files and folders, not one name")
@@ -98,23 +99,23 @@ class Sources:
         if not names:
             raise ValueError("there is nothing to read: name files or folders, or - for standard input")
         if names.count(STDIN) > 1:
-            raise ValueError("- reads all of standard input: it can be given once")
+            raise ValueError("- reads all of standard input: name it only once")
         self.files = [file for name in names for file in _find(name)]
         for file in self.files:
             if fields.pairs and (file is None or file.suffix.lower() in (".txt", ".bin")):
-                raise ValueError(f"{file or 'standard input'}: prompts and completions are read from .jsonl and .csv")
+                raise ValueError(f"{file or 'standard input'}: prompts and completions need a .jsonl or .csv file")
             if file and file.suffix.lower() == ".bin" and not n_vocab:
-                raise ValueError(f"{file} holds ids, and text is wanted")
+                raise ValueError(f"{file} contains token ids, but text is needed")
         self.fields, self.n_vocab, self.eot = fields, n_vocab, eot
         self.n_bytes = sum(file.stat().st_size for file in self.files if file)
         self.n_read = self.n_empty = 0
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield all documents, a piece or more each, and count what is read.
+        """Yield all documents, each as one or more pieces, and count the bytes that are read.
 
         Raises:
-          ValueError: bytes that are not UTF-8, a line that is not JSON, a field that is not there, an id that is
-            outside the vocabulary; the message says where.
+          ValueError: bytes that are not UTF-8, a line that is not JSON, a missing field, or an id outside the
+            vocabulary; the message says where.
         """
         for path in self.files:
             if path is None:
@@ -125,10 +126,10 @@ class Sources:
                 yield from read[path.suffix.lower()](file, str(path))
 
     def _text(self, file: BinaryIO, name: str) -> Iterator[Piece]:
-        """Yield a whole file as one document, cut where a token ends in any case: before a run of whitespace.
+        """Yield a whole file as one document, cut where a token always ends: before a run of whitespace.
 
-        No token of GPT-2's pattern goes on from another character into whitespace, and what a run becomes depends on
-        what follows it alone. A text without whitespace cannot be cut.
+        In GPT-2's pattern, no token continues from another character into whitespace, and the tokens of a run of
+        whitespace depend only on what follows it. A text without whitespace cannot be cut.
         """
         decoder, kept = codecs.getincrementaldecoder("utf-8")(), [""]
         offset, end = 0, False
@@ -150,7 +151,7 @@ class Sources:
         yield from self._documents("".join(kept))
 
     def _documents(self, *texts: str) -> Iterator[Piece]:
-        """Yield a document with this text, or this prompt and completion; count it where that is empty."""
+        """Yield a document with this text, or this prompt and completion; an empty document is only counted."""
         if not any(texts):
             self.n_empty += 1
             return
@@ -175,7 +176,7 @@ class Sources:
             if isinstance(record, str) and not self.fields.pairs:
                 record = {self.fields.text: record}
             if not isinstance(record, dict):
-                raise ValueError(f"{name}, line {number} is no object with a text: {line.strip()[:60]}")
+                raise ValueError(f"{name}, line {number} is not a JSON object with a text: {line.strip()[:60]}")
             yield from self._documents(*(_text_field(record, field, name, number) for field in self.fields.names))
 
     def _csv(self, file: BinaryIO, name: str) -> Iterator[Piece]:
@@ -186,7 +187,7 @@ class Sources:
             for row in rows:
                 if row and len(row) <= max(columns):
                     raise ValueError(f"{name}, line {rows.line_num}: the row has {len(row)} columns, too few")
-                if row:  # an empty line is none
+                if row:  # an empty line is not a row
                     yield from self._documents(*(row[column] for column in columns))
         except csv.Error as error:
             raise ValueError(f"{name}, line {rows.line_num} is not CSV: {error}") from error
@@ -196,7 +197,7 @@ class Sources:
     def _bin(self, file: BinaryIO, name: str) -> Iterator[Piece]:
         dtype = id_dtype(self.n_vocab)
         n_ids = 0
-        empty = True  # what is read of the document so far
+        empty = True  # the part of the current document that was read so far
         while data := file.read(BLOCK):
             self.n_read += len(data)
             if len(data) % dtype.itemsize:
@@ -209,7 +210,7 @@ class Sources:
                 )
             n_ids += len(ids)
             *documents, rest = np.split(ids, np.flatnonzero(ids == self.eot) + 1)
-            for document in documents:  # each with its end-of-text, which is put there again
+            for document in documents:  # each ends with an end-of-text id, which is added again later
                 if len(document) > 1 or not empty:
                     yield Piece(document[:-1])
                 else:
@@ -225,7 +226,7 @@ class Sources:
 
 
 def _find(name: str) -> list[Path | None]:
-    """Return the files of one source: itself, or those of a folder, by their paths in it."""
+    """Return the files of one source: the file itself, or those of a folder, sorted by their paths in it."""
     if name == STDIN:
         return [None]
     path = expanded(name)
@@ -234,7 +235,7 @@ def _find(name: str) -> list[Path | None]:
     if not path.is_dir():
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(
-                f"{path} is none of {', '.join(SUFFIXES)}: rename it, or, if it is text, pass it as - on standard input"
+                f"{path} is not a file of type {', '.join(SUFFIXES)}: rename it, or pass its text on standard input (-)"
             )
         return [path]
     files = [
@@ -245,11 +246,11 @@ def _find(name: str) -> list[Path | None]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not files:
-        raise FileNotFoundError(f"{path} holds no file of {', '.join(SUFFIXES)}")
+        raise FileNotFoundError(f"{path} has no file of type {', '.join(SUFFIXES)}")
     names = {file.relative_to(path).as_posix(): file for file in files}
     for file in files:
         if (file.parent / MANIFEST).is_file() or (file.name == "val.bin" and file.with_name("train.bin") in files):
-            raise ValueError(f"{file.parent} holds tokens that are split already: train on it as it is")
+            raise ValueError(f"{file.parent} contains tokens that are already split: train on this folder directly")
     return [names[name] for name in sorted(names)]
 
 
@@ -260,7 +261,7 @@ def _standard_input() -> BinaryIO:
 
 
 def _decoded(decode: Any, name: str, offset: int) -> str:
-    """Return what `decode()` gives, or say which byte is at fault, counted from the beginning of the file."""
+    """Return the result of `decode()`. An error names the invalid byte and its offset in the file."""
     try:
         return decode()
     except UnicodeDecodeError as error:
@@ -274,12 +275,12 @@ def _text_field(record: dict[str, Any], field: str, name: str, number: int) -> s
     if field not in record:
         raise ValueError(f'{name}, line {number} has no field "{field}"; it has: {", ".join(record) or "none"}')
     if not isinstance(record[field], str):
-        raise ValueError(f'{name}, line {number}: the field "{field}" is no text, but {str(record[field])[:60]!r}')
+        raise ValueError(f'{name}, line {number}: the field "{field}" is not a string: {str(record[field])[:60]!r}')
     return record[field]
 
 
 def _columns(header: list[str] | None, fields: Fields, name: str) -> list[int]:
-    """Return the numbers of the columns to read; a lone column needs no name."""
+    """Return the numbers of the columns to read; a single column may have any name."""
     with contextlib.suppress(ValueError):
         return [(header or []).index(field) for field in fields.names]
     if header and len(header) == 1 and fields == Fields():

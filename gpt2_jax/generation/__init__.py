@@ -1,8 +1,8 @@
-"""Tokens and text out of a model, and how likely it finds them.
+"""Text generation, and scoring: how likely a model finds given tokens.
 
-Here belong the settings of a call, the compiled programs and the loop that calls them, prompts from files, and the
-log-probabilities of given tokens. What is concluded from those (`gpt2_jax.evaluate`) and how the model computes them
-(`gpt2_jax.model`, `gpt2_jax.sampling`) do not.
+This package has the settings of a call, the compiled programs and the loop that calls them, prompts from files, and the
+log-probabilities of given tokens. Evaluations are in `gpt2_jax.evaluate`. The model and the choice of tokens are in
+`gpt2_jax.model` and `gpt2_jax.sampling`.
 """
 
 from __future__ import annotations

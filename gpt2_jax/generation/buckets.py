@@ -1,4 +1,4 @@
-"""Sizes that programs are compiled for: a length or a number of rows is rounded up to one of a few."""
+"""Sizes that programs are compiled for. Lengths and numbers of rows are rounded up to one of a few sizes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def bucket_rows(n: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """Return the largest power of two that is not above n, 1 or more."""
+    """Return the largest power of two that is at most n. n must be 1 or more."""
     return 1 << (n.bit_length() - 1)
 
 
 def _round_up(n: int) -> int:
-    """Return the smallest power of two, or three quarters of one, that is not below n."""
+    """Return the smallest power of two, or three quarters of one, that is at least n."""
     power = 1 << max(n - 1, 1).bit_length()
     return power * 3 // 4 if n <= power * 3 // 4 else power

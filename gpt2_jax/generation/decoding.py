@@ -22,17 +22,17 @@ from gpt2_jax.sampling import NO_LOGITS
 from gpt2_jax.sharding import placed
 from gpt2_jax.tokenizer import Tokenizer
 
-STEPS_A_PIECE = 4  # of `stream`: often enough that it looks alive where a step takes 100 ms
+STEPS_A_PIECE = 4  # decode steps per piece of `stream`: text comes often, even if a step takes 100 ms
 
 
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities (base e) of one row's n new tokens under the model itself: temperature 1, nothing filtered.
+    """Log-probabilities (base e) of one row's n new tokens under the model itself: temperature 1, no filters.
 
     Attributes:
-      chosen: float32 [n], of the token that was picked.
+      chosen: float32 [n], those of the chosen tokens.
       top_ids: int32 [n, k], the k most likely tokens, most likely first.
-      top: float32 [n, k], theirs.
+      top: float32 [n, k], those of `top_ids`.
     """
 
     chosen: np.ndarray
@@ -46,9 +46,9 @@ class Completion:
 
     Attributes:
       text: the text, up to a stop.
-      ids: the new tokens, those wholly before a stop string if it ended at one.
-      stopped: it ended at a stop, not for want of more tokens.
-      logprobs: of `ids`, where they were asked for.
+      ids: the new tokens. If the row ended at a stop string, only those entirely before it.
+      stopped: True if the row ended at a stop, False if it ended after max_new_tokens.
+      logprobs: the log-probabilities of `ids`; None if they were not requested.
     """
 
     text: str
@@ -78,29 +78,30 @@ def generate(
     first_row: int = 0,
     edits: Edit | Sequence[Edit] = (),
 ) -> list[list[int]] | tuple[list[list[int]], list[Logprobs]]:
-    """Continue each prompt by `max_new_tokens` tokens; as in the original, not even `<|endoftext|>` stops earlier.
+    """Continue each prompt by `max_new_tokens` tokens, or up to a stop.
 
-    Row i's ids depend on the seed, on i and on its prompt alone: not on the other rows, their number, padding or
-    earlier calls. (Products of another batch size may round differently. In float32 that is never seen in practice; in
-    bfloat16, or TF32 on a GPU, it now and then tips a close choice, and the row goes another way from there.)
-    Rows, prompt lengths and whole lengths are rounded up to a few sizes (generation/buckets.py), for each of which
-    programs are compiled when it first comes up, and so for each config and `logprobs`; all else is traced.
+    As in the original, `<|endoftext|>` is a stop only if it is in `stop_ids`.
+    The ids of row i depend only on the seed, on i and on its prompt. They do not depend on the other rows, their
+    number, padding or earlier calls. (Products of another batch size may round differently. In float32 this is never
+    seen in practice. In bfloat16, or in TF32 on a GPU, it can change a close choice, and the row then differs.)
+    Row counts, prompt lengths and total lengths are rounded up to a few sizes (generation/buckets.py). Each size
+    compiles once for each config and `logprobs`, when it is first used. All other arguments are traced.
 
     Args:
       config: the model's hyperparameters.
-      params: its parameters, as `load` gives them.
-      prompts: a list of token-id sequences, each of at least one id, of any lengths.
-      max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
-        overflow, logprobs: the fields of `gpt2_jax.generation.Settings`, which says what each means.
-      tokenizer: the model's, for stop_strings.
-      first_row: row i draws as row first_row + i, below 2**32, so that a long list may be taken in parts.
-      edits: of activations, as `gpt2_jax.research` makes them, in every forward pass; each value is one for all tokens.
+      params: the model's parameters, from `load`.
+      prompts: a list of token-id sequences of any lengths, each with at least one id.
+      max_new_tokens, temperature, top_k, top_p, seed: fields of `gpt2_jax.generation.Settings`, which documents them.
+      min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings, overflow, logprobs: more fields of it.
+      tokenizer: the model's tokenizer, needed for stop_strings.
+      first_row: row i draws the random numbers of row first_row + i, below 2**32: for a long list in parts.
+      edits: activation edits from `gpt2_jax.research`, for every forward pass. A value is the same for all tokens.
 
     Returns:
-      The new ids, one list for each prompt; with `logprobs`, these and a list of Logprobs.
+      The new ids, one list per prompt. With `logprobs`, a tuple of these and a list of Logprobs.
 
     Raises:
-      ValueError: a bad argument, before anything is traced; or, after, logits that are NaN: the params hold one.
+      ValueError: an argument is invalid (raised before tracing), or NaN in the params gives NaN logits (raised later).
     """
     settings = Settings.among(locals()).check(config, tokenizer)
     rows = _run(config, params, prompts, settings, tokenizer, first_row, edits)
@@ -117,7 +118,7 @@ def complete(
     first_row: int = 0,
     edits: Edit | Sequence[Edit] = (),
 ) -> list[Completion]:
-    """Continue each prompt as `generate` does, and give text, cut exactly before a stop string.
+    """Continue each prompt like `generate`, and return text that ends exactly before a stop string.
 
     Raises:
       ValueError: as `generate`.
@@ -150,27 +151,27 @@ def stream(
     overflow: Overflow = Settings.overflow,
     edits: Edit | Sequence[Edit] = (),
 ) -> Generator[str, None, None]:
-    """Yield the continuation of a prompt as it comes: text, or token ids, in; pieces of text out.
+    """Yield the continuation of a prompt, piece by piece, as text.
 
-    The pieces are of whole characters and not empty, and joined they are the text of what `generate` gives for this
+    The pieces have whole characters and are not empty. Joined, they are the text of what `generate` returns for this
     prompt, cut exactly before a stop string. A piece comes every few tokens, unless it may be the beginning of a stop
-    string. Closing the iterator, or dropping it, ends the decoding.
+    string. To end the decoding, close or drop the iterator.
 
     Args:
       config: the model's hyperparameters.
-      params: its parameters, as `load` gives them.
+      params: the model's parameters, from `load`.
       prompt: the text to continue, or its token ids.
-      tokenizer: the model's, as `load_tokenizer` gives it.
-      max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings,
-        overflow: the fields of `gpt2_jax.generation.Settings`, which says what each means.
-      edits: as `generate`'s.
+      tokenizer: the model's tokenizer, from `load_tokenizer`.
+      max_new_tokens, temperature, top_k, top_p, seed: fields of `gpt2_jax.generation.Settings`, which documents them.
+      min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings, overflow: more fields of it.
+      edits: as in `generate`.
 
     Raises:
-      ValueError: as `generate`, for a bad argument at once.
+      ValueError: as in `generate`. An invalid argument raises in the call itself, before the first piece.
     """
     settings = Settings.among(locals())
     if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(f"tokenizer must be a Tokenizer, as load_tokenizer gives it, not {tokenizer!r}")
+        raise ValueError(f"tokenizer must be a Tokenizer, from load_tokenizer, not {tokenizer!r}")
     settings = settings.check(config, tokenizer)
     ids = check_prompt(config, "prompt", tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
     check_fits(config, "prompt", ids, settings)
@@ -213,7 +214,7 @@ def _run(
 def _decode(
     config: GPT2Config, params: Params, rows: list[_Row], settings: Settings, edits: tuple[Edit, ...], **how: Any
 ) -> Iterator[None]:
-    """Decode into the rows; yields each time they have been given more."""
+    """Decode, and add the new tokens to the rows. Yields after each addition."""
     if settings.max_new_tokens == 0:
         return
     finished_B = np.zeros(len(rows), bool)
@@ -225,7 +226,7 @@ def _decode(
 
 
 class _Row:
-    """What one row has picked so far, cut at its stop."""
+    """The tokens picked so far for one row, cut at its stop."""
 
     def __init__(
         self, name: str, prompt: np.ndarray, settings: Settings, tokenizer: Tokenizer | None, wants_text: bool = False
@@ -234,23 +235,23 @@ class _Row:
         needs_text = wants_text or bool(settings.stop_strings)
         self.text = RowText(tokenizer, settings.stop_strings) if tokenizer is not None and needs_text else None
         self.all_ids: list[int] = []
-        self.picked: list[Picked] = []  # the same with their log-probabilities, where those are asked for
-        self.pieces: list[str] = []  # of text, not handed out yet
+        self.picked: list[Picked] = []  # the same with log-probabilities, if requested
+        self.pieces: list[str] = []  # pieces of text that were not returned yet
         self.stopped = False
         self.n_top = settings.logprobs
 
     @property
     def ids(self) -> list[int]:
-        """The new ids that count."""
+        """The new ids, up to a stop."""
         return self.all_ids if self.text is None else self.text.ids
 
     def take(self, picked: Picked) -> bool:
-        """Take what the next steps picked; return whether the row is at its end."""
+        """Add what the next steps picked. Return whether the row has ended."""
         ids = picked.id_BR.tolist()
         n = next((i for i, token in enumerate(ids) if token in self.stop_ids or token == NO_LOGITS), len(ids))
         if n < len(ids) and ids[n] == NO_LOGITS:
             step = len(self.all_ids) + n
-            raise ValueError(f"{self.name} got NaN for logits at its new token {step}: look for NaN in the params")
+            raise ValueError(f"{self.name}: the logits are NaN at new token {step}; check the params for NaN")
         if self.n_top is not None:
             self.picked.append(jax.tree.map(lambda array_R: array_R[:n], picked))
         self.all_ids += ids[:n]
@@ -260,14 +261,14 @@ class _Row:
         return self.stopped
 
     def new_text(self, last: bool = False) -> str:
-        """Return the text since the last call; the `last` one gives what was held back too."""
+        """Return the text since the last call. With `last`, also return the text that was held back."""
         pieces, self.pieces = self.pieces, []
         return "".join(pieces) + (self.text.end() if last and self.text is not None else "")
 
     def logprobs(self) -> Logprobs:
-        """Return the log-probabilities of the ids that count."""
+        """Return the log-probabilities of `ids`."""
         n = len(self.ids)
-        if not self.picked:  # none were asked for
+        if not self.picked:  # none were requested
             none = np.zeros((0, self.n_top or 0), np.float32)
             return Logprobs(none.sum(-1), none.astype(np.int32), none)
         picked = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *self.picked)

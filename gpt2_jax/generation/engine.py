@@ -1,7 +1,7 @@
 """Decoding: a few compiled programs, and the loop on the host that calls them.
 
-`prefill` reads prompts into a cache; `decode` takes up to 16 steps in one loop on the device, which reads the long part
-of the cache and writes a short recent one; `merge_recent` moves the recent part into the long one when it is full.
+`prefill` reads prompts into a cache. `decode` takes up to 16 decode steps in one loop on the device, which reads the
+long part of the cache and writes a short recent part. `merge_recent` moves a full recent part into the long one.
 
 Shape letters: B batch, G rows of one prefill, P padded prompt, R recent slots, K alternatives, V vocab, D n_embd.
 """
@@ -28,22 +28,22 @@ from gpt2_jax.params import Params
 from gpt2_jax.sampling import Sampling, pick, token_logprobs
 from gpt2_jax.sharding import platform
 
-RECENT = 16  # slots of the cache's recent part, and so the most steps between two looks at what came out
-STOP_IDS = 16  # that a program has room for, at least
-NO_ID = -2  # stands among them where there are fewer
-# Tokens of one prefill call. Larger calls fall out of a CPU's caches: 8 prompts of 512 tokens take a quarter longer
-# together than one by one. Elsewhere large calls keep the device busy; the scores of this many still fit.
+RECENT = 16  # slots of the cache's recent part, and so the most decode steps per call
+STOP_IDS = 16  # least number of stop ids that a program has room for
+NO_ID = -2  # fills the room if there are fewer
+# Tokens of one prefill call. Larger calls do not fit a CPU's caches: 8 prompts of 512 tokens take a quarter longer
+# together than one by one. On other devices large calls keep the device busy; the scores of this many tokens still fit.
 PREFILL_TOKENS = {"cpu": 512}
 PREFILL_TOKENS_ELSEWHERE = 2**14
 
 
 @struct.dataclass
 class Picked:
-    """What the steps of one call picked.
+    """The tokens that the steps of one call picked.
 
     Attributes:
-      id_BR: int32; 0 for rows that were done before, NO_LOGITS where the logits held a NaN.
-      chosen_BR: float32, the log-probability of each; this and the next two are None where none were asked for.
+      id_BR: int32; 0 for rows that had ended before, NO_LOGITS where the logits contained NaN.
+      chosen_BR: float32, the log-probability of each; this and the next two are None if not requested.
       top_id_BRK: int32, the most likely ids, most likely first.
       top_BRK: float32, their log-probabilities.
     """
@@ -56,15 +56,15 @@ class Picked:
 
 @struct.dataclass
 class State:
-    """What a decoding step changes.
+    """What a decode step changes.
 
     Attributes:
-      recent: the keys and values of up to RECENT tokens, behind those of the long part.
-      token_B: int32, the last token of each row, which the model has not seen yet.
-      seen_BV: bool, the ids that each row holds, prompt included.
-      done_B: bool, the rows that are at their end; what they still compute is thrown away.
-      key_B: a key for each row; its t-th new token is drawn with fold_in(key_B[b], t).
-      n_new: int32 scalar, new tokens so far in every row.
+      recent: the keys and values of up to RECENT tokens, which follow those of the long part.
+      token_B: int32, the last token of each row, which the model has not read yet.
+      seen_BV: bool, True for the ids that each row contains, prompt included.
+      done_B: bool, True for rows that have ended. Their further results are discarded.
+      key_B: one key per row; the t-th new token of row b is drawn with fold_in(key_B[b], t).
+      n_new: int32 scalar, number of new tokens so far in every row.
     """
 
     recent: KVCache
@@ -105,7 +105,7 @@ def prefill(
 def place(
     past: KVCache, h_BD: jax.Array, cache: KVCache, h_GD: jax.Array, row_G: jax.Array
 ) -> tuple[KVCache, jax.Array]:
-    """Put what a prefill gave into the rows `row_G` of the batch."""
+    """Write the results of a prefill into the rows `row_G` of the batch."""
     return insert(past, cache, row_G), h_BD.at[row_G].set(h_GD)
 
 
@@ -122,7 +122,7 @@ def first(
     stop_ids: jax.Array,
     n_top: int | None,
 ) -> tuple[State, Picked]:
-    """Pick each row's first new token, from the hidden state of its last."""
+    """Pick each row's first new token, from the hidden state of its last token."""
     key = jax.random.key(seed, impl="threefry2x32")
     state = State(
         recent=init_cache(model.config, len(h_BD), RECENT),
@@ -150,9 +150,9 @@ def decode(
     n_steps: jax.Array,
     n_top: int | None,
 ) -> tuple[State, Picked]:
-    """Take up to `n_steps` steps, fewer once all rows are done; `recent` must have room for them.
+    """Take up to `n_steps` decode steps, fewer if all rows end before. `recent` must have room for them.
 
-    `past` is read alone, so that the loop carries, and XLA copies, no array of its size.
+    `past` is only read. So the loop does not update an array of its size, which XLA would copy.
     """
     state = dataclasses.replace(state, done_B=state.done_B | done_B)
 
@@ -184,7 +184,7 @@ def merge_recent(past: KVCache, recent: KVCache) -> tuple[KVCache, KVCache]:
 def _append(
     state: State, logits_BV: jax.Array, sampling: Sampling, stop_ids: jax.Array, n_top: int | None
 ) -> tuple[State, Picked]:
-    """Pick a token a row, and note it in the state."""
+    """Pick one token per row, and add it to the state."""
     key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.n_new)
     token_B = pick(logits_BV, key_B, sampling, state.seen_BV)
     picked = Picked(jnp.where(state.done_B, 0, token_B))
@@ -202,7 +202,7 @@ def _append(
 
 
 def _nothing_picked(n_rows: int, n_top: int | None) -> Picked:
-    """Return room for what RECENT steps pick."""
+    """Return zero arrays for the picks of RECENT steps."""
     picked = Picked(jnp.zeros((n_rows, RECENT), jnp.int32))
     if n_top is None:
         return picked
@@ -219,10 +219,10 @@ def _nothing_picked(n_rows: int, n_top: int | None) -> Picked:
 
 
 def window(n_ctx: int, n_tokens: int) -> int:
-    """Return how many of a row's last tokens the model sees when it chooses the next one.
+    """Return how many of a row's last tokens the model reads when it chooses the next one.
 
-    All of them up to n_ctx; when they no longer fit, the last n_ctx // 2, and from there on up to n_ctx again. It
-    depends on the number of tokens alone, so that a text goes on the same way however it came about.
+    It reads all tokens up to n_ctx. When they no longer fit, it reads the last n_ctx // 2, and then again up to n_ctx.
+    This depends only on the number of tokens. So a text continues the same way however it was produced.
     """
     kept = max(1, n_ctx // 2)
     return n_tokens if n_tokens <= n_ctx else kept + (n_tokens - n_ctx - 1) % (n_ctx - kept + 1)
@@ -239,19 +239,19 @@ def decode_rows(
     look_ahead: bool = False,
     edits: tuple[Edit, ...] = (),
 ) -> Iterator[Picked]:
-    """Yield what the rows pick, a few steps at a time, as NumPy arrays [B, n, ...]: `max_new_tokens` steps in all.
+    """Yield what the rows pick, a few steps at a time, as NumPy arrays [B, n, ...]: `max_new_tokens` steps in total.
 
     Args:
-      model: a GPT2; anything hashable with its `config` and `apply` does.
-      params: its parameters.
-      prompts: the rows' ids; longer than n_ctx together with the new ones only if `settings.overflow` is "slide".
-      settings: checked ones, of at least one new token.
-      finished_B: bool; the caller sets the rows that are at their end, and when all are, decoding ends.
-      first_row: row b draws as row `first_row + b`.
+      model: a GPT2, or another hashable object with `config` and `apply`.
+      params: the model's parameters.
+      prompts: the rows' ids. With the new ids they may exceed n_ctx only if `settings.overflow` is "slide".
+      settings: checked settings, with at least one new token.
+      finished_B: bool; the caller sets it to True for rows that have ended. Decoding ends when all have.
+      first_row: row b draws like row `first_row + b`.
       steps_a_call: most steps between two yields, at most RECENT.
-      look_ahead: start a call before the last one's tokens are handed out, so that the device does not wait for the
-        host; for callers that set `finished_B` by `settings.stop_ids` alone, which the device knows too.
-      edits: checked ones, made in every forward pass; those of other values compile nothing.
+      look_ahead: start a call before the tokens of the last one are yielded, so that the device does not wait for the
+        host. For callers that set `finished_B` only by `settings.stop_ids`, which the device checks too.
+      edits: checked edits, applied in every forward pass. Other values do not recompile.
     """
     batch = _Batch(model, params, prompts, settings, edits)
     waiting = collections.deque([(batch.first(first_row), 1)])
@@ -267,7 +267,7 @@ def decode_rows(
     while n_new < settings.max_new_tokens and not finished_B.all():
         n_free = batch.n_free(finished_B)
         if n_free == 0:
-            if batch.full_rows(finished_B):  # whose last tokens must be known
+            if batch.full_rows(finished_B):  # their last tokens must be known
                 yield from hand_out(0)
             batch.make_room(finished_B)
             continue
@@ -322,33 +322,33 @@ class _Batch:
 
     def fetch(self, picked: Picked, n_steps: int) -> Picked:
         """Wait for a call of `n_steps` steps, and return what it picked for real rows."""
-        # Copied, since a view would keep the device's array alive.
+        # Copied: a view would keep the device's array alive.
         return jax.tree.map(lambda array: np.array(np.asarray(array)[: len(self.rows), :n_steps]), picked)
 
     def note(self, id_BR: np.ndarray) -> None:
-        """Take the ids that came out; those of a finished row mean nothing, and are never looked at."""
+        """Append the new ids to the rows. Those of a finished row have no meaning and are not used."""
         for row, ids in zip(self.rows, id_BR.tolist(), strict=True):
             row += ids
 
     def n_free(self, finished_B: np.ndarray) -> int:
-        """Return how many steps there is room for."""
+        """Return how many steps the cache has room for."""
         return min(RECENT - self.n_recent, self.config.n_ctx - self.n_cached_B[~finished_B].max())
 
     def full_rows(self, finished_B: np.ndarray) -> list[int]:
-        """Return the rows that go on and whose window is full."""
+        """Return the unfinished rows whose window is full."""
         return np.flatnonzero(~finished_B & (self.n_cached_B == self.config.n_ctx)).tolist()
 
     def make_room(self, finished_B: np.ndarray) -> None:
-        """Empty the recent part into the long one, and cut the windows of full rows."""
+        """Move the recent part into the long one, and cut the windows of full rows."""
         self.past, recent = merge_recent(self.past, self.state.recent)
         self.state = dataclasses.replace(self.state, recent=recent)
         self.n_recent = 0
         if full := self.full_rows(finished_B):
-            # The last token is the one that the next step reads.
+            # Without the last token, which the next step reads.
             self._prefill({b: self.rows[b][-window(self.config.n_ctx, self.config.n_ctx + 1) : -1] for b in full})
 
     def _prefill(self, window_of: dict[int, list[int]]) -> None:
-        """Put these tokens in the place of what the cache holds of these rows."""
+        """Replace what the cache holds for these rows by these tokens."""
         members = collections.defaultdict(list)
         for b, tokens in window_of.items():
             members[min(bucket_length(len(tokens)), self.config.n_ctx)].append(b)

@@ -1,9 +1,9 @@
-"""Thousands of prompts from a file to a file, a batch at a time; killed at any moment, the next call goes on.
+"""Completes the prompts of a file into another file, a batch at a time. After a kill, the next call resumes.
 
-Unfinished work is in the target's name with ".part": a first line that says of which input and settings, then a line a
-prompt, in order. At the end the lines without the first are copied under a hidden name, which becomes the target's in
-one step; last the part file goes. So at every moment there is nothing yet, or a part file that says how far it got, or
-the target, whole.
+Unfinished work is in a part file, the target's name with ".part". Its first line identifies the input and the settings.
+One line per prompt follows, in order. At the end, these lines are copied to a hidden file, which takes the target's
+name in one step. Then the part file is removed. So at every moment there is nothing yet, or a part file that shows how
+far the work is, or the complete target.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ def complete_file(
     fields: Sequence[str] = ("samples",),
     shown: bool | None = None,
 ) -> int:
-    """Complete every prompt of a JSON lines file, and write a line for each, in order, to another.
+    """Complete every prompt of a JSON lines file, and write one line per prompt, in order, to another file.
 
-    A prompt is a line with an object that has a "prompt", or with a string alone; blank lines are skipped. Its line in
-    the target has the object's fields, those that `complete` gives, and "index", its number, from 0.
+    A prompt is a line with an object that has a "prompt", or with only a string. Blank lines are skipped. A line of the
+    target has the object's fields, those that `complete` returns, and "index", the prompt's number from 0.
 
-    What was done before the process died is not done again: call it with the same input and settings, and it goes on
-    after the last whole line. The target is then, byte for byte, what an undisturbed call would have written, if what
-    `complete` gives for a prompt depends on that prompt and its index alone.
+    If the process is killed, call it again with the same input and settings: it resumes after the last complete line.
+    The target is then, byte for byte, what an uninterrupted call would have written, if the result of `complete` for a
+    prompt depends only on that prompt and its index.
 
     Args:
       source: the input, UTF-8.
       target: the output, UTF-8; it must not exist yet.
-      complete: takes the prompts of a batch and the index of the first, and gives a dict, which JSON can hold, for
-        each.
-      settings: what else the results depend on, by name, which JSON can hold.
-      batch_size: prompts a call of `complete`, 1 or more; the last call may have fewer.
-      fields: the names of all fields that `complete` may give.
-      shown: show a progress bar on standard error; None shows it where that is a terminal.
+      complete: takes the prompts of a batch and the index of the first, and returns a dict for each. JSON must be able
+        to hold the dicts.
+      settings: {name: value} of everything else that the results depend on. JSON must be able to hold it.
+      batch_size: prompts per call of `complete`, 1 or more; the last call may have fewer.
+      fields: the names of all fields that `complete` may return.
+      shown: True shows a progress bar on standard error; None shows it if that is a terminal.
 
     Returns:
       The number of prompts that this call completed.
 
     Raises:
-      FileNotFoundError: there is no such input, or no folder for the output.
-      ValueError: before anything is generated or written: a line of the input that is no prompt, an output that exists,
-        that is the input, that another process is writing, or that was begun with another input or other settings.
+      FileNotFoundError: the input or the folder of the output does not exist.
+      ValueError: raised before anything is generated or written: a line of the input is not a prompt, or the output
+        exists, is the input, is being written by another process, or was started from a different input or settings.
     """
     batch_size = whole_number("batch_size", batch_size, 1)
     source, target = Path(source), Path(target).resolve()
@@ -71,7 +71,7 @@ def complete_file(
             return 0
         part = _part(target)
         n_done, title = _resume(part, header, len(prompts)), f"writing {target.name}"
-        # A batch may take minutes: the speed is that of the last hour.
+        # A batch may take minutes, so the speed is averaged over the last hour.
         with progress.bars("count", "left", shown=shown, stay=True, period=3600) as bars, part.open("ab") as file:
             bars.update(title, n_done, len(prompts))
             for first in range(n_done, len(prompts), batch_size):
@@ -90,10 +90,10 @@ def read_prompts(data: bytes, source: Path, fields: Sequence[str] = ()) -> list[
     Args:
       data: the file's bytes.
       source: its name, for messages.
-      fields: names that the output needs for itself, and "index".
+      fields: names that the output needs, in addition to "index". No prompt may have them.
 
     Raises:
-      ValueError: the line that is no prompt, and why.
+      ValueError: a line is not a prompt; the message says which line, and why.
     """
     records = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -101,13 +101,13 @@ def read_prompts(data: bytes, source: Path, fields: Sequence[str] = ()) -> list[
             continue
         try:
             record = json.loads(line.decode())
-            _line({"": record})  # NaN and numbers too large, which Python reads, are no JSON
+            _line({"": record})  # Python reads NaN and numbers too large, which are not JSON
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{source}, line {number} is not JSON: {error}") from error
         record = {"prompt": record} if isinstance(record, str) else record
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise ValueError(
-                f'{source}, line {number} is no prompt: it must be an object with a text named "prompt", or a text'
+                f'{source}, line {number} is not a prompt: it must be an object with a string "prompt", or a string'
             )
         if taken := [name for name in (INDEX, *fields) if name in record]:
             raise ValueError(f'{source}, line {number} has a field "{taken[0]}", which the output needs: rename it')
@@ -133,7 +133,7 @@ def _part(target: Path) -> Path:
 
 
 def _new(target: Path) -> Path:
-    """Return the name under which a whole file is made; who holds the lock may write over what is there."""
+    """Return the name under which a complete file is made. The holder of the lock may overwrite it."""
     return target.with_name(f".{target.name}.new")
 
 
@@ -146,24 +146,24 @@ def _alone(target: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if target.exists():  # nothing is left to do: who locks the removed file now finds that, and does nothing
+            if target.exists():  # a process that waited for this lock finds the target and has nothing to do
                 with contextlib.suppress(OSError):
                     path.unlink()
 
 
 def _header(settings: Mapping[str, Any], data: bytes) -> dict[str, Any]:
     header = {"settings": dict(settings), "input_sha256": hashlib.sha256(data).hexdigest()}
-    return json.loads(_line(header))  # as it will be read: tuples are lists, for one
+    return json.loads(_line(header))  # as JSON returns it: tuples become lists
 
 
 def _begin(target: Path, header: dict[str, Any], n_prompts: int) -> bool:
-    """Make the part file if there is none; return False if an earlier process had done all but remove it."""
+    """Create the part file if there is none. Return False if only its removal was left to do."""
     part = _part(target)
     if target.exists():
         if part.exists() and _read_header(part) == header and _has_all(target, part, n_prompts):
             part.unlink()
             return False
-        raise ValueError(f"{target} exists: it is complete; delete it or name another --output")
+        raise ValueError(f"{target} exists and is complete: delete it or name another --output")
     if not part.exists():
         with files.replacing_file(part, _new(target)) as new:
             new.write_bytes(_line(header))
@@ -171,7 +171,7 @@ def _begin(target: Path, header: dict[str, Any], n_prompts: int) -> bool:
 
 
 def _has_all(target: Path, part: Path, n_prompts: int) -> bool:
-    """Say whether the target is a copy of the part file's lines, and those are all."""
+    """Return whether the target is a copy of the part file's lines, and the part file has all lines."""
     with part.open("rb") as lines, target.open("rb") as copied:
         lines.readline()
         n_same = 0
@@ -183,10 +183,10 @@ def _has_all(target: Path, part: Path, n_prompts: int) -> bool:
 
 
 def _resume(part: Path, header: dict[str, Any], n_prompts: int) -> int:
-    """Cut a torn last line off the part file, and return how many prompts it has.
+    """Cut an incomplete last line off the part file, and return how many prompts it has.
 
     Raises:
-      ValueError: it was begun with another input or other settings, or it is no such file; it is as it was.
+      ValueError: not a part file of this command, or started from a different input or settings; nothing was changed.
     """
     _check_header(part, _read_header(part), header)
     with part.open("rb") as file:
@@ -200,14 +200,14 @@ def _resume(part: Path, header: dict[str, Any], n_prompts: int) -> int:
             except (ValueError, TypeError, KeyError):
                 index = None
             if index != n_done or n_done == n_prompts:
-                raise ValueError(f"{part}, line {n_done + 2} is not what was written there: delete it to begin anew")
+                raise ValueError(f"{part}, line {n_done + 2} is not what was written there: delete it to start again")
             n_done, end = n_done + 1, end + len(line)
     os.truncate(part, end)
     return n_done
 
 
 def _read_header(part: Path) -> dict[str, Any] | None:
-    """Return the part file's first line, or None when it is none that was written here."""
+    """Return the part file's first line, or None if this module did not write it."""
     with part.open("rb") as file:
         try:
             header = json.loads(file.readline())
@@ -218,7 +218,7 @@ def _read_header(part: Path) -> dict[str, Any] | None:
 
 def _check_header(part: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
     if old is None:
-        raise ValueError(f"{part} is in the way, and no unfinished output: move it away or name another --output")
+        raise ValueError(f"{part} exists and is not an unfinished output: move it away or name another --output")
     changes = []
     if old["input_sha256"] != new["input_sha256"]:
         changes.append(f"the input's SHA-256 was {old['input_sha256']} and is {new['input_sha256']}")
@@ -229,13 +229,13 @@ def _check_header(part: Path, old: dict[str, Any] | None, new: dict[str, Any]) -
             changes.append(f"{name} was {before} and is {after}")
     if changes:
         raise ValueError(
-            f"{part} was begun with another input or other settings: {'; '.join(changes)}. "
-            "Run with the same ones to go on, or delete it to begin anew"
+            f"{part} was started from a different input or different settings: {'; '.join(changes)}. "
+            "Run with the same ones to resume, or delete it to start again"
         )
 
 
 def _finish(target: Path) -> None:
-    """Make the target from a part file that has all lines."""
+    """Make the target from a complete part file."""
     with files.replacing_file(target, _new(target)) as new, _part(target).open("rb") as lines, new.open("wb") as file:
         lines.readline()
         shutil.copyfileobj(lines, file, 2**20)
@@ -245,15 +245,15 @@ def _finish(target: Path) -> None:
 def _lines(
     batch: list[dict[str, Any]], results: list[dict[str, Any]], first: int, fields: Sequence[str]
 ) -> Iterable[bytes]:
-    """Yield the output's line of each prompt of a batch."""
+    """Yield the output line of each prompt of a batch."""
     if len(results) != len(batch):
-        raise ValueError(f"complete gave {len(results)} results for {len(batch)} prompts")
+        raise ValueError(f"complete returned {len(results)} results for {len(batch)} prompts")
     for i, (record, result) in enumerate(zip(batch, results, strict=True), start=first):
         if unknown := result.keys() - set(fields):
-            raise ValueError(f"complete gave a field {min(unknown)!r}, which is none of {', '.join(fields)}")
+            raise ValueError(f"complete returned a field {min(unknown)!r}, which is not in {', '.join(fields)}")
         yield _line(record | result | {INDEX: i})
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    """Return a line of JSON in UTF-8; a lone surrogate, which that cannot hold, becomes JSON's escape for it."""
+    """Return a line of JSON in UTF-8. A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"

@@ -15,7 +15,7 @@ def check_prompts(config: GPT2Config, prompts: Sequence[Sequence[int]], settings
     """Return the prompts as arrays of ids.
 
     Raises:
-      ValueError: not a list of lists of ids of the vocabulary, or one that is too long where overflow is "error".
+      ValueError: not a list of lists of ids in the vocabulary, or a prompt is too long and overflow is "error".
     """
     if isinstance(prompts, str) or not hasattr(prompts, "__len__") or getattr(prompts, "ndim", 1) == 0:
         raise ValueError(f"prompts must be a list of token-id lists, not {reprlib.repr(prompts)}")
@@ -28,17 +28,17 @@ def check_prompts(config: GPT2Config, prompts: Sequence[Sequence[int]], settings
 
 
 def check_fits(config: GPT2Config, name: str, row: Sized, settings: Settings) -> None:
-    """Check that a prompt and the new tokens fit in n_ctx together, unless they may slide.
+    """Check that a prompt and its new tokens fit in n_ctx together, unless overflow is "slide".
 
     Raises:
-      ValueError: they do not; the message calls the prompt `name`.
+      ValueError: they do not fit; the message names the prompt `name`.
     """
     n_tokens = len(row) + settings.max_new_tokens
     if settings.overflow == "error" and n_tokens > config.n_ctx:
         raise ValueError(
-            f"{name} has {len(row)} tokens, and max_new_tokens={settings.max_new_tokens} more make {n_tokens}: the "
-            f"model's n_ctx is {config.n_ctx}; shorten one of them, or set overflow to slide, and the model will see "
-            "the last tokens alone"
+            f"{name} has {len(row)} tokens, and with max_new_tokens={settings.max_new_tokens} it has {n_tokens}: the "
+            f"model's n_ctx is {config.n_ctx}; shorten one of them, or set overflow to slide: then the model reads "
+            "only the last tokens"
         )
 
 
@@ -46,11 +46,11 @@ def check_prompt(config: GPT2Config, name: str, prompt: Sequence[int]) -> np.nda
     """Return one prompt as an array of ids.
 
     Raises:
-      ValueError: it is not a list of ids of the vocabulary, or empty; the message calls it `name`.
+      ValueError: it is not a list of ids in the vocabulary, or is empty; the message names it `name`.
     """
     try:
         row = np.asarray(prompt)
-    except ValueError:  # a list of lists of several lengths
+    except ValueError:  # a list of lists of different lengths
         row = np.asarray(None)
     if row.ndim == 1 and row.size == 0:
         raise ValueError(f"{name} is empty: a prompt needs at least one token id")

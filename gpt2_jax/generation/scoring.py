@@ -1,4 +1,4 @@
-"""How likely a model finds a text: the log-probability of every token, over windows where the text exceeds n_ctx.
+"""How likely a model finds a text: the log-probability of every token. Texts beyond n_ctx are read in windows.
 
 Shape letters: B batch, T query, D n_embd, V vocab, C positions unembedded at a time, P all positions of a call.
 """
@@ -24,11 +24,11 @@ from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sharding import placed, platform
 
-# Tokens of one call. Larger ones fall out of a CPU's caches: at the 124M shape, 4 prompts of 1,024 tokens take two
-# cores half as long one by one as together. Elsewhere large calls keep the device busy.
+# Tokens of one call. Larger calls do not fit a CPU's caches: at the 124M shape, 4 prompts of 1,024 tokens take half as
+# long one by one as together, on two cores. On other devices large calls keep the device busy.
 TOKENS_PER_CALL = {"cpu": 1024}
 TOKENS_PER_CALL_ELSEWHERE = 4096
-CHUNK = 256  # positions whose logits are held at a time: 51 MB of float32 for 50,257 tokens
+CHUNK = 256  # positions whose logits exist at a time: 51 MB of float32 for 50,257 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Score:
     """How likely a model finds the tokens of one prompt.
 
     Attributes:
-      logprobs: [T - 1], the log-probability, base e, of each token but the first, given those before it; float32
-        (float64 under a float64 `compute_dtype`). [T - first] where `first` was given.
-      sum: of `logprobs`.
+      logprobs: [T - 1], the log-probability (base e) of each token except the first, given those before it; float32
+        (float64 under a float64 `compute_dtype`). With `first`, the shape is [T - first].
+      sum: sum of `logprobs`.
       perplexity: exp(-mean of `logprobs`).
-      greedy: as long, whether no token was more likely: greedy decoding would have chosen it, or one just as likely.
-      greedy_aside: as long, whether no token was more likely but those of `aside`; None where none were given.
+      greedy: bool, same shape: True if no token was more likely. Greedy decoding picks it or an equally likely one.
+      greedy_aside: bool, same shape: True if no token outside `aside` was more likely; None without `aside`.
     """
 
     logprobs: np.ndarray
@@ -53,13 +53,13 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """One stretch of a prompt: the model reads `tokens` and scores the prompt's tokens from `first` on.
+    """One part of a prompt: the model reads `tokens` and scores the prompt's tokens from `first` on.
 
     Attributes:
-      prompt: which of the prompts.
-      tokens: what the model reads; the last of them has no other use than to predict the last one scored.
-      targets: the tokens scored: each one follows one of the last `len(targets)` of `tokens`.
-      first: the place of targets[0] in the prompt, 1 or more.
+      prompt: index of the prompt.
+      tokens: the tokens that the model reads. The last of them is read only to predict the last target.
+      targets: the tokens to score. Each follows one of the last `len(targets)` of `tokens`.
+      first: position of targets[0] in the prompt, 1 or more.
     """
 
     prompt: int
@@ -79,41 +79,41 @@ def score(
     track: Callable[[list], Iterable] = iter,
     edits: Edit | Sequence[Edit] = (),
 ) -> list[Score]:
-    """Score the tokens of each prompt, of any length: the log-probability of every token but the first.
+    """Score each prompt, of any length: the log-probability of every token except the first.
 
-    A prompt of more than n_ctx tokens is read in windows of n_ctx tokens (the last may be shorter), one from every
-    `stride`-th token on, and a token is scored in the first window that holds it and the token before it. So every
-    token but the first is scored once: in the first window given all tokens before it, later given those of its
-    window, n_ctx - stride or more. This is the usual perplexity over a sliding window, as Hugging Face documents it;
-    only at stride = n_ctx, where the first token of a window follows none of its window, and that one leaves it out, it
-    is scored here, by the whole window before it. A small stride gives longer contexts, and takes n_ctx / stride times
-    as long.
+    A prompt of more than n_ctx tokens is read in windows of n_ctx tokens (the last may be shorter). A window begins at
+    every `stride`-th token. A token is scored once: in the first window that contains it and the token before it. In
+    the first window its context is all tokens before it, in a later one the tokens before it in that window:
+    n_ctx - stride or more. This is the usual sliding-window perplexity, as Hugging Face documents it, with one
+    difference. At stride = n_ctx, the first token of a window has no context in it. Hugging Face leaves that token out;
+    here the whole window before it scores it. A small stride gives longer contexts, and takes n_ctx / stride times as
+    long.
 
-    Prompts go through the model in batches of like lengths, 4,096 tokens a call at most (1,024 on a CPU) unless n_ctx
-    is more, and the logits of only `CHUNK` positions exist at a time. Compiles once for each bucket of lengths and of
-    numbers of rows.
+    Prompts of similar lengths run together, with at most 4,096 tokens per call (1,024 on a CPU), or n_ctx if that is
+    more. The logits of only `CHUNK` positions exist at a time. Lengths and row counts are rounded up to a few sizes;
+    each size compiles once.
 
     Args:
       config: the model's hyperparameters.
-      params: its parameters, as `load` gives them.
-      prompts: a list of token-id sequences, each of at least two ids.
+      params: the model's parameters, from `load`.
+      prompts: a list of token-id sequences, each with at least two ids.
       stride: from 1 to n_ctx; None means n_ctx // 2.
-      first: for each prompt, the place of the first token to score, from 1 to its length - 1; None means 1 for all.
-        Tokens before it are read alone, which takes less time.
-      aside: ids for `Score.greedy_aside`.
-      track: takes the list of batches and gives them one by one, rich.progress.track say.
-      edits: of activations, as `gpt2_jax.research` makes them; each value is one for all tokens.
+      first: for each prompt, the position of the first token to score, from 1 to its length - 1; None means 1 for all.
+        Tokens before it are only context, which takes less time.
+      aside: ids that `Score.greedy_aside` ignores.
+      track: takes the list of batches and yields them one by one, such as rich.progress.track.
+      edits: activation edits from `gpt2_jax.research`. A value is the same for all tokens.
 
     Returns:
-      A Score for each prompt, in their order.
+      A Score for each prompt, in order.
 
     Raises:
-      ValueError: a bad argument, before anything is traced; or, after, logits that are NaN: the params hold one.
+      ValueError: an argument is invalid (raised before tracing), or NaN in the params gives NaN logits (raised later).
     """
     rows = check_prompts(config, prompts, Settings(overflow="slide").check(config))
     for i, row in enumerate(rows):
         if len(row) < 2:
-            raise ValueError(f"prompts[{i}] has 1 token, and the first of a prompt has no score: give two or more")
+            raise ValueError(f"prompts[{i}] has 1 token, but the first of a prompt has no score: give two or more")
     stride = as_stride(config, stride)
     first = _check_first(rows, first)
     aside_V = np.isin(np.arange(config.n_vocab), check_prompt(config, "aside", aside)) if np.size(aside) else None
@@ -137,10 +137,10 @@ def score(
 
 
 def as_stride(config: GPT2Config, stride: int | None) -> int:
-    """Return a stride of `score` as an int, the default one for None.
+    """Return the stride of `score` as an int; None gives the default.
 
     Raises:
-      ValueError: it is not from 1 to n_ctx.
+      ValueError: it is not a whole number from 1 to n_ctx.
     """
     return max(1, config.n_ctx // 2) if stride is None else whole_number("stride", stride, 1, config.n_ctx)
 
@@ -157,9 +157,10 @@ def _logprobs(
     n_chunks: jax.Array,
     aside_V: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return logprob_PC of the targets, which follow the flat positions (b T + t) given; `n_chunks` rows are real.
+    """Return logprob_PC, greedy_PC and greedy_aside_PC of the targets, which follow the flat positions (b T + t).
 
-    And whether no token was more likely: greedy_PC of all tokens, greedy_aside_PC of those not in `aside_V`.
+    The first `n_chunks` rows of `position_PC` are real. greedy: no token was more likely; greedy_aside: none outside
+    `aside_V`.
     """
     h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, taps=taps_of(edits), method="hidden")
     h_PD = h_BTD.reshape(-1, h_BTD.shape[-1])
@@ -181,7 +182,7 @@ def _logprobs(
 def _windows(prompt: int, row: np.ndarray, n_ctx: int, stride: int, scored_from: int = 1) -> Iterator[Window]:
     start, first = 0, 1
     while first < len(row):
-        # Without an overlap, a window also scores the token behind it, which follows none of the next.
+        # Without overlap, a window also scores the token after it, which has no context in the next window.
         stop = min(start + n_ctx + (stride == n_ctx), len(row))
         if stop > scored_from:
             first = max(first, scored_from)
@@ -190,7 +191,7 @@ def _windows(prompt: int, row: np.ndarray, n_ctx: int, stride: int, scored_from:
 
 
 def _batches(windows: list[Window], n_ctx: int, most_tokens: int) -> Iterator[tuple[int, list[Window]]]:
-    """Yield windows to go through the model together, and the length to pad them to."""
+    """Yield the windows of each call, with the length to pad them to."""
     by_length: dict[int, list[Window]] = {}
     for window in windows:
         by_length.setdefault(min(bucket_length(len(window.tokens)), n_ctx), []).append(window)
@@ -201,7 +202,7 @@ def _batches(windows: list[Window], n_ctx: int, most_tokens: int) -> Iterator[tu
 
 
 def _arrays(batch: list[Window], n_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.int32]:
-    """Return `_logprobs`' arguments from `tokens_BT` on: rows padded on the right, then empty rows."""
+    """Return the arguments of `_logprobs` from `tokens_BT` on: rows padded on the right, then empty rows."""
     n_rows = bucket_rows(len(batch))
     tokens_BT = np.zeros((n_rows, n_tokens), np.int32)
     mask_BT = np.zeros((n_rows, n_tokens), bool)
@@ -229,9 +230,9 @@ def _in_chunks(values: np.ndarray, at_most: int, n_at_once: int) -> np.ndarray:
 def _score(i: int, first: int, logprobs: np.ndarray, greedy: np.ndarray, greedy_aside: np.ndarray | None) -> Score:
     if np.isnan(logprobs).any():
         token = np.argmax(np.isnan(logprobs)) + first
-        raise ValueError(f"prompts[{i}] got NaN for logits at its token {token}: look for NaN in the params")
+        raise ValueError(f"prompts[{i}]: the logits are NaN at token {token}; check the params for NaN")
     total = float(logprobs.sum(dtype=np.float64))
-    with np.errstate(over="ignore"):  # beyond float64 it is inf
+    with np.errstate(over="ignore"):  # inf if it exceeds float64
         return Score(logprobs, total, float(np.exp(-total / len(logprobs))), greedy, greedy_aside)
 
 

@@ -1,6 +1,6 @@
-"""What a call of `generate`, `stream` or `complete` takes: names, defaults, meanings and checks, all of them here.
+"""The settings of `generate`, `stream` and `complete`: their names, defaults, meanings and checks.
 
-Importing this imports neither JAX nor NumPy, so that a command can show its options at once.
+Importing this module imports neither JAX nor NumPy, so a command can show its options quickly.
 """
 
 from __future__ import annotations
@@ -19,54 +19,54 @@ if TYPE_CHECKING:
 TopPRule = Literal["original", "common"]
 Overflow = Literal["error", "slide"]
 
-SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of the normal float32 numbers above 0
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the normal float32 numbers above 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How tokens are chosen and where a row ends; the filters apply in the order of penalty, top_k, top_p, min_p."""
+    """How tokens are chosen and where a row ends. The order is penalty, temperature, top_k, top_p, min_p."""
 
     max_new_tokens: int = 32
-    """Most new tokens of a row, 0 or more; a stop may end it earlier. Prompt and new tokens must fit in n_ctx, unless
+    """Most new tokens per row, 0 or more; a stop may end a row earlier. Prompt and new tokens must fit in n_ctx, unless
     overflow is "slide"."""
     temperature: float = 1.0
-    """Divides the logits, 0 or more: below 1 is safer text, above 1 wilder; 0 takes the most likely token (greedy)."""
+    """Divides the logits, 0 or more. Below 1: safer text; above 1: more varied; 0: the most likely token (greedy)."""
     top_k: int = 0
-    """Draw from the k most likely tokens alone, and all ties with the k-th; 0 means all."""
+    """Draw only from the k most likely tokens, and all ties with the k-th; 0 means all."""
     top_p: float = 1.0
-    """Of those, draw from the most likely whose probabilities add up to p, above 0 to 1; 1 means all."""
+    """Of those, draw only from the most likely ones, up to a total probability of p, above 0 to 1; 1 means all."""
     seed: int = 0
-    """Seed of the draws, 0 to 4294967295: the same seed, settings and prompts give the same tokens."""
+    """Seed of the draws, 0 to 4294967295. The same seed, settings and prompts give the same tokens."""
     min_p: float = 0.0
-    """Of those, draw from tokens at least this many times as likely as the most likely, 0 to 1; 0 means all."""
+    """Of those, draw only from tokens at least min_p times as likely as the most likely one, 0 to 1; 0 means all."""
     repetition_penalty: float = 1.0
-    """Makes tokens that the row already holds less likely: their positive logits are divided by it, negative ones
-    multiplied (Keskar et al. 2019, as in Hugging Face). Above 0: 1.2, say; 1 means none."""
+    """Makes tokens that the row already contains less likely: it divides their positive logits and multiplies the
+    negative ones (Keskar et al. 2019, as in Hugging Face). Above 0, for example 1.2; 1 means no penalty."""
     top_p_rule: TopPRule = "original"
-    """original keeps the longest prefix of probability at most p, at least one token, and all ties with its last, as
-    OpenAI's code; common also keeps the token that crosses p, as most libraries."""
+    """original keeps the longest prefix of total probability at most p, at least one token, and all ties with its last
+    token, like OpenAI's code; common also keeps the token that crosses p, like most libraries."""
     stop_ids: Sequence[int] = ()
-    """A row ends where it picks one of these; its ids do not include it."""
+    """A row ends when it picks one of these ids. The result does not include that id."""
     stop_strings: Sequence[str] = ()
-    """A row ends where its new text holds one of these, which may straddle tokens; its ids are those wholly before it.
-    Needs a tokenizer."""
+    """A row ends when its new text contains one of these, which may span tokens. The result has only the ids entirely
+    before it. Needs a tokenizer."""
     overflow: Overflow = "error"
-    """When a text outgrows n_ctx: error refuses it; slide lets the model see the last tokens alone: all that fit at
-    first, and each time n_ctx is full the last n_ctx // 2, which it reads anew at positions from 0 on."""
+    """If a text becomes longer than n_ctx: error rejects it; slide lets the model read only the last tokens. At first
+    these are all that fit. Each time n_ctx is full, they are the last n_ctx // 2, read again at positions from 0."""
     logprobs: int | None = None
-    """Also give the log-probability (base e) of each chosen token and of this many most likely ones, 0 or more."""
+    """Also return the log-probability (base e) of each chosen token and of this many most likely ones, 0 or more."""
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> Settings:
-        """Return the settings that some arguments hold, by name: the `locals()` of a function that takes them."""
+        """Return the settings among `arguments`, by name. A function that takes settings passes its `locals()`."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: arguments[name] for name in names if name in arguments})
 
     def check(self, config: GPT2Config, tokenizer: Tokenizer | None = None) -> Settings:
-        """Return the settings as plain Python numbers and tuples.
+        """Check the settings, and return them as plain Python numbers and tuples.
 
         Raises:
-          ValueError: the setting that is wrong, its value, and what would be right.
+          ValueError: a setting is invalid; the message has its name, its value and what is allowed.
         """
         from gpt2_jax.config import GPT2Config
 
@@ -89,7 +89,7 @@ class Settings:
         )
 
     def sampling(self, config: GPT2Config) -> Sampling:
-        """Return the knobs that go to the device."""
+        """Return the sampling settings for the device."""
         import numpy as np
 
         from gpt2_jax.sampling import Sampling
@@ -125,9 +125,9 @@ def _stop_strings(config: GPT2Config, stop_strings: Sequence[str], tokenizer: To
     check_stop_strings(stop_strings)
     if not isinstance(tokenizer, Tokenizer) and (stop_strings or tokenizer is not None):
         needs = "stop_strings needs tokenizer=," if stop_strings else "tokenizer must be"
-        raise ValueError(f"{needs} a Tokenizer as load_tokenizer gives it, not {tokenizer!r}")
+        raise ValueError(f"{needs} a Tokenizer, from load_tokenizer, not {tokenizer!r}")
     if tokenizer is not None and tokenizer.n_vocab < config.n_vocab:
         raise ValueError(
-            f"the tokenizer has {tokenizer.n_vocab} ids and the model {config.n_vocab}: it may pick one without a text"
+            f"the tokenizer has {tokenizer.n_vocab} ids, fewer than the model's {config.n_vocab}: some ids have no text"
         )
     return tuple(stop_strings)

@@ -1,6 +1,6 @@
 """Training: the plan of a run, its step, its loop, its checkpoints, and what it reports.
 
-Text and tokens are `gpt2_jax.data`; recipes `gpt2_jax.recipe`; a run's folder as such `gpt2_jax.checkpoints.runs`.
+Text and tokens are in `gpt2_jax.data`, recipes in `gpt2_jax.recipe`, and run folders in `gpt2_jax.checkpoints.runs`.
 """
 
 from gpt2_jax.data import Batch, Prepared, batches, open_prepared, prepare, windows

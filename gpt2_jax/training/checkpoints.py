@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved while training goes on, and restored bit for bit on whatever devices there are."""
+"""The checkpoints of a run: saved during training, and restored bit for bit on any devices."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from gpt2_jax.params import differences
 
 State = TypeVar("State")
 HIDDEN = re.compile(r"\.[0-9]+\.(saving|deleted)(\.orbax-checkpoint-tmp)?")
-SHOWN = 3  # differences that a message lists
+SHOWN = 3  # differences listed in a message
 
 
 class Checkpoints:
-    """The checkpoints RUN/checkpoints/<step> of a training run.
+    """The checkpoints `RUN/checkpoints/<step>` of a training run.
 
-    To look and to restore, make one; to save, open it, which one process at a time can do:
+    To list or restore checkpoints, create an instance. To save, open it; only one process at a time can do that::
 
         with Checkpoints(run_dir) as checkpoints:
             state = checkpoints.restore(abstract_state)
             checkpoints.save(step, state)
 
-    A checkpoint is written under a hidden name and takes its own in one step; older ones go after that. So a process
-    that is killed at any moment leaves the newest checkpoint that was complete, and what it had begun is cleared away
-    when the run is opened next. Of several processes with one run (a cluster) all call every method.
+    A checkpoint is written under a hidden name, and renamed when it is complete. Older checkpoints are removed after
+    that. A process that is killed at any moment leaves the newest complete checkpoint. Its unfinished files are removed
+    when the run is next opened. If several processes train one run (a cluster), all of them call every method.
     """
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 1):
-        """Nothing is read or written yet.
+        """Store the settings; nothing is read or written yet.
 
         Args:
           run_dir: the run's folder.
-          keep: how many of the newest checkpoints stay when another is saved.
+          keep: how many of the newest checkpoints to keep when a new one is saved.
 
         Raises:
           ValueError: keep is not positive.
@@ -61,11 +61,11 @@ class Checkpoints:
         """Open the run for saving.
 
         Raises:
-          OSError: the folder cannot be made, or another process has it open.
+          OSError: the folder cannot be created, or another process has the run open.
         """
         with contextlib.ExitStack() as resources:
             self.directory.mkdir(parents=True, exist_ok=True)
-            busy = OSError(f"{self.directory} is open in another process, which is training in it")
+            busy = OSError(f"{self.directory} is open in another process, which is training this run")
             resources.enter_context(lock(self.directory / ".lock", busy))
             self._thread = resources.enter_context(concurrent.futures.ThreadPoolExecutor(1))
             self._clear()
@@ -73,19 +73,19 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Wait for the last save, as `close`; beside an error of the block, one of the save becomes a note to it."""
+        """Wait for the last save, like `close`. If the block raised an error, a failed save becomes a note on it."""
         try:
             self.close()
         except Exception as failed:
             if error is None:
                 raise
-            error.add_note(f"Besides: {failed}")
+            error.add_note(f"Also: {failed}")
 
     def close(self) -> None:
-        """Wait for the last save, and let others open the run.
+        """Wait for the last save, then let other processes open the run.
 
         Raises:
-          OSError: that save failed.
+          OSError: the last save failed.
         """
         try:
             self.wait()
@@ -95,25 +95,26 @@ class Checkpoints:
                 self._resources = None
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:
-        """Save a state; the one before, if it is still being written, is waited for.
+        """Save a state. If the previous save is still being written, wait for it first.
 
         Args:
-          step: the optimizer steps that have been done. A checkpoint of the same step is replaced; of later ones, which
-            there are if an older was gone back to, none is removed.
-          state: a flax.struct.dataclass of jax arrays. It may be donated as soon as this returns: what is to be written
-            is then on the host. (On CPU devices it is not copied: until it is written donation has no effect.)
-          wait: return when it is complete.
+          step: the number of optimizer steps done. A checkpoint of the same step is replaced. Checkpoints of later
+            steps are kept; they exist if the run went back to an older checkpoint.
+          state: a flax.struct.dataclass of jax arrays. You may donate it as soon as this returns, because the data is
+            then on the host. (CPU arrays are not copied: donating them has no effect until they are written.)
+          wait: return only when the checkpoint is complete.
 
         Raises:
-          OSError: this save failed, or the one before, or a folder of that name is not a checkpoint. A failure of the
-            rest, which is written in the background, is raised by the next `save`, `wait` or `close`.
+          ValueError: the checkpoints are not open.
+          OSError: this save or the previous one failed, or a folder of that name is not a checkpoint. Most data is
+            written in the background: the next `save`, `wait` or `close` raises an error that happens there.
         """
         if self._resources is None:
-            raise ValueError("open the checkpoints to save: with Checkpoints(run_dir) as checkpoints")
+            raise ValueError("the checkpoints are not open: save inside `with Checkpoints(run_dir) as checkpoints:`")
         self.wait()
         path = self.directory / str(step)
         if path.exists() and not (path / parts.MANIFEST).is_file():
-            raise FileExistsError(f"{path} is no checkpoint of this package: move it elsewhere")
+            raise FileExistsError(f"{path} is not a checkpoint of this package: move it elsewhere")
         with self._told(step):
             self._clear()
             finish = parts.start_writing(self._hidden(step, "saving"), step, _in_parts(state, jnp.asarray))
@@ -125,46 +126,46 @@ class Checkpoints:
         """Wait until the last save is complete.
 
         Raises:
-          OSError: it failed.
+          OSError: that save failed.
         """
         if self._saving is None:
             return
         step, saving = self._saving
-        concurrent.futures.wait([saving])  # interrupted here, the save is still to be waited for
+        concurrent.futures.wait([saving])  # after an interrupt here, the save can still be waited for
         self._saving = None
         with self._told(step):
             saving.result()
 
     def steps(self) -> list[int]:
-        """Return the steps of which there is a checkpoint, in order; a damaged one counts."""
+        """Return the steps that have a checkpoint, in order; damaged checkpoints are included."""
         return runs.steps(self.run_dir)
 
     def latest(self) -> int | None:
-        """Return the newest step of which there is a checkpoint, None if there is none."""
+        """Return the newest step that has a checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
     def restore(self, abstract_state: State, step: int | None = None) -> State:
-        """Read a checkpoint, whatever devices it was saved from.
+        """Read a checkpoint. It may have been saved on other devices.
 
         Args:
-          abstract_state: the state as jax.ShapeDtypeStruct, whose shardings say where its arrays go now.
-          step: of which; None is the newest.
+          abstract_state: the state as jax.ShapeDtypeStruct; the shardings say where the arrays go.
+          step: the step of the checkpoint; None is the newest.
 
         Returns:
-          The state, its containers of the same types as those of `abstract_state`.
+          The state, with the same container types as `abstract_state`.
 
         Raises:
           FileNotFoundError: there is no such checkpoint.
-          ValueError: it is one of another model or optimizer; the message says what differs.
-          DamagedError: a file of it is missing, or not what was written; the message says what older ones there are.
-          OSError: it cannot be read.
+          ValueError: the checkpoint is from another model or optimizer; the message says what differs.
+          DamagedError: a file is missing or was changed; the message lists the older checkpoints.
+          OSError: a file cannot be read.
         """
         there = self.steps()
         step = self.latest() if step is None else step
         if step not in there:
             of = "" if step is None else f" of step {step}"
-            listed = f"those of steps {', '.join(map(str, there))}" if there else "none"
-            raise FileNotFoundError(f"{self.directory} holds no checkpoint{of}: there are {listed}")
+            listed = f"steps {', '.join(map(str, there))}" if there else "none"
+            raise FileNotFoundError(f"{self.directory} has no checkpoint{of}; available: {listed}")
         path = self.directory / str(step)
         wanted = _in_parts(abstract_state)
         try:
@@ -173,12 +174,12 @@ class Checkpoints:
             parts.check_files(path, manifest, list(wanted))
         except DamagedError as error:
             older = [other for other in there if other < step]
-            listed = f"an older one is of step {', '.join(map(str, older))}" if older else "there is no older one"
+            listed = f"older checkpoints: steps {', '.join(map(str, older))}" if older else "no older checkpoint"
             raise DamagedError(f"{error}; {listed}") from error
         return _from_parts(abstract_state, parts.read(path, wanted))
 
     def _complete(self, step: int, finish: Any) -> None:
-        """Wait until all is written, give it its name, and remove those that it makes obsolete."""
+        """Wait until everything is written, give it its final name, and remove the checkpoints that it replaces."""
         written, path = self._hidden(step, "saving"), self.directory / str(step)
         finish()
         if jax.process_index() != 0:
@@ -190,11 +191,11 @@ class Checkpoints:
         ours = [old for old in self.steps() if old <= step and (self.directory / str(old) / parts.MANIFEST).is_file()]
         for old in ours[: -self.keep]:
             deleted = self._hidden(old, "deleted")
-            (self.directory / str(old)).rename(deleted)  # whole or not at all, for those that look
+            (self.directory / str(old)).rename(deleted)  # readers see all of it or nothing
             shutil.rmtree(deleted)
 
     def _clear(self) -> None:
-        """Remove what killed processes, or saves that failed, had begun."""
+        """Remove the unfinished files of killed processes and failed saves."""
         if jax.process_index() == 0:
             for path in self.directory.iterdir():
                 if HIDDEN.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -215,7 +216,7 @@ class Checkpoints:
 
 
 def _in_parts(state: Any, convert: Any = lambda leaf: leaf) -> dict[str, dict[str, Any]]:
-    """Return the leaves of a state by the part that they are stored in, and their names there."""
+    """Return the leaves of a state as {part that stores them: {name in that part: leaf}}."""
     found: dict[str, dict[str, Any]] = {runs.PARAMS: {}, runs.LORA: {}, runs.TRAINER: {}}
     for part, name, leaf in _named(state):
         found[part][name] = convert(leaf)
@@ -228,7 +229,7 @@ def _from_parts(abstract_state: State, found: Mapping[str, Mapping[str, Any]]) -
 
 
 def _named(state: Any) -> Iterator[tuple[str, str, Any]]:
-    """Yield each leaf of a state with its part and its name in that."""
+    """Yield each leaf of a state with its part and its name in that part."""
     if not dataclasses.is_dataclass(state):
         raise ValueError(f"a state must be a dataclass with params, not {type(state).__name__}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -245,7 +246,7 @@ def _check_fits(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Ma
         if not differences(stored, wanted[part]):
             continue
         if part == runs.LORA and not (stored and wanted[part]):
-            raise ValueError(f"{path} was trained {'with' if stored else 'without'} LoRA, and this run is not so")
+            raise ValueError(f"lora.rank does not fit {path}, which was trained {'with' if stored else 'without'} LoRA")
         lines = differences(stored, wanted[part])
         more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-        raise ValueError(f"{path} is of another {what} than this run: {'; '.join(lines[:SHOWN])}{more}")
+        raise ValueError(f"the {what} of {path} does not match this run: {'; '.join(lines[:SHOWN])}{more}")

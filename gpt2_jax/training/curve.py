@@ -1,4 +1,4 @@
-"""One picture of a run: the training loss of its steps, and the validation losses with the best of them."""
+"""One picture of a run: the training loss of each step, and the validation losses with the best one marked."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 
 import numpy as np
 
+from gpt2_jax import figures
 from gpt2_jax.files import replacing_file
 from gpt2_jax.training.records import read_records
 
-# matplotlib is imported inside the functions that draw: the package does without it otherwise.
+# matplotlib is imported only when something is drawn: the rest of the package works without it.
 
 RAW, SMOOTH, VALIDATION = "#9cc4e4", "#0072b2", "#d55e00"
-MOST_POINTS = 2000  # steps that are drawn one by one; more are drawn as the range of several
-SMOOTHED = 50  # a mean is over one in so many of the steps
+MOST_POINTS = 2000  # up to this many steps, each is drawn; longer runs are drawn as the range of several steps
+SMOOTHED = 50  # a mean covers 1/50 of the steps
 
 
 def plot_curve(metrics_jsonl: str | os.PathLike, png: str | os.PathLike) -> None:
-    """Draw what a metrics.jsonl holds into a PNG file, which is replaced in one step.
+    """Draw the losses in a metrics.jsonl file into a PNG file, which is replaced in one step.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not what `Report` writes.
+      FileNotFoundError: there is no such metrics file.
+      ValueError: the metrics file is not in the format that `Report` writes.
     """
     figure = draw(*read_losses(metrics_jsonl))
     with replacing_file(Path(png)) as temporary:
@@ -32,7 +33,7 @@ def plot_curve(metrics_jsonl: str | os.PathLike, png: str | os.PathLike) -> None
 
 
 def read_losses(metrics_jsonl: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Return (step, training loss) and (step, validation loss), float64 [n, 2] each; null is NaN."""
+    """Return (step, training loss) and (step, validation loss), float64 [n, 2] each; null becomes NaN."""
     losses: dict[str, list[tuple[float, float]]] = {"loss": [], "val_loss": []}
     for record in read_records(metrics_jsonl):
         for name, points in losses.items():
@@ -43,11 +44,10 @@ def read_losses(metrics_jsonl: str | os.PathLike) -> tuple[np.ndarray, np.ndarra
 
 
 def draw(train: np.ndarray, validation: np.ndarray) -> Any:
-    """Return a matplotlib Figure of (step, loss) points, [n, 2] each; losses that are not finite are gaps."""
-    from matplotlib.figure import Figure
+    """Return a matplotlib Figure of (step, loss) points, [n, 2] each; non-finite losses are gaps."""
     from matplotlib.ticker import AutoLocator
 
-    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+    figure = figures.Figure(figsize=(9.6, 5.4), layout="constrained")
     ax = figure.subplots()
     smooth = smoothed(train[:, 1])
     _draw_train(ax, train, smooth)
@@ -69,12 +69,12 @@ def draw(train: np.ndarray, validation: np.ndarray) -> Any:
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
-    """Return the mean of the finite losses about each step, float64 [n]; NaN where the step has none itself."""
+    """Return the mean of the finite losses around each step, float64 [n]; NaN where the step's own is not finite."""
     finite = np.isfinite(losses)
     sums = np.concatenate([[0], np.cumsum(np.where(finite, losses, 0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     place = np.arange(len(losses))
-    # As many on either side: towards the ends fewer, or the mean would lag behind a steep beginning.
+    # The range is symmetric, so it shrinks towards the ends. Otherwise the mean would lag behind a steep start.
     width = np.minimum(np.minimum(place, place[::-1]), _width(losses))
     first, end = place - width, place + width + 1
     means = (sums[end] - sums[first]) / np.maximum(counts[end] - counts[first], 1)
@@ -82,7 +82,7 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
 
 
 def _width(losses: np.ndarray) -> int:
-    """Return how many steps on either side a mean is over."""
+    """Return how many steps a mean covers on each side."""
     return len(losses) // SMOOTHED // 2
 
 
@@ -92,7 +92,7 @@ def _draw_train(ax: Any, train: np.ndarray, smooth: np.ndarray) -> None:
     n_mean = 2 * _width(losses) + 1
     colour = RAW if n_mean > 1 else SMOOTH
     size = -(-len(steps) // MOST_POINTS)
-    if size > 1:  # every extreme is drawn, in far fewer points
+    if size > 1:  # every extreme is drawn, with far fewer points
         starts = np.arange(0, len(steps), size)
         low, high = np.fmin.reduceat(losses, starts), np.fmax.reduceat(losses, starts)
         ax.fill_between(
@@ -106,7 +106,7 @@ def _draw_train(ax: Any, train: np.ndarray, smooth: np.ndarray) -> None:
 
 
 def _draw_validation(ax: Any, validation: np.ndarray) -> None:
-    """Draw the validation losses, and name the best."""
+    """Draw the validation losses, and label the best one."""
     points = validation[np.isfinite(validation[:, 1])]
     if not len(points):
         return
@@ -121,7 +121,7 @@ def _perplexity(loss: Any) -> Any:
 
 
 def _limit(ax: Any, train: np.ndarray, smooth: np.ndarray, validation: np.ndarray) -> None:
-    """Let the axis show the means and the validation losses whole, and nearly all steps: a spike flattens nothing."""
+    """Set y limits that include all means, all validation losses and nearly all steps, so a spike flattens nothing."""
     raw = train[np.isfinite(train[:, 1]), 1]
     ends = np.quantile(raw, [0.002, 0.998]) if len(raw) else []
     values = np.concatenate([smooth, validation[:, 1], ends])
@@ -133,7 +133,7 @@ def _limit(ax: Any, train: np.ndarray, smooth: np.ndarray, validation: np.ndarra
 
 
 def _add_perplexity(ax: Any) -> None:
-    """Add a scale of perplexity, e ** loss, on the right, with round numbers."""
+    """Add a perplexity scale, `e ** loss`, on the right, with round numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = ax.get_ylim()
@@ -149,13 +149,13 @@ def _add_perplexity(ax: Any) -> None:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Return about five numbers of few digits between two positive ones, spread evenly by their logarithm."""
+    """Return about five numbers with few digits between two positive ones, spread evenly on a log scale."""
     scale = 10.0 ** math.floor(math.log10(high))
     for digits in ([1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 5, 7]):
         found = [d * 10.0**e for e in range(-3, 16) for d in digits if low <= d * 10.0**e <= high]
         if len(found) >= 4:
             return found
-    for step in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001):  # a small range: even steps will do
+    for step in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001):  # a small range: equal steps
         first = math.ceil(low / (step * scale))
         found = [n * step * scale for n in range(first, int(high / (step * scale)) + 1)]
         if len(found) >= 4:

@@ -1,4 +1,4 @@
-"""What a device can do at most, and what share of it a run uses: the MFU."""
+"""The peak speed of devices, and the share of it that a run uses: the MFU."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Protocol
 
 from gpt2_jax.config import GPT2Config
 
-# Operations a second of dense bfloat16 matrix products that are added up in float32, a multiply-add being two. NVIDIA
-# prints the double in large, "with sparsity": these are the others.
+# Operations per second of dense bfloat16 matrix products, accumulated in float32. A multiply-add counts as two.
+# NVIDIA's data sheets highlight twice this number, "with sparsity". These are the dense numbers.
 PEAKS = {
-    # "HGX B200/B300" and "GB200/GB300 NVL72" data sheets, of one GPU.
+    # "HGX B200/B300" and "GB200/GB300 NVL72" data sheets, per GPU.
     "GB300": 2500e12,
     "GB200": 2500e12,
     "B300": 2250e12,
     "B200": 2250e12,
-    # "H100", "H200" and "GH200 Superchip" data sheets: half of the sparse 1,979, 1,513 and 1,671.
+    # "H100", "H200" and "GH200 Superchip" data sheets: half of the sparse numbers 1,979, 1,513 and 1,671.
     "GH200": 989e12,
     "H200": 989e12,
     "H200 NVL": 835.5e12,
@@ -38,7 +38,7 @@ PEAKS = {
     "L40": 181e12,
     "L4": 121e12,
     "RTX 6000 Ada Generation": 364.2e12,
-    # "V100" and "T4" data sheets. They have no bfloat16 (XLA computes it in float32): this is their float16's.
+    # "V100" and "T4" data sheets. They have no bfloat16 (XLA computes it in float32): these are float16 numbers.
     "V100-SXM2": 125e12,
     "V100-SXM3": 125e12,
     "V100-PCIE": 112e12,
@@ -50,7 +50,7 @@ PEAKS = {
     "RTX 4080": 97.5e12,
     "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
-    # Google's page of each TPU gives a chip's; a JAX device of v2, v3 and 7x is one of a chip's two cores.
+    # Google's page for each TPU gives the number of a chip. A JAX device of v2, v3 and 7x is one of its two cores.
     "TPU7x": 2307e12 / 2,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
@@ -62,35 +62,35 @@ PEAKS = {
     "TPU v3": 123e12 / 2,
     "TPU v2": 45e12 / 2,
 }
-"""{device: operations a second}"""
-# What stands before and after these names in `device_kind`: the maker, the memory, how it is mounted. Not what makes
-# another device of it: "Ti", "Laptop GPU", a part of one ("MIG 1g.10gb").
+"""{device: operations per second}"""
+# Text that may surround these names in `device_kind`: maker, memory, form factor. The suffix of a different device does
+# not match: "Ti", "Laptop GPU", or a slice of a GPU ("MIG 1g.10gb").
 KIND = re.compile(r"(NVIDIA |Tesla |GeForce )*({})(-(SXM\d|PCIE|SXM))?([- ]\d+GB)?( HBM\w+| PCIe)?")
 
 
 class Device(Protocol):
-    """What is read of a `jax.Device`."""
+    """The part of `jax.Device` that is used here."""
 
     @property
     def platform(self) -> str:
-        """Its kind: "cpu", "gpu" or "tpu"."""
+        """The kind of device: "cpu", "gpu" or "tpu"."""
         ...
 
     @property
     def device_kind(self) -> str:
-        """What its maker calls it."""
+        """The maker's name for the device."""
         ...
 
 
 def peak_flops(device: Device) -> float | None:
-    """Return the operations a second that a device does at most, in dense bfloat16; None where that is not known.
+    """Return the peak operations per second of a device, in dense bfloat16; None if that is not known.
 
-    The yardstick is bfloat16's also for a run in float32, which so has a smaller MFU: it leaves that speed unused.
+    The bfloat16 peak is also used for runs in float32. They have a smaller MFU, because they leave that speed unused.
     """
     return None if device.platform == "cpu" else _peak_of_kind(device.device_kind)
 
 
-@functools.cache  # it is asked for at every step
+@functools.cache  # called at every step
 def _peak_of_kind(device_kind: str) -> float | None:
     names = "|".join(map(re.escape, sorted(PEAKS, key=len, reverse=True)))
     found = re.fullmatch(KIND.pattern.replace("{}", names), device_kind)
@@ -98,11 +98,11 @@ def _peak_of_kind(device_kind: str) -> float | None:
 
 
 def flops_per_token(config: GPT2Config, n_tokens: int) -> float:
-    """Return the operations that training takes for a token in windows of n_tokens: 6 N + 12 L D T.
+    """Return the operations that training takes per token in windows of n_tokens: 6 N + 12 L D T.
 
-    N are all parameters, the embeddings too; L layers of width D attend over T tokens. This is the count of PaLM
-    (Chowdhery et al. 2022, appendix B): attention counts whole, also the half that the causal mask leaves out, and
-    what `remat` computes again does not count.
+    N is the number of all parameters, including the embeddings. L layers of width D attend over T tokens. This is the
+    count of PaLM (Chowdhery et al. 2022, appendix B). Attention counts in full, including the half that the causal mask
+    leaves out. Recomputation by `remat` does not count.
     """
     return 6.0 * config.n_params + 12.0 * config.n_layer * config.n_embd * n_tokens
 
@@ -111,13 +111,13 @@ def mfu(tokens_per_second: float, config: GPT2Config, n_tokens: int, devices: Se
     """Return the share of the devices' peak that a run uses: "model FLOPs utilization", 0 to 1.
 
     Args:
-      tokens_per_second: over all devices together.
-      config: of the model.
-      n_tokens: of a window.
-      devices: that compute.
+      tokens_per_second: the speed of all devices together.
+      config: the model's config.
+      n_tokens: tokens of a window.
+      devices: the devices of the run.
 
     Returns:
-      None where there are no devices, or the peak of one is not known.
+      The share; None if there are no devices, or if the peak of one is not known.
     """
     peaks = [peak_flops(device) for device in devices]
     known = [peak for peak in peaks if peak is not None]

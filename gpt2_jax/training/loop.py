@@ -1,4 +1,4 @@
-"""`fit`: a whole training run, which can be stopped, killed and resumed at any step."""
+"""`fit`: a whole training run. It can be stopped, killed and resumed at any step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from gpt2_jax.training.start import check_data, check_tokenizer
 from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import init_state, make_train_step
 
-MOST_SKIPPED = 100  # steps in a row that change nothing, before a run ends that would skip for ever
+MOST_SKIPPED = 100  # skipped steps in a row that end a run, because it may never recover
 CURVE = "loss.png"
 
 
@@ -41,13 +41,13 @@ class Fitted:
     """How a run ended.
 
     Attributes:
-      params: the model's, after the last step; on the devices of the run's mesh.
-      step: optimizer steps done, in this run and those that it resumed.
-      best_step: the step of the best validation loss; None where none was measured.
-      best_loss: that loss in nats a token.
-      stopped: why it ended before its last step; "" where it did not.
-      signal: the signal among these reasons, "SIGINT" say.
-      failed: whether the reason is a loss that is no number, or a spike.
+      params: the model's params after the last step, on the devices of the run's mesh.
+      step: optimizer steps done, including those before a resume.
+      best_step: the step of the best validation loss; None if none was measured.
+      best_loss: that loss in nats a token; infinite if none was measured.
+      stopped: why the run ended before its last step; "" if it did not.
+      signal: the signal that stopped the run, for example "SIGINT"; None if there was none.
+      failed: whether skipped steps ended the run: non-finite losses or gradients, spikes, or batches without targets.
     """
 
     params: Params
@@ -62,31 +62,32 @@ class Fitted:
 def fit(
     plan: Plan, params: Params | None, data: Prepared, run_dir: str | os.PathLike, tokenizer: Tokenizer | None = None
 ) -> Fitted:
-    """Train a model, or go on where a run in `run_dir` ended, was stopped or was killed.
+    """Train a model, or resume the run in `run_dir`.
 
-    A resumed run does what one that was never interrupted would have done: bit for bit on a CPU, and on accelerators as
-    far as XLA's programs give the same twice (on GPUs --xla_gpu_deterministic_ops makes them). Ctrl-C and SIGTERM save
-    and return; a kill loses the steps since the last save. With more `steps` than before it goes on with
-    the learning rates of a run of so many from the beginning: where they have fallen already, that is a step up.
+    A resumed run gives the same result as a run that was never interrupted. On a CPU the result is the same bit for
+    bit. On accelerators this holds as far as XLA's programs are deterministic; on GPUs, the XLA flag
+    `--xla_gpu_deterministic_ops` makes them so. Ctrl-C and SIGTERM save a checkpoint and return. A kill loses the steps
+    since the last save. If you resume with more `steps` than before, the learning rate follows the schedule of the new
+    length. It jumps up if it had already decayed.
 
     Args:
-      plan: `make_plan(config, recipe)`, or what `start_model` gives; the recipe's `model.source` and `data.path` are
-        not read.
-      params: to start from, `load(...)[1]` or `init_params(...)`; they are copied. None goes on with a run alone.
-      data: `open_prepared(folder)`.
-      run_dir: the run's folder: checkpoints, the best model, metrics, samples, the loss curve. `load(run_dir)` and
-        `load_tokenizer(run_dir)` take it.
-      tokenizer: for the samples, and to be kept with the model; None writes no samples.
+      plan: from `make_plan(config, recipe)` or `start_model`. The recipe's `model.source` and `data.path` are not read.
+      params: the initial params, from `load(...)[1]` or `init_params(...)`; they are copied. With None, a run can only
+        be resumed.
+      data: from `open_prepared(folder)`.
+      run_dir: the run's folder, for checkpoints, the best model, metrics, samples and the loss curve. You can pass it
+        to `load` and `load_tokenizer`.
+      tokenizer: for the samples; it is also saved with the model. With None, no samples are written.
 
     Raises:
-      ValueError: recipe, model, data and devices do not fit together, the run in `run_dir` is another one, or the
-        memory of the devices is too small.
-      OSError: something cannot be written.
+      ValueError: recipe, model, data and devices do not fit together, `run_dir` contains a different run, or the
+        devices have too little memory.
+      OSError: a file cannot be written.
     """
     if not isinstance(plan, Plan):
-        raise ValueError(f"plan must be a Plan, make_plan(config, recipe), not a {type(plan).__name__}")
+        raise ValueError(f"plan must be a Plan from make_plan(config, recipe), not a {type(plan).__name__}")
     if jax.process_count() > 1:
-        raise ValueError("fit runs in one process with all its devices; train_step can be used from several")
+        raise ValueError("fit runs in a single process with all its devices; for several, use make_train_step")
     run_dir, n_steps, save_every = expanded(run_dir), plan.recipe.steps, plan.recipe.monitor.save_every
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
@@ -104,7 +105,7 @@ def fit(
         steps = _Steps(plan, report)
         observer = Observer(plan, data, run_dir, tokenizer, report, stop)
         step = saved = first_step
-        _observe(observer, steps, step, state)  # a signal may have come before what was due was done
+        _observe(observer, steps, step, state)  # a signal may have come before the work of this step was done
         with contextlib.closing(_batches(plan, data, step)) as stream:
             while step < n_steps and not stop and not steps.why:
                 batch, started = next(stream), time.monotonic()
@@ -126,34 +127,34 @@ def fit(
 
 
 def _begin(plan: Plan, params: Params | None, run_dir: Path) -> TrainState:
-    """Return the first state, where there is something to begin with, and nothing that would be lost."""
+    """Return the initial state. Refuse if there are no params, or if the files of an earlier run would be lost."""
     if params is None:
-        raise ValueError(f"{run_dir} holds no checkpoint to go on from: pass params")
+        raise ValueError(f"{run_dir} has no checkpoint to resume from: pass params")
     path = run_dir / METRICS
     reached = max((record["step"] for record in read_records(path)), default=0) if path.exists() else 0
-    if reached > 2 * plan.recipe.monitor.save_every > 0:  # by then the first was complete
+    if reached > 2 * plan.recipe.monitor.save_every > 0:  # by then the first checkpoint was complete
         raise ValueError(
-            f"{run_dir} has metrics up to step {reached:,}, but no checkpoint any more: it cannot go on, and would "
-            "begin anew over what there is; choose another folder"
+            f"{run_dir} has metrics up to step {reached:,}, but its checkpoints are gone: the run cannot resume, and "
+            "a new run would overwrite its files; choose another folder"
         )
     return init_state(plan, params)
 
 
 def _announce(report: Report, memory: dict[str, int], n_steps_before: int, n_steps: int, first_step: int) -> None:
-    """Say what the run needs, and where it goes on."""
+    """Report the memory that the run needs, and the step where it resumes."""
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in memory.items() if size and name != "total")
     report.message(f"each device needs about {gigabytes(memory['total'])} of memory: {parts}")
     if n_steps_before != n_steps:
-        was = f"the run was begun with steps = {n_steps_before:,} and has {n_steps:,} now"
-        report.message(f"{was}: the learning rate goes on as in a run of so many from the beginning")
+        was = f"the run was started with steps = {n_steps_before:,} and now has {n_steps:,}"
+        report.message(f"{was}: the learning rate now follows the schedule of the new length")
     if first_step >= n_steps:
-        report.message(f"all {n_steps:,} steps are done; with more, --steps {2 * n_steps} say, the run goes on")
+        report.message(f"all {n_steps:,} steps are done; to train further, set more, for example --steps {2 * n_steps}")
     elif first_step:
-        report.message(f"going on after step {first_step:,}")
+        report.message(f"resuming after step {first_step:,}")
 
 
 def _batches(plan: Plan, data: Prepared, first_step: int) -> Generator[Batch, None, None]:
-    """Yield what each step reads, in the parts of a step, on the devices."""
+    """Yield the batch of each step on the devices, divided into the parts of a step."""
     recipe, sharding = plan.recipe, plan.over_rows(None)
 
     def place(array: np.ndarray) -> jax.Array:
@@ -166,7 +167,7 @@ def _batches(plan: Plan, data: Prepared, first_step: int) -> Generator[Batch, No
 
 
 def _observe(observer: Observer, steps: _Steps, step: int, state: TrainState) -> None:
-    """Let the observer do what is due at this step, once all before it is known and well."""
+    """Let the observer do what is due at this step, after all earlier steps are reported and none ended the run."""
     if observer.is_due(step):
         steps.fetch()
     if not steps.why:
@@ -177,23 +178,23 @@ def _observe(observer: Observer, steps: _Steps, step: int, state: TrainState) ->
 def _fitted(
     plan: Plan, state: TrainState, step: int, steps: _Steps, observer: Observer, stop: Stop, report: Report
 ) -> Fitted:
-    """Say how the run ended, and return it."""
+    """Report how the run ended, and return the result."""
     signal = stop.signal if step < plan.recipe.steps or observer.missed else None
-    why = steps.why or (f"{signal} came" if signal else "")
+    why = steps.why or (f"received {signal}" if signal else "")
     if why:
-        saved = "which is saved" if step else "before the first: nothing is saved"
-        report.message(f"stopped after step {step:,}, {saved}: {why}")
+        saved = "checkpoint saved" if step else "nothing to save"
+        report.message(f"stopped after step {step:,} ({saved}): {why}")
     observer.sum_up()
     params = model_params(state, plan.recipe)
     return Fitted(params, step, observer.best_step, observer.best_loss, why, signal, steps.failed)
 
 
 class _Steps:
-    """The steps that were dispatched. The metrics of one are fetched when the next one is on its way.
+    """The steps that were dispatched. The metrics of a step are fetched after the next one is dispatched.
 
     Attributes:
-      why: why the run should end, "" while it should not.
-      failed: whether that is a loss that is no number, or a spike.
+      why: why the run should end; "" if it should not.
+      failed: whether skipped steps are the reason.
     """
 
     def __init__(self, plan: Plan, report: Report):
@@ -201,16 +202,16 @@ class _Steps:
         self._report, self._monitor = report, plan.recipe.monitor
         self._n_tokens = plan.recipe.batch_size * plan.n_tokens
         self._pending: tuple[int, dict[str, Any], float] | None = None
-        self._last_end = -math.inf  # of a step, in seconds
+        self._last_end = -math.inf  # end of the last step, in seconds
         self._n_skipped = 0
 
     def dispatched(self, step: int, metrics: dict[str, Any], started: float) -> None:
-        """Note a step that is on its way, and report the one before it."""
+        """Record a step that was dispatched, and report the one before it."""
         self.fetch()
         self._pending = step, metrics, started
 
     def fetch(self) -> None:
-        """Wait for the last step that was dispatched, and report it."""
+        """Wait for the last dispatched step, and report it."""
         if self._pending is None:
             return
         (step, metrics, started), self._pending = self._pending, None
@@ -223,15 +224,15 @@ class _Steps:
             self._skipped(step, values)
 
     def _skipped(self, step: int, values: dict[str, Any]) -> None:
-        """Say why a step changed nothing, and end the run if the recipe says so, or if it goes on like this."""
+        """Report why a step was skipped. End the run if the recipe says so, or after too many in a row."""
         if not values["n_tokens"]:
-            what, choice = "no target in its batch counts", "skip"
+            what, choice = "its batch has no target that counts in the loss", "skip"
         elif math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             what, choice = f"the loss, {values['loss']:.4g}, is a spike", self._monitor.on_spike
         else:
             what, choice = "the loss or its gradient is not a finite number", self._monitor.on_nan
         self._report.message(f"step {step:,} changed nothing: {what}")
-        if (choice == "stop" or self._n_skipped >= MOST_SKIPPED) and not self.why:  # the next is on its way already
-            again = f" like the {MOST_SKIPPED - 1} before it" if choice != "stop" else ""
+        if (choice == "stop" or self._n_skipped >= MOST_SKIPPED) and not self.why:  # the next is already dispatched
+            again = f", like the {MOST_SKIPPED - 1} before it" if choice != "stop" else ""
             self.failed = True
-            self.why = f"step {step:,} changed nothing{again}: {what}; run again, it goes on behind it"
+            self.why = f"step {step:,} changed nothing{again}: {what}; run again to resume after it"

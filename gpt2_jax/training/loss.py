@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token without the logits of a whole batch.
+"""Cross-entropy of the next token, without holding the logits of a whole batch.
 
 Shape letters: B batch, T position, C positions of one chunk, D n_embd, V vocab.
 """
@@ -13,24 +13,25 @@ from jax import lax
 
 from gpt2_jax.products import product
 
-CHUNK = 2**26  # logits that exist at once, at most: 256 MB of float32
+CHUNK = 2**26  # maximum number of logits in memory at once: 256 MB of float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def token_loss(
     h_BTD: jax.Array, wte_VD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int = CHUNK
 ) -> jax.Array:
-    """Return the sum over all positions of weight * -log p(target), in nats, float32 at least.
+    """Return the sum over all positions of `weight * -log p(target)`, in nats, in float32 or wider.
 
-    The logits h @ wte.T are made for some positions at a time. Where a gradient is asked for, that of a chunk is taken
-    while its logits are there: three products with `wte` altogether, as with all logits at once, and none made anew.
+    The logits `h @ wte.T` are computed for a chunk of positions at a time. If a gradient is needed, it is computed
+    while the logits of the chunk exist. This takes three products with `wte`, as with all logits at once, and no logits
+    are computed twice.
 
     Args:
-      h_BTD: the model's last hidden states; their dtype is that of the products' inputs.
-      wte_VD: the embedding.
-      target_BT: ids.
-      weight_BT: how much each target counts; has no gradient.
-      chunk: logits that exist at once, at most (one position of each row is the least).
+      h_BTD: the model's last hidden states; the products take inputs of this dtype.
+      wte_VD: the token embedding.
+      target_BT: token ids.
+      weight_BT: the weight of each target; it has no gradient.
+      chunk: maximum number of logits in memory at once (a chunk has at least one position of each row).
     """
     return _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients=False)[0]
 
@@ -49,7 +50,7 @@ token_loss.defvjp(_forward, _backward)
 
 
 def _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients):
-    """Return the loss, and its gradients by h and wte if asked for (else None)."""
+    """Return the loss, and its gradients with respect to h and wte if requested (else None)."""
     n_rows, n_positions, width = h_BTD.shape
     n_chunks = min(n_positions, -(-n_rows * n_positions * wte_VD.shape[0] // chunk))
     size = -(-n_positions // n_chunks)
@@ -57,7 +58,7 @@ def _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients):
     head_VD = wte_VD.astype(h_BTD.dtype)
 
     def chunks(array: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [chunks, B, C, ...], padded at the end with zeros: positions that weigh nothing."""
+        """[B, T, ...] -> [chunks, B, C, ...], padded at the end with zeros: positions of weight 0."""
         padding = [(0, 0), (0, n_chunks * size - n_positions)] + [(0, 0)] * (array.ndim - 2)
         array = jnp.pad(array, padding)
         return jnp.moveaxis(array.reshape(n_rows, n_chunks, size, *array.shape[2:]), 1, 0)
@@ -83,7 +84,7 @@ def _sum(h_BTD, wte_VD, target_BT, weight_BT, chunk, gradients):
     start = (jnp.zeros((), wide), jnp.zeros(wte_VD.shape, wide) if gradients else None)
     parts = (chunks(h_BTD), chunks(target_BT), chunks(weight_BT.astype(wide)))
     (loss, dwte_VD), dh = lax.scan(one, start, parts)
-    if dh is None or dwte_VD is None:  # no gradients were asked for
+    if dh is None or dwte_VD is None:  # no gradients were requested
         return loss, None, None
     dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(n_rows, n_chunks * size, width)[:, :n_positions]
     return loss, dh_BTD, dwte_VD.astype(wte_VD.dtype)

@@ -1,4 +1,4 @@
-"""What memory a step takes, before anything is compiled, and whether a device has it."""
+"""The memory that a step needs, computed before anything is compiled, and whether a device has it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from gpt2_jax.training.loss import CHUNK
 from gpt2_jax.training.plan import Plan
 
 ESTIMATED = ("gathered", "activations")
-UNSURE = 0.25  # they may be so much less than estimated: a run that may fit is not refused
+UNSURE = 0.25  # the estimates may be too high by this share: a run that may fit is not refused
 
 
 def memory_needed(plan: Plan) -> dict[str, int]:
-    """Return the bytes that a step takes on one device at its peak, by part, and their "total".
+    """Return the peak bytes of a step on one device, by part, and their "total".
 
-    "parameters" and "optimizer" are exact: of the abstract state, what one device holds. "gradients" are of what is
-    trained, twice where a step has several parts, whose sum and latest there are. "gathered" are the parameters whole
-    along `data`, where that divides them. "activations" are an estimate of what the blocks keep for the backward pass,
-    and of the loss's logits.
+    "parameters" and "optimizer" are exact: the part of the state that one device holds. "gradients" are those of the
+    trained parameters. They count twice if a step has several parts, because their sum and the latest part exist at the
+    same time. "gathered" are the parameters undivided along `data`, if that axis divides them. "activations" are an
+    estimate of what the blocks keep for the backward pass, and of the logits in the loss.
 
-    Against `memory_analysis()` of the compiled step the total is, for a CPU, 1.02 times that for 124M at 4 rows of 256
-    tokens, and 0.95 to 1.25 times for small models, also on meshes (1.3 with LoRA, where less is kept); for a TPU v5p
-    0.9 to 1.1, with and without `remat`. For GPUs it was not compared.
+    The total was compared with `memory_analysis()` of the compiled step. On a CPU it is 1.02 times that value for 124M
+    at 4 rows of 256 tokens, and 0.95 to 1.25 times for small models, also on meshes (1.3 with LoRA, which keeps less).
+    On a TPU v5p it is 0.9 to 1.1 times, with and without `remat`. It was not compared on GPUs.
     """
     state = plan.state
     parts = {
@@ -43,22 +43,22 @@ def memory_needed(plan: Plan) -> dict[str, int]:
 
 
 def _local_bytes(tree: Any, shardings: Any = None) -> int:
-    """Return the bytes of abstract arrays that one device holds, by their own shardings or by these."""
+    """Return the bytes of abstract arrays on one device, by their own shardings or the given ones."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, tree) if shardings is None else shardings
     sizes = jax.tree.map(lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings)
     return sum(jax.tree.leaves(sizes))
 
 
 def _on_accelerator(plan: Plan) -> int:
-    """Return the bytes of activations where XLA fuses what is elementwise, and keeps what products take.
+    """Return the bytes of activations if XLA fuses elementwise operations and keeps the inputs of products.
 
-    Those are of each block, in widths of the residual stream: the stream twice, two norms, q, k and v, what attention
-    gives, and the MLP's inner part before and after GELU; and the attention weights. `remat` keeps the stream of each
-    block, and all that of one.
+    Each block keeps, in widths of the residual stream: the stream twice, two norms, q, k and v, the attention output,
+    and the MLP's inner activations before and after GELU. It also keeps the attention weights. With `remat`, the stream
+    of each block is kept, and all of this for one block only.
     """
     config, n_rows, n_tokens, n_parts = plan.config, plan.n_rows, plan.n_tokens, plan.mesh.shape[MODEL]
     itemsize = config.compute_dtype.itemsize
-    if plan.mesh.devices.flat[0].platform == "tpu":  # whose products take bfloat16 unless asked for more
+    if plan.mesh.devices.flat[0].platform == "tpu":  # its products take bfloat16 by default
         itemsize = 2
     stream = n_rows * n_tokens * config.n_embd * itemsize
     weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
@@ -70,9 +70,9 @@ def _on_accelerator(plan: Plan) -> int:
 
 
 def _on_cpu(plan: Plan) -> int:
-    """Return the bytes of activations as XLA for CPUs reserves them: factors measured on the compiled step.
+    """Return the bytes of activations that XLA for CPUs reserves; the factors were measured on the compiled step.
 
-    It fuses less, computes bfloat16 in float32, and takes what `remat` would compute again as computed already.
+    XLA for CPUs fuses less, computes bfloat16 in float32, and removes the recomputation of `remat` as duplicate work.
     """
     config, n_rows, n_tokens, n_parts = plan.config, plan.n_rows, plan.n_tokens, plan.mesh.shape[MODEL]
     itemsize = _wide(config)
@@ -83,33 +83,33 @@ def _on_cpu(plan: Plan) -> int:
 
 
 def _wide(config: GPT2Config) -> int:
-    """Return the bytes of a number of the loss."""
+    """Return the bytes of one number in the loss."""
     return max(4, config.compute_dtype.itemsize)
 
 
 def _n_seen(n_tokens: int) -> int:
-    """Return the attention weights of a head, as `causal_attention` computes them: in blocks of queries."""
+    """Return how many attention weights a head has, as `causal_attention` computes them in blocks of queries."""
     size = max(SMALLEST_BLOCK, -(-n_tokens // 4))
     ends = [min(start + size, n_tokens) for start in range(0, n_tokens, size)]
     return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
 
 
 def _n_logits(config: GPT2Config, n_rows: int, n_tokens: int) -> int:
-    """Return how many logits one device has at once, as `token_loss` takes them in chunks."""
+    """Return how many logits one device holds at once, in the chunks of `token_loss`."""
     n_chunks = min(n_tokens, -(-n_rows * n_tokens * config.n_vocab // CHUNK))
     return n_rows * -(-n_tokens // n_chunks) * config.n_vocab
 
 
 def check_memory(plan: Plan, available: int | None = None) -> dict[str, int]:
-    """Return what `memory_needed` does, if one device of the mesh can have it.
+    """Return the result of `memory_needed`, if a device of the mesh has enough memory.
 
     Args:
-      plan: of the run.
-      available: bytes of a device; None asks the first of this process, and checks nothing where that does not say.
+      plan: the plan of the run.
+      available: bytes of a device; None asks the first device of this process, and checks nothing if it does not say.
 
     Raises:
-      ValueError: it cannot fit, even if what is estimated takes a quarter less. The message has the parts,
-        and what can be done.
+      ValueError: the step cannot fit, even if the estimated parts take a quarter less. The message lists the parts and
+        what would reduce them.
     """
     parts = memory_needed(plan)
     if available is None:
@@ -119,7 +119,7 @@ def check_memory(plan: Plan, available: int | None = None) -> dict[str, int]:
         return parts
     raise ValueError(
         f"training would take about {gigabytes(parts['total'])} on each device, which has {gigabytes(available)}:\n"
-        f"{memory_table(parts)}\nWhat takes less: {'; '.join(_advice(plan))}."
+        f"{memory_table(parts)}\nTo use less: {'; '.join(_advice(plan))}."
     )
 
 
@@ -129,15 +129,15 @@ def memory_table(parts: dict[str, int]) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Return bytes as "1.23 GB" (10**9 bytes), small ones as "1.23 MB"."""
+    """Return bytes as "1.23 GB" (`10**9` bytes), or as "1.23 MB" if small."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def _advice(plan: Plan) -> list[str]:
-    """Return what makes a step smaller, of that which the recipe does not do yet."""
+    """Return the ways to make a step smaller that the recipe does not use yet."""
     recipe, advice = plan.recipe, []
     if plan.n_rows > 1:
-        advice.append(f"a larger accumulate, now {recipe.accumulate}, or a smaller batch_size, now {recipe.batch_size}")
+        advice.append(f"a larger accumulate (now {recipe.accumulate}) or smaller batch_size (now {recipe.batch_size})")
     if not recipe.remat and not plan.on_cpu:
         advice.append("remat = true")
     if recipe.compute_dtype != "bfloat16" and not plan.on_cpu:
@@ -145,28 +145,28 @@ def _advice(plan: Plan) -> list[str]:
     if not recipe.lora.rank:
         if recipe.optimizer.name == "adamw":
             advice.append('optimizer.name = "adafactor"')
-        advice.append("freezing parameters by optimizer.learning_rates of 0")
-        advice.append("LoRA, by lora.rank = 8 say")
-    return [*advice, "fewer data.n_tokens", "more devices"]
+        advice.append("frozen parameters (optimizer.learning_rates of 0)")
+        advice.append("LoRA (for example lora.rank = 8)")
+    return [*advice, "a smaller data.n_tokens", "more devices"]
 
 
 def device_memory(device: Any) -> int | None:
-    """Return the bytes that a jax.Device lets programs use; None where it does not say.
+    """Return the bytes that programs may use on a jax.Device; None if the device does not say.
 
-    For a CPU that is the machine's memory, or less where the process is limited (cgroups), divided by the number of
-    devices that this process makes of it.
+    For a CPU this is the machine's memory, or the limit of the process (cgroups) if that is lower, divided by the
+    number of CPU devices in this process.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     try:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and some systems not these names
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and some systems lack these names
         return None
     return int(min(machine, _cgroup_limit())) // jax.local_device_count("cpu")
 
 
 def _cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """Return the least memory that Linux's control groups leave this process: its own group and all above it."""
+    """Return the lowest memory limit of Linux's control groups for this process: its own group and all above it."""
     files = [root / "memory" / "memory.limit_in_bytes"]  # version 1
     for line in own.read_text().splitlines() if own.exists() else []:
         if line.startswith("0::"):  # version 2

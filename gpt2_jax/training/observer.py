@@ -1,4 +1,4 @@
-"""What is looked at between the steps of a run: the validation loss, and samples."""
+"""Evaluation and samples between the steps of a run."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import make_eval_step
 from gpt2_jax.training.verbatim import verbatim_shares
 
-SEARCHED = 10**8  # tokens of the training text that samples are compared with, at most
+SEARCHED = 10**8  # maximum tokens of the training text that samples are compared with
 
 
 class Observer:
-    """Evaluates and samples where the recipe says so, once a step, and keeps the best model.
+    """Evaluates and samples at the steps that the recipe names, once per step, and keeps the best model.
 
-    What was done before is read from the run's files, so that a run that goes on neither repeats nor leaves out any.
+    Earlier results are read from the run's files, so that a resumed run repeats none and skips none.
 
     Attributes:
-      best_step: the step of the best validation loss yet; None where none was measured.
-      best_loss: that loss in nats a token, infinite where there is none.
-      n_worse: evaluations since then.
-      missed: whether a signal kept something from being done that was due.
+      best_step: the step of the best validation loss so far; None if none was measured.
+      best_loss: that loss in nats a token; infinite if none was measured.
+      n_worse: evaluations since the best one.
+      missed: whether a signal prevented work that was due.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Observer:
         self.sampled = max((record["step"] for record in read_records(run_dir / SAMPLES)), default=0)
 
     def is_due(self, step: int) -> bool:
-        """Say whether there is something to do at a step that has not been done."""
+        """Return whether work is due at a step and has not been done."""
         return self._evaluation_is_due(step) or self._samples_are_due(step)
 
     def look(self, step: int, state: TrainState) -> None:
@@ -63,21 +63,21 @@ class Observer:
                 self._sample(step, params, self.tokenizer)
 
     def out_of_patience(self) -> str:
-        """Return why training should end, "" if it should not."""
+        """Return why training should end; "" if it should not."""
         patience = self.recipe.monitor.patience
         if not patience or self.n_worse < patience:
             return ""
-        best = "none was finite" if self.best_step is None else f"no better than step {self.best_step:,}"
-        return f"{self.n_worse} evaluations in a row: {best}"
+        best = "not finite" if self.best_step is None else f"no better than step {self.best_step:,}"
+        return f"{self.n_worse} evaluations in a row were {best}"
 
     def sum_up(self) -> None:
-        """Name the best step."""
+        """Report the best step."""
         if self.best_step is None:
             return
         said = f"the best validation loss is {self.best_loss:.4f}, after step {self.best_step:,}"
         if self.n_worse:
             counted = "one evaluation" if self.n_worse == 1 else f"{self.n_worse} evaluations"
-            said += f"; {counted} since found no better: where the training loss still fell, the model overfits"
+            said += f"; {counted} since then found no better one: if the training loss still fell, the model overfits"
         self.report.message(said)
 
     def _evaluation_is_due(self, step: int) -> bool:
@@ -95,11 +95,11 @@ class Observer:
         if loss is None:
             self.missed = True
             return
-        best = loss < self.best_loss  # NaN is not
+        best = loss < self.best_loss  # False for NaN
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
             config = self.plan.config.replace(param_dtype="float32", compute_dtype="float32")
-            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also after training in more
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also after training in float64
             save(self.run_dir / runs.BEST, config, params, "orbax", self.tokenizer)
         else:
             self.n_worse += 1
@@ -107,7 +107,7 @@ class Observer:
         self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
 
     def _validation_loss(self, params: Params, val: Tokens) -> float | None:
-        """Return nats a token over the fixed windows, NaN where no target counts; None if a signal came meanwhile."""
+        """Return nats a token over the fixed windows: NaN if no target counts, None if a signal came meanwhile."""
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         nats, weights = jnp.float32(0), jnp.float32(0)
         for batch in windows(val, self.plan.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
@@ -118,7 +118,7 @@ class Observer:
         return float(nats) / float(weights) if weights else math.nan
 
     def _sample(self, step: int, params: Params, tokenizer: Tokenizer) -> None:
-        """Continue the prompts, with the same draws each time, and say how much of it stands in the training text."""
+        """Continue the prompts with the same seed each time, and report how much of it is in the training text."""
         if self.stop:
             self.missed = True
             return
@@ -133,7 +133,7 @@ class Observer:
         self.sampled = step
 
     def _evaluated_so_far(self) -> tuple[int | None, float, int, int | None]:
-        """Return step and loss of the best evaluation yet, how many came after it, and the step of the last."""
+        """Return the step and loss of the best evaluation, how many came after it, and the step of the last one."""
         step, loss, n_worse, last = None, math.inf, 0, None
         for record in read_records(self.run_dir / METRICS):
             if "val_loss" not in record:
@@ -147,5 +147,5 @@ class Observer:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Say whether something that happens every so many steps, and at the last, is due; 0 is never."""
+    """Return whether something that happens every `every` steps and at the last step is due; 0 means never."""
     return bool(every) and (step % every == 0 or step == last)

@@ -12,13 +12,14 @@ from gpt2_jax.recipe import Optimizer
 
 
 def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
-    """Return the learning rate of step 0, 1, ..., steps - 1.
+    """Return the learning rate schedule of steps 0, 1, ..., steps - 1.
 
-    The warm-up rises linearly, from peak / warmup_steps at step 0 to the peak at its last step; without one, step 0 has
-    the peak. From there it falls to final_fraction of the peak, which the last step of all has.
+    The warm-up rises linearly, from peak / warmup_steps at step 0 to the peak at its last step. Without warm-up, step 0
+    has the peak. After that the rate falls to final_fraction of the peak, which it reaches at the last step. The
+    "constant" schedule stays at the peak.
 
     Raises:
-      ValueError: there are fewer steps than the warm-up has.
+      ValueError: there are more warm-up steps than steps.
     """
     if optimizer.warmup_steps > steps:
         raise ValueError(f"optimizer.warmup_steps, {optimizer.warmup_steps}, must not be more than steps, {steps}")
@@ -26,7 +27,7 @@ def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     peak_step = max(optimizer.warmup_steps - 1, 0)
 
     def schedule(step):
-        step = jnp.asarray(step, float)  # JAX divides int32 in float32 even where float64 is on
+        step = jnp.asarray(step, float)  # JAX divides int32 in float32 even if float64 is enabled
         progress = jnp.clip((step - peak_step) / max(steps - 1 - peak_step, 1), 0, 1)
         left = {"cosine": (1 + jnp.cos(jnp.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
         final = 1.0 if optimizer.schedule == "constant" else optimizer.final_fraction
@@ -37,18 +38,18 @@ def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optimizer: Optimizer, names: Iterable[str]) -> optax.GradientTransformation:
-    """Return the transformation that turns averaged gradients into what is taken off, times the learning rate.
+    """Return the transformation from averaged gradients to updates. A step subtracts learning rate times update.
 
-    In order: clipping by the norm of all gradients together, the optimizer itself, weight decay apart from its moments
-    (Loshchilov and Hutter 2017, for all of the optimizers), and the rules' factors of the learning rate. The rate
-    itself, `make_schedule`'s, follows the run's steps; the optimizer's own count leaves out those that were skipped.
+    In order: clipping by the global norm of all gradients, the optimizer itself, decoupled weight decay (Loshchilov and
+    Hutter 2017, for every optimizer), and the rules' factors of the learning rate. The learning rate of `make_schedule`
+    follows the run's steps. The optimizer's own step count leaves out skipped steps.
 
     Args:
-      optimizer: the recipe's part.
-      names: of the parameters that are trained.
+      optimizer: the `optimizer` part of the recipe.
+      names: the names of the trained parameters.
 
     Raises:
-      ValueError: the rules for learning rates or decay leave a name out.
+      ValueError: the rules for learning rates or decay do not cover a name.
     """
     names = list(names)
     factors = by_rules(optimizer.learning_rates, names, "optimizer.learning_rates")

@@ -1,4 +1,4 @@
-"""The plan of a run: everything that follows from a model's config, a recipe and the devices, worked out once."""
+"""The plan of a run: everything that follows from a model's config, a recipe and the devices, computed once."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from gpt2_jax.training.state import TrainState, bare_state
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """What the parts of a run need to know; made by `make_plan`, once, by whoever starts the run.
+    """What all parts of a run need to know. Make it once per run, with `make_plan`.
 
     Attributes:
-      config: the model's as it is trained, with the recipe's dropout rates and dtypes.
-      recipe: how it is trained.
+      config: the model's config in training, with the recipe's dropout rates and dtypes.
+      recipe: the recipe of the run.
       mesh: the devices.
-      n_tokens: T, tokens of a window.
+      n_tokens: T, the tokens of a window.
       n_rows: rows of one part of a step on one device along `data`.
-      trained: names of the parameters, or of LoRA's matrices, that the optimizer changes.
-      optimizer: Optax's, over {name: array} of what is trained.
-      schedule: the learning rate of a step, from 0 on.
+      trained: names of the arrays that the optimizer changes: parameters, or LoRA's matrices.
+      optimizer: the Optax transformation over {name: array} of the trained arrays.
+      schedule: the learning rate as a function of the step, counted from 0.
       state: the TrainState as jax.ShapeDtypeStruct with shardings.
-      gathered: params-shaped shardings, whole along `data`: how a product takes the parameters.
+      gathered: a tree of shardings like params, undivided along `data`, in which products take the params.
     """
 
     config: GPT2Config
@@ -58,21 +58,21 @@ class Plan:
         return NamedSharding(self.mesh, PartitionSpec(*before, DATA))
 
     def whole(self) -> NamedSharding:
-        """Return the sharding of arrays that every device holds whole."""
+        """Return the sharding of arrays that every device holds in full."""
         return NamedSharding(self.mesh, PartitionSpec())
 
 
 def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_tokens: int = 0) -> Plan:
-    """Work out the plan of a run; nothing is compiled, and no memory is taken.
+    """Compute the plan of a run. Nothing is compiled, and no device memory is allocated.
 
     Args:
-      config: the model's; the recipe's dropout and dtypes take the place of its own.
-      recipe: how it is trained.
-      mesh: the devices, of `make_mesh`; None makes the recipe's.
-      n_tokens: tokens of a window; 0 is the recipe's, or the model's n_ctx.
+      config: the model's config; the recipe's dropout and dtypes replace its own.
+      recipe: the recipe of the run.
+      mesh: the devices, from `make_mesh`; None makes the recipe's mesh.
+      n_tokens: tokens of a window; 0 takes the recipe's `data.n_tokens`, or the model's n_ctx if that is 0 too.
 
     Raises:
-      ValueError: recipe, model and devices do not fit together, or a rule of the recipe leaves a parameter out.
+      ValueError: recipe, model and devices do not fit together, or the recipe's rules do not cover a parameter.
     """
     if mesh is None:
         mesh = make_mesh(recipe.mesh.data, recipe.mesh.model)
@@ -108,7 +108,7 @@ def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:
 
 
 def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
-    """Return the names of what the rules do not freeze."""
+    """Return the names of the arrays that the rules do not freeze."""
     rates = by_rules(recipe.optimizer.learning_rates, state.by_name(), "optimizer.learning_rates")
     if not any(rates.values()):
         raise ValueError("optimizer.learning_rates freeze every parameter: nothing would be trained")
@@ -116,9 +116,9 @@ def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _shardings(tree: Any, mesh: Mesh, gathered: tuple[str, ...] = ()) -> Any:
-    """Return the sharding of each array: by the rules of `gpt2_jax.sharding`, whole along the axes `gathered`.
+    """Return the sharding of each array by the rules of `gpt2_jax.sharding`, undivided along the axes in `gathered`.
 
-    An array of the optimizer's belongs to the parameter that its path names.
+    The path of an optimizer array names the parameter that it belongs to.
     """
 
     def sharding(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -133,8 +133,8 @@ def _check_rows(recipe: Recipe, mesh: Mesh) -> None:
     n_parts, n_devices = recipe.accumulate, mesh.shape[DATA]
     if recipe.batch_size % (n_parts * n_devices):
         fitting = [n for n in range(1, n_parts) if recipe.batch_size % (n * n_devices) == 0]
-        advice = f"accumulate {fitting[-1]}" if fitting else f"a batch_size that is a multiple of {n_parts * n_devices}"
+        advice = f"accumulate = {fitting[-1]}" if fitting else f"batch_size to a multiple of {n_parts * n_devices}"
         raise ValueError(
-            f"batch_size {recipe.batch_size} in accumulate {n_parts} parts leaves {recipe.batch_size // n_parts} rows, "
-            f"which {n_devices} devices cannot share: set {advice}, or mesh.data smaller"
+            f"batch_size {recipe.batch_size} with accumulate {n_parts} gives {recipe.batch_size // n_parts} rows a "
+            f"part, which {n_devices} devices cannot share equally: set {advice}, or a smaller mesh.data"
         )

@@ -1,4 +1,4 @@
-"""JSON lines that grow while a run goes on, and are cut back where it is resumed."""
+"""JSON lines files that grow during a run, and are cut back when it is resumed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 class Records:
-    """A file of JSON objects, one a line, each with the number of its "step".
+    """A file of JSON objects, one per line, each with the number of its "step".
 
-    A line is written in one call, and none is held back: a process that is killed loses at most a part of its last.
-    Opened again to go on after `step`, the file loses what stands there of later steps, so that nothing stands twice.
+    A line is written in one call, without a buffer: a killed process loses at most a part of its last line. When the
+    file is opened to resume after `step`, the lines of later steps are removed, so that none appears twice.
 
     Raises:
-      ValueError: a line that is whole is no JSON object with a step.
+      ValueError: a complete line is not a JSON object with a step.
     """
 
     def __init__(self, path: str | os.PathLike, step: int):
@@ -31,10 +31,10 @@ class Records:
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a line; NaN and infinities, which JSON has not, become null."""
+        """Add a line. NaN and infinities become null, because JSON does not have them."""
         plain = {name: _plain(value) for name, value in record.items()}
         line = memoryview((json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        while line:  # a call may write less, as on a disk that fills up; the next one then says why
+        while line:  # a call may write only a part, as on a full disk; the next call then raises the error
             line = line[self._file.write(line) :]
 
     def close(self) -> None:
@@ -43,19 +43,19 @@ class Records:
 
 
 def read_records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines; a part of a line at the end, as a kill leaves it, is left out.
+    """Yield the objects of a JSON lines file. An incomplete last line, as a kill leaves it, is skipped.
 
     Raises:
-      ValueError: a whole line is no JSON object with a step; the message names the file and the line.
+      ValueError: a complete line is not a JSON object with a step; the message names the file and the line.
     """
     return (record for record, _ in _lines(Path(path)))
 
 
 def _cut(path: Path, step: int) -> None:
-    """Remove the lines of later steps, and a part of a line at the end; the file is replaced in one step."""
+    """Remove the lines of later steps and an incomplete last line; the file is replaced in one step."""
     with replacing_file(path) as temporary, temporary.open("wb") as new:
         for record, line in _lines(path):
-            if step and record["step"] <= step:  # a run that begins anew, at 0, keeps nothing of one before it
+            if step and record["step"] <= step:  # a run that starts at 0 keeps nothing of an earlier run
                 new.write(line)
 
 
@@ -66,14 +66,14 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
                 return
             try:
                 record = json.loads(line)
-            except ValueError:  # of JSON, and of bytes that are no text
+            except ValueError:  # invalid JSON, or bytes that are not UTF-8
                 record = None
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f'{path}, line {number} is no JSON object with a "step": repair it or remove the file')
+                raise ValueError(f'{path}, line {number} is not a JSON object with a "step": repair or remove the file')
             yield record, line
 
 
 def _plain(value: Any) -> Any:
-    """Return a number that JSON can hold: scalars of NumPy and JAX as Python's, and None for what is not finite."""
+    """Return a value that JSON can hold: NumPy and JAX scalars as Python numbers, and None if it is not finite."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

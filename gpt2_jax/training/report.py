@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: a bar or lines on standard error, JSON lines, TensorBoard."""
+"""What a run reports: a progress bar or lines on standard error, JSON lines files, TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from gpt2_jax.training.hardware import mfu
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, Records
 
-FIRST_LINES = 3  # steps of which each has a line where there is no terminal
-SECONDS_A_LINE = 10  # between two lines later on
-ROOM = 85  # columns of a terminal that the numbers beside the bar take
-RECENT = 20  # steps of which the mean speed is shown
+FIRST_LINES = 3  # without a terminal, each of the first steps has a line
+SECONDS_A_LINE = 10  # between two later lines
+ROOM = 85  # terminal columns for the numbers beside the bar
+RECENT = 20  # the mean speed is over this many steps
 
 
 class Report:
-    """Tells how a run goes: `with Report(...) as report:`, and a call for each thing that happens.
+    """Reports the progress of a run: use `with Report(...) as report:`, and one call for each event.
 
-    It writes RUN/metrics.jsonl, RUN/samples.jsonl, with recipe.monitor.tensorboard RUN/tensorboard, and to standard
-    error: on a terminal a progress bar, else a line now and then. Standard output stays untouched.
+    It writes RUN/metrics.jsonl and RUN/samples.jsonl, and RUN/tensorboard if recipe.monitor.tensorboard is set. On
+    standard error it shows a progress bar on a terminal, else a line now and then. It never writes to standard output.
 
     Args:
-      plan: of the run.
-      run_dir: the run's folder; it is there.
-      first_step: optimizer steps that were done before; what the files hold of later ones is removed.
-      clock: seconds, from any moment on.
+      plan: the plan of the run.
+      run_dir: the run's folder, which must exist.
+      first_step: optimizer steps done before; entries of later steps are removed from the files.
+      clock: returns seconds, counted from any moment.
 
     Raises:
-      ValueError: a line of the files that is whole is no JSON object with a step.
+      ValueError: a complete line of a file is not a JSON object with a step.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Report:
         self._mfu = functools.partial(
             mfu, config=plan.config, n_tokens=plan.n_tokens, devices=list(plan.mesh.devices.flat)
         )
-        self._started: tuple[int, float] | None = None  # the first step of this process, and when it was done
+        self._started: tuple[int, float] | None = None  # the first step of this process, and when it ended
         self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=RECENT)  # (tokens, seconds)
         self._shown: dict[str, str] = {}
         self._last_line = -math.inf
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Report:
-        with contextlib.ExitStack() as stack:  # what was opened is closed again if the next cannot be
+        with contextlib.ExitStack() as stack:  # closes what is open if the next file cannot be opened
             self._metrics, self._samples = (
                 stack.enter_context(contextlib.closing(Records(self._folder / name, self._first_step)))
                 for name in (METRICS, SAMPLES)
@@ -78,13 +78,13 @@ class Report:
     def step(self, step: int, metrics: Mapping[str, float], tokens: int, seconds: float) -> None:
         """Report an optimizer step.
 
-        The first of a process compiles: it has no speed, and does not count in the time that is left.
+        The first step of a process compiles. It has no speed, and does not count in the estimate of the time left.
 
         Args:
-          step: its number, from 1 on.
-          metrics: what train_step gave; "loss" among it.
-          tokens: that it read, over all devices.
-          seconds: that it took.
+          step: its number, counted from 1.
+          metrics: what train_step returned, including "loss".
+          tokens: tokens that the step read, over all devices.
+          seconds: how long the step took.
         """
         now = self._clock()
         speed = None if self._started is None else tokens / max(seconds, 1e-9)
@@ -114,14 +114,14 @@ class Report:
         self._line(step, said)
 
     def sample(self, step: int, prompt: str, text: str, verbatim: float | None = None) -> None:
-        """Report what the model writes after a prompt, without it, and the share that stands in the training text."""
+        """Report the text that a model wrote after a prompt, and the share of it that is in the training text."""
         self._samples.write({"step": step, "prompt": prompt, "text": text, "verbatim": verbatim})
         if self._board is not None:
             self._board.add_text(f"sample/{prompt or 'from nothing'}", text, step)
         self._line(step, f"a sample\n{_printable(prompt + text)}\n")
 
     def message(self, text: str) -> None:
-        """Say something, above the bar if there is one."""
+        """Print a message, above the bar if there is one."""
         if self._bar.shown:
             self._bar.say(text)
         else:
@@ -137,12 +137,12 @@ class Report:
         return ", ".join(self._shown[name] for name in ("loss", "val", "speed", "mfu", "left") if name in self._shown)
 
     def _is_due(self, step: int, now: float) -> bool:
-        """Say whether a step has a line where there is no terminal."""
+        """Return whether a step has a line if there is no terminal."""
         first_or_last = step - self._first_step <= FIRST_LINES or step == self._n_steps
         return first_or_last or now - self._last_line >= SECONDS_A_LINE
 
     def _speed(self) -> dict[str, str]:
-        """Return what is shown of the mean speed of the last steps; evaluations between them do not count."""
+        """Return the texts for the mean speed of the last steps; evaluations between them do not count."""
         if not self._recent:
             return {}
         tokens, seconds = map(sum, zip(*self._recent, strict=True))
@@ -151,14 +151,14 @@ class Report:
         return {"speed": f"{_short(speed)} tokens/s", "mfu": "MFU n/a" if used is None else f"MFU {used:.1%}"}
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """Return the seconds that are left at the pace so far: of all that happens, evaluations and saves too."""
+        """Return the seconds left at the pace so far, which includes evaluations and saves."""
         if self._started is None or step <= self._started[0]:
             return None
         first, then = self._started
         return (now - then) / (step - first) * (self._n_steps - step)
 
     def _plot(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Give numbers to TensorBoard; what is not finite is left out, as it would draw nothing and complain."""
+        """Write numbers to TensorBoard. Non-finite numbers are left out: they would only cause warnings."""
         if self._board is None:
             return
         for name, value in values.items():
@@ -167,11 +167,11 @@ class Report:
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:
-    """Return a writer of TensorBoard's event files, which tells it to forget what came after `first_step`."""
+    """Return a writer of TensorBoard event files, which makes TensorBoard discard what came after `first_step`."""
     from tensorboardX import SummaryWriter
 
     purge = first_step + 1 if first_step else 0
-    # Files are named by the second: one that is resumed within it must not overwrite its own beginning.
+    # File names have the time in seconds. A run resumed within the same second must not overwrite its first file.
     name = f".from-{first_step}"
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10, filename_suffix=name)
 
@@ -196,5 +196,5 @@ def _duration(seconds: float | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return text without what would move a terminal's cursor or change its colours."""
+    """Return text without characters that move a terminal's cursor or change its colors."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that is looked at between steps, so that a run ends with everything saved."""
+"""Ctrl-C and SIGTERM as a request that is checked between steps, so that a run ends with everything saved."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 
 class Stop:
-    """Whether the run is to end, and by which signal.
+    """Whether the run should end, and because of which signal.
 
     Attributes:
-      signal: its name, "SIGINT" say; None while nothing came.
+      signal: its name, for example "SIGINT"; None if no signal came.
     """
 
     def __init__(self):
@@ -29,9 +29,9 @@ class Stop:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Stop]:
-    """Give a `Stop` that the first Ctrl-C or SIGTERM sets; a second Ctrl-C is a KeyboardInterrupt at once.
+    """Give a `Stop` that the first Ctrl-C or SIGTERM sets. A second Ctrl-C raises KeyboardInterrupt at once.
 
-    Outside the main thread, where Python delivers no signals, it is never set.
+    Outside the main thread it is never set, because Python delivers no signals there.
     """
     stop, before = Stop(), {}
     if threading.current_thread() is threading.main_thread():
@@ -41,5 +41,5 @@ def stopping() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            if handler is not None:  # one that was not set from Python cannot be put back
+            if handler is not None:  # a handler not set from Python cannot be restored
                 signal.signal(number, handler)

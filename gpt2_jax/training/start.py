@@ -1,4 +1,4 @@
-"""What a recipe names, made ready and checked: the model to start from, and the text as tokens."""
+"""Loads and checks what a recipe names: the model to start from, and the text as tokens."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ from gpt2_jax.tokenizer import Tokenizer, fingerprint
 from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.plan import Plan, make_plan
 
-ORIGIN = "origin.json"  # in the folder of tokens: what text they were made of, and how
+ORIGIN = "origin.json"  # in the token folder: which text the tokens were made from, and how
 
 
 def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tuple[Plan, Params | None, Tokenizer]:
-    """Return the plan of a run, and params and tokenizer that it starts from; params on the host.
+    """Return the plan of a run, and the params and the tokenizer that it starts from; params are on the host.
 
-    What a step will need is checked before weights are read. Where `run_dir` holds a run with a checkpoint, params are
-    None: they are there, and the source is not looked at.
+    Memory is checked before weights are read. If `run_dir` contains a run with a checkpoint, params are None: they are
+    in the checkpoint, and the model source is not read. Errors of `load` and `load_tokenizer` are passed on.
 
     Raises:
-      as `load` and `load_tokenizer`; ValueError: new weights without a vocabulary, or as `make_plan` and
-        `check_memory`.
+      ValueError: new weights have no vocabulary, the plan cannot be made, or the devices have too little memory.
     """
     model = recipe.model
     if not (model.source or model.tokenizer):
-        raise ValueError("model.tokenizer must name a vocabulary where model.source is empty: new weights have none")
+        raise ValueError("model.tokenizer must name a vocabulary if model.source is empty: new weights have none")
     begun = None if run_dir is None else expanded(run_dir)
     if begun is not None and not (runs.is_run(begun) and runs.steps(begun)):
         begun = None
@@ -60,7 +59,7 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
 
 
 def _host() -> Any:
-    """Return where params wait until they are divided over the devices: the CPU, or None where JAX may not have it."""
+    """Return the device that holds params before they are sharded: the CPU, or None if JAX has no CPU backend."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -68,10 +67,10 @@ def _host() -> Any:
 
 
 def new_params(config: GPT2Config, seed: int) -> Params:
-    """Return random params to train from: the original's initial values, the residual layers' scaled down.
+    """Return random params for training: GPT-2's initial values, with the residual layers scaled down.
 
-    Those are c_proj of attention and MLP, two a block: times 1/sqrt(2 n_layer), as the paper says (Radford et al. 2019,
-    section 2.3). The released code, and `init_params`, leave that out.
+    The scaled layers are the c_proj of attention and of the MLP, two in each block. Their factor is 1/sqrt(2 n_layer),
+    as in the paper (Radford et al. 2019, section 2.3). The released code and `init_params` do not scale them.
     """
     scale = (2 * config.n_layer) ** -0.5
 
@@ -84,48 +83,49 @@ def new_params(config: GPT2Config, seed: int) -> Params:
 
 
 def check_tokenizer(plan: Plan, tokenizer: Tokenizer | None) -> None:
-    """Check that the tokenizer, if there is one, has the model's ids.
+    """Check that the tokenizer, if there is one, has as many ids as the model.
 
     Raises:
-      ValueError: it has not.
+      ValueError: the numbers differ.
     """
     if tokenizer is not None and tokenizer.n_vocab != plan.config.n_vocab:
-        raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, the model n_vocab = {plan.config.n_vocab:,}")
+        raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, but the model has {plan.config.n_vocab:,}")
 
 
 def check_data(plan: Plan, data: Prepared) -> None:
     """Check that the text fits the model and the recipe.
 
     Raises:
-      ValueError: it does not.
+      ValueError: the text does not fit.
     """
     n_vocab, monitor = plan.config.n_vocab, plan.recipe.monitor
     if data.train.n_vocab > n_vocab:
-        raise ValueError(f"the text has {data.train.n_vocab:,} different ids at most, the model only {n_vocab:,}")
+        raise ValueError(f"the text may have up to {data.train.n_vocab:,} different ids, the model only {n_vocab:,}")
     if data.train.n_tokens < 2:
         raise ValueError(f"{data.train.path} has {data.train.n_tokens} tokens: there is nothing to predict")
     if data.val is not None and data.val.n_tokens < 2:
         raise ValueError(
-            f"{data.val.path} has 1 token, and nothing to predict: make data.val_fraction larger, or 0 to do without"
+            f"{data.val.path} has 1 token: there is nothing to predict; increase data.val_fraction, or set it to 0"
         )
     if data.val is not None and (data.manifest or {}).get("val", {}).get("targets") == 0:
-        raise ValueError(f"{data.val.path} has no token that counts: all of it is prompts")
+        raise ValueError(f"{data.val.path} has no token that counts in the loss: all tokens are prompts")
     if monitor.patience and (data.val is None or not monitor.evaluate_every):
-        raise ValueError("monitor.patience needs validation losses: text to validate on, and monitor.evaluate_every")
+        raise ValueError("monitor.patience needs validation losses: set monitor.evaluate_every, and validation text")
 
 
 def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
-    """Return the tokens that a recipe names; text is tokenised into `folder` first, where it stays for the next start.
+    """Return the tokens that a recipe names. Text is first tokenized into `folder`, where the next start finds it.
+
+    Errors of `prepare` and `open_prepared` are passed on.
 
     Args:
-      recipe: whose `data` to read.
-      tokenizer: whose ids to make.
-      folder: RUN/data. Where the run has begun with another text it is refused; where it has not, replaced.
+      recipe: the recipe; `data` says what to read.
+      tokenizer: the tokenizer for the text.
+      folder: RUN/data. Tokens of another text are replaced there, or refused if the run has already started.
 
     Raises:
-      FileExistsError: the run's folder holds other things.
-      ValueError: no text is named, or the run has begun with another.
-      as `prepare` and `open_prepared`.
+      FileExistsError: the run's folder contains other things.
+      ValueError: no text is named, or the run was started with another text.
     """
     data, run_dir = recipe.data, folder.parent
     if not data.path:
@@ -138,7 +138,7 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     told = _origin(folder)
     if folder.exists() and runs.is_run(run_dir):
         if told is not None and origin["text"] != STDIN and told["text"] != origin["text"]:
-            raise ValueError(f"{run_dir} holds a run on another text than {data.path}: choose another folder (--run)")
+            raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
         return open_prepared(folder, tokenizer)
     if folder.exists() and told == origin and origin["text"] != STDIN:
         return open_prepared(folder, tokenizer)
@@ -150,7 +150,7 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
 
 
 def _digest(recipe: Recipe, tokenizer: Tokenizer) -> str:
-    """Return the sha256 of the text that a recipe names: of its files in order, and the field that is read of them."""
+    """Return the sha256 of the text that a recipe names: its files in order, and the field that is read from them."""
     if recipe.data.path == STDIN:
         return STDIN
     digest = hashlib.sha256()
@@ -163,6 +163,6 @@ def _digest(recipe: Recipe, tokenizer: Tokenizer) -> str:
 
 
 def _origin(folder: Path) -> dict[str, Any] | None:
-    """Return what is known of the text that a folder of tokens was made of; None if nothing is."""
+    """Return what is recorded about the text that a token folder was made from; None if nothing is."""
     path = folder / ORIGIN
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

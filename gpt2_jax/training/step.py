@@ -1,4 +1,4 @@
-"""One optimizer step, `train_step(state, batch) -> (state, metrics)`, as a plan says it.
+"""One optimizer step, `train_step(state, batch) -> (state, metrics)`, as the plan defines it.
 
 Shape letters: A parts of a step, B rows of a part, T tokens, D n_embd.
 """
@@ -22,14 +22,14 @@ from gpt2_jax.training.loss import CHUNK, token_loss
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.state import TrainState, bare_state, model_params, seed_key
 
-MEAN_DECAY = 0.98  # of the running mean that a spike is measured by
+MEAN_DECAY = 0.98  # decay of the running mean loss that spikes are compared with
 
 
 def init_state(plan: Plan, params: Params) -> TrainState:
-    """Return the state before the first step, on the devices of the plan's mesh; `params` themselves are copied.
+    """Return the state before the first step, on the devices of the plan's mesh; `params` are copied.
 
     Raises:
-      ValueError: params are not those of the plan's config.
+      ValueError: params do not match the plan's config.
     """
     check_params(plan.config, params, dtypes=False)
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(plan.config.param_dtype), params)
@@ -44,19 +44,19 @@ def init_state(plan: Plan, params: Params) -> TrainState:
 
 
 def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compile-once `train_step(state, batch) -> (state, metrics)`; the state passed in is used up.
+    """Return `train_step(state, batch) -> (state, metrics)`, which compiles once; the state passed in is donated.
 
-    It is a pure function: the same state and batch give the same result, dropout included, whose keys follow from the
-    recipe's seed and the step.
+    It is a pure function: the same state and batch give the same result. This includes dropout, whose keys are derived
+    from the recipe's seed and the step.
 
     Args:
-      plan: of `make_plan`; the rows of each part are divided over the `data` axis of its mesh.
+      plan: from `make_plan`; the rows of each part are divided over the `data` axis of its mesh.
 
     Returns:
-      A jitted function of a TrainState and a Batch of [A, B, T] arrays, A = recipe.accumulate. The metrics are
-      scalars: `loss` (nats a token, mean over the weights), `grad_norm` (of all gradients, before clipping),
-      `learning_rate`, `n_tokens` (sum of the weights), and the bool `skipped`: the loss or a gradient was not finite,
-      there was a spike that the recipe does not ignore, or no target counted; nothing that is trained was changed.
+      A jitted function of a TrainState and a Batch of [A, B, T] arrays, where A is recipe.accumulate. The metrics are
+      scalars: `loss` (nats a token, weighted mean), `grad_norm` (of all gradients, before clipping), `learning_rate`,
+      `n_tokens` (sum of the weights), and the bool `skipped`. A step is skipped if the loss or a gradient is not
+      finite, if there is a spike that the recipe does not ignore, or if no target counts; it changes no trained array.
     """
     gradients = _make_gradients(plan)
     monitor = plan.recipe.monitor
@@ -89,7 +89,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
 
 def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, spike: float) -> jax.Array:
-    """Return the running mean with one more loss: a spike counts as the least one, so that it hides no other."""
+    """Return the running mean with one more loss. A spike counts as the smallest spike, so that it hides no other."""
     first = mean == 0
     loss = jnp.where(first, loss, jnp.minimum(loss, spike * mean)).astype(mean.dtype)
     new = jnp.where(first, loss, MEAN_DECAY * mean + (1 - MEAN_DECAY) * loss)
@@ -97,12 +97,12 @@ def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, spike: flo
 
 
 def _make_gradients(plan: Plan) -> Callable:
-    """Return f(state, changing, batch, n_tokens) -> (mean loss, its gradients by what is trained)."""
+    """Return f(state, changing, batch, n_tokens) -> (mean loss, its gradients with respect to `changing`)."""
     recipe = plan.recipe
     model = GPT2(plan.config, remat=recipe.remat)
     deterministic = recipe.model.dropout == 0
     wide = jnp.promote_types(plan.config.compute_dtype, jnp.float32)
-    chunk = CHUNK * plan.mesh.shape[DATA]  # that much on each device
+    chunk = CHUNK * plan.mesh.shape[DATA]  # CHUNK on each device
 
     def loss_of(changing, state, tokens_BT, target_BT, weight_BT, key):
         params = _gathered(plan, model_params(state.with_trained(changing), recipe))
@@ -127,7 +127,7 @@ def _make_gradients(plan: Plan) -> Callable:
 
 
 def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """Return a jitted eval_step(params, batch of [rows, T]) -> (sum of nats, sum of weights), without dropout."""
+    """Return a jitted `eval_step(params, batch of [rows, T]) -> (sum of nats, sum of weights)`, without dropout."""
     model = GPT2(plan.config)
     chunk = CHUNK * plan.mesh.shape[DATA]
 
@@ -140,7 +140,7 @@ def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax
 
 
 def _gathered(plan: Plan, params: Params) -> Params:
-    """Ask for params whole along `data`, where a product takes them; the parts are what the state keeps."""
+    """Constrain params to be undivided along `data`, as products take them; the state keeps them divided."""
     return jax.tree.map(lax.with_sharding_constraint, params, plan.gathered)
 
 

@@ -1,4 +1,4 @@
-"""How much of a sample stands word for word in the training text: what a model that overfits has learnt by heart."""
+"""How much of a sample occurs verbatim in the training text: what an overfitted model has memorized."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import numpy as np
 from gpt2_jax.checks import whole_number
 
 CHUNK = 2**22  # tokens of the text that are read at a time
-BLOCK = 2**15  # tokens that are hashed at a time: few enough for the processor's cache
-BASE = np.uint32(2654435761)  # odd, as is every power of it: no token is lost from the hash modulo 2**32
-TABLE_BITS = 20  # of the table that says at once of nearly every run of n tokens that no sample has it
+BLOCK = 2**15  # tokens that are hashed at a time: they fit into the processor's cache
+BASE = np.uint32(2654435761)  # odd, and so is every power of it: each token affects the hash modulo 2**32
+TABLE_BITS = 20  # size of the table that quickly excludes nearly every run of n tokens that is in no sample
 
 
 class Tokens(Protocol):
-    """A text as token ids, longer than memory perhaps: what `token_files` opens."""
+    """A text as token ids, possibly larger than memory, as `token_files` opens it."""
 
     @property
     def n_tokens(self) -> int:
-        """How many there are."""
+        """The number of tokens."""
         ...
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids from `start` on, int32 [count], and which of them the loss counts."""
+        """Return the ids from `start` on, int32 [count], and which of them count in the loss."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """What of one sample stands in the training text.
+    """How much of one sample occurs in the training text.
 
     Attributes:
-      share: of the sample's tokens, those in runs of at least `n` tokens that occur in the text; 0 to 1.
-      longest: tokens of the longest such run; 0 where there is none.
-      text_position: of the first token of that run in the text, where it occurs first; -1 where there is none.
-      n: tokens from which on a run counts.
+      share: share of the sample's tokens that are in runs of at least `n` tokens of the text; 0 to 1.
+      longest: tokens of the longest such run; 0 if there is none.
+      text_position: index in the text of the first token of that run, where it occurs first; -1 if there is none.
+      n: the shortest run that counts, in tokens.
       n_sample: tokens of the sample.
-      n_searched: tokens of the text that were searched, from its beginning on.
+      n_searched: tokens of the text that were searched, from its beginning.
       n_text: tokens of the text.
     """
 
@@ -55,7 +55,7 @@ class Overlap:
         where = "the training text"
         if self.n_searched < self.n_text:
             where = f"the first {self.n_searched:,} of the {self.n_text:,} tokens of the training text"
-        said = f"{self.share:.0%} of the sample's {self.n_sample:,} tokens stand verbatim in {where}"
+        said = f"{self.share:.0%} of the sample's {self.n_sample:,} tokens occur verbatim in {where}"
         if not self.longest:
             return f"{said}: no run of {self.n} or more"
         return f"{said}, in runs of {self.n} or more; the longest is {self.longest:,}, at token {self.text_position:,}"
@@ -71,14 +71,14 @@ def verbatim_shares(
 ) -> list[Overlap]:
     """Search a text once for all runs of at least n tokens that it shares with any of the samples.
 
-    Every run of n tokens of the text is looked up by a hash; where one of a sample has the same hash, the tokens
-    themselves are compared. So the result is exact. Memory is that of a chunk of the text, and not of its length.
+    Every run of n tokens of the text is looked up by a hash. If a run of a sample has the same hash, the tokens are
+    compared, so the result is exact. Memory does not grow with the length of the text.
 
     Args:
-      samples: token ids of each. One with fewer than n tokens has a share of 0.
+      samples: token ids of each sample. A sample with fewer than n tokens has a share of 0.
       tokens: the text.
-      n: tokens from which on a run counts, 1 or more: short runs are in any two texts.
-      at_most: tokens of the text to search, from its beginning; None searches all. The result says how many it were.
+      n: the shortest run that counts, 1 token or more. Any two texts have short runs in common.
+      at_most: tokens of the text to search, from its beginning; None searches all. The result has this number.
 
     Returns:
       An Overlap for each sample.
@@ -91,7 +91,7 @@ def verbatim_shares(
     rows = [_ids(sample) for sample in samples]
     n_searched = tokens.n_tokens if at_most is None else min(at_most, tokens.n_tokens)
     search = _Search(rows, n)
-    # A run is no longer than its sample: with so much of the chunk before, it lies whole in one of the two.
+    # A run is at most as long as its sample. With this much of the previous chunk, each run is whole in one window.
     keep = max([n, *map(len, rows)]) - 1
     window = np.zeros(0, np.uint32)
     for start in range(0, n_searched if search.n_grams else 0, CHUNK):
@@ -103,7 +103,7 @@ def verbatim_shares(
 
 
 def _ids(sample: Sequence[int]) -> np.ndarray:
-    """Return token ids as uint32, in which the hash is computed."""
+    """Return token ids as uint32, the dtype of the hash."""
     ids = np.asarray(sample)
     if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31)):
         raise ValueError(f"a sample must be a list of token ids, not {ids.dtype}{list(ids.shape)}")
@@ -111,26 +111,26 @@ def _ids(sample: Sequence[int]) -> np.ndarray:
 
 
 class _Search:
-    """The runs of n tokens ("grams") of all samples, and what of them was found so far."""
+    """The runs of n tokens ("grams") of all samples, and which of them were found so far."""
 
     def __init__(self, samples: list[np.ndarray], n: int):
         self.samples, self.n = samples, n
         views = [np.lib.stride_tricks.sliding_window_view(ids, n) for ids in samples if len(ids) >= n]
         grams = np.unique(np.concatenate(views), axis=0) if views else np.zeros((0, n), np.uint32)
-        hashes = _hashes(grams.reshape(-1), n)[::n]  # of each row, not of what spans two rows
+        hashes = _hashes(grams.reshape(-1), n)[::n]  # one for each row; those that span two rows are dropped
         order = np.argsort(hashes, kind="stable")
         self.grams, self.hashes, self.n_grams = grams[order], hashes[order], len(grams)
         self.table = np.zeros(2**TABLE_BITS, bool)
         self.table[_slots(self.hashes)] = True
         same = np.unique(self.hashes, return_counts=True)[1]
-        self.most_alike = int(same.max(initial=0))  # grams of one hash
+        self.most_alike = int(same.max(initial=0))  # largest number of grams with the same hash
         self.found = np.zeros(self.n_grams, bool)
-        self.of_sample = [self._numbers(ids)[1] for ids in samples]  # of each place of a sample, its gram
+        self.of_sample = [self._numbers(ids)[1] for ids in samples]  # the gram at each position of a sample
         self.longest = [0] * len(samples)
         self.text_position = [-1] * len(samples)
 
     def add(self, window: np.ndarray, position: int) -> None:
-        """Search a part of the text, whose first token is number `position`."""
+        """Search a part of the text; its first token has the index `position`."""
         places, numbers = self._numbers(window)
         self.found[numbers] = True
         for i, own in enumerate(self.of_sample):
@@ -141,7 +141,7 @@ class _Search:
                 self._lengthen(i, own, places[mine], numbers[mine], position)
 
     def _numbers(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the places in `ids` where a gram of a sample begins, in order, and which gram it is."""
+        """Return the positions in `ids` where a gram of a sample begins, in order, and the number of that gram."""
         n = self.n
         places, numbers = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for first in range(0, len(ids) - n + 1, BLOCK):
@@ -159,15 +159,15 @@ class _Search:
         return places[order], numbers[order]
 
     def _lengthen(self, i: int, own: np.ndarray, places: np.ndarray, numbers: np.ndarray, position: int) -> None:
-        """Look for a run of sample i that is longer than the longest so far, among its grams found in the text."""
-        ends = np.flatnonzero(np.diff(places) != 1) + 1  # where grams follow one another, a run can go on
+        """Look for a new longest run of sample i, among its grams found in the text."""
+        ends = np.flatnonzero(np.diff(places) != 1) + 1  # a run can only continue over consecutive grams
         starts, ends = np.r_[0, ends], np.r_[ends, len(places)]
-        # Most stretches are too short to hold a longer run, and none is longer than the sample.
+        # Most stretches are too short for a longer run, and no run is longer than the sample.
         most = np.minimum(ends - starts, len(own)) + self.n - 1
         for stretch in np.flatnonzero(most > self.longest[i]):
             if most[stretch] <= self.longest[i]:
                 continue
-            run = np.zeros(len(own) + 1, np.int64)  # grams in a row that end at each place of the sample
+            run = np.zeros(len(own) + 1, np.int64)  # consecutive grams that end at each position of the sample
             for k in range(starts[stretch], ends[stretch]):
                 run[1:] = np.where(own == numbers[k], run[:-1] + 1, 0)
                 longest = int(run.max()) + self.n - 1
@@ -176,7 +176,7 @@ class _Search:
                     self.text_position[i] = position + int(places[k]) + self.n - longest
 
     def overlap(self, i: int, n_searched: int, n_text: int) -> Overlap:
-        """Return what was found of sample i."""
+        """Return the result for sample i."""
         ids, n = self.samples[i], self.n
         covered = np.zeros(len(ids) + 1, np.int64)
         (places,) = np.nonzero(self.found[self.of_sample[i]])
@@ -187,9 +187,9 @@ class _Search:
 
 
 def _hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """Return a hash, uint32, of every n ids in a row: sum of ids[i + j] * BASE**(n - 1 - j) modulo 2**32.
+    """Return a uint32 hash of every n consecutive ids: the sum of `ids[i + j] * BASE**(n - 1 - j)` modulo `2**32`.
 
-    Computed of runs of 1, 2, 4 ... ids, each from two of half the length.
+    Hashes of runs of 1, 2, 4, ... ids are computed first, each from two of half the length.
     """
     if len(ids) < n:
         return np.zeros(0, np.uint32)
@@ -197,7 +197,7 @@ def _hashes(ids: np.ndarray, n: int) -> np.ndarray:
     result, done, power = ids, 0, BASE
     rest = n
     while rest:
-        if rest & 1:  # put what is done so far before a run of `length`
+        if rest & 1:  # join the result so far and a run of `length`
             if not done:
                 result = whole
             else:
@@ -212,5 +212,5 @@ def _hashes(ids: np.ndarray, n: int) -> np.ndarray:
 
 
 def _slots(hashes: np.ndarray) -> np.ndarray:
-    """Return the place of each hash in the table: the high bits of a product, which all bits of the hash decide."""
+    """Return the slot of each hash in the table: the high bits of a product, which depend on all bits of the hash."""
     return (hashes * np.uint32(2246822519)) >> np.uint32(32 - TABLE_BITS)

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries is attention in one."""
+"""Attention in blocks of queries equals attention in one block."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ SIZES = [0, 1, SMALLEST_BLOCK, SMALLEST_BLOCK + 1, 257, 4 * SMALLEST_BLOCK + 3]
 
 
 def arrays(n_tokens, seed=0):
-    """Queries, keys, values of 2 rows and 3 heads of 5, and a causal mask with padding here and there."""
+    """Queries, keys and values of 2 rows and 3 heads of 5, and a causal mask with some padding."""
     keys = jax.random.split(jax.random.key(seed), 4)
     q_BTNH = jax.random.normal(keys[0], (2, n_tokens, 3, 5))
     k_BNHS = jax.random.normal(keys[1], (2, 3, 5, n_tokens))

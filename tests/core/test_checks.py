@@ -1,4 +1,4 @@
-"""Checks of arguments: what is taken, as what it comes back, and the one sentence for what is not."""
+"""Argument checks: accepted values, what is returned for them, and the sentence for a rejected value."""
 
 import decimal
 import re

@@ -1,4 +1,4 @@
-"""config.py: what is accepted, what is refused, and exact counts."""
+"""config.py: accepted values, rejected values, and exact counts."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Dropout's bits: even, independent of their neighbours and of other keys, and the same on any devices."""
+"""Dropout's bits: uniform, independent of their neighbors and of other keys, and the same on all devices."""
 
 import commands
 import jax
@@ -19,12 +19,12 @@ def bits(seed, shape=SHAPE):
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
 def test_each_byte_takes_all_values_equally_often(shift):
     p = [stats.chisquare(np.bincount((bits(seed) >> shift).ravel() & 255, minlength=256)).pvalue for seed in range(7)]
-    assert stats.kstest(p, "uniform").pvalue > 1e-3, p  # too even would be wrong as well
+    assert stats.kstest(p, "uniform").pvalue > 1e-3, p  # too uniform would be wrong too
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 97, 101 * 97, 128])
 def test_entries_say_nothing_of_those_after_them(step):
-    """What is dropped at 0.1 here and `step` further on: the four cases as often as if drawn apart."""
+    """At rate 0.1, an entry and the one `step` later: the four cases are as frequent as for independent draws."""
     dropped = bits(5).ravel() < 0.1 * 2**32
     table = np.histogram2d(dropped[:-step], dropped[step:], bins=2)[0]
     assert stats.chi2_contingency(table).pvalue > 1e-3
@@ -45,7 +45,7 @@ def test_keys_that_are_neighbours_share_nothing(make):
 
 
 def test_rows_that_are_alike_are_dropped_apart():
-    """No row, head or query has the mask of another."""
+    """No two rows, heads or queries have the same mask."""
     kept = np.asarray(drop(jnp.ones(SHAPE), 0.5, jax.random.key(2))) != 0
     rows = kept.reshape(-1, SHAPE[-1])
     assert len(np.unique(rows, axis=0)) == len(rows)

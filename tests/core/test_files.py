@@ -1,4 +1,4 @@
-"""Folders and files replaced in one step, what is on the disk by then, what may be replaced, and locks."""
+"""Replacing folders and files in one step, what is flushed before, what may be replaced, and locks."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
 
 @pytest.mark.parametrize("without", ["the system call", "the second rename"])
 def test_where_names_cannot_be_exchanged_at_once(tmp_path, monkeypatch, without):
-    """Two renames do it then, and the second failing brings the old folder back."""
+    """Then two renames are used. If the second fails, the old folder comes back."""
     monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: None)
     monkeypatch.setattr(files.sys, "platform", "elsewhere")
     model = tmp_path / "model"
@@ -101,7 +101,7 @@ def test_a_file_may_be_written_under_a_name_of_ones_own(tmp_path):
 
 
 def flushed_before(monkeypatch, path):
-    """Return a list that gets, for each fsync, the inode it is of, and the inode that has the name `path` then."""
+    """Return a list that gets, for each fsync, its inode and the inode that `path` has at that time."""
     flushed, real = [], os.fsync
 
     def fsync(descriptor):
@@ -172,7 +172,7 @@ def test_what_may_be_replaced(tmp_path):
         check(tmp_path / "folder", overwrite=False)
     for i in range(7):
         (tmp_path / "folder" / f"{i}").write_text("")
-    with pytest.raises(FileExistsError, match=r"other things than a poem \(0, 1, 2, 3, 4 and 2 more\), which stay"):
+    with pytest.raises(FileExistsError, match=r"not part of a poem \(0, 1, 2, 3, 4 and 2 more\): choose another"):
         check(tmp_path / "folder")
     with pytest.raises(FileExistsError, match="poem is a file: choose another name"):
         check(tmp_path / "folder" / "poem")

@@ -1,4 +1,4 @@
-"""A cache in two parts gives what a cache in one gives, and its rows can be replaced one by one."""
+"""A cache in two parts gives the results of a cache in one part. Its rows can be replaced one by one."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def packed(params, tokens_BT, lengths, slots):
 
 
 def test_two_parts_are_one(params):
-    """Rows of several lengths, their next tokens in a part of their own, merged and gone on with: as whole rows."""
+    """Rows of several lengths, with the next tokens in a separate part, merged and continued: equal to whole rows."""
     tokens_BT = some_tokens(CONFIG, 3, 17)
     whole_BTV = logits_of(CONFIG, params, tokens_BT)
     lengths = [7, 1, 5]
@@ -58,7 +58,7 @@ def test_rows_are_replaced_and_the_others_stay(params):
 
 
 def test_what_decoding_reads_it_does_not_copy(params):
-    """The long part is no array that the decoding loop carries: no copy, and no other value, of its shape is made."""
+    """The decoding loop does not update the long part: it makes no copy, and no other value, of its shape."""
     from gpt2_jax.generation import engine
     from gpt2_jax.sampling import Sampling
 

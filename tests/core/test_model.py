@@ -1,4 +1,4 @@
-"""The forward pass: against the original's logits, a float64 NumPy forward pass, and itself by other roads."""
+"""The forward pass against the original's logits, a float64 NumPy forward pass, and its own other code paths."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ import gpt2_jax
 
 EMBEDDED_BOUND = 2e-5  # of the largest absolute logit; measured 8.3e-7
 
-# --- the original's logits, and what the bound would miss ------------------------------------------------------------
+# --- the original's logits, and what the bound detects ---------------------------------------------------------------
 
 
 def test_embedded_model_gives_the_original_logits(shakespeare, reference):
@@ -32,7 +32,7 @@ def _transposed(params, block):
 
 
 def test_numpy_reference_gives_the_original_logits(shakespeare, reference):
-    """The yardstick of the other tests is itself right: measured 7.8e-7, the original's own float32 rounding."""
+    """The reference of the other tests is right itself: measured 7.8e-7, the original's own float32 rounding."""
     config, weights = shakespeare
     logits = numpy_reference.forward(weights, reference["tokens"], config.n_head)
     assert relative_error(logits, reference["logits"]) < 2e-6
@@ -51,7 +51,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_each_classic_mistake_moves_the_logits_beyond_the_bound(shakespeare, reference, mistake):
-    """The bound on the embedded model catches epsilon 1e-6, exact GELU, a position off by one, a transposed square."""
+    """The bound on the embedded model detects epsilon 1e-6, exact GELU, a shifted position, a transposed matrix."""
     config, weights = shakespeare
     settings, moves = MISTAKES[mistake]
     if block := settings.get("transpose"):
@@ -80,11 +80,11 @@ def _cases(draw):
     return config, numpy_reference.random_params(config, rng), tokens_BT, mask_BT
 
 
-# Without shrinking, which would compile a program for each of its hundreds of attempts.
+# No shrinking: it would compile a program for each of its hundreds of attempts.
 @hypothesis.settings(max_examples=8, deadline=None, phases=set(hypothesis.Phase) - {hypothesis.Phase.shrink})
 @hypothesis.given(_cases())
 def test_odd_shapes_agree_with_numpy(case):
-    """Reshapes, head splits, masks and positions at sizes where nothing divides anything."""
+    """Reshapes, head splits, masks and positions at sizes that do not divide each other."""
     config, weights, tokens_BT, mask_BT = case
     expected = numpy_reference.forward(weights, tokens_BT, config.n_head, mask_BT)
     real_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
@@ -95,7 +95,7 @@ def test_odd_shapes_agree_with_numpy(case):
     assert np.isfinite(logits).all()
     assert relative_error(logits[real_BT], expected[real_BT]) < 2e-5  # worst of 200 cases: 2.6e-6
 
-    with jax.enable_x64(True):  # rounding gone: what is left is a bug
+    with jax.enable_x64(True):  # without rounding: any difference is a bug
         double = dataclasses.replace(config, param_dtype="float64", compute_dtype="float64")
         logits = logits_of(double, numpy_reference.as_float64(weights), tokens_BT, mask_BT)
     assert relative_error(logits[real_BT], expected[real_BT]) < 1e-12  # worst of 200 cases: 6.2e-15
@@ -106,7 +106,7 @@ def test_odd_shapes_agree_with_numpy(case):
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_a_padded_row_equals_the_row_alone(params, side):
-    """Positions follow the mask and padded keys are unseen, wherever the padding is, down to a one-token prompt."""
+    """Positions follow the mask and padded keys are masked, wherever the padding is, even for one-token prompts."""
     tokens_BT, mask_BT = some_tokens(CONFIG, 3, 19), padding_masks(19)[side]
     logits = logits_of(CONFIG, params, tokens_BT, mask_BT)
     assert np.isfinite(logits).all()
@@ -118,7 +118,7 @@ def test_a_padded_row_equals_the_row_alone(params, side):
 
 
 def test_the_token_under_the_padding_does_not_matter(params):
-    """Exactly: a padded key's weight is zero, not small; and -1, a usual filler, is no worse than any other id."""
+    """The results are equal exactly: a padded key's weight is 0. -1, a usual filler, works like any other id."""
     mask_BT = padding_masks(19)["holes"]
     tokens_BT = some_tokens(CONFIG, 3, 19)
     logits = logits_of(CONFIG, params, tokens_BT, mask_BT)
@@ -135,7 +135,7 @@ def test_a_mask_of_ones_is_no_mask(params):
 
 
 def test_a_fully_padded_row_stays_finite_and_keeps_to_itself(params):
-    """No softmax over nothing, forwards or backwards; the neighbour is untouched."""
+    """No softmax over zero slots, forward or backward; the other row is unchanged."""
     tokens_BT = some_tokens(CONFIG, 2, 11)
     mask_BT = np.array([[False] * 11, [True] * 11])
     logits = logits_of(CONFIG, params, tokens_BT, mask_BT)
@@ -156,7 +156,7 @@ def test_a_fully_padded_row_stays_finite_and_keeps_to_itself(params):
 )
 @pytest.mark.parametrize("padding", [None, "left", "right", "holes"])
 def test_the_cache_gives_the_logits_of_one_pass(params, padding, chunks, spare):
-    """Where keys are written, which slots are seen, and positions carried from call to call."""
+    """Checks where keys are written, which slots are attended to, and positions across calls."""
     tokens_BT = some_tokens(CONFIG, 3, 17)
     mask_BT = None if padding is None else padding_masks(17)[padding]
     real_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
@@ -170,7 +170,7 @@ def test_the_cache_gives_the_logits_of_one_pass(params, padding, chunks, spare):
 
 
 def test_a_mask_may_come_and_go_between_cached_calls(params):
-    """A padded prompt, then steps without a mask: the padded slots stay hidden."""
+    """A padded prompt, then steps without a mask: the padded slots stay masked."""
     tokens_BT, mask_BT = some_tokens(CONFIG, 3, 17), np.ones((3, 17), bool)
     mask_BT[:, :11] = padding_masks(11)["left"]
     cache = gpt2_jax.init_cache(CONFIG, 3, 17)
@@ -187,7 +187,7 @@ def test_without_a_cache_none_comes_back(params):
 
 @pytest.mark.parametrize("slots", [7, CONFIG.n_ctx], ids=["slots", "n_ctx"])
 def test_a_token_beyond_the_last_slot_is_nan(params, slots):
-    """Not a write that is silently clamped onto the last slots, nor the last position twice."""
+    """The write is not silently clamped to the last slots, and the last position is not used twice."""
     tokens_BT = some_tokens(CONFIG, 2, slots + 3)
     full = logits_of(CONFIG, params, tokens_BT[:, :slots])
     logits = logits_in_chunks(CONFIG, params, tokens_BT, None, (slots - 2, 3, 1, 1), slots)
@@ -196,7 +196,7 @@ def test_a_token_beyond_the_last_slot_is_nan(params, slots):
 
 
 def test_a_position_beyond_the_context_is_nan_in_its_row_alone(params):
-    """Slots count padding, positions do not: only the row that has outrun wpe is lost."""
+    """Slots count padding, positions do not: only the row that is longer than wpe gets NaN."""
     slots = CONFIG.n_ctx + 2
     tokens_BT = some_tokens(CONFIG, 2, slots)
     mask_BT = np.array([np.arange(slots) >= 0, np.arange(slots) >= 5])
@@ -211,7 +211,7 @@ def test_a_position_beyond_the_context_is_nan_in_its_row_alone(params):
 
 
 def test_fresh_parameters_have_the_original_scales():
-    """Names, shapes and dtypes of the checkpoint; the original's initial values; no two leaves from one draw."""
+    """Names, shapes and dtypes of the checkpoint; the original's initial values; no two leaves are equal draws."""
     config = gpt2_jax.GPT2Config(n_vocab=211, n_ctx=53, n_embd=63, n_head=3, n_layer=2)
     fresh = gpt2_jax.init_params(config, jax.random.key(0))
     expected = numpy_reference.random_params(config, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""What the model refuses, and what it answers with NaN where nothing can raise."""
+"""What the model rejects, and where it returns NaN because a compiled program cannot raise."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ import gpt2_jax
 
 @pytest.mark.parametrize("bad", [CONFIG.n_vocab, 2**31 - 1, -1, -CONFIG.n_vocab])
 def test_an_id_outside_the_vocabulary_is_nan_in_its_row_alone(params, bad):
-    """Neither clamped to the last row of wte nor counted from its end."""
+    """The id is not clamped to the last row of wte, and not counted from its end."""
     tokens_BT = some_tokens(CONFIG, 3, 11)
     clean = logits_of(CONFIG, params, tokens_BT)
     tokens_BT[1, 5] = bad
@@ -36,7 +36,7 @@ def test_more_tokens_than_the_context_are_refused(params):
 
 @pytest.mark.parametrize("shape", [(11,), (2, 10), (1, 11), (2, 1), (11, 2), (2, 1, 11)], ids=str)
 def test_a_mask_of_another_shape_is_refused(params, shape):
-    """No broadcasting: a mask that fits by accident is a bug in the caller."""
+    """No broadcasting: a mask that fits by accident is a bug of the caller."""
     _raises(params, some_tokens(CONFIG, 2, 11), np.ones(shape, bool))
 
 
@@ -55,13 +55,13 @@ def test_tokens_that_are_not_ids_by_batch_and_time_are_refused(params, tokens):
     ids=["rows", "slots", "fewer layers", "more layers", "heads"],
 )
 def test_a_cache_that_does_not_fit_is_refused(params, batch, slots, sizes):
-    """Broadcasting one row's keys over the batch, or dropping a layer's, would give plausible nonsense."""
+    """To broadcast one row's keys over the batch, or to drop a layer's, would give plausible wrong results."""
     cache = gpt2_jax.init_cache(dataclasses.replace(CONFIG, **sizes), batch, slots)
     _raises(params, some_tokens(CONFIG, 3, 5), cache=cache)
 
 
 def test_a_float_mask_is_refused(params):
-    """An additive mask says the opposite: its 0 is a token to be seen."""
+    """An additive mask means the opposite: its 0 is a token to attend to."""
     _raises(params, some_tokens(CONFIG, 2, 11), np.zeros((2, 11), np.float32))
 
 
@@ -75,7 +75,7 @@ def test_a_64_bit_id_is_not_cut_down_to_another_token(params):
 
 
 def test_numpy_params_and_lists_of_tokens_will_do(params):
-    """A researcher's tree straight from NumPy, outside jit."""
+    """NumPy params work outside jit."""
     tokens_BT = some_tokens(CONFIG, 2, 7)
     numpy_params = jax.tree.map(np.asarray, params)
     logits = gpt2_jax.GPT2(CONFIG).apply({"params": numpy_params}, tokens_BT.tolist()).logits
@@ -106,7 +106,7 @@ def test_ids_of_any_integer_dtype(params, dtype):
 
 
 def test_padding_after_a_full_context_is_harmless(params):
-    """The row has used every position; a padded step adds none."""
+    """The row has used all positions; a padded step uses none."""
     cache = gpt2_jax.init_cache(CONFIG, 2, CONFIG.n_ctx + 3)
     tokens_BT = some_tokens(CONFIG, 2, CONFIG.n_ctx)
     _, cache = cached_step(CONFIG, params, tokens_BT, None, cache)
@@ -140,7 +140,7 @@ def test_a_cache_of_another_dtype_or_layout_is_refused(params):
 
 
 def test_abstract_params_keep_no_mesh():
-    """The tree is remembered between calls: a mesh set at the first must not stay in it."""
+    """The tree is cached between calls: a mesh set at the first call must not stay in it."""
     config = dataclasses.replace(CONFIG, n_vocab=59)
     with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
         first = gpt2_jax.abstract_params(config)

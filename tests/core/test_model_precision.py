@@ -1,4 +1,4 @@
-"""Dropout, and what stays float32 under bfloat16."""
+"""Dropout, and the computations that stay float32 under bfloat16."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def test_dropout_at_rate_zero_changes_nothing(params):
     ids=["embd", "attn", "resid of mlp", "resid of attn"],
 )
 def test_each_rate_acts_and_follows_the_key(params, rate, silent):
-    """Each of the four places is wired in, is a function of the key, and draws anew for each row."""
+    """Dropout works in each of the four places, depends on the key, and draws differently for each row."""
     config, weights = _with_rates(**{rate: 0.3}), silence(params, silent) if silent else params
     tokens_BT = np.repeat(some_tokens(CONFIG, 1, 11), 2, axis=0)
     clean = logits_of(config, weights, tokens_BT)
@@ -64,7 +64,7 @@ def test_each_rate_acts_and_follows_the_key(params, rate, silent):
 
 @pytest.mark.parametrize("rate", RATES)
 def test_what_dropout_keeps_is_scaled_up(rate):
-    """Where the net is linear in what is dropped, the mean over keys is the clean result; unscaled it would be 0.7."""
+    """Where the model is linear in the dropped values, the mean over keys is the clean result; unscaled, 0.7 of it."""
     config = dataclasses.replace(_with_rates(**{rate: 0.3}), n_layer=1)
     weights = numpy_reference.random_params(config, np.random.default_rng(7))
     weights["ln_f"]["b"][:] = 0
@@ -73,7 +73,7 @@ def test_what_dropout_keeps_is_scaled_up(rate):
         weights["wte"] *= 1e-4
         weights["wpe"] *= 1e-4
         silenced = jax.tree.map(np.zeros_like, weights)
-    else:  # and so it is in what attention adds, when that is little
+    else:  # it is also linear in what attention adds, if that is small
         weights = silence(weights, "mlp")
         for leaf in weights["h0"]["attn"]["c_proj"].values():
             leaf *= 1e-3
@@ -97,7 +97,7 @@ def test_bfloat16_compute_stays_near_float32(shakespeare, reference):
 
 
 def test_bfloat16_logits_are_not_rounded_to_bfloat16(params):
-    """The head's sum is kept in float32, not rounded and widened again."""
+    """The sum of the output head stays float32. It is not rounded and widened again."""
     logits = logits_of(in_bfloat16(CONFIG), params, some_tokens(CONFIG, 2, 11))
     rounded = logits.astype(jnp.bfloat16).astype(np.float32)
     assert (rounded != logits).mean() > 0.9
@@ -108,9 +108,9 @@ def test_bfloat16_logits_are_not_rounded_to_bfloat16(params):
     [("float32", 256.0, 2.0**-8, 2e-3), ("bfloat16", 96.0, 0.5, 1e-2)],
 )
 def test_layer_norm_survives_a_large_offset(compute_dtype, offset, step, bound):
-    """The logits of blocks that add nothing, LayerNorm(wte + wpe) @ wte.T, with all of wpe far from 0.
+    """The logits if blocks add nothing, LayerNorm(wte + wpe) @ wte.T, with all of wpe far from 0.
 
-    Mean and variance in float32, the variance around the mean: E[x^2] - E[x]^2 has no digit left here.
+    Mean and variance need float32, and the variance around the mean: E[x^2] - E[x]^2 has no correct digit here.
     The inputs are chosen so that wte + wpe is exact in the compute dtype. Measured 5.8e-4 and 1.3e-3.
     """
     config = dataclasses.replace(CONFIG, n_layer=1, compute_dtype=compute_dtype)
@@ -134,7 +134,7 @@ def _equations(jaxpr):
 
 
 def test_softmax_and_layer_norm_never_leave_float32(params):
-    """Every exponential and every inverse root of the bfloat16 program is taken in float32."""
+    """Every exponential and every inverse root of the bfloat16 program is computed in float32."""
     tokens_BT, mask_BT = some_tokens(CONFIG, 3, 11), padding_masks(11)["left"]
     program = jax.make_jaxpr(lambda p: run(in_bfloat16(CONFIG), p, tokens_BT, mask_BT))(params)
     dtypes = [

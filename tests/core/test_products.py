@@ -16,7 +16,7 @@ HIGHEST = functools.partial(jax.default_matmul_precision, "highest")
 
 
 def root_mean_square(found, true):
-    """The error relative to the size of what is true, root mean square both."""
+    """Root mean square of the error, divided by the root mean square of the true values."""
     return np.sqrt(np.mean((np.asarray(found, np.float64) - true) ** 2) / np.mean(true**2))
 
 
@@ -37,7 +37,7 @@ ON_CPUS = ["default", "high", "highest", "bfloat16", "tensorfloat32", "float32",
 
 @pytest.mark.parametrize("name", [None, *ON_CPUS])
 def test_all_names_of_the_highest_precision_give_blocks(name):
-    """JAX has two for it, "highest" and "float32": they are one precision, and give the same bits."""
+    """JAX has two names for it, "highest" and "float32". Both give the same bits."""
     try:
         is_highest = jax.lax.Precision(name) is jax.lax.Precision.HIGHEST
     except ValueError:  # the name of an algorithm
@@ -53,17 +53,17 @@ def test_all_names_of_the_highest_precision_give_blocks(name):
 
 
 def test_accelerators_are_left_to_their_libraries(monkeypatch):
-    """Theirs do not sum straight through, and a loop of small products would keep them waiting."""
+    """Their libraries do not sum term by term, and a loop of small products would be slow there."""
     x, w = jnp.ones((3, 307)), jnp.ones((307, 11))
     with HIGHEST():
         for backend, blocks in (("cpu", True), ("gpu", False), ("tpu", False)):
             monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-            program = str(jax.make_jaxpr(lambda x, w: product(x, w))(x, w))  # a new function, which JAX traces anew
+            program = str(jax.make_jaxpr(lambda x, w: product(x, w))(x, w))  # a new function, which JAX traces again
             assert ("custom_jvp" in program) == blocks, backend
 
 
 def test_only_float32_is_summed_in_blocks():
-    """Sums between blocks would be rounded to bfloat16, and float64 has digits to spare."""
+    """Sums between blocks would be rounded to bfloat16, and float64 has enough digits."""
     x, w = np.ones((3, 307)), np.ones((307, 11))
     with HIGHEST(), jax.enable_x64(True):
         for dtype, blocks in (("float32", True), ("bfloat16", False), ("float64", False)):
@@ -83,10 +83,10 @@ def test_bfloat16_may_be_summed_into_float32(precision):
     assert root_mean_square(y, true) < 1e-6  # measured 1.0e-7; bfloat16's own is 1.6e-3
 
 
-# Measured, over 1,031 numbers: plain 2.9e-7 to 4.1e-7, in blocks 1.6e-7.
+# Measured over 1,031 terms: plain 2.9e-7 to 4.1e-7, in blocks 1.6e-7.
 @pytest.mark.parametrize("sum_over", ["K", "M", "T"])
 def test_highest_precision_rounds_less(sum_over):
-    """The product sums over K, its gradient by x over M, and that by w over T."""
+    """The product sums over K, its gradient in x over M, and its gradient in w over T."""
     n_rows, n_summed, n_columns = (1031 if letter == sum_over else 211 for letter in "TKM")
     rng = np.random.default_rng(0)
     x, w, g = (
@@ -112,7 +112,7 @@ def test_highest_precision_rounds_less(sum_over):
     [(1, 1, 1), (7, BLOCK, BLOCK + 1), (BLOCK + 3, BLOCK - 1, 2 * BLOCK), (BLOCK, 2 * BLOCK + 3, 2)],
 )
 def test_in_blocks_it_is_the_product_both_ways(n_rows, n_summed, n_columns, transposed):
-    """At sides around the block's: the value, the tangent along a direction, and the gradients."""
+    """For sides near the block size: the value, the tangent along a direction, and the gradients."""
     rng = np.random.default_rng(0)
     shapes = ((2, n_rows, n_summed), (n_columns, n_summed) if transposed else (n_summed, n_columns))
     x, w, dx, dw = (rng.normal(size=shape).astype(np.float32) for shape in shapes * 2)
@@ -133,7 +133,7 @@ def test_in_blocks_it_is_the_product_both_ways(n_rows, n_summed, n_columns, tran
 
 
 def test_what_has_no_tangent_costs_nothing():
-    """The gradient by x alone makes no product for w's."""
+    """The gradient in x only does not compute the product for the gradient in w."""
     x, w = jnp.ones((5, 307)), jnp.ones((307, 131))
 
     def products(wrt):
@@ -173,7 +173,7 @@ def test_the_model_changes_in_nothing_but_roundings(shakespeare):
 
 
 def test_the_loss_and_its_gradients_round_less():
-    """Its gradient by h sums over the vocabulary, that by wte over the positions."""
+    """Its gradient in h sums over the vocabulary, its gradient in wte over the positions."""
     rng = np.random.default_rng(1)
     h, wte = rng.normal(size=(3, 307, 257)), rng.normal(0, 0.1, (4099, 257))
     target, weight = rng.integers(0, len(wte), h.shape[:2]), np.ones(h.shape[:2])
@@ -187,7 +187,7 @@ def test_the_loss_and_its_gradients_round_less():
             arrays = (jnp.asarray(array, jnp.float32) for array in (h, wte))
             found[precision] = gradients(*arrays, jnp.asarray(target, jnp.int32), jnp.asarray(weight, jnp.float32))
     for plain, exact, truth in zip(found["default"], found["highest"], true, strict=True):
-        # Measured: by h 1.3e-7 against 3.2e-7, by wte 1.5e-7 against 4.0e-7.
+        # Measured: in h 1.3e-7 against 3.2e-7, in wte 1.5e-7 against 4.0e-7.
         error = root_mean_square(plain, np.asarray(truth))
         assert root_mean_square(exact, np.asarray(truth)) < min(error, 2.6e-7)
 

@@ -1,4 +1,4 @@
-"""The progress bar: what it shows, where, and that it leaves standard output alone."""
+"""The progress bar: what it shows, where, and that it writes nothing to standard output."""
 
 import io
 import subprocess
@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Makes standard error a terminal of so many columns; returns what gives all that was written to it."""
+    """Makes standard error a terminal of so many columns. Returns a function that returns all that was written."""
 
     def make(columns=100):
         monkeypatch.setenv("TERM", "xterm")
@@ -49,7 +49,7 @@ def test_a_terminal_sees_no_bar_that_is_not_wanted(terminal):
 
 
 def test_what_is_shown(capsys, terminal):
-    """A bar for each title; a line above them, as it is; brackets are not markup; nothing on standard output."""
+    """A bar for each title; a line above them, unchanged; brackets are not markup; nothing on standard output."""
     written = terminal()
     with progress.bars("bytes", "speed", "left", shown=None, stay=True) as bars:
         assert bars.shown

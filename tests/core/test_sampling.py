@@ -15,7 +15,7 @@ pick = jax.jit(sampling.pick)
 
 
 def kept(probabilities, **settings):
-    """The ids that the filters leave, and that they leave as they are."""
+    """Return the ids that the filters keep, after checking that their logits are unchanged."""
     with np.errstate(divide="ignore"):
         logits_1V = np.log(np.asarray([probabilities], np.float32))
     got_V = np.asarray(filter_logits(logits_1V, knobs(**settings)))[0]
@@ -44,13 +44,13 @@ EVERYONE = [0, 1, 2, 3, 4]
         (0, 0.39, [2], [2]),
         (0, 0.41, [2], [1, 2]),  # the token that crosses p: 0.40, then 0.65
         (0, 0.64, [2], [1, 2]),
-        (0, 0.66, [1, 2], [0, 1, 2, 3]),  # 0.40, 0.65, 0.79, 0.93: the third ties with the fourth, which stays
+        (0, 0.66, [1, 2], [0, 1, 2, 3]),  # 0.40, 0.65, 0.79, 0.93: the fourth ties with the third and stays
         (0, 0.78, [1, 2], [0, 1, 2, 3]),
         (0, 0.80, [0, 1, 2, 3], [0, 1, 2, 3]),
         (0, 0.92, [0, 1, 2, 3], [0, 1, 2, 3]),
         (0, 0.94, [0, 1, 2, 3], EVERYONE),
         (0, 0.999, [0, 1, 2, 3], EVERYONE),
-        (2, 0.50, [2], [2]),  # top-k first: 0.40 and 0.25 are 0.615 and 0.385 of what is left
+        (2, 0.50, [2], [2]),  # top-k first: 0.40 and 0.25 are 0.615 and 0.385 of the rest
         (2, 0.61, [2], [2]),
         (2, 0.62, [2], [1, 2]),
         (3, 0.42, [2], [2]),  # the four that top-k 3 keeps: 0.430, 0.269, 0.151, 0.151
@@ -96,7 +96,7 @@ def test_min_p_on_a_distribution_worked_out_by_hand(others, min_p, expected):
     ],
 )
 def test_top_p_to_the_last_bit_where_sums_are_exact(p, below, at, above):
-    """Of halves and eighths: p itself is at most p for the original, and not less than p for the common rule."""
+    """Probabilities of halves and eighths: a sum of exactly p is at most p (original), and not less than p (common)."""
     probabilities = np.array([0.5, 0.25, 0.125, 0.125], np.float32)
     logits = jnp.log(probabilities)
     if (jax.jit(jnp.exp)(logits - logits[0]) != 2 * probabilities).any():
@@ -115,7 +115,7 @@ def test_top_p_to_the_last_bit_where_sums_are_exact(p, below, at, above):
         ([0.25] * 4, {"top_k": 1}, [0, 1, 2, 3]),  # all tie
         ([0.25] * 4, {"top_p": 0.1}, [0, 1, 2, 3]),
         ([0.25] * 4, {"min_p": 1.0}, [0, 1, 2, 3]),
-        ([0.0, 0.7, 0.3, 0.0], {"top_k": 3}, [1, 2]),  # -inf is no token, whatever k says
+        ([0.0, 0.7, 0.3, 0.0], {"top_k": 3}, [1, 2]),  # -inf is not a token, for any k
         ([0.0, 0.7, 0.3, 0.0], {"top_p": 0.6}, [1]),
         ([0.0, 0.7, 0.3, 0.0], {"top_k": 1, "top_p": 0.9}, [1]),
     ],
@@ -125,7 +125,7 @@ def test_corners(rule, probabilities, settings, expected):
 
 
 def test_zeros_of_both_signs_tie():
-    """They are two neighbours among the floats that the bisection goes through, and one logit."""
+    """0.0 and -0.0 are two neighbors for the bisection, but one logit."""
     for zeros in ([0.0, -0.0], [-0.0, 0.0]):
         logits_1V = np.array([[-3.0, *zeros, -1.0]], np.float32)
         for settings in ({"top_k": 1}, {"top_p": 0.1}, {"top_p": 0.1, "rule": "common"}, {"min_p": 1.0}):
@@ -146,7 +146,7 @@ def test_each_row_has_its_own_threshold():
     assert (np.asarray(got_BV) > FILTERED).tolist() == [[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0]]
 
 
-# ---- the greedy choice, and logits out of the ordinary
+# ---- the greedy choice, and unusual logits
 
 
 def test_temperature_zero_takes_the_most_likely_and_the_lowest_id_of_a_tie():
@@ -210,7 +210,7 @@ def penalised_choice(logits, seen, penalty, **settings):
         ([2.0, 1.5, 1.0], [True, True, True], 9.0, 0),  # all alike: the order stays
         ([-1.0, -1.5, -2.0], [True, False, False], 1.4, 0),  # -1.4: a negative one is multiplied
         ([-1.0, -1.5, -2.0], [True, False, False], 1.6, 1),
-        ([-1.0, -1.5, -2.0], [False, False, True], 0.4, 2),  # below 1 it rewards: -0.8
+        ([-1.0, -1.5, -2.0], [False, False, True], 0.4, 2),  # below 1 it makes a token more likely: -0.8
         ([2.0, 1.5, 1.0], [False, False, True], 0.4, 2),  # 2.5
         ([0.0, -0.5, -1.0], [True, False, False], 99.0, 0),  # 0 stays 0
         ([2.0, -1.5, 1.0], [True, True, True], 1e30, 0),
@@ -231,7 +231,7 @@ def test_no_penalty_makes_a_logit_infinite_or_nan(penalty, temperature):
 
 
 def test_penalty_comes_before_the_filters():
-    """The favourite, once seen, is third: top-k 2 then drops it, which top-k before the penalty would not."""
+    """The most likely token, once seen, is third: top-k 2 drops it. Top-k before the penalty would keep it."""
     logits_BV = jnp.broadcast_to(jnp.asarray([3.0, 2.0, 1.9, -5.0]), (997, 4))
     seen_BV = jnp.broadcast_to(jnp.asarray([True, False, False, False]), (997, 4))
     drawn = pick(logits_BV, keys(997), knobs(top_k=2, repetition_penalty=2.0), seen_BV)
@@ -268,7 +268,7 @@ def test_knobs_compile_nothing():
 
 
 def primitives(jaxpr, inside=()):
-    """Every operation, with the conditionals that it is in."""
+    """Yield every operation, with the conditionals that contain it."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name, inside
         here = (*inside, equation.primitive.name)
@@ -284,7 +284,7 @@ def test_nothing_is_sorted_and_what_is_off_is_not_run():
     names = {name for name, _ in found}
     assert not names & {"sort", "top_k", "cumsum"}
     searches = [inside.count("cond") for name, inside in found if name == "while"]
-    assert searches == [2, 2]  # in the branch that draws, each in the branch of its filter
+    assert searches == [2, 2]  # each in the branch of its filter, in the branch that draws
     noise = [inside for name, inside in found if name == "random_bits"]
     assert len(noise) == 1
     assert "cond" in noise[0]

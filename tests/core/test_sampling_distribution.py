@@ -1,4 +1,4 @@
-"""What pick draws: the frequencies under each rule, and that draws depend on a row's own key and logits alone."""
+"""What pick draws: the frequencies under each rule. Draws depend only on a row's own key and logits."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def fit(token_B, p_V) -> float:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_frequencies_are_those_of_the_rule(rule):
-    """Chi-square over 20,011 draws from eleven tokens; fixed seed, so it passes always or never."""
+    """Chi-square over 20,011 draws from eleven tokens. The seed is fixed, so it always passes or always fails."""
     key_B = keys(N_DRAWS, seed=7)
     logits_BV, seen_BV = (jnp.broadcast_to(array, (N_DRAWS, 11)) for array in (LOGITS, SEEN))
     token_B = np.asarray(pick(logits_BV, key_B, knobs(**rule), seen_BV))
@@ -61,7 +61,7 @@ def test_frequencies_are_those_of_the_rule(rule):
 
 
 def test_the_rules_differ():
-    """Else the test above could not tell one from another: no other rule's probabilities fit a rule's draws."""
+    """The probabilities of any two rules differ enough for the test above to tell the rules apart."""
     p_RV = np.array([probabilities(LOGITS, SEEN, **rule) for rule in RULES.values()])
     gaps = np.abs(p_RV[:, None] - p_RV[None]).sum(-1) + np.eye(len(RULES))
     assert gaps.min() > 0.04  # 0.04 from 1/11 each is a chi-square of some 50 at these counts
@@ -77,7 +77,7 @@ def test_draws_of_a_float64_row():
 
 @pytest.mark.parametrize("n_vocab", [1, 7, 8, 9, 997])
 def test_every_id_is_drawn_alike(n_vocab):
-    """The noise covers all ids, at sizes around a multiple of the eight rows that it is drawn as."""
+    """The noise covers all ids, at sizes near a multiple of the eight parts that it is drawn in."""
     token_B = np.asarray(pick(jnp.zeros((N_DRAWS, n_vocab)), keys(N_DRAWS, seed=5), knobs()))
     assert fit(token_B, np.full(n_vocab, 1 / n_vocab)) > 1e-3
 
@@ -96,7 +96,7 @@ def test_a_row_depends_on_its_own_key_and_logits_alone():
 
 
 def test_a_change_in_the_last_bits_changes_no_draw():
-    """A logit's last bits depend on the batch size; the draws of a seed must not. (One in 1,000 may, by chance.)"""
+    """A logit's last bits depend on the batch size; draws must not. (One in 1,000 may differ, by chance.)"""
     logits_BV = np.random.default_rng(6).normal(scale=2, size=(1009, 1733)).astype(np.float32)
     jitter = np.random.default_rng(7).choice(np.float32([1 - 2e-7, 1, 1 + 2e-7]), logits_BV.shape)
     key_B = keys(1009)

@@ -54,7 +54,7 @@ def test_large_logits_overflow_nothing(offset):
 
 
 def test_float64_logits_are_summed_in_float64():
-    """One of 2**-26 beside many: lost in float32's sum, seen in the float32 of the result only by its logit."""
+    """The sum is computed in float64. Only the result is rounded to float32."""
     logits_BV = np.random.default_rng(0).normal(scale=4, size=(3, 131))
     with jax.enable_x64(True):
         chosen_B, _, top_BK = run(logits_BV, np.array([1, 5, 130]), n_top=4)
@@ -63,7 +63,7 @@ def test_float64_logits_are_summed_in_float64():
 
 
 def test_no_second_array_of_the_logits_size_is_kept():
-    """What comes out is a few numbers a row, and the program needs no copy of the logits to get there."""
+    """The result is a few numbers per row, and the program makes no copy of the logits."""
     shape = jax.ShapeDtypeStruct((8, 50257), np.float32)
     lowered = jax.jit(functools.partial(token_logprobs, n_top=5)).lower(shape, jax.ShapeDtypeStruct((8,), np.int32))
     memory = lowered.compile().memory_analysis()

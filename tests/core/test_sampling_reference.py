@@ -21,7 +21,7 @@ def some_logits(seed, n_rows, n_vocab, ties):
 
 
 def assert_kept_within(logits_BV, band, **knobs):
-    """The tokens kept lie between those of the rules at p - band and p + band; what is kept is as it was."""
+    """The kept tokens are between those of the rules at p - band and p + band. Kept logits are unchanged."""
     dtype = logits_BV.dtype
     got_BV = np.asarray(
         filter_logits(
@@ -62,14 +62,14 @@ KNOBS = {
 
 @given(**KNOBS)
 def test_filters_keep_what_the_rules_keep(seed, ties, **knobs):
-    """Float32 may tip what lies within 1e-6 of p; where p is next to a sum, measured 3.5e-7 at most, min_p 4.6e-7."""
+    """Float32 may change tokens within 1e-6 of p. Measured for p next to a sum: at most 3.5e-7, min_p 4.6e-7."""
     assert_kept_within(some_logits(seed, 3, 131, ties).astype(np.float32), 1e-6, **knobs)
 
 
 @settings(max_examples=7)
 @given(**KNOBS)
 def test_filters_keep_what_the_rules_keep_of_a_whole_vocabulary(seed, ties, **knobs):
-    """The same at GPT-2's own 50,257 tokens."""
+    """The same with GPT-2's 50,257 tokens."""
     assert_kept_within(some_logits(seed, 2, 50257, ties).astype(np.float32), 1e-6, **knobs)
 
 
@@ -82,7 +82,7 @@ def test_filters_are_exact_in_float64(seed, ties, **knobs):
 
 # ---- the search for a threshold
 
-FLOATS = st.floats(width=32, allow_nan=False, allow_subnormal=False)  # subnormals are zeros to XLA
+FLOATS = st.floats(width=32, allow_nan=False, allow_subnormal=False)  # XLA treats subnormals as zeros
 
 
 def smallest_with_less_above(x, mass, limit):
@@ -91,7 +91,7 @@ def smallest_with_less_above(x, mass, limit):
 
 @given(st.lists(FLOATS, min_size=1, max_size=13), st.integers(1, 13), st.integers(0, 2**31))
 def test_threshold_is_the_smallest_element_with_less_above(values, limit, seed):
-    """Over all floats, infinite ones and zeros of both signs too; -inf is no element unless it is all there is."""
+    """Over all floats, with infinities and zeros of both signs. -inf is not an element unless there is nothing else."""
     x = np.resize(np.array(values, np.float32), 13)  # repeated: ties
     mass = np.random.default_rng(seed).integers(1, 4, 13).astype(np.int32)
     got = float(threshold(x[None], mass[None], jnp.int32(limit), x.max(keepdims=True)[None])[0, 0])
@@ -117,7 +117,7 @@ def test_the_middle_never_overflows(low, high):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_neighbouring_floats_are_told_apart(dtype):
-    """The search ends at one float, not near it: the k-th and its next neighbour below are different tokens."""
+    """The search ends at the exact float: the k-th and the next float below it are different tokens."""
     with jax.enable_x64(dtype == "float64"):
         x = np.array([3.0], dtype)
         for _ in range(9):

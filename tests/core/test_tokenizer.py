@@ -1,9 +1,9 @@
-"""The tokenizer gives Hugging Face's ids for every text, survives any input, and refuses broken vocabularies by name.
+"""The tokenizer gives Hugging Face's ids for every text, accepts any input, and rejects broken vocabularies by name.
 
 Hugging Face `tokenizers` and tiktoken put all 1,112,064 characters in the same class of GPT-2's splitting pattern
 (checked one by one, tokenizers 0.23 and tiktoken 0.14). OpenAI's encoder.py splits with the `regex` module, whose
-Unicode tables may be newer: it differs from both on characters that were unassigned when theirs were made (17,480 of
-them for regex 2026.11), and on no other. Texts that are compared id for id therefore hold assigned characters only.
+Unicode tables may be newer. It differs from both only on characters that were unassigned when their tables were made
+(17,480 for regex 2026.11). So texts that are compared id for id contain only assigned characters.
 """
 
 import os
@@ -26,7 +26,7 @@ TEXTS = st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(ASSIGNED, max_size
 
 
 def assert_same_ids(vocabulary: Vocabulary, text: str) -> list[int]:
-    """Our ids equal the reference's; a mismatch shows the first difference and not megabytes."""
+    """Our ids equal the reference's. A mismatch shows the first difference, not megabytes of ids."""
     ours, theirs = vocabulary.ours.encode(text), vocabulary.reference_ids(text)
     if ours != theirs:
         at = next(
@@ -44,7 +44,7 @@ def assert_same_ids(vocabulary: Vocabulary, text: str) -> list[int]:
 @settings(deadline=None, max_examples=300)
 @given(text=TEXTS)
 def test_ids_equal_hugging_face(vocabulary, text):
-    """Any mixture of scripts, whitespace, contractions and control characters splits and merges as GPT-2's does."""
+    """Any mixture of scripts, whitespace, contractions and control characters gives the reference's ids."""
     ids = assert_same_ids(vocabulary, text)
     assert vocabulary.ours.decode(ids) == text
 
@@ -59,7 +59,7 @@ def test_every_character_in_every_context(vocabulary):
 
 
 def test_every_token_alone(vocabulary):
-    """The text of each token gives the ids the merges lead to, its own id as a rule."""
+    """The text of each token gives the ids that the merges lead to, usually its own id."""
     own = 0
     for i, token in enumerate(vocabulary.token_bytes[:-1]):
         try:
@@ -75,12 +75,12 @@ def test_every_token_alone(vocabulary):
 @settings(deadline=None)
 @given(text=st.text())
 def test_decode_gives_back_any_text(vocabulary, text):
-    """All of Unicode survives, unassigned characters too; nothing is normalised, stripped or prefixed."""
+    """All of Unicode is preserved, with unassigned characters; nothing is normalized, stripped or prefixed."""
     assert vocabulary.ours.decode(vocabulary.ours.encode(text)) == text
 
 
 def test_known_ids_of_the_real_vocabulary(real):
-    """The ids printed in papers and threads are the ids given here: no offset, no space in front."""
+    """Ids printed in papers and threads are the same here: no offset, no space in front."""
     tokenizer = real.ours
     known = {"hello": 31373, "Hello": 15496, "world": 6894, "the": 1169, " the": 262, "ing": 278, " ing": 5347,
              "!": 0, "ale": 1000, " pocket": 10000}  # fmt: skip
@@ -112,7 +112,7 @@ def test_encode_refuses_what_is_no_text(tokenizer, text):
 @settings(deadline=None)
 @given(parts=st.lists(TEXTS.map(lambda text: text.replace("|", "")), min_size=2, max_size=4))
 def test_end_of_text_is_text_unless_asked(vocabulary, parts):
-    """As text it neither raises nor becomes the id; with allow_special it does, between texts encoded alone."""
+    """By default it stays text. With allow_special it becomes the id, and the text around it is encoded separately."""
     text = EOT.join(parts)
     eot = vocabulary.ours.eot
     plain = assert_same_ids(vocabulary, text)
@@ -139,7 +139,7 @@ def test_end_of_text_is_text_unless_asked(vocabulary, parts):
     ids=["alone", "twice", "spaces", "newlines", "huge spaces", "huge newlines", "nested"],
 )
 def test_special_next_to_whitespace(vocabulary, parts):
-    """A run of whitespace ends where the special token begins, as at the end of a text, however long the run."""
+    """A run of whitespace of any length ends where the special token begins, as at the end of a text."""
     eot = vocabulary.ours.eot
     asked = vocabulary.ours.encode(EOT.join(parts), allow_special=True)
     expected = vocabulary.reference_ids(parts[0])
@@ -155,13 +155,13 @@ def test_special_next_to_whitespace(vocabulary, parts):
 @settings(deadline=None)
 @given(data=st.data())
 def test_any_ids_decode(vocabulary, data):
-    """Torn characters become U+FFFD, never an exception: a model may emit any ids."""
+    """Incomplete characters become U+FFFD, never an exception: a model may produce any ids."""
     ids = data.draw(st.lists(st.integers(0, vocabulary.ours.n_vocab - 1), max_size=30))
     assert vocabulary.ours.decode(ids) == b"".join(vocabulary.token_bytes[i] for i in ids).decode("utf-8", "replace")
 
 
 def test_decode_takes_arrays(tokenizer, reference):
-    """Rows of an id array decode as the list of the same ids does."""
+    """Rows of an id array decode like a list of the same ids."""
     row = reference["greedy"][0]
     assert tokenizer.decode(row) == tokenizer.decode(row.tolist()) == tokenizer.decode(tuple(row.tolist()))
 
@@ -183,7 +183,7 @@ def test_decode_refuses_what_are_no_ids(tokenizer, ids):
 
 
 def test_token_bytes(vocabulary):
-    """Every token's bytes are those its name in encoder.json spells, and the special token's its name's."""
+    """Every token's bytes are those that its name in encoder.json spells. The special token's are its name."""
     ours = [vocabulary.ours.token_bytes(i) for i in range(vocabulary.ours.n_vocab)]
     assert ours == vocabulary.token_bytes
     assert ours[vocabulary.ours.eot] == EOT.encode()
@@ -191,7 +191,7 @@ def test_token_bytes(vocabulary):
 
 
 def test_token_bytes_of_an_added_token(tokenizer):
-    """A token added after `<|endoftext|>` is its name, in UTF-8."""
+    """The bytes of a token added after `<|endoftext|>` are its name in UTF-8."""
     padded = gpt2_jax.Tokenizer({**tokenizer.tokens, "[P\xc4D]": tokenizer.n_vocab}, tokenizer.merges)
     assert padded.token_bytes(tokenizer.n_vocab) == "[P\xc4D]".encode()
     assert padded.decode([tokenizer.n_vocab]) == "[P\xc4D]"
@@ -214,7 +214,7 @@ def test_token_bytes_refuses_what_is_no_id(tokenizer, bad):
 
 
 def test_no_network_and_no_cache_folder(model_dir, tmp_path):
-    """With tiktoken's cache pointing nowhere and every connection refused, it loads, works and leaves no file."""
+    """Without tiktoken's cache and without connections, it loads, works and leaves no file."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     program = (

@@ -1,4 +1,4 @@
-"""Vocabulary files that are missing, malformed or another model's are refused by name, in one sentence."""
+"""Vocabulary files that are missing, malformed or of another model are rejected by name, in one sentence."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ EOT = "<|endoftext|>"
 
 @pytest.fixture
 def vocabulary_dir(model_dir, tmp_path):
-    """A copy of the embedded vocabulary that a test may break; without hparams.json, as in a folder of its own."""
+    """A copy of the embedded vocabulary that a test may break, in a folder without hparams.json."""
     for name in ("encoder.json", "vocab.bpe"):
         shutil.copy(model_dir / name, tmp_path / name)
         (tmp_path / name).chmod(0o644)
@@ -80,7 +80,7 @@ ENCODER_EDITS = {
 
 @pytest.mark.parametrize("edit", ENCODER_EDITS.values(), ids=ENCODER_EDITS)
 def test_wrong_encoder(vocabulary_dir, edit):
-    """Ids must be 0 .. n-1, once each, those of the merges in order; anything else would speak gibberish."""
+    """Ids must be 0 .. n-1, each once, and follow the order of the merges. Anything else would give wrong text."""
     path = vocabulary_dir / "encoder.json"
     path.write_text(json.dumps(edit(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
     assert_refused(vocabulary_dir, r"encoder\.json")
@@ -129,7 +129,7 @@ def test_malformed_merges(vocabulary_dir, content):
 
 @pytest.mark.parametrize("n_vocab", [1283, 1279, 50257])
 def test_vocabulary_of_another_model(vocabulary_dir, model_dir, n_vocab):
-    """A vocabulary beside the hparams.json of another model would index another embedding: both sizes are named."""
+    """A vocabulary next to another model's hparams.json has other ids: the message has both sizes."""
     hparams = json.loads((model_dir / "hparams.json").read_text(encoding="utf-8")) | {"n_vocab": n_vocab}
     (vocabulary_dir / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
     message = assert_refused(vocabulary_dir, "n_vocab|hparams").replace(",", "")
@@ -138,7 +138,7 @@ def test_vocabulary_of_another_model(vocabulary_dir, model_dir, n_vocab):
 
 
 def test_a_token_that_no_merge_makes_is_named(tmp_path):
-    """Found among 50,258 tokens at once: looking through all names again for each took minutes."""
+    """It is found quickly among 50,258 tokens: a search through all names for each token took minutes."""
     vocabularies = pytest.importorskip("vocabularies")
     shutil.copy(vocabularies.real_vocabulary_dir() / "vocab.bpe", tmp_path)
     ids = json.loads((vocabularies.real_vocabulary_dir() / "encoder.json").read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def test_a_token_that_no_merge_makes_is_named(tmp_path):
 
 
 def test_tokens_added_after_the_end_of_text_are_no_texts(tmp_path, model_dir, tokenizer):
-    """As fine-tunes have them: text that spells one is text, and the id decodes to its name."""
+    """As in fine-tuned models: text that spells such a token stays text, and the id decodes to its name."""
     shutil.copy(model_dir / "vocab.bpe", tmp_path)
     ids = tokenizer.tokens | {"[PAD]": 1281, "<|user|>": 1282}
     (tmp_path / "encoder.json").write_text(json.dumps(ids), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Texts of megabytes and texts made to hurt: the ids of the whole, in one call."""
+"""Texts of megabytes and hard texts: the ids of the whole text, in one call."""
 
 import random
 
@@ -9,7 +9,7 @@ from vocabularies import SNIPPETS, WHITESPACE
 
 
 def ordinary_text(size: int) -> str:
-    """Sentences of invented words with numbers, names, contractions and paragraphs: no two pages alike."""
+    """Sentences of invented words with numbers, names, contractions and paragraphs. No two pages are equal."""
     rng = random.Random(20260719)
     words = ["".join(rng.choices("etaoinshrdlucmfwygpbvk", k=rng.randint(1, 11))) for _ in range(9973)]
     words += [
@@ -57,10 +57,10 @@ BIG_TEXTS = {
 
 @pytest.mark.parametrize("name", campaign(["newlines x", "whitespace runs", "ordinary"], list(BIG_TEXTS)))
 def test_large_text_has_the_ids_of_the_whole(vocabulary, name):
-    """Megabytes in one call: no panic, no quadratic time, no seam where the text was cut."""
+    """Megabytes in one call: no panic, no quadratic time, no other ids where the text was cut."""
     text = BIG_TEXTS[name]()
     assert len(text) >= 1_000_000
-    ids = vocabulary.ours.encode(text)  # 0.04 to 0.6 s on two cores; a quadratic search for the runs took 33
+    ids = vocabulary.ours.encode(text)  # 0.04 to 0.6 s on two cores; a quadratic search for the runs took 33 s
     expected = vocabulary.reference_ids(text)
     assert len(ids) == len(expected)
     assert np.array_equal(ids, expected)
@@ -74,7 +74,7 @@ def test_large_text_has_the_ids_of_the_whole(vocabulary, name):
 )
 @pytest.mark.parametrize("allow_special", [False, True])
 def test_lone_surrogates_do_not_crash(tokenizer, text, allow_special):
-    """File names and torn JSON put them in a str; what cannot be UTF-8 is replaced, what stands around it stays."""
+    """File names and broken JSON put them in a str. They are replaced; the text around them stays."""
     around = "<" + text + ">"
     ids = tokenizer.encode(around, allow_special=allow_special)
     decoded = tokenizer.decode(ids)

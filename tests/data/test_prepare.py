@@ -1,4 +1,4 @@
-"""Preparing text: the ids, whatever the form, the pieces and the number of processes; the split; a kill at any time."""
+"""`prepare`: the same ids for any file type, any cuts and any number of processes; the split; kills and refusals."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ from gpt2_jax.data.token_files import open_prepared
 
 @pytest.fixture
 def made(tmp_path, tokenizer):
-    """Prepare sources, without validation if nothing else is said; return what `prepare` does."""
+    """Give make(*names, ...), which prepares sources, by default without validation, and returns `Prepared`."""
 
     def make(*names, name="tokens", **settings):
         return prepare(names, tmp_path / name, tokenizer, **{"val_fraction": 0} | settings)
@@ -49,7 +49,7 @@ def write_texts(folder: Path, texts) -> Path:
 
 
 def test_end_of_text_is_the_id_after_each_document(made, tmp_path, tokenizer):
-    """And the characters of it in a text are text."""
+    """The same characters inside a text stay ordinary text."""
     prepared = made(write_texts(tmp_path / "texts", DOCUMENTS))
     ids = held(prepared.train)
     assert ids == expected_ids(tokenizer, DOCUMENTS)
@@ -127,7 +127,7 @@ def test_documents_in_a_bin_file_are_told_apart_wherever_it_is_cut(tmp_path, tok
 
 @given(
     text=st.lists(st.sampled_from([*vocabularies.SNIPPETS, "x" * 9, " word"]), max_size=40).map("".join),
-    block=st.integers(3, 23),  # a byte order mark is looked for in the first
+    block=st.integers(3, 23),  # the first block must hold a byte order mark
 )
 def test_pieces_of_a_text_are_tokenised_as_the_whole(tmp_path_factory, tokenizer, text, block):
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
@@ -162,7 +162,7 @@ def test_any_number_of_processes_writes_the_same(made, tmp_path, monkeypatch):
 
 
 def test_a_process_that_dies_is_told(tokenizer):
-    """As it is killed where there is no memory left; nothing hangs."""
+    """The process is killed, as when memory runs out; nothing hangs."""
 
     def pieces():
         for _ in range(9):
@@ -171,13 +171,13 @@ def test_a_process_that_dies_is_told(tokenizer):
         while True:
             yield Piece("some words of text" * 2**16)
 
-    with pytest.raises(OSError, match="a process that encodes text died, perhaps for want of memory: use fewer"):
+    with pytest.raises(OSError, match="a process that encodes text died, perhaps because memory ran out: use fewer"):
         list(encoding.encode_all(pieces(), tokenizer, 2))
     assert not multiprocessing.active_children()
 
 
 def test_a_program_that_cannot_start_others_is_told_why(tmp_path):
-    """It has no `if __name__ == "__main__":`, so that each process would begin by starting more."""
+    """It has no `if __name__ == "__main__":`, so each new process would start more processes."""
     (tmp_path / "a.txt").write_text("some words")
     (tmp_path / "program.py").write_text("""if True:
         import gpt2_jax; from gpt2_jax.data._prepare import prepare
@@ -189,12 +189,12 @@ def test_a_program_that_cannot_start_others_is_told_why(tmp_path):
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "OSError: a process that encodes text cannot be started: the program that calls needs" in done.stderr
+    assert "OSError: a process that encodes text cannot be started: put the code of your program" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "program.py"]
 
 
 def test_a_large_file_takes_little_memory(tmp_path):
-    """30 MB of text, in one document, by a tokenizer that costs next to nothing."""
+    """30 MB of text in one document, with a tokenizer that takes almost no memory."""
 
     class Bytes:
         n_vocab, eot, tokens, merges = 257, 256, {}, ()
@@ -211,7 +211,7 @@ def test_a_large_file_takes_little_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert prepared.train.n_tokens + prepared.val.n_tokens == (tmp_path / "a.txt").stat().st_size
-    assert peak < 15 * 2**20, peak  # a block of 1 MB in its several forms; 8 MB at a time when files are divided
+    assert peak < 15 * 2**20, peak  # several copies of a block of 1 MB; 8 MB at a time when files are divided
 
 
 # ---- prompts and completions
@@ -265,7 +265,7 @@ def test_the_tail_is_exact(n, percent):
 
 
 def test_the_embedded_models_split():
-    """As models/shakespeare/README.md has it: the text is one document, without an end-of-text."""
+    """The numbers of models/shakespeare/README.md: the text is one document, without an end-of-text id."""
     assert (
         divide(np.array([433_552]), 0.1, "auto", 0).stops.tolist() == [int(433552 * 0.9), 433_552] == [390_196, 433_552]
     )
@@ -297,7 +297,7 @@ def test_every_token_goes_to_one_side(lengths, fraction, split, seed):
 
 
 def test_a_documents_side_depends_on_seed_and_number_alone():
-    """On 10,007 documents of other lengths, too; and the share is what was asked for, to four standard deviations."""
+    """For any lengths of 10,007 documents. The share is the requested one, within four standard deviations."""
 
     def sides(ends, seed):
         division = divide(ends, 0.1, "documents", seed)
@@ -336,7 +336,7 @@ def test_documents_are_moved_whole_and_in_order(made, tmp_path, tokenizer):
     ("lengths", "fraction", "split"),
     [
         ([500], 0.1, "tail"), ([20] * 200, 0.1, "documents"), ([20] * 200, 0, "documents"), ([500], 0, "documents"),
-        ([10_000, *[2] * 50], 0.1, "tail"),  # the one long document can only be on one side
+        ([10_000, *[2] * 50], 0.1, "tail"),  # the long document cannot be divided
     ],
 )  # fmt: skip
 def test_auto(lengths, fraction, split):
@@ -371,10 +371,10 @@ def test_killed_before_each_file_operation_leaves_old_or_new(tmp_path, tokenizer
             assert ended.error == ""
             killed = ended.killed
             states.append(what_is_there(tokens, tokenizer, texts))
-    assert states == sorted(states, key=[before, "new"].index), states  # first what was there, and then the new
+    assert states == sorted(states, key=[before, "new"].index), states  # first the old state, then the new one
     assert states.count(before) > campaign(2, 7)
     assert "new" in states
-    print(f"\n{len(states)} kills over {before}, after {states.count('new')} of them the new one was there")
+    print(f"\n{len(states)} kills over {before}; the new folder was there after {states.count('new')} of them")
 
 
 def test_it_replaces_tokens_alone_and_only_when_told(made, tmp_path):
@@ -386,14 +386,14 @@ def test_it_replaces_tokens_alone_and_only_when_told(made, tmp_path):
     after = made(tmp_path / "a.txt", overwrite=True).manifest
     assert after != before
     (tmp_path / "tokens" / "notes.txt").write_text("three weeks of work")
-    with pytest.raises(FileExistsError, match=r"other things than prepared text \(notes\.txt\)"):
+    with pytest.raises(FileExistsError, match=r"files that are not part of prepared text \(notes\.txt\)"):
         made(tmp_path / "a.txt", overwrite=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError, match="file is a file"):
         made(tmp_path / "a.txt", name="file", overwrite=True)
     (tmp_path / "bare").mkdir()
     np.arange(9, dtype="<u2").tofile(tmp_path / "bare" / "train.bin")
-    with pytest.raises(FileExistsError, match=r"bare holds other things"):
+    with pytest.raises(FileExistsError, match=r"bare contains files that are not part of prepared text"):
         made(tmp_path / "a.txt", name="bare", overwrite=True)
 
 
@@ -403,8 +403,8 @@ BAD = {
     "c.jsonl": (b'{"text": "a"}\n\n{"text": "\xe9"}\n', r"c\.jsonl is not UTF-8 text: byte 0xe9 at offset 25 "),
     "d.jsonl": (b'{"text": "a"}\n{"text": }\n', r"d\.jsonl, line 2 is not JSON: "),
     "e.jsonl": (b'{"body": "a", "n": 1}\n', r'e\.jsonl, line 1 has no field "text"; it has: body, n'),
-    "f.jsonl": (b'{"text": null}\n', r'f\.jsonl, line 1: the field "text" is no text, but \'None\''),
-    "g.jsonl": (b"[1]\n", r"g\.jsonl, line 1 is no object with a text"),
+    "f.jsonl": (b'{"text": null}\n', r'f\.jsonl, line 1: the field "text" is not a string: \'None\''),
+    "g.jsonl": (b"[1]\n", r"g\.jsonl, line 1 is not a JSON object with a text"),
     "h.csv": (b"n,body\n1,a\n", r'h\.csv has no column "text"; its first line names: n, body'),
     "i.csv": (b"n,text\n1,a\n2\n", r"i\.csv, line 3: the row has 1 columns, too few"),
     "j.csv": (b'text\n"a\n', r"j\.csv, line 2 is not CSV: "),
@@ -412,8 +412,8 @@ BAD = {
     "l.csv": (b"", r'l\.csv has no column "text"; its first line names: none'),
     "m.bin": (b"\1\0\2", r"m\.bin does not hold a whole number of 2-byte ids"),
     "n.bin": (b"\1\0\1\5", r"n\.bin: token 1 is the id 1281, outside the vocabulary of 1,281 ids"),
-    "o.md": (b"text", r"o\.md is none of \.txt, \.jsonl, \.csv, \.bin: rename it, or, if it is text, pass it as -"),
-    "p.txt": (b"", r"there is no text in 1 files, of 0 bytes together"),
+    "o.md": (b"text", r"o\.md is not a file of type \.txt, \.jsonl, \.csv, \.bin: rename it, or pass its text on"),
+    "p.txt": (b"", r"there is no text in 1 files with 0 bytes in total"),
 }
 
 
@@ -441,23 +441,23 @@ def test_settings_that_do_not_fit(made, tmp_path, tokenizer):
     for args, settings, culprit in [
         ((), {}, "there is nothing to read"),
         ((tmp_path / "none.txt",), {}, "no such file or folder: .*none.txt"),
-        ((tmp_path / "texts",), {}, r"texts holds no file of \.txt"),
-        ((tmp_path / "split",), {}, "split holds tokens that are split already: train on it as it is"),
-        (("-", "-"), {}, "- reads all of standard input: it can be given once"),
+        ((tmp_path / "texts",), {}, r"texts has no file of type \.txt"),
+        ((tmp_path / "split",), {}, "split contains tokens that are already split: train on this folder directly"),
+        (("-", "-"), {}, "- reads all of standard input: name it only once"),
         ((a,), {"prompt_field": "q"}, "go together"),
         (
             (a,),
             {"prompt_field": "q", "completion_field": "a"},
-            r"a\.txt: prompts and completions are read from \.jsonl",
+            r"a\.txt: prompts and completions need a \.jsonl",
         ),
-        ((a,), {"field": ""}, "the name of the text's field is empty"),
+        ((a,), {"field": ""}, "the name of the text field is empty"),
         ((a,), {"val_fraction": 1.0}, r"val_fraction must be a number, 0 or more and below 1, not 1\.0"),
         ((a,), {"val_fraction": float("nan")}, "val_fraction"),
         ((a,), {"seed": -1}, r"seed must be a whole number, from 0 to 4294967295, not -1"),
         ((a,), {"n_processes": -1}, "n_processes"),
         ((a,), {"split": "head"}, "split must be one of auto, documents, tail, not 'head'"),
-        ((a,), {"split": "documents", "val_fraction": 0.1}, "leaves validation none of the 1 documents"),
-        ((a,), {"val_fraction": 0.1}, "3 tokens are too few to keep 0.1 of them for validation"),
+        ((a,), {"split": "documents", "val_fraction": 0.1}, "puts none of the 1 documents into validation"),
+        ((a,), {"val_fraction": 0.1}, "3 tokens are too few to keep 0.1 for validation: set val_fraction to 0"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=culprit) as error:
             made(*args, **settings)
@@ -468,7 +468,7 @@ def test_settings_that_do_not_fit(made, tmp_path, tokenizer):
 
 
 def test_a_bar_is_shown_when_told(made, tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes standard error for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then treats standard error as a terminal
     (tmp_path / "a.txt").write_text("some words")
     made(tmp_path / "a.txt", shown=True)
     out, err = capfd.readouterr()
@@ -477,7 +477,7 @@ def test_a_bar_is_shown_when_told(made, tmp_path, capfd, monkeypatch):
 
 
 def test_the_manifest_says_what_was_done(made, tmp_path, tokenizer):
-    """Whatever the names of the files and folders are."""
+    """It does not depend on the names of files and folders."""
     contents = []
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

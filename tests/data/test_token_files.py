@@ -1,4 +1,4 @@
-"""Token files: what is read is what was written, and what does not fit is refused in a sentence."""
+"""Token files: reading gives what was written, and files that do not fit are refused with one sentence."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def folder(tmp_path, tokenizer):
 
 @pytest.fixture(scope="module")
 def other(tokenizer):
-    """A vocabulary of as many ids, two of which are exchanged."""
+    """A vocabulary of the same size with two ids exchanged."""
     tokens = dict(tokenizer.tokens)
     tokens["!"], tokens["?"] = tokens["?"], tokens["!"]
     return gpt2_jax.Tokenizer(tokens, tokenizer.merges)
@@ -56,7 +56,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
 
 
 def test_the_layout_is_nanogpts(folder, tokenizer):
-    """Little-endian uint16, one after another: read here without our code."""
+    """Little-endian uint16, one after another; read here without the package."""
     prepared, raw = open_prepared(folder), (folder / "train.bin").read_bytes()
     ids = [raw[i] + 256 * raw[i + 1] for i in range(0, len(raw), 2)]
     assert ids == token_folders.held(prepared.train)
@@ -80,8 +80,8 @@ def test_opened_as_prepared(folder, tokenizer):
 def test_another_vocabulary_is_refused(folder, other, tokenizer):
     assert fingerprint(other) != fingerprint(tokenizer)
     assert fingerprint(gpt2_jax.Tokenizer(tokenizer.tokens, tokenizer.merges)) == fingerprint(tokenizer)
-    assert_refused("tokens was prepared with another vocabulary, of 1,281 ids", folder, other)
-    assert_refused("vocabulary of 1,281 ids; the model has 1,280", folder, n_vocab=1280)
+    assert_refused(r"tokens was prepared with a different vocabulary \(1,281 ids", folder, other)
+    assert_refused("vocabulary of 1,281 ids, but the model has 1,280", folder, n_vocab=1280)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "train.mask.bin", "val.mask.bin"])
@@ -89,9 +89,9 @@ def test_a_damaged_file_is_refused(folder, name):
     path = folder / name
     data = path.read_bytes()
     path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    assert_refused(f"{name} is not what was written there: its sha256 is", folder)
+    assert_refused(f"{name} has changed: its sha256 is", folder)
     path.write_bytes(data[:-1])
-    assert_refused(f"{name} has .* bytes; by tokens.json it has {len(data):,}", folder)
+    assert_refused(f"{name} has .* bytes, but tokens.json says {len(data):,}", folder)
     path.unlink()
     assert_refused(
         "no train.bin" if name == "train.bin" else f"{name} has no bytes", folder, kind=(ValueError, OSError)
@@ -101,7 +101,7 @@ def test_a_damaged_file_is_refused(folder, name):
 @pytest.mark.parametrize(
     ("change", "culprit"),
     [
-        (lambda manifest: manifest | {"gpt2_jax_tokens": 2}, "is of version 2; this program reads 1"),
+        (lambda manifest: manifest | {"gpt2_jax_tokens": 2}, "has version 2; this program reads version 1"),
         (lambda manifest: {"some": "thing"}, "not the manifest"),
         (lambda manifest: [manifest], "not the manifest"),
         (lambda manifest: manifest | {"n_vocab": "1281"}, "is damaged"),
@@ -120,7 +120,7 @@ def test_a_manifest_that_is_none(folder, change, culprit):
 
 def test_nothing_there(tmp_path):
     assert_refused("no such file or folder", tmp_path / "none", kind=FileNotFoundError)
-    assert_refused(r"holds no train\.bin: prepare it with gpt2-prepare", tmp_path, kind=FileNotFoundError)
+    assert_refused(r"has no train\.bin: prepare the folder with gpt2-prepare", tmp_path, kind=FileNotFoundError)
     assert not is_prepared(tmp_path)
 
 
@@ -142,7 +142,7 @@ def test_a_lone_file(tmp_path, tokenizer):
     assert (prepared.train.n_tokens, prepared.val, prepared.manifest) == (29, None, None)
     assert is_prepared(tmp_path / "a.bin")
     os.truncate(tmp_path / "a.bin", 57)
-    assert_refused("57 bytes, which are no whole number of 2-byte ids", tmp_path / "a.bin", tokenizer)
+    assert_refused("57 bytes, which is not a whole number of 2-byte ids", tmp_path / "a.bin", tokenizer)
 
 
 def test_ids_outside_the_vocabulary_are_found_as_they_are_read(tmp_path, tokenizer):

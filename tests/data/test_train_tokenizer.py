@@ -1,4 +1,4 @@
-"""Training a vocabulary: the merges of the definition, OpenAI's order and files, and the embedded one made again."""
+"""Training a vocabulary: merges equal to the definition's, OpenAI's order and files, the embedded vocabulary."""
 
 import collections
 import itertools
@@ -22,7 +22,7 @@ CORPUS = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
 
 @pytest.fixture(scope="module")
 def text():
-    """Words of made-up syllables, most of them often, with what the splitting pattern treats specially between."""
+    """Words of made-up syllables, most of them frequent, separated by special cases of the splitting pattern."""
     rng = random.Random(3)
     syllables = ["".join(rng.choices("abcdeéβ漢🦊", k=rng.randint(1, 3))) for _ in range(29)]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(199)]
@@ -45,7 +45,7 @@ def merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def by_definition(text: str, n_merges: int) -> list[tuple[str, str]]:
-    """Merge the most frequent pair, over and over; of several that of the lowest ids."""
+    """Merge the most frequent pair again and again; of equally frequent pairs, the one with the lowest ids."""
     character = {byte: character for character, byte in printable_alphabet().items()}
     ids = {name: i for i, name in enumerate(sorted(character.values()))}
     words = collections.Counter(regex.findall(SPLIT, text))
@@ -83,7 +83,7 @@ def test_the_ids_are_in_openais_order(tmp_path, text, tokenizer):
 
 
 def test_every_source_gives_the_same(tmp_path, text):
-    """Where a text is cut into documents at a line's end, too."""
+    """Also if a text is cut into pieces at the end of a line."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text(text, encoding="utf-8", newline="")
     token_folders.write_jsonl(tmp_path / "a.jsonl", [{"body": text}])
@@ -142,7 +142,7 @@ def test_fewer_merges_than_allowed_are_told(run, tmp_path):
     ("args", "culprit"),
     [
         (("none.txt",), "no such file or folder: none.txt"),
-        (("a.bin",), "a.bin holds ids, and text is wanted"),
+        (("a.bin",), "a.bin contains token ids, but text is needed"),
         (("empty.txt",), "there is no text in 1 files"),
         (("bad.txt",), "bad.txt is not UTF-8 text: byte 0xff at offset 4"),
         (("a.txt", "--merges", "-1"), "n_merges must be a whole number, 0 or more, not -1"),

@@ -19,7 +19,7 @@ from gpt2_jax.data.batching import batches, windows
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Make tokens that are their own places."""
+    """Give text(n_tokens), whose ids are their own positions: 0, 1, 2, ..."""
     folder = tmp_path_factory.mktemp("tokens")
     return lambda n_tokens, mask=None: token_folders.counting(folder / f"{n_tokens}.bin", n_tokens, mask)
 
@@ -64,7 +64,7 @@ def test_begun_late_equals_uninterrupted(text, n_tokens, length, rows, step, see
 
 
 def test_begun_at_a_step_that_none_reaches(text):
-    """Nothing is read, and nothing counted, of the steps before."""
+    """Earlier steps are neither read nor counted."""
     first, second = take(2, text(1009), 13, 5, 3, first_step=10**12)
     assert_same([second], take(1, text(1009), 13, 5, 3, first_step=10**12 + 1))
     assert (first.tokens != second.tokens).any()
@@ -85,7 +85,7 @@ def test_processes_share_the_same_batches(text, count, first_step):
 @settings(max_examples=40)
 @given(n_tokens=st.integers(9, 700), length=st.integers(1, 8), seed=st.integers(0, 99), epoch=st.integers(0, 5))
 def test_an_epoch_reads_each_token_once(text, n_tokens, length, seed, epoch):
-    """But at either end, less than a window; overlaps are no more than even distances between the windows make."""
+    """Except for less than a window at both ends. Overlaps are as small as even distances between windows allow."""
     n_windows = -(-(n_tokens - 1) // length)
     drawn = starts(take(n_windows, text(n_tokens), length, 1, seed, first_step=epoch * n_windows))
     seen = np.zeros(n_tokens, int)
@@ -106,7 +106,7 @@ def test_epochs_differ_in_order_and_in_where_windows_begin(text):
 
 
 def test_windows_begin_at_every_token_equally_often(text):
-    """1,200 epochs of 4 windows over the 22 starts that there are: a chi-square with 21 degrees of freedom."""
+    """1,200 epochs of 4 windows over the 22 possible starts: a chi-square with 21 degrees of freedom."""
     drawn = starts(take(1200, text(29), 7, 4, 11))
     observed = np.bincount(drawn, minlength=22)
     assert len(observed) == 22
@@ -115,7 +115,7 @@ def test_windows_begin_at_every_token_equally_often(text):
 
 
 def test_seeds_differ_and_neighbours_share_no_epoch(text):
-    """Seed 1 must not be seed 0 an epoch later, as it is where seed and epoch are added."""
+    """Seed 1 must not give the next epoch of seed 0, as it would if seed and epoch were added."""
     orders = {}
     for seed, epoch in itertools.product(range(3), range(3)):
         drawn = starts(take(31, text(401), 13, 1, seed, first_step=31 * epoch))
@@ -124,7 +124,7 @@ def test_seeds_differ_and_neighbours_share_no_epoch(text):
 
 
 def test_the_order_is_what_it_always_was(text):
-    """A run that is resumed with a later version goes on in the same order."""
+    """A run that is resumed with a later version continues in the same order."""
     drawn = starts(take(40, text(1009), 13, 3, 20261122)).astype("<i4")
     assert drawn[:6].tolist() == GOLDEN_STARTS
     assert hashlib.sha256(drawn.tobytes()).hexdigest() == GOLDEN_SHA256
@@ -137,7 +137,7 @@ GOLDEN_SHA256 = "8c62cdb528b8370e5211bc93a39b83a1ac125514e9af864d124007ba0b4ff0a
 def test_masked_targets_have_weight_0(text):
     mask = np.random.default_rng(3).random(211) < 0.3
     for batch in [*take(5, text(211, mask), 7, 4, 1), *windows(text(211, mask), 7, 4)]:
-        real = batch.targets > 0  # the first token is no target, and padding is 0
+        real = batch.targets > 0  # the first token is not a target, and padding is 0
         np.testing.assert_array_equal(batch.weights[real], mask[batch.targets[real]])
         assert not batch.weights[~real].any()
 
@@ -149,7 +149,7 @@ def test_a_text_shorter_than_a_window_is_padded_with_one_warning(text):
     np.testing.assert_array_equal(batch.tokens, [[0, 1, 2, 3, 4] + [0] * 6] * 3)
     np.testing.assert_array_equal(batch.targets, [[1, 2, 3, 4] + [0] * 7] * 3)
     np.testing.assert_array_equal(batch.weights, [[1] * 4 + [0] * 7] * 3)
-    assert starts(take(2, text(12), 11, 3, 0)).tolist() == [0] * 6  # one whole window: nothing to warn of
+    assert starts(take(2, text(12), 11, 3, 0)).tolist() == [0] * 6  # one whole window: no warning
 
 
 @pytest.mark.parametrize("read", [lambda tokens: batches(tokens, 7, 2, 0), lambda tokens: windows(tokens, 7, 2)])
@@ -212,7 +212,7 @@ def test_a_program_that_ends_without_closing_ends_quietly(tmp_path):
 
 
 def test_validation_of_the_embedded_model_has_its_readme_windows(text):
-    """The last tenth of 433,552 tokens, windows of 256: 43,264 predictions, each of the next token, none twice."""
+    """The last tenth of 433,552 tokens in windows of 256: 43,264 predictions of the next token, none twice."""
     got = list(windows(text(433_552 - 390_196), 256, 16))
     targets = np.concatenate([batch.targets[batch.weights == 1] for batch in got])
     np.testing.assert_array_equal(targets, np.arange(1, 43_264 + 1))

@@ -1,4 +1,4 @@
-"""generate: greedy equals the original id for id, sampling follows its rules, a row depends on nothing but itself."""
+"""generate: greedy equals the original id for id, sampling follows its rules, a row depends only on itself."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from tiny_models import CONFIG, chosen_logits, random_params
 
 import gpt2_jax
 
-# Prompts of all lengths between which a row must not notice its place, with the ids at both ends of the vocabulary.
+# Prompts of many lengths, with the first and last ids of the vocabulary. A row must not depend on its place among them.
 PROMPTS = [
     [5],
     [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9],
@@ -31,7 +31,7 @@ def params():
 
 
 def uncached(config, params, prompt, n):
-    """The argmax loop over whole prefixes, of one shape: no position sees the zeros in the slots after it."""
+    """The argmax loop over whole prefixes, padded to one shape. No position attends to the zeros after it."""
     apply = jax.jit(lambda tokens_BT: gpt2_jax.GPT2(config).apply({"params": params}, tokens_BT).logits)
     tokens = np.zeros((1, len(prompt) + n), np.int32)
     tokens[0, : len(prompt)] = prompt
@@ -52,14 +52,14 @@ def test_greedy_equals_the_original(shakespeare, reference):
 
 @full_only("test_greedy_equals_the_original has the cached one")
 def test_greedy_uncached_equals_the_original(shakespeare, reference):
-    """The same from whole forward passes: the cache is not what makes the reference come out."""
+    """The same from whole forward passes: the reference does not depend on the cache."""
     config, params = shakespeare
     for tokens, greedy in zip(reference["tokens"][:2, :9].tolist(), reference["greedy"], strict=True):
         assert uncached(config, params, tokens, 120) == greedy[9:].tolist()
 
 
 def test_greedy_in_a_ragged_batch_equals_the_original(shakespeare, reference):
-    """The reference rows between longer, shorter and one-token prompts: the padding is never seen."""
+    """The reference rows among longer, shorter and one-token prompts: padding is masked."""
     config, params = shakespeare
     rows = reference["tokens"]
     prompts = [rows[3, :61], rows[0, :9], rows[2, :1], rows[1, :9], rows[2, :97], rows[3, :10]]
@@ -70,7 +70,7 @@ def test_greedy_in_a_ragged_batch_equals_the_original(shakespeare, reference):
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 def test_greedy_up_to_the_last_position(params, prompt):
-    """Prompt plus new tokens fill n_ctx exactly, and the last token is as right as the first."""
+    """Prompt and new tokens fill n_ctx exactly. The last token is as correct as the first."""
     n = CONFIG.n_ctx - len(prompt)
     assert gpt2_jax.generate(CONFIG, params, [prompt], n, temperature=0) == [uncached(CONFIG, params, prompt, n)]
 
@@ -88,7 +88,7 @@ def test_greedy_rows_equal_rows_alone(params):
     ids=str,
 )  # fmt: skip
 def test_narrow_sampling_is_greedy(params, knobs):
-    """One token left to draw from is the most likely one, with no overflow where the temperature is next to zero."""
+    """If one token is left to draw from, it is the most likely one. A temperature close to 0 does not overflow."""
     greedy = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, temperature=0)
     assert gpt2_jax.generate(CONFIG, params, PROMPTS, 17, **knobs) == greedy
 
@@ -98,7 +98,7 @@ def test_narrow_sampling_is_greedy(params, knobs):
 
 @pytest.mark.parametrize("knobs", [{}, {"temperature": 1.7, "top_k": 11, "top_p": 0.9}], ids=str)
 def test_sampled_row_ignores_its_neighbours(params, knobs):
-    """Row i of a batch is row i of any other batch: other neighbours, other lengths and padding, other batch size."""
+    """Row i of a batch equals row i of any other batch: other rows, lengths, padding and batch size."""
     rows = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=5, **knobs)
     for i in (0, 2):
         fewer = [[1]] * i + [PROMPTS[i]]
@@ -119,7 +119,7 @@ def test_sampled_row_of_the_embedded_model_ignores_its_neighbours(shakespeare, r
 
 
 def test_fewer_tokens_are_a_prefix_of_more(params):
-    """How many tokens are asked for changes none of them."""
+    """The number of requested tokens does not change the tokens."""
     long = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=3)
     for n in (1, 2, 16):
         assert gpt2_jax.generate(CONFIG, params, PROMPTS, n, seed=3) == [row[:n] for row in long]
@@ -135,7 +135,7 @@ def test_earlier_calls_change_nothing(params):
 
 
 def test_seeds_and_rows_differ(params):
-    """Every seed and every row draws for itself, also two rows with one prompt and seeds beyond 32 signed bits."""
+    """Every seed and every row has its own draws, also rows with the same prompt, and seeds of 2**31 or more."""
     prompts = [[5, 6, 7]] * 5
     draws = [gpt2_jax.generate(CONFIG, params, prompts, 19, seed=seed) for seed in (0, 1, 2, 2**31, 2**32 - 1)]
     rows = [tuple(row) for rows in draws for row in rows]
@@ -144,7 +144,7 @@ def test_seeds_and_rows_differ(params):
 
 
 def test_steps_of_a_row_draw_independently():
-    """Under equal logits no step repeats another's draw, and no row is another one shifted."""
+    """With equal logits, no step repeats the draw of another step, and no row is a shifted copy of another."""
     config = gpt2_jax.GPT2Config(n_vocab=997, n_ctx=41, n_embd=2, n_head=1, n_layer=1)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), gpt2_jax.abstract_params(config))
     rows = np.array(gpt2_jax.generate(config, params, [[0]] * 31, 40, seed=1))
@@ -156,7 +156,7 @@ def test_steps_of_a_row_draw_independently():
     assert len(np.unique(rows)) > 600  # 997 (1 - exp(-1240 / 997)) = 710 expected
 
 
-# ---- what comes back
+# ---- results
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 17])
@@ -174,7 +174,7 @@ def test_default_length(params):
 
 
 def test_never_stops_at_the_last_id():
-    """As the original: `<|endoftext|>`, the last id, is a token like others and does not end a row."""
+    """As in the original, `<|endoftext|>`, the last id, is an ordinary token and does not end a row."""
     config, params = chosen_logits([0.0, 0.0, 9.0])
     assert gpt2_jax.generate(config, params, [[0], [2]], 5, temperature=0) == [[2] * 5] * 2
 
@@ -187,7 +187,7 @@ def test_never_stops_at_the_last_id():
     top_p=st.floats(0, 1, exclude_min=True, width=32),
 )
 def test_ids_stay_in_the_vocabulary(params, seed, temperature, top_k, top_p):
-    """Whatever the knobs, every row comes back with ids of the vocabulary."""
+    """With any sampling settings, every row has ids of the vocabulary."""
     rows = gpt2_jax.generate(CONFIG, params, PROMPTS, 5, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     assert all(len(row) == 5 and all(0 <= i < CONFIG.n_vocab for i in row) for row in rows)
 
@@ -211,7 +211,7 @@ def test_jax_arrays_are_prompts(params):
 
 
 def test_numpy_scalars_are_numbers(params):
-    """What comes out of an array of settings works as what is typed."""
+    """NumPy scalars work like Python numbers."""
     knobs = {"temperature": np.float32(0.5), "top_k": np.int64(7), "top_p": np.float64(0.75), "seed": np.uint32(3)}
     plain = {"temperature": 0.5, "top_k": 7, "top_p": 0.75, "seed": 3}
     expected = gpt2_jax.generate(CONFIG, params, PROMPTS, 5, **plain)
@@ -222,7 +222,7 @@ def test_numpy_scalars_are_numbers(params):
 
 
 def test_values_compile_nothing_new(params):
-    """Sampling knobs, seeds, weights and prompt ids are data: after one call no other of the same shapes compiles."""
+    """Sampling settings, seeds, weights and prompt ids are traced: after one call, none of the same shapes compiles."""
     prompts = [[(3 * i + j) % CONFIG.n_vocab for j in range(i)] for i in (3, 7, 2)]
     turned = [prompt[::-1] for prompt in prompts]
     other = random_params(CONFIG, 2)
@@ -243,7 +243,7 @@ def test_values_compile_nothing_new(params):
 
 
 def test_lengths_of_one_bucket_compile_nothing_new(params):
-    """Prompts of 2 to 23 tokens are one program, and so are 9 and 17 new tokens."""
+    """Prompts of 2 to 23 tokens use one program, and so do 9 and 17 new tokens."""
     gpt2_jax.generate(CONFIG, params, [PROMPTS[1], PROMPTS[2]], 9)
     before = len(COMPILATIONS)
     gpt2_jax.generate(CONFIG, params, [PROMPTS[3], PROMPTS[4]], 17)
@@ -252,7 +252,7 @@ def test_lengths_of_one_bucket_compile_nothing_new(params):
 
 
 def test_a_new_shape_is_counted(params):
-    """The counter that the test above trusts counts: a model of another shape does compile."""
+    """The counter of the test above works: a model of another shape does compile."""
     before = len(COMPILATIONS)
     config = gpt2_jax.GPT2Config(n_vocab=5, n_ctx=3, n_embd=2, n_head=1, n_layer=1)
     gpt2_jax.generate(config, random_params(config, 0), [[1]], 2)

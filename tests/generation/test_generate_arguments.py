@@ -1,4 +1,4 @@
-"""What generate refuses, all of it before a parameter is touched."""
+"""The arguments that generate rejects, before it uses a parameter."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from tiny_models import CONFIG
 
 import gpt2_jax
 
-UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
+UNTOUCHED = {"wte": object()}  # JAX cannot trace this: any attempt raises TypeError
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any atte
     ids=["one token", "full prompt", "first row", "middle row", "long prompt", "far beyond"],
 )
 def test_beyond_the_context_is_refused(prompts, n):
-    """Position n_ctx does not exist: refused before anything is traced, with the three numbers in the message."""
+    """Position n_ctx does not exist. The call is rejected before anything is traced; the message has three numbers."""
     longest = max(map(len, prompts))
     with pytest.raises(ValueError, match=r"n_ctx|context") as caught:
         gpt2_jax.generate(CONFIG, UNTOUCHED, prompts, n)
@@ -94,7 +94,7 @@ def test_bad_arguments_are_refused(name, value):
 
 
 def test_bad_arguments_are_refused_for_nothing_to_do_too():
-    """Zero new tokens do not switch the checks off."""
+    """The checks also run for zero new tokens."""
     with pytest.raises(ValueError, match="top_p"):
         gpt2_jax.generate(CONFIG, UNTOUCHED, [[1, 2]], 0, top_p=0)
     with pytest.raises(ValueError, match="37"):
@@ -120,7 +120,7 @@ def test_a_config_must_be_one():
 
 
 def edited(path, value):
-    """Initial params with one leaf or branch replaced, or removed where the value is Ellipsis."""
+    """Initial params with one leaf or branch replaced, or removed if the value is Ellipsis."""
     params = gpt2_jax.init_params(CONFIG, jax.random.key(0))
     *above, last = path.split("/")
     branch = params
@@ -144,9 +144,9 @@ def edited(path, value):
             lambda: edited("wte", jnp.zeros((12, 37))),
             r"misshaped: wte is float32\[12, 37\], expected float32\[37, 12\]",
         ),
-        (lambda: edited("wte", jnp.zeros((37, 12), int)), "no array of floats at wte"),
-        (lambda: edited("h0/ln_1/g", None), "no array of floats at h0/ln_1/g, but None"),
-        (lambda: edited("h0/ln_1/g", [1.0] * 12), "no array of floats at h0/ln_1/g"),
+        (lambda: edited("wte", jnp.zeros((37, 12), int)), "must hold an array of floats at wte"),
+        (lambda: edited("h0/ln_1/g", None), "must hold an array of floats at h0/ln_1/g, not None"),
+        (lambda: edited("h0/ln_1/g", [1.0] * 12), "must hold an array of floats at h0/ln_1/g, not "),
     ],
 )
 def test_params_of_another_config_are_refused(params, message):
@@ -155,6 +155,6 @@ def test_params_of_another_config_are_refused(params, message):
 
 
 def test_nan_in_the_params_is_told_with_its_row():
-    params = edited("wpe", jnp.zeros((41, 12)).at[5].set(jnp.nan))  # met by the second row, at its sixth position
-    with pytest.raises(ValueError, match=r"prompts\[1\] got NaN for logits at its new token 2"):
+    params = edited("wpe", jnp.zeros((41, 12)).at[5].set(jnp.nan))  # read by the second row, at its sixth position
+    with pytest.raises(ValueError, match=r"prompts\[1\]: the logits are NaN at new token 2"):
         gpt2_jax.generate(CONFIG, params, [[1], [2, 3, 4, 5]], 4, temperature=0)

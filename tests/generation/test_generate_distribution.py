@@ -1,4 +1,4 @@
-"""What generate draws, against probabilities worked out by hand from the original's rules."""
+"""What generate draws, against probabilities computed by hand from the original's rules."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +40,7 @@ KNOBS = [
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), KNOBS)
 def test_pairs_follow_the_probabilities(temperature, top_k, top_p):
-    """The first two tokens of thousands of rows, the prefill's draw and the loop's, against probabilities by hand."""
+    """The first two tokens of thousands of rows (drawn by prefill and by the loop) against probabilities by hand."""
     config = gpt2_jax.GPT2Config(n_vocab=7, n_ctx=5, n_embd=6, n_head=2, n_layer=2)
     params = random_params(config, 6, scale=0.4)
     prompt, rows = [3, 0, 6], campaign(2003, 5003)
@@ -71,8 +71,8 @@ LOGITS = {
         ("halves", 1, 0, 0.40, {1}),  # at least one
         ("halves", 1, 0, 0.99, {0, 1, 2, 3, 4}),  # the last kept ties with the one that crosses
         ("halves", 1, 0, 0.60, {1}),
-        ("halves", 2, 0, 0.60, {1, 2}),  # heated before top-p: 0.343 + 0.243
-        ("halves", 0.5, 0, 0.95, {1, 2}),  # 0.744 + 0.186, where unheated all five would stay
+        ("halves", 2, 0, 0.60, {1, 2}),  # temperature applies before top-p: 0.343 + 0.243
+        ("halves", 0.5, 0, 0.95, {1, 2}),  # 0.744 + 0.186; without the temperature all five would stay
         ("halves", 1, 2, 0.70, {1}),  # after top-k the two weigh 2/3 and 1/3
         ("halves", 1, 2, 0.60, {1}),
         ("halves", 1, 3, 0.90, {1, 2}),  # 4/7 + 2/7 = 0.857
@@ -100,7 +100,7 @@ def test_which_tokens_may_be_drawn(name, temperature, top_k, top_p, allowed):
 
 
 def test_masked_tokens_stay_masked_at_any_temperature():
-    """What top-k removed stays below logits that a small temperature drives towards the end of float32."""
+    """What top-k removed stays below logits that a small temperature makes extreme."""
     config, params = chosen_logits([-2.0, -1.0, -3.0, -4.0])
     for temperature in (1e-5, 1e-20, 1e-37):
         rows = gpt2_jax.generate(config, params, [[0]] * 97, 3, temperature=temperature, top_k=2, top_p=0.9)

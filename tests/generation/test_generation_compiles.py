@@ -1,4 +1,4 @@
-"""Compiling once: calls with other settings compile nothing, hold on to nothing, and capture no params."""
+"""Compiling once: calls with other settings do not compile, keep no memory, and capture no params."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def some_call(rng):
 
 
 def compile_all(params, **settings):
-    """Compile what `some_call` may need: 5 to 8 rows are decoded together, and prefilled by 8, 4, 2 and 1."""
+    """Compile what `some_call` may need: 5 to 8 rows are decoded together, and prefilled in groups of 8, 4, 2 and 1."""
     for n_rows in (8, 7):
         gpt2_jax.generate(CONFIG, params, [[1] * 23] * n_rows, 17, **settings)
 
@@ -53,8 +53,8 @@ def held():
 
 
 def test_many_calls_compile_once_and_hold_nothing(many_params):
-    """Any settings, seeds, stops, lengths of one bucket and params: nothing is compiled after the first call, and as
-    many bytes are held after all as before."""
+    """Any settings, seeds, stops, params and lengths of one bucket: nothing compiles after the first call, and the
+    memory in use is the same afterwards."""
     rng = np.random.default_rng(1)
     compile_all(many_params[0])
     compiled, before = len(COMPILATIONS), held()
@@ -66,7 +66,7 @@ def test_many_calls_compile_once_and_hold_nothing(many_params):
 
 
 def test_logprobs_of_other_settings_compile_nothing(many_params):
-    """The number of alternatives is a shape, and all else is not."""
+    """The number of alternatives is a shape. Nothing else is."""
     rng = np.random.default_rng(2)
     compile_all(many_params[0], logprobs=5)
     compiled, before = len(COMPILATIONS), held()
@@ -78,8 +78,8 @@ def test_logprobs_of_other_settings_compile_nothing(many_params):
 
 
 def test_sliding_again_compiles_nothing(many_params):
-    """Rows that slide at other times and more often reuse what others compiled: two programs for each bucket of
-    rows that slide together and of their prompts' lengths, and one that makes room."""
+    """Rows that slide at other times or more often reuse compiled programs: two for each bucket of prompt lengths and
+    of rows that slide together, and one that makes room."""
     prompts = [list(range(37)), [5], [7] * 19, [1] * 5, [2] * 30]
 
     def slide(seed):
@@ -99,7 +99,7 @@ def test_sliding_again_compiles_nothing(many_params):
 
 
 def test_streams_with_other_settings_compile_nothing(tokenizer):
-    """Prompts of one bucket, stops and knobs; also after streams that were left half read."""
+    """Prompts of one bucket, with any stops and settings; also after streams that were not read to the end."""
     params = random_params(TEXT_CONFIG, 1, scale=0.2)
     list(gpt2_jax.stream(TEXT_CONFIG, params, [1], tokenizer, N_SAID))
     compiled = len(COMPILATIONS)
@@ -113,7 +113,7 @@ def test_streams_with_other_settings_compile_nothing(tokenizer):
 
 
 def test_batch_sizes_of_one_bucket_compile_nothing(many_params):
-    """13 to 16 rows are decoded by one program, and prefilled by those of 16, 8, 4, 2 and 1."""
+    """13 to 16 rows are decoded by one program, and prefilled by the programs for 16, 8, 4, 2 and 1 rows."""
     prompt = [1] * 23
     gpt2_jax.generate(CONFIG, many_params[0], [prompt] * 16, 17)
     gpt2_jax.generate(CONFIG, many_params[0], [prompt] * 15, 17)
@@ -124,7 +124,7 @@ def test_batch_sizes_of_one_bucket_compile_nothing(many_params):
 
 
 def test_prompt_lengths_fall_into_few_buckets():
-    """Prompts of 1 to 126 tokens and a new one: as few programs as there are buckets, not as many as lengths."""
+    """Prompts of 1 to 126 tokens and one new token: one program per bucket, not one per length."""
     params = random_params(TEXT_CONFIG, 1, scale=0.2)
     compiled = len(COMPILATIONS)
     for length in range(1, 127, campaign(9, 1)):
@@ -169,7 +169,7 @@ def test_no_program_holds_a_parameter(tmp_path):
 
 
 def test_other_params_give_other_ids_without_compiling(many_params):
-    """And the first params their own again: nothing of them stayed in a program."""
+    """Other params give other ids, and the first params give their ids again: no program keeps params."""
     prompts = [[1, 2, 3], [4] * 23, [5], [6], [7]]
     first = gpt2_jax.generate(CONFIG, many_params[0], prompts, 17, temperature=0)
     compiled = len(COMPILATIONS)

@@ -1,4 +1,4 @@
-"""generate(logprobs=k): what the model itself says of each chosen token and of the k most likely, at any settings."""
+"""generate(logprobs=k): the model's own log-probabilities of chosen and k most likely tokens, at any settings."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tiny_models import CONFIG, chosen_logits, random_params
 import gpt2_jax
 
 PROMPTS = [[5], [3, 1, 4, 1, 5], [36, 0], [7] * 19, [2, 7, 1], [0], list(range(23))]
-UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
+UNTOUCHED = {"wte": object()}  # JAX cannot trace this: any attempt raises TypeError
 KNOBS = [
     {"temperature": 0},
     {"seed": 3},
@@ -37,7 +37,7 @@ def expected(config, params, prompt, ids):
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_logprobs_are_those_of_whole_forward_passes(params, knobs):
-    """Chosen and most likely tokens of a ragged batch: temperature 1, no filter and no penalty, whatever was drawn by.
+    """Chosen and most likely tokens of a ragged batch: temperature 1, no filter, no penalty, at any sampling settings.
 
     The error against float64 is 7.2e-6 at most.
     """
@@ -57,7 +57,7 @@ def test_asking_for_logprobs_changes_no_id(params, knobs):
 
 
 def test_greedy_chooses_the_first_of_the_most_likely(params):
-    """What is chosen at temperature 0 is the first alternative, id and log-probability bit for bit."""
+    """At temperature 0 the chosen token is the first alternative, with the same id and log-probability bit for bit."""
     rows, logprobs = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, temperature=0, logprobs=5)
     for ids, row in zip(rows, logprobs, strict=True):
         assert row.top_ids[:, 0].tolist() == ids
@@ -65,7 +65,7 @@ def test_greedy_chooses_the_first_of_the_most_likely(params):
 
 
 def test_shapes_and_types(params):
-    """NumPy arrays in a dataclass a row: chosen [n] float32, top_ids [n, k] int32, top [n, k] float32."""
+    """One dataclass of NumPy arrays per row: chosen [n] float32, top_ids [n, k] int32, top [n, k] float32."""
     for k, n in ((0, 1), (5, 17)):
         rows, logprobs = gpt2_jax.generate(CONFIG, params, PROMPTS, n, logprobs=k)
         assert len(rows) == len(logprobs) == len(PROMPTS)
@@ -84,7 +84,7 @@ def test_no_new_tokens_have_no_logprobs(params):
 
 
 def test_all_alternatives_add_up_to_one(params):
-    """k may be the whole vocabulary, whose probabilities are then all there."""
+    """k may be the whole vocabulary. Then all probabilities are returned."""
     _, logprobs = gpt2_jax.generate(CONFIG, params, PROMPTS, 1, logprobs=CONFIG.n_vocab)
     for row in logprobs:
         np.testing.assert_allclose(np.exp(row.top.astype(np.float64)).sum(axis=1), 1, rtol=0, atol=3e-6)
@@ -99,7 +99,7 @@ def test_a_tie_goes_to_the_lower_id():
 
 
 def test_logprobs_end_with_their_row(params, tokenizer):
-    """Rows that stopped have as many log-probabilities as ids, the same ones as without the stop."""
+    """Rows that stopped have as many log-probabilities as ids. They are the same as without the stop."""
     whole, whole_logprobs = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=6, logprobs=5)
     stops = {whole[0][3]}
     rows, logprobs = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=6, logprobs=5, stop_ids=stops)
@@ -121,7 +121,7 @@ def assert_begins(logprobs, rows, whole_logprobs):
 
 
 def test_logprobs_while_sliding(params):
-    """Beyond n_ctx they are those of the window that the row sees; the error against float64 is 1.4e-5 at most."""
+    """Beyond n_ctx they are those of the row's window. The error against float64 is 1.4e-5 at most."""
     rows, logprobs = gpt2_jax.generate(CONFIG, params, PROMPTS, 71, seed=7, overflow="slide", logprobs=5)
     for prompt, ids, row in zip(PROMPTS, rows, logprobs, strict=True):
         logprobs_nV = expected(CONFIG, params, prompt, ids)
@@ -150,8 +150,8 @@ def after_real_text(shakespeare, reference):
 def test_logprobs_of_the_embedded_model(shakespeare, after_real_text):
     """All 1,281 log-probabilities after real text, against float64.
 
-    What differs is the logits' own rounding, as summed by two versions of XLA: 2.3e-7 of the largest, 16.9, with jax
-    0.10 and 7.1e-7 with jax 0.12; the bound is 1.8e-6 of it.
+    The difference is the rounding of the logits. Relative to the largest, 16.9, it is 2.3e-7 with jax 0.10 and 7.1e-7
+    with jax 0.12; the bound is 1.8e-6.
     """
     prompts, (rows, logprobs), _ = after_real_text
     for i in range(0, len(prompts), 7):
@@ -168,8 +168,8 @@ def test_bfloat16_mostly_chooses_as_float32(after_real_text):
 
 
 def test_bfloat16_normalises_in_float32(after_real_text):
-    """Logits and softmax stay float32: probabilities add up to 1 far closer than bfloat16's 1/256, and few of their
-    logarithms are numbers that bfloat16 has."""
+    """Logits and softmax stay float32: probabilities sum to 1 far more exactly than bfloat16's 1/256, and bfloat16
+    cannot hold most of their logarithms."""
     _, _, (_, logprobs) = after_real_text
     for row in logprobs:
         assert row.top.dtype == np.float32
@@ -188,12 +188,12 @@ def test_bfloat16_decodes_and_slides():
     assert len(set(row)) > 5
 
 
-# ---- what is refused
+# ---- rejected arguments
 
 
 @pytest.mark.parametrize("k", [-1, 2.5, 3.0, "3", True, CONFIG.n_vocab + 1, 10**9])
 def test_wrong_numbers_of_alternatives_are_refused(k):
-    """One sentence with the argument and the value, before anything is traced: also more than the vocabulary has."""
+    """One sentence with the argument and the value, before anything is traced; k may not exceed the vocabulary."""
     with pytest.raises(ValueError, match="logprobs") as caught:
         gpt2_jax.generate(CONFIG, UNTOUCHED, [[1]], 3, logprobs=k)
     assert str(k) in str(caught.value)

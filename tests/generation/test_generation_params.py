@@ -1,4 +1,4 @@
-"""What may be passed as params and as the number of the first row, and where generate may be called."""
+"""Which params and first_row generate accepts, and where it may be called."""
 
 import jax
 import numpy as np
@@ -40,7 +40,7 @@ def test_a_wrong_first_row_is_refused(first_row):
 
 
 def test_rows_count_on_from_the_first(params):
-    """A list taken in parts gives what it gives in one, to the last number there is."""
+    """A list processed in parts gives the same results as in one call, up to the largest row number."""
     whole = gpt2_jax.generate(CONFIG, params, [[7]] * 5, 17)
     assert gpt2_jax.generate(CONFIG, params, [[7]] * 3, 17, first_row=2) == whole[2:]
     last = gpt2_jax.generate(CONFIG, params, [[7]] * 3, 17, first_row=2**32 - 3)

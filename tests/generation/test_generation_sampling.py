@@ -1,4 +1,4 @@
-"""What generate draws by each rule and by all of them, against probabilities worked out by hand."""
+"""What generate draws with each rule and with all of them, against probabilities computed by hand."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tiny_models import CONFIG, chosen_logits
 
 import gpt2_jax
 
-UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
+UNTOUCHED = {"wte": object()}  # JAX cannot trace this: any attempt raises TypeError
 N_ROWS = campaign(2003, 5003)
 LOGITS = [0.7, 2.0, -0.4, 1.1, 0.0, -1.5, 1.6]
 PROMPT = [3, 1]
@@ -17,7 +17,7 @@ PROMPT = [3, 1]
 def probabilities(
     logits, held, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, top_p_rule="original"
 ):
-    """The rules one after the other, in float64, on a row that holds the ids `held`."""
+    """Apply the rules in order, in float64, to a row that contains the ids `held`."""
     logits = np.array(logits, np.float64)
     for i in set(held):
         logits[i] = logits[i] / repetition_penalty if logits[i] > 0 else logits[i] * repetition_penalty
@@ -56,9 +56,9 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_pairs_follow_the_probabilities(rule):
-    """The first two tokens of each row, the prefill's draw and the loop's; the penalty knows the first at the second.
+    """The first two tokens of each row, drawn by prefill and by the loop; the penalty counts the first for the second.
 
-    The seed is fixed, so that this passes always or never.
+    The seed is fixed, so this always passes or always fails.
     """
     config, params = chosen_logits(LOGITS)
     n_vocab = len(LOGITS)
@@ -71,7 +71,7 @@ def test_pairs_follow_the_probabilities(rule):
 
 @full_only("test_pairs_follow_the_probabilities has each rule")
 def test_rules_can_be_told_apart():
-    """The test above has teeth: the draws of no rule pass for those of another."""
+    """The test above can fail: the draws of one rule do not pass for those of another."""
     config, params = chosen_logits(LOGITS)
     n_vocab = len(LOGITS)
     for rule, other in zip(RULES, [*RULES[1:], RULES[0]], strict=True):
@@ -82,7 +82,7 @@ def test_rules_can_be_told_apart():
         assert chi_square_p(counts, (first[:, None] * second).ravel() * N_ROWS) < 1e-6, (rule, other)
 
 
-NEVER = -99.0  # fills up to seven tokens, so that all these models are one program
+NEVER = -99.0  # fills up to seven tokens, so that all these models use one program
 HALVES = [*np.log([0.125, 0.5, 0.25, 0.0625, 0.0625]), NEVER, NEVER]
 TIES = [1.0, 2.0, 0.5, 1.0, 1.0, -3.0, NEVER]
 
@@ -105,7 +105,7 @@ TIES = [1.0, 2.0, 0.5, 1.0, 1.0, -3.0, NEVER]
         (HALVES, {"min_p": 0.4}, {1, 2}),
         (HALVES, {"min_p": 0.2}, {0, 1, 2}),
         (HALVES, {"min_p": 0.1}, {0, 1, 2, 3, 4}),
-        (HALVES, {"min_p": 0.6, "temperature": 2}, {1, 2}),  # heated before: 0.343 and 0.243
+        (HALVES, {"min_p": 0.6, "temperature": 2}, {1, 2}),  # temperature applies before: 0.343 and 0.243
         (TIES, {"top_p": 0.5, "top_p_rule": "common"}, {0, 1, 3, 4}),  # 0.448 < 0.5: the second crosses, and two tie
         (TIES, {"min_p": 0.3}, {0, 1, 3, 4}),
         (TIES, {"top_k": 1, "repetition_penalty": 1.5}, {1}),  # 2 / 1.5 still leads
@@ -121,7 +121,7 @@ def test_which_tokens_may_be_drawn(logits, rule, allowed):
 
 
 def test_the_penalty_keeps_a_greedy_row_moving():
-    """Each token that a row holds steps back: positive logits are divided, negative ones multiplied, once for all."""
+    """Each token that a row contains gets less likely: positive logits are divided, negative ones multiplied, once."""
     config, params = chosen_logits([4.0, 3.0, 2.5, -1.0, NEVER, NEVER, NEVER])
     rows = gpt2_jax.generate(config, params, [[3]] * N_ROWS, 5, temperature=0, repetition_penalty=1.5)
     assert rows == [[0, 1, 0, 0, 0]] * N_ROWS
@@ -151,6 +151,6 @@ def test_wrong_settings_are_refused(name, value):
 
 
 def test_settings_are_keywords(tokenizer):
-    """The settings after the seed cannot be passed by place, where a later one would shift them."""
+    """The settings after the seed are keyword-only, so that a new setting cannot shift them."""
     with pytest.raises(TypeError):
         gpt2_jax.generate(CONFIG, UNTOUCHED, [[1]], 3, 1.0, 0, 1.0, 0, 0.5)

@@ -1,4 +1,4 @@
-"""Beyond n_ctx: `overflow="slide"` is a window cut to its half whenever it is full, and nothing else changes."""
+"""Beyond n_ctx: `overflow="slide"` cuts the window to half when it is full. Nothing else changes."""
 
 import naive_generation as naive
 import numpy as np
@@ -9,7 +9,7 @@ from tiny_models import CONFIG, random_params
 import gpt2_jax
 
 PROMPTS = [[5], list(range(37)), [7] * 19, [3, 1, 4, 1, 5, 9, 2, 6], [0, 36] * 20, [8] * 29, [1, 2]]
-UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
+UNTOUCHED = {"wte": object()}  # JAX cannot trace this: any attempt raises TypeError
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +22,14 @@ def slide(params, prompts, n, config=CONFIG, **settings):
 
 
 def test_ragged_batches_equal_windows_that_are_run_anew(params):
-    """Rows that cross n_ctx at different times, twice each: every token is the slow loop's over its own window."""
+    """Rows that exceed n_ctx at different times, twice each: every token equals the slow loop's over its own window."""
     rows = slide(params, PROMPTS, 71)
     assert rows == [naive.greedy(CONFIG, params, *pair) for pair in zip(PROMPTS, rows, strict=True)]
     assert [len(row) for row in rows] == [71] * len(PROMPTS)
 
 
 def test_sampled_rows_equal_windows_that_are_run_anew(params):
-    """The same for draws, with every knob on: a slide changes no key and forgets no token that the penalty counts."""
+    """The same for draws, with all settings in use: a slide changes no key, and the penalty still counts all tokens."""
     knobs = {"temperature": 1.3, "top_k": 17, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2}
     rows = slide(params, PROMPTS, 53, seed=9, **knobs)
     assert rows == [
@@ -39,7 +39,7 @@ def test_sampled_rows_equal_windows_that_are_run_anew(params):
 
 
 def test_the_penalty_counts_tokens_that_left_the_window(params):
-    """Greedy with a penalty over three slides: the whole row's tokens count, not the window's alone."""
+    """Greedy with a penalty over three slides: all tokens of the row count, also those outside the window."""
     rows = slide(params, PROMPTS[:3], 97, repetition_penalty=1.5)
     assert rows == [naive.greedy(CONFIG, params, *pair, 1.5) for pair in zip(PROMPTS[:3], rows, strict=True)]
 
@@ -53,7 +53,7 @@ def test_prompts_longer_than_the_context(params, length):
 
 
 def test_a_call_goes_on_where_another_ended(params):
-    """Two calls, the second with what the first gave, are one call, wherever it is cut."""
+    """Two calls, where the second continues the first, equal one call, for any cut."""
     whole = slide(params, PROMPTS[:3], 83)
     for n in campaign((4, 39, 62), (1, 3, 4, 5, 22, 39, 40, 41, 60, 61, 62, 82)):
         longer = [prompt + row[:n] for prompt, row in zip(PROMPTS[:3], whole, strict=True)]
@@ -61,7 +61,7 @@ def test_a_call_goes_on_where_another_ended(params):
 
 
 def test_rows_slide_for_themselves(params):
-    """A row gives alone what it gives in a batch, greedy and sampled: its slides depend on its own length alone."""
+    """A row gives the same alone and in a batch, greedy and sampled: its slides depend only on its own length."""
     for settings in ({}, {"temperature": 1.2, "seed": 3}):
         rows = slide(params, PROMPTS, 47, **settings)
         assert slide(params, PROMPTS[:1], 47, **settings) == rows[:1]
@@ -71,7 +71,7 @@ def test_rows_slide_for_themselves(params):
 
 
 def test_sliding_changes_nothing_where_all_fits(params):
-    """Within n_ctx the two words for overflow give the same, up to the last position."""
+    """Within n_ctx both values of overflow give the same, up to the last position."""
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[3]]
     for settings in ({"temperature": 0}, {"seed": 2, "temperature": 1.0}):
         expected = gpt2_jax.generate(CONFIG, params, prompts, 22, **settings)
@@ -80,7 +80,7 @@ def test_sliding_changes_nothing_where_all_fits(params):
 
 @pytest.mark.parametrize("n_ctx", campaign([1, 3], [1, 2, 3, 5]))
 def test_tiny_contexts(n_ctx):
-    """Models with next to no context slide at nearly every token, and are right at each."""
+    """Models with very short contexts slide at nearly every token, and every token is correct."""
     config = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=n_ctx, n_embd=6, n_head=2, n_layer=1)
     params = random_params(config, n_ctx)
     for prompt in ([5], [3, 1, 4, 1, 5, 9, 2], [36, 0]):
@@ -89,7 +89,7 @@ def test_tiny_contexts(n_ctx):
 
 
 def test_stops_while_sliding(params):
-    """Stop ids end rows before, at and after slides; the others slide on undisturbed."""
+    """Stop ids end rows before, at and after slides. The other rows are not affected."""
     whole = slide(params, PROMPTS, 71, temperature=1.5, seed=5)
     rng = np.random.default_rng(2)
     lengths = set()
@@ -103,15 +103,15 @@ def test_stops_while_sliding(params):
 
 
 def test_five_thousand_tokens(params):
-    """A row of 122 contexts: as long as asked for, and right wherever it is looked at."""
+    """A row of 122 contexts has the requested length, and every checked token is correct."""
     prompt = PROMPTS[3]
     [row] = slide(params, [prompt], 5000, temperature=1.5, seed=7)
     assert len(row) == 5000
-    assert len(set(row[-500:])) > 9  # still a text, not one token for ever
+    assert len(set(row[-500:])) > 9  # still varied text, not one repeated token
     looked_at = [*range(30, 80), *range(100, 4990, 97), *range(4990, 5000)]
     for t in looked_at:
         seen = [*prompt, *row[:t]]
-        # Told which tokens came before, the slow loop draws this one: 0 as the first of a row that begins at t.
+        # The slow loop draws this token from the tokens before it, as token 0 of a row that begins at t.
         logits = naive.logits_before(CONFIG, params, seen, row[t : t + 1])
         assert draw(logits, 1.5, seed=7, t=t) == row[t], t
 
@@ -124,12 +124,12 @@ def draw(logits_1V, temperature, seed, t):
     return int(np.argmax(logits_1V[0] / temperature + np.asarray(jax.random.gumbel(key, logits_1V.shape[1:]))))
 
 
-# ---- refusing
+# ---- rejected arguments
 
 
 def test_too_long_is_an_error_unless_sliding_is_asked_for(params):
-    """By default, and by its word, what does not fit n_ctx is refused before anything is traced; the message says how
-    to go on."""
+    """By default, and with overflow="error", what does not fit n_ctx is rejected before tracing; the message says how
+    to continue."""
     for settings in ({}, {"overflow": "error"}):
         with pytest.raises(ValueError, match=r"n_ctx.*41") as caught:
             gpt2_jax.generate(CONFIG, UNTOUCHED, [[1] * 20], 22, **settings)
@@ -140,7 +140,7 @@ def test_too_long_is_an_error_unless_sliding_is_asked_for(params):
 
 @pytest.mark.parametrize("word", ["crop", "Slide", "", None, True, 1])
 def test_other_words_for_overflow_are_refused(word):
-    """The message names the argument, the word, and the two there are."""
+    """The message has the argument, the value, and the two allowed values."""
     with pytest.raises(ValueError, match="overflow") as caught:
         gpt2_jax.generate(CONFIG, UNTOUCHED, [[1]], 3, overflow=word)
     assert all(known in str(caught.value) for known in ("error", "slide", repr(word)))

@@ -1,4 +1,4 @@
-"""Stops: rows end at the ids and strings that are asked for, exactly there, each for itself, and nothing else stops."""
+"""Stops: each row ends exactly at the requested ids and strings, independently, and nothing else stops it."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from tiny_models import CONFIG, random_params
 import gpt2_jax
 
 PROMPTS = [[5], [3, 1, 4, 1, 5], [36, 0], [7] * 19, [2, 7, 1], [0], list(range(23))]
-counted = pytest.mark.usefixtures("decode_steps")  # with the model that counts: it is compiled once for all
-UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
+counted = pytest.mark.usefixtures("decode_steps")  # the step counter's model is compiled once for all tests
+UNTOUCHED = {"wte": object()}  # JAX cannot trace this: any attempt raises TypeError
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,12 @@ def params():
 
 @pytest.fixture(scope="module")
 def text_params():
-    """Random weights over the embedded vocabulary: what they sample is full of broken characters."""
+    """Random weights over the embedded vocabulary: their samples have many incomplete characters."""
     return random_params(TEXT_CONFIG, 1, scale=0.2)
 
 
 def say(text, tokenizer, **settings):
-    """What generate gives, as ids and text, when the model says this text and then nothing but `<|endoftext|>`."""
+    """Return generate's ids and text for a model that writes this text and then only `<|endoftext|>`."""
     ids = tokenizer.encode(text)
     settings = {"temperature": 0, "tokenizer": tokenizer, "stop_ids": [tokenizer.eot]} | settings
     [row] = gpt2_jax.generate(TEXT_CONFIG, speaker(ids), [[0]], N_SAID, **settings)
@@ -39,7 +39,7 @@ def say(text, tokenizer, **settings):
 
 @pytest.mark.parametrize("knobs", [{"temperature": 0}, {"temperature": 1.5, "top_p": 0.9}], ids=["greedy", "sampled"])
 def test_rows_with_stop_ids_are_the_rows_without_cut_before_them(params, knobs):
-    """Random sets of ids: each row is cut before the first it picks, and the others go on as if nothing was."""
+    """Random sets of ids: each row is cut before the first stop id that it picks. The others do not change."""
     rng = np.random.default_rng(1)
     whole = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, seed=4, **knobs)
     for _ in range(campaign(7, 60)):
@@ -49,7 +49,7 @@ def test_rows_with_stop_ids_are_the_rows_without_cut_before_them(params, knobs):
 
 
 def test_a_row_is_shorter_exactly_when_it_stopped(params):
-    """`len(row) < max_new_tokens` says that the row stopped, also where the stop is the very last token allowed."""
+    """`len(row) < max_new_tokens` means that the row stopped, also if the stop is the last allowed token."""
     [row] = gpt2_jax.generate(CONFIG, params, [PROMPTS[6]], 17, seed=4, temperature=1.7)
     for stop in dict.fromkeys(row):
         at = row.index(stop)
@@ -60,7 +60,7 @@ def test_a_row_is_shorter_exactly_when_it_stopped(params):
 
 
 def test_a_row_that_stops_at_once_is_empty(params):
-    """A stop id as the very first token gives an empty row; its neighbours give all they would."""
+    """A stop id as the first token gives an empty row. The other rows do not change."""
     whole = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, temperature=0)
     rows = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, temperature=0, stop_ids=[whole[2][0]])
     assert rows[2] == []
@@ -69,14 +69,14 @@ def test_a_row_that_stops_at_once_is_empty(params):
 
 @counted
 def test_a_stop_id_in_the_prompt_stops_nothing():
-    """Only new tokens stop a row, and the prompt's last token is none of them."""
+    """Only new tokens stop a row. The prompt's last token is not new."""
     settings = {"temperature": 0, "stop_ids": [3]}
     assert gpt2_jax.generate(TEXT_CONFIG, speaker([0, 5, 6, 7, 3]), [[3, 3]], N_SAID, **settings) == [[5, 6, 7]]
     assert gpt2_jax.generate(TEXT_CONFIG, speaker([0, 3]), [[3, 3]], N_SAID, **settings) == [[]]
 
 
 def test_any_collection_of_ids_is_taken(params):
-    """Lists, tuples, sets, ranges, arrays and repeated ids are all the same set of stops."""
+    """Lists, tuples, sets, ranges, arrays and repeated ids all give the same set of stops."""
     expected = gpt2_jax.generate(CONFIG, params, PROMPTS, 17, temperature=0, stop_ids=[3, 4, 5])
     for stop_ids in ((5, 4, 3), {3, 4, 5}, range(3, 6), np.array([3, 4, 5]), [3, 3, 4, 5, 5, 5]):
         assert gpt2_jax.generate(CONFIG, params, PROMPTS, 17, temperature=0, stop_ids=stop_ids) == expected
@@ -84,7 +84,7 @@ def test_any_collection_of_ids_is_taken(params):
 
 @counted
 def test_nothing_stops_by_default(tokenizer):
-    """`<|endoftext|>` is a token like others unless it is named, also when a tokenizer is there."""
+    """`<|endoftext|>` is an ordinary token unless it is in stop_ids, also with a tokenizer."""
     ids = [5, tokenizer.eot, 7, 0]
     for settings in ({}, {"tokenizer": tokenizer}, {"tokenizer": tokenizer, "stop_strings": ["never"]}):
         rows = gpt2_jax.generate(TEXT_CONFIG, speaker(ids), [[0]], N_SAID, temperature=0, **settings)
@@ -94,7 +94,7 @@ def test_nothing_stops_by_default(tokenizer):
 @counted
 @pytest.mark.parametrize("n", [1, 97, 113, 126])
 def test_the_number_of_tokens_is_never_capped(tokenizer, n):
-    """Whatever the model says, it says as many tokens as were asked for, up to the last position."""
+    """For any output of the model, a row has the requested number of tokens, up to the last position."""
     ids = np.random.default_rng(n).integers(0, TEXT_CONFIG.n_vocab, n).tolist()
     params = speaker(ids)
     assert gpt2_jax.generate(TEXT_CONFIG, params, [[0]], n, temperature=0) == [ids]
@@ -115,13 +115,13 @@ SPOKEN = "First: don't stop. Then Łódź 漢字 and 👨‍👩‍👧 go, go, 
         (["stop. Then"], "First: don't "),  # over several tokens
         (["irs"], "F"),
         (["First"], ""),
-        (["END"], "First: don't stop. Then Łódź 漢字 and 👨‍👩‍👧 go, go, go!\n\n"),  # by the last token
+        (["END"], "First: don't stop. Then Łódź 漢字 and 👨‍👩‍👧 go, go, go!\n\n"),  # completed by the last token
         (["ENDS"], SPOKEN),
-        (["go, go, go!", ", go"], "First: don't stop. Then Łódź 漢字 and 👨‍👩‍👧 go"),  # the first to be complete
+        (["go, go, go!", ", go"], "First: don't stop. Then Łódź 漢字 and 👨‍👩‍👧 go"),  # the first completed
         (["go,", "go, go"], "First: don't stop. Then Łódź 漢字 and 👨‍👩‍👧 "),  # one begins another
         (["never", "Łódź", "漢字"], "First: don't stop. Then "),
         (["字"], "First: don't stop. Then Łódź 漢"),  # a character of several tokens
-        (["👩‍👧"], "First: don't stop. Then Łódź 漢字 and 👨‍"),  # within one shown character
+        (["👩‍👧"], "First: don't stop. Then Łódź 漢字 and 👨‍"),  # within one displayed character
         (["漢字 and 👨‍👩‍👧"], "First: don't stop. Then Łódź "),
         (["first", "FIRST"], SPOKEN),
         (["t s"], "First: don'"),
@@ -129,7 +129,7 @@ SPOKEN = "First: don't stop. Then Łódź 漢字 and 👨‍👩‍👧 go, go, 
     ],
 )  # fmt: skip
 def test_text_ends_where_a_stop_string_begins(tokenizer, stop_strings, expected):
-    """Stop strings that straddle tokens, overlap each other or are no ASCII: the ids that lie wholly before remain."""
+    """Stop strings that span tokens, overlap each other or are not ASCII: the ids entirely before them remain."""
     ids, text = say(SPOKEN, tokenizer, stop_strings=stop_strings)
     assert (ids, expected) == cut_at_strings(tokenizer, tokenizer.encode(SPOKEN), stop_strings)
     assert expected.startswith(text.rstrip("\ufffd"))
@@ -137,7 +137,7 @@ def test_text_ends_where_a_stop_string_begins(tokenizer, stop_strings, expected)
 
 @counted
 def test_a_stop_string_may_begin_inside_a_token(tokenizer):
-    """A token that holds the beginning of a stop string is not in the result, though its own beginning is not it."""
+    """A token that contains the beginning of a stop string is not in the result, even if the token begins before it."""
     ids = tokenizer.encode(" the king and the queen")
     inside = next(tokenizer.decode([i]) for i in ids if len(tokenizer.decode([i])) >= 4)
     stop = tokenizer.decode(ids).split(inside[:2], 1)[1][:6]
@@ -148,7 +148,7 @@ def test_a_stop_string_may_begin_inside_a_token(tokenizer):
 
 @counted
 def test_of_two_strings_one_token_completes_the_earlier_counts(tokenizer):
-    """The text is cut where the first of them begins, in whatever order they are given."""
+    """The text is cut where the first of them begins, in any order of the arguments."""
     ids = tokenizer.encode(SPOKEN)
     token = next(tokenizer.decode([i]) for i in ids if len(tokenizer.decode([i]).strip()) >= 3)
     at = SPOKEN.index(token)
@@ -161,7 +161,7 @@ def test_of_two_strings_one_token_completes_the_earlier_counts(tokenizer):
 
 @counted
 def test_a_stop_string_in_the_prompt_stops_nothing(tokenizer):
-    """Neither one that the prompt holds nor one that it begins and the new text goes on with."""
+    """A stop string in the prompt does not stop, and one that begins in the prompt and ends in new text does not."""
     ids = tokenizer.encode("and so on")
     prompt = tokenizer.encode("STOP")
     params = speaker([*[0] * (len(prompt) - 1), *ids])  # positions count the prompt
@@ -173,7 +173,7 @@ def test_a_stop_string_in_the_prompt_stops_nothing(tokenizer):
 @counted
 @pytest.mark.parametrize("seed", range(campaign(2, 5)))
 def test_rows_with_stop_strings_are_the_rows_without_cut_at_them(text_params, tokenizer, seed):
-    """Random texts of broken characters, random pieces of them as stop strings, with and without stop ids."""
+    """Random texts with incomplete characters. Random pieces of them are stop strings, with and without stop ids."""
     rng = np.random.default_rng(seed)
     prompts = [[1], [2] * 19]
     knobs = {"temperature": 1.3, "seed": seed, "max_new_tokens": N_SAID}
@@ -211,7 +211,7 @@ def test_real_text_stops_at_strings(shakespeare, tokenizer):
 
 
 def test_no_step_is_run_beyond_the_last_tokens(decode_steps, tokenizer):  # noqa: F811
-    """Prefill gives the first token and a step each one after it, and none is run for nothing."""
+    """Prefill gives the first token and each decode step one more. No extra step runs."""
     ids = np.arange(1, 131).tolist()
     params = speaker(ids)
     for n in (97, 98, 105, 112, 113):
@@ -223,18 +223,18 @@ def test_no_step_is_run_beyond_the_last_tokens(decode_steps, tokenizer):  # noqa
 
 
 def test_no_step_is_run_beyond_stop_ids(decode_steps):  # noqa: F811
-    """When the last row has picked its stop id, decoding is over at that very step."""
+    """Decoding ends at the step where the last row picks its stop id."""
     ids = np.arange(1, 131).tolist()
     params = speaker(ids)
     for at in (8, 9, 1, 15, 16, 17, 31, 32, 33, 70):
-        prompts = [[0] * 9, [0]]  # the longer is ahead by eight tokens, or past the stop id from the beginning
+        prompts = [[0] * 9, [0]]  # the longer is eight tokens ahead, or starts after the stop id
         rows = gpt2_jax.generate(TEXT_CONFIG, params, prompts, N_SAID, temperature=0, stop_ids=[ids[at]])
         assert rows == [ids[8:at] if at >= 8 else ids[8 : 8 + N_SAID], ids[:at]]
         assert decode_steps() == (at if at >= 8 else N_SAID - 1)
 
 
 def test_at_most_sixteen_steps_are_run_beyond_stop_strings(decode_steps, tokenizer):  # noqa: F811
-    """When the last row has said its stop string, decoding is over within 16 steps."""
+    """Decoding ends within 16 steps after the last row completes its stop string."""
     for n_before in (0, 1, 14, 15, 16, 17, 31, 32, 33, 70):
         ids = tokenizer.encode("x") * n_before + tokenizer.encode("STOP")
         settings = {"temperature": 0, "stop_strings": ["STOP"], "tokenizer": tokenizer}
@@ -245,7 +245,7 @@ def test_at_most_sixteen_steps_are_run_beyond_stop_strings(decode_steps, tokeniz
 
 
 def test_stop_ids_end_the_steps_with_stop_strings_too(decode_steps, tokenizer):  # noqa: F811
-    """One row stops at an id, the other at a string later: 16 steps beyond the later one at most."""
+    """One row stops at an id, the other later at a string: at most 16 steps run after that."""
     x, y = tokenizer.encode("x") + tokenizer.encode("y")
     end = tokenizer.encode("END")
     params = speaker([*[x] * 20, tokenizer.eot, *[y] * 20, *end, *[x] * 100])
@@ -256,7 +256,7 @@ def test_stop_ids_end_the_steps_with_stop_strings_too(decode_steps, tokenizer): 
     assert needed <= decode_steps() <= needed + 16
 
 
-# ---- what is refused
+# ---- rejected arguments
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_stop_ids_end_the_steps_with_stop_strings_too(decode_steps, tokenizer): 
     ids=str,
 )
 def test_wrong_stops_are_refused(tokenizer, settings, message):
-    """One sentence that names the argument and the value, before anything is traced, also for nothing to do."""
+    """One sentence with the argument and the value, before anything is traced, also for zero new tokens."""
     for n in (3, 0):
         with pytest.raises(ValueError, match=message) as caught:
             gpt2_jax.generate(TEXT_CONFIG, UNTOUCHED, [[1, 2]], n, **{"tokenizer": tokenizer} | settings)

@@ -1,4 +1,4 @@
-"""stream: the text of generate as it comes, in whole characters, promptly, and no longer than somebody listens."""
+"""stream: the text of generate in whole characters, promptly, and only while the iterator is in use."""
 
 import gc
 import itertools
@@ -13,8 +13,8 @@ from tiny_models import random_params
 
 import gpt2_jax
 
-pytestmark = pytest.mark.usefixtures("decode_steps")  # all with the model that counts: it is compiled once for all
-UNTOUCHED = {"wte": object()}  # jax can trace nothing with this in it: any attempt raises TypeError
+pytestmark = pytest.mark.usefixtures("decode_steps")  # the step counter's model is compiled once for all tests
+UNTOUCHED = {"wte": object()}  # JAX cannot trace this: any attempt raises TypeError
 TEXTS = {
     "ascii": "The quick brown fox jumps over the lazy dog, and nobody minds.",
     "family": "👨‍👩‍👧‍👦 says 👩🏽‍🚀: ❤️‍🔥!",
@@ -30,17 +30,17 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def text_params():
-    """Random weights over the embedded vocabulary: what they sample is full of broken characters."""
+    """Random weights over the embedded vocabulary: their samples have many incomplete characters."""
     return random_params(TEXT_CONFIG, 1, scale=0.2)
 
 
 def say(text, tokenizer, **settings):
-    """The pieces in which this text comes."""
+    """Return the pieces of this text."""
     params = speaker(tokenizer.encode(text))
     return list(gpt2_jax.stream(TEXT_CONFIG, params, [0], tokenizer, N_SAID, stop_ids=[tokenizer.eot], **settings))
 
 
-# ---- streaming is decoding
+# ---- the text of a stream
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -54,7 +54,7 @@ def test_text_comes_out_whole(tokenizer, text):
 
 @pytest.mark.parametrize("knobs", [{"temperature": 0}, {}, {"temperature": 1.6, "top_k": 500, "min_p": 1e-4}], ids=str)
 def test_pieces_joined_are_the_text_of_generate(text_params, tokenizer, knobs):
-    """Random weights say invalid bytes and halves of characters: joined, the pieces are tokenizer.decode of it all."""
+    """Random weights give invalid bytes and parts of characters. Joined, pieces equal tokenizer.decode of all ids."""
     broken = 0
     for seed, prompt, n in [(1, [5], 96), (2, [5, 6, 7], 97), (3, list(range(19)), 100), (4, [5], 126), (5, [5], 0)]:
         pieces = list(gpt2_jax.stream(TEXT_CONFIG, text_params, prompt, tokenizer, n, seed=seed, **knobs))
@@ -67,7 +67,7 @@ def test_pieces_joined_are_the_text_of_generate(text_params, tokenizer, knobs):
 
 
 def test_no_piece_is_broken_where_the_text_is_not(text_params, tokenizer):
-    """A text with broken bytes is streamed with its own U+FFFD and no other: every piece is a slice of the whole."""
+    """A text with invalid bytes has only its own U+FFFD: every piece is a slice of the whole text."""
     for seed in range(7):
         knobs = {"seed": seed, "temperature": 1.5, "max_new_tokens": N_SAID}
         pieces = list(gpt2_jax.stream(TEXT_CONFIG, text_params, [9], tokenizer, **knobs))
@@ -77,7 +77,7 @@ def test_no_piece_is_broken_where_the_text_is_not(text_params, tokenizer):
 
 
 def test_real_text(shakespeare, tokenizer):
-    """The embedded model, greedy and sampled, from text and from ids: what generate gives, in several pieces."""
+    """The embedded model, greedy and sampled, from text and from ids: the text of generate, in several pieces."""
     config, params = shakespeare
     prompt = "ROMEO:\nBut soft"
     for settings in ({"temperature": 0}, {"seed": 3, "top_k": 40}, {"seed": 3, "stop_strings": ["\n\n"]}):
@@ -91,7 +91,7 @@ def test_real_text(shakespeare, tokenizer):
 
 
 def test_streaming_slides(text_params, tokenizer):
-    """Beyond n_ctx as within it."""
+    """Streaming works beyond n_ctx too."""
     settings = {"max_new_tokens": 400, "seed": 2, "overflow": "slide", "repetition_penalty": 1.1}
     pieces = list(gpt2_jax.stream(TEXT_CONFIG, text_params, [3, 4], tokenizer, **settings))
     assert "".join(pieces) == tokenizer.decode(gpt2_jax.generate(TEXT_CONFIG, text_params, [[3, 4]], **settings)[0])
@@ -108,18 +108,18 @@ def test_streaming_slides(text_params, tokenizer):
         (["x jumps over the lazy d"], "The quick brown fo"),
         (["T"], ""),
         (["minds."], "The quick brown fox jumps over the lazy dog, and nobody "),
-        (["minds.?"], TEXTS["ascii"]),  # what might have become the stop string comes at the end
+        (["minds.?"], TEXTS["ascii"]),  # a possible beginning of the stop string comes at the end
         (["nobody knows", "dog, or"], TEXTS["ascii"]),
         (["the lazy cat", "jumps over it", "over"], "The quick brown fox jumps "),
     ],
 )
 def test_text_is_cut_exactly_at_a_stop_string(tokenizer, stop_strings, expected):
-    """Also inside a token, and what looks like the beginning of a stop string but is none is not lost."""
+    """Also inside a token. Text that begins like a stop string but is not one is not lost."""
     assert "".join(say(TEXTS["ascii"], tokenizer, stop_strings=stop_strings)) == expected
 
 
 def test_stops_equal_those_of_generate(text_params, tokenizer):
-    """Random pieces of random text as stop strings, and stop ids: the text up to the first of either."""
+    """Random pieces of random text as stop strings, and stop ids: the text ends before the first of them."""
     rng = np.random.default_rng(3)
     for seed in range(campaign(5, 17)):
         knobs = {"temperature": 1.3, "seed": seed, "max_new_tokens": N_SAID}
@@ -135,7 +135,7 @@ def test_stops_equal_those_of_generate(text_params, tokenizer):
 
 
 def test_a_stop_in_the_middle_of_a_character_leaves_what_was_whole(tokenizer):
-    """Half a character before a stop id is U+FFFD, as tokenizer.decode has it, and nothing is held back for ever."""
+    """An incomplete character before a stop id becomes U+FFFD, as in tokenizer.decode, and no text is kept back."""
     ids = [*tokenizer.encode("ab"), *tokenizer.encode("🦊")[:2], tokenizer.eot, *tokenizer.encode("cd")]
     pieces = list(gpt2_jax.stream(TEXT_CONFIG, speaker(ids), [0], tokenizer, N_SAID, stop_ids=[tokenizer.eot]))
     assert "".join(pieces) == tokenizer.decode(ids[:-3]) == "ab\ufffd"
@@ -146,7 +146,7 @@ def test_a_stop_in_the_middle_of_a_character_leaves_what_was_whole(tokenizer):
 
 @pytest.mark.parametrize("settings", [{}, {"stop_strings": ["dog?", "x" * 50]}], ids=["no stops", "stop strings"])
 def test_text_comes_within_sixteen_steps(decode_steps, tokenizer, settings):  # noqa: F811
-    """No piece of ASCII is waited for longer than 16 decode steps, and none is run beyond the last token."""
+    """A piece of ASCII comes within 16 decode steps, and no step runs after the last token."""
     ids = np.resize(tokenizer.encode("dog "), 126).tolist()
     pieces = gpt2_jax.stream(TEXT_CONFIG, speaker(ids), [0], tokenizer, 126, temperature=0, **settings)
     waits, said = [], ""
@@ -159,7 +159,7 @@ def test_text_comes_within_sixteen_steps(decode_steps, tokenizer, settings):  # 
 
 
 def test_the_first_piece_does_not_wait_for_the_rest(decode_steps, tokenizer):  # noqa: F811
-    """When the first piece is here, at most 16 steps of 125 have been run."""
+    """At most 16 of 125 steps run before the first piece."""
     pieces = gpt2_jax.stream(TEXT_CONFIG, speaker(tokenizer.encode("x") * 126), [0], tokenizer, 126, temperature=0)
     assert set(next(pieces)) == {"x"}
     assert decode_steps() <= 16
@@ -168,7 +168,7 @@ def test_the_first_piece_does_not_wait_for_the_rest(decode_steps, tokenizer):  #
 
 @pytest.mark.parametrize("how", ["close", "drop", "break"])
 def test_nobody_listening_stops_the_decoding(decode_steps, tokenizer, how):  # noqa: F811
-    """Closing the iterator, dropping it, or leaving the loop over it: no further step is run."""
+    """After you close or drop the iterator, or leave the loop over it, no further step runs."""
     pieces = gpt2_jax.stream(TEXT_CONFIG, speaker(tokenizer.encode("x") * 126), [0], tokenizer, 126, temperature=0)
     n_read = 0
     for piece in itertools.islice(pieces, 3) if how != "break" else pieces:
@@ -186,7 +186,7 @@ def test_nobody_listening_stops_the_decoding(decode_steps, tokenizer, how):  # n
 
 
 def test_a_stop_string_ends_the_decoding(decode_steps, tokenizer):  # noqa: F811
-    """A stream that stopped has run at most 16 steps beyond, and ends by itself."""
+    """A stream ends at its stop string, and at most 16 steps run after it."""
     ids = tokenizer.encode("one two END three four")
     settings = {"temperature": 0, "stop_strings": ["END"]}
     assert "".join(gpt2_jax.stream(TEXT_CONFIG, speaker(ids), [0], tokenizer, N_SAID, **settings)) == "one two "
@@ -194,7 +194,7 @@ def test_a_stop_string_ends_the_decoding(decode_steps, tokenizer):  # noqa: F811
 
 
 def test_two_streams_at_once_are_two_streams(text_params, tokenizer):
-    """Read in turn, each gives what it gives alone."""
+    """Read in turn, each stream gives the same text as alone."""
     calls = [{"prompt": [1], "seed": 1}, {"prompt": [2, 3], "seed": 2}]
     settings = {"tokenizer": tokenizer, "max_new_tokens": N_SAID}
     alone = ["".join(gpt2_jax.stream(TEXT_CONFIG, text_params, **call, **settings)) for call in calls]
@@ -204,7 +204,7 @@ def test_two_streams_at_once_are_two_streams(text_params, tokenizer):
 
 
 def test_thousands_of_tokens_in_flat_memory(tokenizer, text_params):
-    """A stream of many contexts holds no more on the device at its end than near its beginning."""
+    """A stream of many contexts uses the same device memory at its end as near its beginning."""
     n_new = campaign(2000, 5000)
     settings = {"max_new_tokens": n_new, "overflow": "slide", "seed": 1}
     held, n_read = [], 0
@@ -217,7 +217,7 @@ def test_thousands_of_tokens_in_flat_memory(tokenizer, text_params):
     assert max(held[early:]) <= max(held[:early])
 
 
-# ---- what is refused, and when
+# ---- rejected arguments
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_thousands_of_tokens_in_flat_memory(tokenizer, text_params):
     ids=str,
 )
 def test_wrong_arguments_are_refused_by_the_call(tokenizer, changes, message):
-    """Not at the first piece, where a loop elsewhere would meet the error."""
+    """The call itself raises, not the first piece, which may be read elsewhere."""
     call = {"config": TEXT_CONFIG, "params": UNTOUCHED, "prompt": [1, 2], "tokenizer": tokenizer, "max_new_tokens": 5}
     with pytest.raises(ValueError, match=message) as caught:
         gpt2_jax.stream(**call | changes)
@@ -264,7 +264,7 @@ def test_params_of_another_config_are_refused_by_the_call(tokenizer, text_params
 
 
 def test_nan_in_the_params_is_told(tokenizer, text_params):
-    """A stream over params with a NaN ends with the error that says so, after the text before it."""
+    """With NaN in the params, a stream yields the text before it and then raises the error."""
     params = text_params | {"wpe": text_params["wpe"].at[20].set(np.nan)}
     pieces = gpt2_jax.stream(TEXT_CONFIG, params, [1], tokenizer, N_SAID)
     with pytest.raises(ValueError, match="NaN"):

@@ -1,4 +1,4 @@
-"""complete_file: killed anywhere and called again, it writes what an undisturbed call would have written."""
+"""complete_file: after a kill at any point and a second call, the output equals that of an uninterrupted call."""
 
 import functools
 import io
@@ -29,7 +29,7 @@ TEXTS = [
 
 
 def write_prompts(path: Path, texts=TEXTS) -> Path:
-    """A prompt a line: a text alone, or an object with other fields; blank lines between, and no newline at the end."""
+    """One prompt per line: a string, or an object with other fields; blank lines in between, no newline at the end."""
     lines = [
         json.dumps(text) if i % 3 == 1 else json.dumps({"id": [i, None], "prompt": text, "clé": 1.5})
         for i, text in enumerate(texts)
@@ -51,7 +51,7 @@ def target(tmp_path):
 
 @pytest.fixture
 def whole(tmp_path, source):
-    """What an undisturbed call writes."""
+    """The output of an uninterrupted call."""
     (tmp_path / "undisturbed").mkdir()
     target = tmp_path / "undisturbed" / "out.jsonl"
     assert complete_file(source, target, fake(), SETTINGS, 3) == len(TEXTS)
@@ -60,7 +60,7 @@ def whole(tmp_path, source):
 
 
 def begin(source, target, n_prompts, batch_size=1):
-    """Complete so many prompts, and stop as Ctrl-C does."""
+    """Complete this many prompts, and stop like Ctrl-C."""
 
     def complete(prompts, first):
         if first >= n_prompts:
@@ -110,7 +110,7 @@ def test_a_byte_order_mark_and_windows_lines(tmp_path, target):
 
 
 def test_input_from_a_pipe(target):
-    """As `--input <(command)` names one: read once, and it has no other name."""
+    """Like `--input <(command)`: the pipe can be read only once."""
     receive, send = os.pipe()
     os.write(send, b'"a"\n"b"\n')
     os.close(send)
@@ -139,13 +139,13 @@ def test_several_fields(tmp_path, source, target):
     ],
 )
 def test_results_that_are_none(source, target, complete, message):
-    """Nothing of such a batch is written."""
+    """No result of such a batch is written."""
     with pytest.raises(ValueError, match=message):
         complete_file(source, target, complete, SETTINGS, 3)
     assert target.with_name("out.jsonl.part").read_bytes().count(b"\n") == 1
 
 
-# ---- refused
+# ---- rejected
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_results_that_are_none(source, target, complete, message):
         (b'{"text": "x"}', '"prompt"'),
         (b'{"prompt": 5}', '"prompt"'),
         (b'{"prompt": ["x"]}', '"prompt"'),
-        (b'["x"]', "line 3 is no prompt"),
+        (b'["x"]', "line 3 is not a prompt"),
         (b"null", "line 3"),
         (b'{"prompt": "x", "index": 5}', 'line 3 .*"index"'),
         (b'{"prompt": "x", "samples": 5}', 'line 3 .*"samples"'),
@@ -216,7 +216,7 @@ def test_a_target_that_came_beside_unfinished_work_is_not_touched(source, target
     for n_done in (0, 3):
         part = begin(source, target, n_done)
         lines = part.read_bytes().split(b"\n", 1)[1]
-        target.write_bytes(lines)  # not ours, though it has the same lines: they are not all
+        target.write_bytes(lines)  # not ours: it has the same lines, but not all of them
         before = snapshot(target.parent)
         with pytest.raises(ValueError, match="exists"):
             complete_file(source, target, None, SETTINGS, 3)
@@ -226,7 +226,7 @@ def test_a_target_that_came_beside_unfinished_work_is_not_touched(source, target
 
 
 def test_two_at_once(source, target, whole):
-    """The second is refused, and the first is not disturbed."""
+    """The second is rejected, and the first is not affected."""
 
     def complete(prompts, first):
         with pytest.raises(ValueError, match=r"another process is writing .*out\.jsonl"):
@@ -237,7 +237,7 @@ def test_two_at_once(source, target, whole):
     assert target.read_bytes() == whole
 
 
-# ---- going on
+# ---- resuming
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
@@ -251,7 +251,7 @@ def test_goes_on_with_any_batch_size(tmp_path, source, target, whole, batch_size
 
 
 def test_torn_at_any_byte(source, target, whole):
-    """Whatever length a killed write leaves: whole lines count, and the torn one is made anew."""
+    """A killed write may leave any length: complete lines are kept, and an incomplete one is computed again."""
     part = begin(source, target, len(TEXTS) - 1)
     data = part.read_bytes()
     n_header = data.index(b"\n") + 1
@@ -290,7 +290,7 @@ def test_another_input_or_other_settings_are_named(source, target, whole):
 def test_a_part_file_of_something_else_is_not_touched(source, target, data):
     part = target.with_name("out.jsonl.part")
     part.write_bytes(data)
-    with pytest.raises(ValueError, match="in the way"):
+    with pytest.raises(ValueError, match="exists and is not an unfinished output"):
         complete_file(source, target, None, SETTINGS, 3)
     assert part.read_bytes() == data
 
@@ -306,7 +306,7 @@ def test_a_part_file_with_a_wrong_line_is_named(source, target, line):
 
 
 def test_a_full_disk(source, target, whole, monkeypatch):
-    """An error while the part file is begun leaves nothing; while the target is made, the work and no half file."""
+    """An error when the part file starts leaves nothing. An error when the target is made leaves only the part file."""
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -339,7 +339,7 @@ def fork():
 
 
 def check_between(target, whole):
-    """What a killed process leaves: nothing, or a beginning of the work, or the target whole."""
+    """A killed process leaves nothing, or the first part of the work, or the complete target."""
     part = target.with_name(f"{target.name}.part")
     if part.exists():
         lines = part.read_bytes().split(b"\n", 1)[1]
@@ -350,7 +350,7 @@ def check_between(target, whole):
 
 
 def test_killed_before_each_step(fork, tmp_path, target):
-    """Before lines of the program and operations on files, one after the other; then called again."""
+    """Killed before each line of the program and each file operation in turn, then called again."""
     source, undisturbed = write_prompts(tmp_path / "three.jsonl", TEXTS[:3]), tmp_path / "whole.jsonl"
     assert complete_file(source, undisturbed, fake(), SETTINGS, 2) == 3
     whole = undisturbed.read_bytes()
@@ -367,7 +367,7 @@ def test_killed_before_each_step(fork, tmp_path, target):
         done, left = target.exists(), target.with_name("out.jsonl.part").exists()
         between += done and left
         if done and not left:
-            with pytest.raises(ValueError, match="exists: it is complete"):
+            with pytest.raises(ValueError, match="exists and is complete"):
                 complete_file(source, target, None, SETTINGS, 2)
         else:
             complete_file(source, target, fake(), SETTINGS, 2)
@@ -377,7 +377,7 @@ def test_killed_before_each_step(fork, tmp_path, target):
 
 
 def test_killed_twice(fork, source, target, whole):
-    """A process that goes on is killed too, at a step drawn; in the end all is there, and nothing twice."""
+    """A resumed process is killed too, at a random step. In the end everything is there, and nothing twice."""
     rng = random.Random(5)
     steps = fork(source, target).operations
     for _ in range(campaign(4, 25)):
@@ -398,7 +398,7 @@ def has_grown(log: Path, n: int, said) -> bool:
 
 
 def test_killed_at_random_moments(fork, tmp_path, target):
-    """Kills of a process that takes some time over 97 prompts: every prompt is asked for, few twice."""
+    """Kills of a process that completes 97 prompts slowly: every prompt is completed, few of them twice."""
     texts = [f"{TEXTS[i % len(TEXTS)]} {i}" for i in range(97)]
     source, log, rng = write_prompts(tmp_path / "many.jsonl", texts), tmp_path / "log", random.Random(11)
     undisturbed = tmp_path / "whole.jsonl"
@@ -406,7 +406,7 @@ def test_killed_at_random_moments(fork, tmp_path, target):
     whole = undisturbed.read_bytes()
     kills = completed = asked = 0
     while kills < campaign(12, 60):
-        # At a random time, or once some calls more have been made, however slow the machine is.
+        # At a random time, or after some more calls, for slow machines.
         how = {"delay": rng.uniform(0, 0.05)}
         if rng.random() < 0.5:
             how = {"until": functools.partial(has_grown, log, n_calls(log) + rng.randrange(40))}

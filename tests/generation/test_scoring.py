@@ -1,4 +1,4 @@
-"""score: every token but the first once, as whole forward passes and Hugging Face have it, in windows beyond n_ctx."""
+"""score: every token except the first, once, as in whole forward passes and Hugging Face, in windows beyond n_ctx."""
 
 import functools
 
@@ -38,15 +38,15 @@ def some_prompts(lengths, n_vocab=CONFIG.n_vocab, seed=0):
 
 
 def by_hand(config, params, prompt, stride):
-    """The sliding window as Hugging Face's documentation spells it, one plain forward pass a window.
+    """The sliding window as in Hugging Face's documentation, one plain forward pass per window.
 
-    What that leaves out, the first token of a window that shares nothing with the one before, is NaN.
+    It leaves out the first token of a window that does not overlap the one before: NaN.
     """
     prompt = np.asarray(prompt)
     result, previous_end = np.full(len(prompt), np.nan), 0
     for begin in range(0, len(prompt), stride):
         end = min(begin + config.n_ctx, len(prompt))
-        tokens = np.zeros(config.n_ctx, np.int32)  # behind the window: nothing before sees it
+        tokens = np.zeros(config.n_ctx, np.int32)  # after the window: no earlier token attends to it
         tokens[: end - begin] = prompt[begin:end]
         logprobs_TV = np.asarray(log_softmax(config, params, tokens[None]))
         for t in range(max(previous_end, begin + 1), end):
@@ -72,7 +72,7 @@ def assert_scores(scores, expected, bound=BOUND):
 
 
 def test_every_length_up_to_n_ctx(params):
-    """One batch of all lengths, shuffled: each as a plain forward pass of it alone has it, in the order given."""
+    """One batch of all lengths, shuffled: each equals its own plain forward pass, in the given order."""
     lengths = np.random.default_rng(1).permutation(np.arange(2, CONFIG.n_ctx + 1))
     prompts = some_prompts(lengths)
     scores = score(CONFIG, params, prompts)
@@ -81,7 +81,7 @@ def test_every_length_up_to_n_ctx(params):
 
 
 def test_the_embedded_model_equals_the_original(shakespeare, reference):
-    """Against the logits that OpenAI's own graph gave; measured up to 1.1e-5."""
+    """Against the logits of OpenAI's own graph; measured up to 1.1e-5."""
     logits_BTV = reference["logits"].astype(np.float64)
     logprobs_BTV = logits_BTV - np.log(np.exp(logits_BTV - 50).sum(-1, keepdims=True)) - 50
     expected = np.take_along_axis(logprobs_BTV[:, :-1], reference["tokens"][:, 1:, None], -1)[..., 0]
@@ -104,7 +104,7 @@ def test_sums_beyond_float64_are_infinite():
 
 
 def test_rows_equal_rows_alone(params):
-    """Neighbours, padding and windows of other prompts change no more than how products round."""
+    """Other rows, padding and windows of other prompts change only the rounding of products."""
     prompts = some_prompts([2, 97, 41, 7, 42, 19, 2, 130, 40])
     together = score(CONFIG, params, prompts, stride=13)
     alone = [score(CONFIG, params, [prompt], stride=13)[0] for prompt in prompts]
@@ -114,7 +114,7 @@ def test_rows_equal_rows_alone(params):
 
 
 def test_more_prompts_than_go_into_a_call(params, monkeypatch):
-    """Several calls, the last of fewer rows; several chunks of positions in each, the last not full."""
+    """Several calls, the last with fewer rows. Several chunks of positions in each, the last not full."""
     monkeypatch.setattr(scoring, "TOKENS_PER_CALL", {})
     monkeypatch.setattr(scoring, "TOKENS_PER_CALL_ELSEWHERE", 150)
     monkeypatch.setattr(scoring, "CHUNK", 11)
@@ -146,7 +146,7 @@ def test_stride_defaults_to_half_a_window(params):
 
 @pytest.mark.parametrize("length", [N, N + 1, 2 * N, 2 * N + 1, 3 * N + 5])
 def test_windows_without_overlap(params, length):
-    """The first token of a window is scored by the whole window before it, the others as in the documentation."""
+    """The whole window before it scores the first token of a window. The others are as in the documentation."""
     (prompt,) = some_prompts([length])
     expected = by_hand(CONFIG, params, prompt, N)
     for t in range(N, length, N):
@@ -166,7 +166,7 @@ def test_a_context_of_one_token():
 
 @given(st.integers(1, 60), st.integers(1, 23), st.data())
 def test_windows_score_every_token_once(length, n_ctx, data):
-    """The first window gives all before, later ones n_ctx - stride tokens or more, and never more than n_ctx."""
+    """The first window gives all tokens before, later ones n_ctx - stride or more, and never more than n_ctx."""
     stride = data.draw(st.integers(1, n_ctx))
     row = np.arange(length)
     scored = []
@@ -192,7 +192,7 @@ def test_any_prompts_equal_windows_by_hand(params, lengths, stride, seed):
 
 
 def test_float64_equals_a_plain_forward_pass():
-    """The rounding of float32 gone, what is left would be a mistake."""
+    """Without float32 rounding, any difference would be a bug."""
     config = CONFIG.replace(param_dtype="float64", compute_dtype="float64")
     with jax.enable_x64(True):
         weights = random_params(config, 0)
@@ -215,7 +215,7 @@ def test_float32_is_near_float64(params):
 
 
 def test_bfloat16_scores_in_float32(shakespeare, reference):
-    """Measured 0.007 in the mean; and what comes out has float32's digits."""
+    """Measured 0.007 in the mean. The result has the digits of float32."""
     config, weights = shakespeare
     expected = np.concatenate([got.logprobs for got in score(config, weights, reference["tokens"])])
     scores = score(config.replace(compute_dtype="bfloat16"), weights, reference["tokens"])
@@ -227,7 +227,7 @@ def test_bfloat16_scores_in_float32(shakespeare, reference):
 
 @pytest.mark.parity
 def test_sliding_perplexity_is_hugging_face_s(tmp_path, shakespeare, tokenizer):
-    """Its documentation's loop over its own model: the same loss of each token; measured up to 5.8e-6."""
+    """The loop of its documentation with its own model gives the same loss for each token; measured up to 5.8e-6."""
     reason = "needs the `parity` extra: pip install -e '.[parity]'"
     torch = pytest.importorskip("torch", reason=reason)
     transformers = pytest.importorskip("transformers", reason=reason)
@@ -260,16 +260,16 @@ def test_sliding_perplexity_is_hugging_face_s(tmp_path, shakespeare, tokenizer):
 
 
 def test_one_program_a_bucket(params):
-    """Other prompts, lengths, strides, weights and orders of the same buckets compile nothing."""
+    """Other prompts, lengths, strides, weights and orders of the same buckets do not compile."""
     score(CONFIG, params, some_prompts([5, 9, 33]))  # rows of up to 32 ids, four
     score(CONFIG, params, some_prompts([40, 9, 8]))  # two of these, and one of up to 41
-    other = random_params(CONFIG, 1)  # making them compiles something too
+    other = random_params(CONFIG, 1)  # making params compiles too
     before = len(COMPILATIONS)
     score(CONFIG, params, some_prompts([3, 33, 2]))
     score(CONFIG, other, some_prompts([41, 31, 30], seed=2), stride=3)
     score(CONFIG, params, some_prompts([31, 41]), stride=40)
     compiled = len(COMPILATIONS) - before
-    assert compiled <= 1, compiled  # the last has one row in its first bucket
+    assert compiled <= 1, compiled  # the last call has one row in its first bucket
     before = len(COMPILATIONS)
     score(CONFIG.replace(n_ctx=39), random_params(CONFIG.replace(n_ctx=39), 1), some_prompts([5, 9]))
     assert len(COMPILATIONS) > before  # the counter counts
@@ -295,7 +295,7 @@ def sizes(jaxpr):
 
 
 def test_no_more_than_a_chunk_of_logits_exists():
-    """Nothing in the program has the size of all logits: of V, only a chunk of rows, and the parameters."""
+    """No array of the program has the size of all logits. Only a chunk of rows and the params have a V axis."""
     config = CONFIG.replace(n_vocab=5003)
     batch = list(scoring._windows(0, np.arange(1000), 41, 20))[:16]
     arrays = scoring._arrays(batch, 41)
@@ -369,7 +369,7 @@ def test_a_wrong_config_or_params_are_refused(params):
 
 def test_nan_names_the_prompt(params):
     broken = {**params, "wpe": params["wpe"].at[5].set(jnp.nan)}
-    with pytest.raises(ValueError, match=r"prompts\[1\] got NaN for logits at its token \d+: look for NaN"):
+    with pytest.raises(ValueError, match=r"prompts\[1\]: the logits are NaN at token \d+; check the params for NaN"):
         score(CONFIG, broken, some_prompts([6, 9]))
     assert len(score(CONFIG, broken, some_prompts([6, 5]))) == 2  # position 5 is not read
 

@@ -1,4 +1,4 @@
-"""Settings are the one home of the sampling arguments: names, defaults, meanings and checks."""
+"""Settings is the only place of the sampling arguments: names, defaults, meanings and checks."""
 
 import ast
 import dataclasses
@@ -18,7 +18,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 
 @pytest.mark.parametrize(("function", "without"), [(gpt2_jax.generate, set()), (gpt2_jax.stream, {"logprobs"})])
 def test_functions_take_all_settings_with_their_defaults(function, without):
-    """In the fields' order where they may be given by place, and with the same types."""
+    """Positional arguments are in the order of the fields, and types are the same."""
     parameters = inspect.signature(function).parameters
     taken = [name for name in parameters if name in FIELDS]
     assert set(taken) == FIELDS.keys() - without
@@ -32,7 +32,7 @@ def test_functions_take_all_settings_with_their_defaults(function, without):
 
 
 def test_every_setting_is_described():
-    """By a string under its field, which readers and the command's --help take from there."""
+    """A string under each field describes it. The command's --help shows these strings."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
     pairs = zip(body.body, body.body[1:], strict=False)
     described = [

@@ -1,4 +1,4 @@
-"""RowText against the plain way: decode all ids so far at every token, and look for the stop strings in that."""
+"""RowText against the simple way: decode all ids at every token, and search for the stop strings in the text."""
 
 import time
 
@@ -20,7 +20,7 @@ STOPS = st.lists(st.one_of(SMALL, st.sampled_from([text[:3] for text in TEXTS] +
 
 @st.composite
 def ids_of_any_kind(draw, tokenizer):
-    """Whole texts, any ids (torn characters), the 256 bytes alone, and small texts a byte a token."""
+    """Whole texts, any ids (incomplete characters), single bytes, and small texts with one byte per token."""
     single = [tokenizer.encode(chr(i))[0] for i in range(128)]
     by_byte = {tokenizer.token_bytes(i): i for i in range(256)}
     parts = st.one_of(
@@ -35,7 +35,7 @@ def ids_of_any_kind(draw, tokenizer):
 
 
 def plain(tokenizer, ids, stops):
-    """(text, ids that count, stopped), by looking at the whole after every token."""
+    """Return (text, ids, stopped) from the whole text after every token."""
     token_bytes = [tokenizer.token_bytes(i) for i in ids]
     for n in range(len(ids) + 1):
         whole = b"".join(token_bytes[:n])
@@ -47,7 +47,7 @@ def plain(tokenizer, ids, stops):
 
 
 def in_calls(tokenizer, ids, stops, sizes):
-    """Add the ids, so many at a time, and return the pieces and the row."""
+    """Add the ids, a few at a time, and return the pieces and the row."""
     row, pieces, start = RowText(tokenizer, stops), [], 0
     for size in sizes:
         pieces.append(row.add(ids[start : start + size]))
@@ -70,7 +70,7 @@ def test_pieces_joined_are_the_text_cut_at_the_earliest_stop_string(tokenizer, d
 @settings(max_examples=300)
 @given(st.data(), st.sampled_from(TEXTS), st.integers(0, 9), st.integers(1, 9))
 def test_a_stop_string_out_of_the_text_itself_is_found(tokenizer, data, last, start, length):
-    """Stop strings that do occur, at any place in the tokens, some of them the beginnings of others."""
+    """Stop strings that occur in the text, anywhere in the tokens. Some are the beginnings of others."""
     ids = [*data.draw(ids_of_any_kind(tokenizer)), *tokenizer.encode(last)]
     text = tokenizer.decode(ids)
     stops = [stop for stop in (text[start : start + length], text[start : start + 2], last) if stop]
@@ -84,7 +84,7 @@ def test_a_stop_string_out_of_the_text_itself_is_found(tokenizer, data, last, st
 @settings(max_examples=300)
 @given(st.data(), STOPS)
 def test_what_was_given_is_certain_and_nothing_certain_is_held_back(tokenizer, data, stops):
-    """At every token: all text but what a stop string begins with, and but a character that bytes to come complete."""
+    """At every token all text is returned, except a possible beginning of a stop string and an incomplete character."""
     ids = data.draw(ids_of_any_kind(tokenizer))
     row, given_out = RowText(tokenizer, stops), ""
     for n, i in enumerate(ids, start=1):
@@ -101,14 +101,12 @@ def test_what_was_given_is_certain_and_nothing_certain_is_held_back(tokenizer, d
         if not n_open and not all(future.startswith(expected) for future in futures):
             expected = expected.removesuffix("\ufffd")
         elif not n_open and whole[-2:-1] == b"\xed" and whole[-1] in range(0xA0, 0xC0):
-            expected = expected[
-                :-2
-            ]  # half a surrogate, no character whatever comes: Python's decoder waits for a third
+            expected = expected[:-2]  # half a surrogate, never a character: Python's decoder waits for a third
         assert given_out == expected
 
 
 def test_pieces_as_they_come(tokenizer):
-    """A family of emoji comes out a character at a time; the beginning of a stop string once it is none."""
+    """A family emoji comes one character at a time; a possible beginning of a stop string comes when it is not one."""
     row = RowText(tokenizer, ["STOP", "\n\n"])
     by_byte = {tokenizer.token_bytes(i): i for i in range(256)}
 
@@ -120,22 +118,22 @@ def test_pieces_as_they_come(tokenizer):
     assert piece(b"a ST") == "a "
     assert piece(b"x") == "STx"
     assert piece(b"\xe6\xbc") == ""
-    assert piece(b"S") == "\ufffd"  # no more of it can come, and S may begin a stop string
+    assert piece(b"S") == "\ufffd"  # it cannot be completed, and S may begin a stop string
     assert piece(b"T\n") == "ST"
     assert piece(b"\nmore") == ""
     assert row.stopped
     assert tokenizer.decode(row.ids) == "\U0001f468a STx\ufffdST"
-    assert row.add([3, -1, 10**9]) == row.end() == ""  # ignored, whatever it is
+    assert row.add([3, -1, 10**9]) == row.end() == ""  # any id is ignored
 
     row = RowText(tokenizer, ["\n"])
     assert row.add([by_byte[b"\xe6"]]) == ""
-    assert row.add([by_byte[b"\n"]]) == "\ufffd"  # not left for `end`
+    assert row.add([by_byte[b"\n"]]) == "\ufffd"  # does not wait for `end`
 
 
 @pytest.mark.parametrize(
     ("text", "stops", "left"),
     [
-        ("abcd", ["abc", "ab"], ""),  # a stop string that begins another is there first
+        ("abcd", ["abc", "ab"], ""),  # a stop string that begins another is complete first
         ("xabcd", ["bcd", "abc"], "x"),
         ("xabcd", ["cd", "bc"], "xa"),
         ("aaab", ["aab"], "a"),
@@ -154,7 +152,7 @@ def test_by_hand_a_byte_a_token(tokenizer, text, stops, left):
 
 
 def test_of_those_one_token_completes_the_earliest_counts(tokenizer):
-    """The one that begins first, though the other ends first; the token in which it begins does not count."""
+    """The one that begins first counts, even if the other ends first. The token in which it begins is left out."""
     long = max(range(tokenizer.n_vocab - 1), key=lambda i: len(tokenizer.token_bytes(i)))
     text = tokenizer.decode([long])
     assert len(text) >= 4
@@ -165,7 +163,7 @@ def test_of_those_one_token_completes_the_earliest_counts(tokenizer):
 
 
 def test_bytes_that_are_no_character_are_no_replacement_character(tokenizer):
-    """U+FFFD as a stop string means that character, not what stands in for torn bytes."""
+    """U+FFFD as a stop string means that character, not a replacement of invalid bytes."""
     torn = next(i for i in range(256) if tokenizer.token_bytes(i) == b"\xff")
     row = RowText(tokenizer, ["\ufffd"])
     assert row.add([torn, *tokenizer.encode("a\ufffdb")]) == "\ufffda"
@@ -200,7 +198,7 @@ def test_stop_strings_are_bytes_once():
 
 @pytest.mark.parametrize("n_in_a_call", [1, 16, 20_011])
 def test_linear_in_the_number_of_ids(tokenizer, n_in_a_call):
-    """Ten stop strings that almost occur everywhere: 16 times the ids take about 16 times the time, not 256."""
+    """Ten stop strings that almost occur everywhere: 16 times the ids take about 16 times as long, not 256 times."""
     stops = [*(f"STOP{i}" for i in range(5)), "The end of the", "\n\n", "zzz", "end of thx", "e" * 997]
     pattern = tokenizer.encode("The end of STO the end of th\n")
 

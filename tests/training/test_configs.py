@@ -1,4 +1,4 @@
-"""Every recipe in configs/: its head says the command, shrunk it takes a step, and its full shape fits together."""
+"""Every recipe in configs/: its head has the command, a small version takes a step, and its full shape is valid."""
 
 import tomllib
 
@@ -19,7 +19,7 @@ LORA, NEW = (
 N_VOCAB = {"shakespeare": 1281}  # else GPT-2's own
 SHRUNK = ["--steps", 1, "--batch-size", 2, "--accumulate", 1, "--data.n-tokens", 7, "--optimizer.warmup-steps", 0]
 SHRUNK += ["--monitor.sample-every", 0, "--monitor.evaluate-windows", 1]
-TEXT = "".join(f"It was the {i}th time that he spoke of it.\n" for i in range(997))  # of which a 2000th validates
+TEXT = "".join(f"It was the {i}th time that he spoke of it.\n" for i in range(997))  # 1/2000 of it is for validation
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
@@ -28,7 +28,7 @@ def path(request):
 
 
 def full_config(recipe):
-    """The model that a recipe trains, without loading it."""
+    """The config of the model that a recipe trains; no weights are loaded."""
     model = recipe.model
     if model.source == "shakespeare":
         return gpt2_jax.load_config(gpt2_jax.embedded_model())
@@ -50,7 +50,7 @@ def test_its_head_says_the_command(path):
 
 @pytest.mark.parametrize("path", campaign([LORA, NEW], CONFIGS), ids=lambda path: path.stem)
 def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypatch):
-    """Those that begin with OpenAI's weights, or their vocabulary, do so with the embedded model's."""
+    """The embedded model replaces OpenAI's weights and vocabulary."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     recipe = Recipe.from_toml(path)
@@ -74,7 +74,7 @@ def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypat
     "path", campaign([path for path in CONFIGS if path != LORA], CONFIGS), ids=lambda path: path.stem
 )
 def test_its_full_shape_fits_together(path):
-    """A whole step by `jax.eval_shape`: no memory, and the state that comes out is that which went in."""
+    """A whole step under `jax.eval_shape`, without memory: the state keeps its shapes and dtypes."""
     written = tomllib.loads(path.read_text(encoding="utf-8"))
     recipe = from_dict(Recipe, written | {"mesh": {"data": 1}})
     config = full_config(recipe)

@@ -1,4 +1,4 @@
-"""`fit` on a tiny model: what it measures, keeps, stops at and refuses; and that a run goes on from anywhere."""
+"""`fit` on a tiny model: what it measures, saves and refuses, when it stops, and that it resumes from any point."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ SMALL = {
 
 
 def small(**changes):
-    """SMALL with changes; those of a part are dicts."""
+    """The recipe SMALL with changes; changes of a part are dicts."""
     merged = SMALL | changes
     return recipe(**{k: {**SMALL[k], **v} if isinstance(v, dict) and k in SMALL else v for k, v in merged.items()})
 
@@ -56,7 +56,7 @@ WILD = {"optimizer": {"learning_rate": 2.0, "schedule": "constant"}}  # so high 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_once(tmp_path_factory):
-    """Keep what is compiled, in little time: each `fit` would do it anew."""
+    """Compile quickly and cache the programs: otherwise each `fit` would compile them again."""
     before = jax.config.read("jax_disable_most_optimizations")
     with commands.config_of_jax_kept():
         jax.config.update("jax_disable_most_optimizations", True)
@@ -76,7 +76,7 @@ def data(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(tmp_path, data):
-    """Give call(recipe, ...) -> Fitted, of the run in tmp_path / "run"; the curve is drawn if asked: it takes long."""
+    """Give call(recipe, ...) -> Fitted for the run in tmp_path / "run"; the slow curve is drawn only on request."""
 
     def call(recipe, config=CONFIG, params=None, text=data, tokenizer=None, name="run", curve=False):
         params = random_weights(config) if params is None else params
@@ -125,7 +125,7 @@ def plain_loss(config, params, tokens, n_tokens):
 
 
 class Noticing:
-    """Takes the place of something in the observer, and does something before or after it at the n-th call."""
+    """Replaces a function of a module, and calls `act` before the `at`-th call."""
 
     def __init__(self, monkeypatch, name, act, at, owner=observer):
         self.was, self.n, self.act, self.at = getattr(owner, name), 0, act, at
@@ -160,27 +160,27 @@ def test_a_run_measures_keeps_and_speaks_as_often_as_it_should(tmp_path, run, da
     assert list(metrics(folder, "val_loss")) == [0, 3, 6, 7]
     assert [line["step"] for line in lines(folder / "samples.jsonl")] == [2, 2, 4, 4, 6, 6, 7, 7]
     assert saved == [5, 7]
-    assert err.count("stand verbatim in the training text") == 8
+    assert err.count("occur verbatim in the training text") == 8
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     losses = metrics(folder, "val_loss")
     assert fitted.best_loss == min(losses.values()) == losses[fitted.best_step]
     assert losses[7] < losses[0] - 0.05
     assert f"the best validation loss is {fitted.best_loss:.4f}, after step {fitted.best_step}" in err
-    # and what `load` gives is of that step, by the definition of the loss
+    # `load` gives the model of that step, checked by the definition of the loss
     config, params = gpt2_jax.load(folder)
     assert plain_loss(config, params, data.val, 11) == pytest.approx(fitted.best_loss, abs=2e-5)
     assert plain_loss(CONFIG, random_weights(), data.val, 11) == pytest.approx(losses[0], abs=2e-5)
     assert plain_loss(CONFIG, fitted.params, data.val, 11) == pytest.approx(losses[7], abs=2e-5)
     assert metrics(folder, "perplexity")[7] == pytest.approx(math.exp(losses[7]))
     assert_same_params(state_of(folder, wanted).params, fitted.params)
-    # samples are what the model writes: of the last step, with these settings
+    # the samples are what the model of the last step writes with these settings
     settings = {"temperature": 1.0, "top_k": 40, "seed": wanted.seed, "stop_ids": [tokenizer.eot]}
     rows = [tokenizer.encode("The "), [tokenizer.eot]]
     written = gpt2_jax.generate(CONFIG, fitted.params, rows, 5, overflow="slide", **settings)
     last = lines(folder / "samples.jsonl")[-2:]
     assert [line["text"] for line in last] == [tokenizer.decode(row) for row in written]
     assert [line["prompt"] for line in last] == list(PROMPTS)
-    # and all that takes a model takes the run
+    # every function that takes a model takes the run's folder
     assert gpt2_jax.load_tokenizer(folder).encode("thou") == tokenizer.encode("thou")
     assert math.isfinite(gpt2_jax.score(config, params, [tokenizer.encode("The thou")])[0].sum)
 
@@ -229,7 +229,7 @@ def test_patience_ends_a_run_and_it_stays_ended(tmp_path, run, capfd):
     assert fitted.step == fitted.best_step + 2 < 7
     assert f"no better than step {fitted.best_step}" in fitted.stopped
     assert fitted.signal is None
-    assert f"stopped after step {fitted.step}, which is saved" in capfd.readouterr().err
+    assert f"stopped after step {fitted.step} (checkpoint saved)" in capfd.readouterr().err
     again = run(wild)
     assert (again.step, again.best_step, again.stopped) == (fitted.step, fitted.best_step, fitted.stopped)
     more = dataclasses.replace(wild, monitor=dataclasses.replace(wild.monitor, patience=3))
@@ -240,23 +240,23 @@ def test_patience_ends_a_run_and_it_stays_ended(tmp_path, run, capfd):
 
 
 def test_a_run_that_would_skip_for_ever_ends(tmp_path, run, monkeypatch):
-    """Weights that are no numbers make every step one to skip."""
+    """NaN weights make every step a skipped step."""
     monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
     params = random_weights()
     params["ln_f"]["g"] = params["ln_f"]["g"].at[0].set(np.nan)
     fitted = run(small(monitor={"on_nan": "skip"}), params=params)
     assert fitted.failed
-    assert fitted.stopped.startswith("step 3 changed nothing like the 2 before it: ")
+    assert fitted.stopped.startswith("step 3 changed nothing, like the 2 before it: ")
     assert fitted.step < 7
 
 
 def test_a_run_that_has_lost_its_checkpoints_does_not_begin_anew(tmp_path, run):
-    """What its files say of three weeks of training is not written over."""
+    """The metrics of the earlier training are not overwritten."""
     wanted = small(monitor={"save_every": 2})
     run(wanted)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ValueError, match="metrics up to step 7, but no checkpoint any more"):
+    with pytest.raises(ValueError, match="metrics up to step 7, but its checkpoints are gone"):
         run(wanted)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -271,7 +271,7 @@ def test_a_loss_that_is_no_number(tmp_path, run, choice, capfd):
     folder = tmp_path / "run"
     assert "step 1 changed nothing: the loss or its gradient is not a finite number" in err
     assert (fitted.best_step, fitted.best_loss) == (None, math.inf)
-    assert not (folder / "best").exists()  # no evaluation was one
+    assert not (folder / "best").exists()  # no evaluation was finite
     assert fitted.step == (2 if choice == "stop" else 7)
     assert fitted.failed == fitted.stopped.startswith("step 1 changed nothing: the loss") == (choice == "stop")
     assert set(metrics(folder).values()) == {None}
@@ -290,7 +290,7 @@ def test_weights_that_overflow_are_stopped_at_and_what_is_saved_is_finite(tmp_pa
 
 @pytest.mark.parametrize("choice", ["ignore", "skip", "stop"])
 def test_a_spike(tmp_path, run, finished, choice, capfd):
-    """The running mean is set to a tenth, so that the next loss is a spike."""
+    """The running mean is set to a tenth of its value, so that the next loss is a spike."""
     shutil.copytree(finished, tmp_path / "run")
     state = state_of(tmp_path / "run", small())
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "7")
@@ -328,7 +328,7 @@ def test_lora_gives_plain_weights(tmp_path, run):
         np.testing.assert_allclose(leaf, expected, atol=1e-6)
     np.testing.assert_allclose(flatten(fitted.params)["wte"], before["wte"])
     best = gpt2_jax.load(tmp_path / "run")[1]
-    gpt2_jax.save(tmp_path / "plain", CONFIG, best)  # a plain model in OpenAI's form, also
+    gpt2_jax.save(tmp_path / "plain", CONFIG, best)  # also as a plain model in OpenAI's format
     assert_same_params(gpt2_jax.load(tmp_path / "plain")[1], best)
 
 
@@ -355,7 +355,7 @@ def test_a_text_shorter_than_a_window_is_trained_on_and_told(tmp_path, run, toke
 
 
 def test_stopped_by_a_signal_anywhere_it_goes_on_as_if_it_never_was(tmp_path, run, tokenizer, monkeypatch):
-    """In a step, in an evaluation, before a sample, at the last evaluation of all."""
+    """The signal comes in a step, in an evaluation, before a sample, or in the last evaluation."""
     wanted = small(monitor={"sample_every": 3, "prompts": PROMPTS, "sample_tokens": 3})
     straight = run(wanted, tokenizer=tokenizer, name="straight")
     moments = [
@@ -372,7 +372,7 @@ def test_stopped_by_a_signal_anywhere_it_goes_on_as_if_it_never_was(tmp_path, ru
             Noticing(patch, name, interrupt, at, owner)
             ended.append(run(wanted, tokenizer=tokenizer))
     assert [one.signal for one in ended[:-1]] == ["SIGINT"] * (len(ended) - 1)
-    assert all("SIGINT came" in one.stopped for one in ended if one.signal)
+    assert all("received SIGINT" in one.stopped for one in ended if one.signal)
     last = run(wanted, tokenizer=tokenizer)
     assert (last.step, last.stopped) == (7, "")
     ours, theirs = tmp_path / "run", tmp_path / "straight"
@@ -399,7 +399,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, run, monkeypatch):
 
 
 def test_a_finished_run_says_so_and_is_gone_on_with_for_more_steps(tmp_path, run, capfd):
-    """With a constant rate, that is the longer run; else the rates go on as the longer run's."""
+    """With a constant rate, the result is that of the longer run. Otherwise the rates follow the longer schedule."""
     constant = {"schedule": "constant", "warmup_steps": 2}
     for schedule, optimizer in (("constant", constant), ("cosine", {})):
         short, long = (small(steps=steps, optimizer=optimizer) for steps in (4, 7))
@@ -408,11 +408,11 @@ def test_a_finished_run_says_so_and_is_gone_on_with_for_more_steps(tmp_path, run
         assert run(short, name=schedule).step == 4
         err = capfd.readouterr().err
         assert "all 4 steps are done" in err
-        assert "going on" not in err
+        assert "resuming" not in err
         assert run(long, name=schedule).step == 7
         err = capfd.readouterr().err
-        assert "steps = 4 and has 7 now" in err
-        assert "going on after step 4" in err
+        assert "steps = 4 and now has 7" in err
+        assert "resuming after step 4" in err
         rates = metrics(tmp_path / schedule, "learning_rate")
         expected = [make_schedule(short.optimizer, 4)(i) for i in range(4)]
         expected += [make_schedule(long.optimizer, 7)(i) for i in range(4, 7)]
@@ -440,13 +440,13 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_pa
     one = dataclasses.replace(data, val=dataclasses.replace(data.val, n_tokens=1))
     for wanted, others, message in (
         (small(data={"n_tokens": 14}), {}, "data.n_tokens, 14, must not be more than the model's n_ctx, 13"),
-        (small(), n_vocab, "the text has 1,281 different ids at most, the model only 37"),
-        (small(), n_vocab | {"tokenizer": tokenizer}, "the tokenizer has 1,281 ids, the model n_vocab = 37"),
+        (small(), n_vocab, "the text may have up to 1,281 different ids, the model only 37"),
+        (small(), n_vocab | {"tokenizer": tokenizer}, "the tokenizer has 1,281 ids, but the model has 37"),
         (small(monitor={"patience": 2, "evaluate_every": 0}), {}, "monitor.patience needs validation losses"),
         (small(monitor={"patience": 2}), {"text": dataclasses.replace(data, val=None)}, "monitor.patience needs"),
-        (small(), {"text": one}, "val.bin has 1 token, and nothing to predict"),
+        (small(), {"text": one}, "val.bin has 1 token: there is nothing to predict"),
         (small(mesh={"data": 3}), {}, "devices"),
-        (small(batch_size=10**7), {}, "What takes less: "),
+        (small(batch_size=10**7), {}, "To use less: "),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             run(wanted, **others)
@@ -490,7 +490,7 @@ ON_EIGHT = """
 
 @full_only("a state saved on eight is restored on one in test_training_checkpoints.py")
 def test_begun_on_eight_devices_and_gone_on_with_on_one(tmp_path, run, data, tokenizer):
-    """The same losses but for rounding, and the same samples."""
+    """The same losses except for rounding, and the same samples."""
     assert commands.on_eight_devices(ON_EIGHT, tmp_path / "run", data.train.path.parent, Path(__file__).parent) == 8
     wanted = small(batch_size=8, monitor=SAMPLED)
     begun = metrics(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What commit ffacce7 wrote is still read, and its runs go on: see tests/fixtures/before/README.md."""
+"""Files of commit ffacce7 are still read, and its runs resume: see tests/fixtures/before/README.md."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from gpt2_jax.params import flatten
 
 BEFORE = Path(__file__).resolve().parents[1] / "fixtures" / "before"
 EXPECTED = json.loads((BEFORE / "expected.json").read_text(encoding="utf-8"))
-RUNS = {"plain": "tokens", "lora": "pairs"}  # and the text that each trains on
+RUNS = {"plain": "tokens", "lora": "pairs"}  # {run: the text that it trains on}
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
 
@@ -35,7 +35,7 @@ def records(path: Path) -> list[dict]:
 
 
 def rounds_as_then() -> bool:
-    """Whether XLA gives the same bits here as where the files were made."""
+    """Whether XLA gives the same bits here as on the machine where the files were made."""
     x_TD = jnp.asarray(np.sin(np.arange(1536) * 0.37).reshape(96, 16), "float32")
     w_DF = jnp.asarray(np.sin(np.arange(1024) * 0.37).reshape(16, 64), "float32")
 
@@ -55,7 +55,7 @@ def name(request):
 
 @pytest.fixture
 def run(tmp_path, name) -> Path:
-    """A copy of the run, which may be gone on with."""
+    """A copy of the run, which a test may resume."""
     with zipfile.ZipFile(BEFORE / f"{name}.zip") as archive:
         archive.extractall(tmp_path / name)
     return tmp_path / name

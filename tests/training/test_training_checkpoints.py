@@ -1,4 +1,4 @@
-"""Checkpoints of training: bit for bit, on any devices, whatever is killed, damaged or full meanwhile."""
+"""Checkpoints of training: restored bit for bit on any devices, also after kills, damage and full disks."""
 
 import os
 import random
@@ -70,7 +70,7 @@ def test_the_arrays_may_go_as_soon_as_save_returns(tmp_path):
                 jax.block_until_ready(step(state))
             else:
                 jax.tree.map(lambda leaf: leaf.delete(), state)
-            jax.block_until_ready([jnp.full(shape, 7.0) for _ in range(9)])  # takes the memory that was let go
+            jax.block_until_ready([jnp.full(shape, 7.0) for _ in range(9)])  # reuses the memory that was freed
     for seed in range(4):
         expected = random_state(seed, shapes={"wte": shape, "h0/attn/c_attn/w": shape})
         assert_same(Checkpoints(tmp_path).restore(abstract(expected), seed), expected)
@@ -97,7 +97,7 @@ def test_a_step_saved_again_is_replaced(tmp_path):
 
 
 def test_what_is_not_ours_stays(tmp_path):
-    """A folder with a step's name, a hidden one and a link of a leftover's: none was written here."""
+    """A folder named like a step, a hidden folder, and a link named like an unfinished save: none was written here."""
     folder = tmp_path / "checkpoints"
     (tmp_path / "precious").mkdir()
     for name in ("5", ".5.old", "notes", "2024-11"):
@@ -109,7 +109,7 @@ def test_what_is_not_ours_stays(tmp_path):
         assert not (folder / ".7.saving").exists()
         checkpoints.save(6, random_state(6))
         checkpoints.save(8, random_state(8), wait=True)
-        with pytest.raises(FileExistsError, match=r"checkpoints/5 is no checkpoint"):
+        with pytest.raises(FileExistsError, match=r"checkpoints/5 is not a checkpoint"):
             checkpoints.save(5, random_state(5))
     assert all((folder / name / "notes.txt").exists() for name in ("5", ".5.old", "notes", "2024-11"))
     assert (tmp_path / "precious").exists()
@@ -143,8 +143,8 @@ def test_the_parts_are_what_others_read(tmp_path):
 
 
 OTHERS = {
-    "another optimizer": (random_state(1, "lion"), "another optimizer", "opt_state/"),
-    "another model": (random_state(1, shapes={"wte": (37, 8), "h1/w": (3, 3)}), "another model", "missing: h1/w"),
+    "another optimizer": (random_state(1, "lion"), "the optimizer of .* does not match", "opt_state/"),
+    "another model": (random_state(1, shapes={"wte": (37, 8), "h1/w": (3, 3)}), "the model of", "missing: h1/w"),
     "with LoRA": (random_state(1, lora=3), "without LoRA", ""),
 }
 
@@ -164,18 +164,18 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, other):
 def test_lora_of_another_rank_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, random_state(1, lora=3))
-    with pytest.raises(ValueError, match=r"another LoRA .* float32\[8, 3\], expected float32\[8, 2\]"):
+    with pytest.raises(ValueError, match=r"the LoRA of .* float32\[8, 3\], expected float32\[8, 2\]"):
         Checkpoints(tmp_path).restore(abstract(random_state(1, lora=2)))
     with pytest.raises(ValueError, match="with LoRA"):
         Checkpoints(tmp_path).restore(abstract(random_state(1)))
 
 
 def test_there_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there are none"):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint; available: none"):
         Checkpoints(tmp_path).restore(abstract(random_state(1)))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4, random_state(1))
-    with pytest.raises(FileNotFoundError, match="of step 3: there are those of steps 4"):
+    with pytest.raises(FileNotFoundError, match="of step 3; available: steps 4"):
         Checkpoints(tmp_path).restore(abstract(random_state(1)), 3)
 
 
@@ -189,7 +189,7 @@ def two(tmp_path_factory):
 
 
 def test_damage_to_any_file_is_told(two, tmp_path, capfd):
-    """A bit flipped, a file cut or gone: the older checkpoint is named, never taken, and can be asked for."""
+    """A flipped bit, a cut or missing file: the message names the older checkpoint, which is read only on request."""
     rng, state = random.Random(7), abstract(random_state(2))
     files = sorted(path for path in (two / "checkpoints" / "2").rglob("*") if path.is_file())
     for path in [*rng.sample(files, 12), two / "checkpoints" / "2" / "checkpoint.json"]:
@@ -198,7 +198,7 @@ def test_damage_to_any_file_is_told(two, tmp_path, capfd):
         flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] if whole else b"x"
         for damaged in (flipped, whole[:-1] if whole else b"y", None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
-            with pytest.raises(DamagedError, match=r"checkpoints/2 is damaged: .*; an older one is of step 1$"):
+            with pytest.raises(DamagedError, match=r"checkpoints/2 is damaged: .*; older checkpoints: steps 1$"):
                 Checkpoints(two).restore(state)
         assert_same(Checkpoints(two).restore(state, 1), random_state(1))
         path.write_bytes(whole)
@@ -210,7 +210,7 @@ def test_a_half_deleted_checkpoint_is_told(two, tmp_path):
     shutil.copytree(two, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "1")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "trainer")
-    with pytest.raises(DamagedError, match="there is no older one"):
+    with pytest.raises(DamagedError, match="no older checkpoint"):
         Checkpoints(tmp_path / "run").restore(abstract(random_state(2)))
 
 
@@ -272,7 +272,7 @@ FAILING = """
     limit(50_000)
     checkpoints.save(2, big)
     attempt(lambda: checkpoints.save(3, big))  # the error of 2
-    attempt(checkpoints.wait)  # it has been told, and 3 was not begun
+    attempt(checkpoints.wait)  # the error was raised already, and 3 was not started
     checkpoints.save(4, big)
     attempt(checkpoints.wait)
     checkpoints.save(5, big)
@@ -305,7 +305,7 @@ FAILING = """
 
 
 def test_an_error_in_the_background_is_told_once_and_hides_no_other(tmp_path):
-    """Full disks by RLIMIT_FSIZE; Python ignores its signal."""
+    """RLIMIT_FSIZE simulates full disks; Python ignores its signal."""
     pytest.importorskip("resource")
     told = commands.on_eight_devices(FAILING, tmp_path)
     at_save, after, at_wait, at_close, at_end, (loops, notes), steps, no_folder, *gone = told
@@ -324,12 +324,12 @@ def test_an_error_in_the_background_is_told_once_and_hides_no_other(tmp_path):
 
 
 def after(saves: float):
-    """When to kill: after so many saves, such as 1.7: some time after the first was complete."""
+    """When to kill, in saves: 1.7 is some time after the first save was complete."""
     times = []
 
     def due(said) -> bool:
         times.extend(time.perf_counter() for _ in said[len(times) :])
-        whole, n_told = int(saves), 2 + int(saves)  # it is open, it has begun, and each save
+        whole, n_told = int(saves), 2 + int(saves)  # one message when it is open, one when it starts, and one per save
         if len(times) < n_told:
             return False
         one = (times[n_told - 1] - times[1]) / whole if whole else 0.1
@@ -353,7 +353,7 @@ def test_killed_at_any_moment_the_newest_complete_checkpoint_is_there(tmp_path):
                 state = random_state(latest, shapes=killed_trainer.SHAPES)
                 assert_same(Checkpoints(run).restore(abstract(state)), state)
             seen |= {"".join(c for c in name if not c.isdigit()) for name in names(run)}
-    assert latest > campaign(2, 5)  # it did go on
-    assert any("saving" in name for name in seen)  # and was killed in the midst of saves
+    assert latest > campaign(2, 5)  # training continued
+    assert any("saving" in name for name in seen)  # and was killed during saves
     with Checkpoints(run):
         assert names(run) <= {".lock", str(latest), str(latest - 1)}

@@ -1,4 +1,4 @@
-"""The loss curve: what is drawn equals the file, everything is labelled, and the picture is whole or absent."""
+"""The loss curve: the drawn points equal the file, everything is labeled, and the picture is complete or absent."""
 
 import json
 import math
@@ -17,7 +17,7 @@ NO_POINTS = np.zeros((0, 2))
 
 
 def line(ax, label):
-    """The points of the line whose label begins so."""
+    """The points of the line whose label begins with `label`."""
     (found,) = [found for found in ax.get_lines() if found.get_label().startswith(label)]
     return found.get_xydata()
 
@@ -33,7 +33,7 @@ def write(path, train, validation):
 
 
 def test_what_is_drawn_is_the_file(tmp_path):
-    """Every step light, their mean dark, the validation losses, and the best of them named with its step."""
+    """Every step in a light color, the mean in a dark color, and validation losses, with the best one labeled."""
     rng = np.random.default_rng(3)
     train = points(*rng.normal(3, 0.1, 211))
     train[17, 1] = np.nan
@@ -77,7 +77,7 @@ def test_everything_is_labelled():
     ],
 )
 def test_little_or_strange_is_drawn_too(tmp_path, train, validation):
-    """Whatever there is, there is a picture, and no warning; a single point is seen."""
+    """There is always a picture, and no warning; a single point is visible."""
     figure = curve.draw(train, validation)
     figure.savefig(tmp_path / "loss.png")
     assert matplotlib.image.imread(tmp_path / "loss.png").shape[2] == 4
@@ -92,7 +92,7 @@ def test_little_or_strange_is_drawn_too(tmp_path, train, validation):
 @hypothesis.given(low=st.floats(-1, 12), range_=st.floats(0.01, 12))
 @hypothesis.settings(max_examples=60)
 def test_perplexity_has_a_few_round_numbers(low, range_):
-    """Whatever part of the scale is shown: some numbers, in it, of few digits."""
+    """For any range of the scale there are a few numbers inside it."""
     ends = math.exp(low), math.exp(low + range_)
     found = curve._round_numbers(*ends)
     assert 2 <= len(found) <= 20
@@ -109,7 +109,7 @@ def test_a_spike_does_not_flatten_the_curve():
 
 
 def test_a_long_run_is_drawn_as_a_range():
-    """Of very many steps the range of a few together is drawn: its highest and lowest are the steps' own."""
+    """Many steps are drawn as the range of a few steps each. Its highest and lowest values are losses of steps."""
     losses = np.random.default_rng(5).normal(3, 0.1, 6007)
     ax = curve.draw(points(*losses), NO_POINTS).axes[0]
     (band,) = ax.collections
@@ -121,7 +121,7 @@ def test_a_long_run_is_drawn_as_a_range():
 
 
 def test_the_file_is_replaced_or_as_it_was(tmp_path, monkeypatch):
-    """The picture that is there stays until the new one is whole; nothing else is left in the folder."""
+    """The old picture stays until the new one is complete; no other file is left in the folder."""
     png, metrics = tmp_path / "loss.png", tmp_path / "metrics.jsonl"
     png.write_bytes(b"the old picture")
     write(metrics, points(3.5, 3.25), points(3.4))
@@ -144,13 +144,13 @@ def test_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         curve.plot_curve(tmp_path / "none.jsonl", tmp_path / "loss.png")
     (tmp_path / "metrics.jsonl").write_text("step 1\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is no JSON object"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is not a JSON object"):
         curve.plot_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
 
 
 def test_no_state_of_pyplot(tmp_path):
-    """Neither pyplot nor a window system is touched: it works in a thread, beside a user's own figures."""
+    """pyplot is not imported, so drawing works in a thread and does not affect a user's own figures."""
     write(tmp_path / "metrics.jsonl", points(3.5, 3.25), points(3.4))
     code = (
         "import sys; from gpt2_jax.training.curve import plot_curve; assert 'matplotlib' not in sys.modules;"

@@ -1,4 +1,4 @@
-"""Eight devices take the steps that one takes, and each holds its share of parameters and optimizer state."""
+"""Eight devices take the same steps as one, and each holds its share of parameters and optimizer state."""
 
 import commands
 import pytest

@@ -1,4 +1,4 @@
-"""MFU and memory: the formula, the peaks, and an estimate that is near what XLA reserves for the compiled step."""
+"""MFU and memory: the formula, the peaks, and an estimate close to what XLA reserves for the compiled step."""
 
 import dataclasses
 import math
@@ -61,7 +61,7 @@ class Device:
         ("TPU v6 lite", 918),
         ("TPU v3", 61.5),
         ("TPU7x", 1153.5),
-        # other devices than those that their names begin like
+        # devices whose names begin like the name of a different device
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
@@ -72,7 +72,7 @@ class Device:
     ],
 )
 def test_peak_by_kind(kind, teraflops):
-    """The names as drivers give them; what is not known exactly is not guessed."""
+    """The names are those that drivers give. The peak of an unknown device is not guessed."""
     assert peak_flops(Device(kind)) == (None if teraflops is None else teraflops * 1e12)
 
 
@@ -81,14 +81,14 @@ def test_a_cpu_has_no_peak():
 
 
 def test_flops_of_the_released_sizes():
-    """6 N + 12 L D T: what the published GFLOP a token of 124M and 1558M at 1,024 tokens were computed by."""
+    """6 N + 12 L D T: the formula of the published GFLOP per token for 124M and 1558M at 1,024 tokens."""
     assert flops_per_token(SIZES["124M"], 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
     assert flops_per_token(SIZES["124M"], 1024) == pytest.approx(0.860e9, rel=1e-3)
     assert flops_per_token(SIZES["1558M"], 1024) == pytest.approx(10.29e9, rel=1e-3)
 
 
 def test_mfu():
-    """Of all devices together; none where the peak of one is not known, or there are none."""
+    """It is over all devices together; None if the peak of one is not known, or if there are no devices."""
     known, other, unknown = Device("NVIDIA H200"), Device("NVIDIA L4"), Device("a new one")
     speed = 460_000
     assert mfu(speed, SIZES["124M"], 1024, [known]) == pytest.approx(0.40, abs=0.001)
@@ -109,7 +109,7 @@ def recipe(**changes):
 
 
 def reserved(config, recipe, n_tokens):
-    """The bytes that XLA reserves for a step: what goes in, what comes out elsewhere, and all between."""
+    """The bytes that XLA reserves for a step: inputs, outputs that are not donated inputs, and temporaries."""
     plan = make_plan(config, recipe, make_mesh(1, 1), n_tokens)
     shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, n_tokens)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
@@ -154,7 +154,7 @@ def test_parts_of_the_state_are_exact():
 
 
 class Accelerator:
-    """What a mesh of accelerators says of itself to an estimate."""
+    """The properties of a mesh of accelerators that an estimate reads."""
 
     def __init__(self, platform="gpu", model=1):
         self.shape = {"data": 1, "model": model}
@@ -169,7 +169,7 @@ def on_accelerator(config, **changes):
 
 
 def test_activations_on_an_accelerator():
-    """By hand, of 3 rows of 1,024 tokens: 16 widths and the attention weights of four blocks, and remat without."""
+    """By hand, for 3 rows of 1,024 tokens: 16 widths and the attention weights of four query blocks. Also remat."""
     sized = config(n_layer=5, n_embd=96, n_head=6, n_ctx=1024)
     stream, seen = 2 * 3 * 1024 * 96, 256 * (256 + 512 + 768 + 1024)
     block, logits = 16 * stream + 2 * 3 * 6 * seen, 3 * 1024 * 997 * (4 + 2)
@@ -178,14 +178,14 @@ def test_activations_on_an_accelerator():
 
 
 def test_logits_are_those_of_a_chunk():
-    """At most so many as the loss takes at once, whatever the batch."""
+    """At most as many as the loss holds at once, for any batch."""
     assert memory._n_logits(SIZES["124M"], 2, 101) == 2 * 101 * 50257
     n = memory._n_logits(SIZES["124M"], 64, 1024)
     assert n == pytest.approx(memory.CHUNK, rel=0.05)
 
 
 def test_what_cannot_fit_is_refused():
-    """One sentence, the parts, and what can be done; what is on the brink is let through."""
+    """The message has one sentence, the parts, and what would help. A step that just fits is accepted."""
     plan = make_plan(config(), recipe(), make_mesh(1, 1))
     parts = memory_needed(plan)
     least = int(parts["total"] - memory.UNSURE * parts["activations"])
@@ -195,7 +195,7 @@ def test_what_cannot_fit_is_refused():
     message = str(refused.value)
     for name, size in parts.items():
         assert f"  {name:<12}{memory.gigabytes(size):>10}\n" in message
-    for way in ("a larger accumulate, now 1", "batch_size, now 4", "adafactor", "LoRA", "freezing", "n_tokens"):
+    for way in ("a larger accumulate (now 1)", "batch_size (now 4)", "adafactor", "LoRA", "frozen", "n_tokens"):
         assert way in message
     assert "remat" not in message  # on a CPU it saves nothing
     assert "bfloat16" not in message
@@ -206,7 +206,7 @@ def test_advice_is_of_what_is_not_done_yet():
     assert "remat = true" in advice
     assert 'compute_dtype = "bfloat16"' in advice
     done = on_accelerator(config(), accumulate=4, remat=True, lora=Lora(rank=8))
-    assert memory._advice(done) == ["fewer data.n_tokens", "more devices"]
+    assert memory._advice(done) == ["a smaller data.n_tokens", "more devices"]
 
 
 def test_an_unknown_memory_refuses_nothing(monkeypatch):
@@ -215,13 +215,13 @@ def test_an_unknown_memory_refuses_nothing(monkeypatch):
 
 
 def test_more_than_this_machine_has_is_refused():
-    """The released 1558M with its optimizer at a batch of 4,096, on whatever runs this test."""
+    """1558M with its optimizer at a batch of 4,096, on any machine that runs this test."""
     with pytest.raises(ValueError, match=r"training would take about [\d.]+ GB on each device, which has [\d.]+ GB"):
         check_memory(make_plan(SIZES["1558M"], recipe(batch_size=4096), make_mesh(1, 1)))
 
 
 def test_memory_of_devices():
-    """What an accelerator lets programs use, or None; of a CPU the machine's."""
+    """For an accelerator, the limit that it reports, or None. For a CPU, the machine's memory."""
     assert device_memory(Device(stats={"bytes_limit": 17, "bytes_in_use": 3})) == 17
     assert device_memory(Device(stats={})) is None
     assert device_memory(Device(stats=None)) is None
@@ -229,7 +229,7 @@ def test_memory_of_devices():
 
 
 def test_the_limit_of_a_container(tmp_path):
-    """The least of the process's own group and all above it; "max" is none; version 1 has another file."""
+    """The lowest limit of the process's own group and all above it; "max" is no limit; version 1 has another file."""
     root, own = tmp_path / "cgroup", tmp_path / "self"
     group = root / "machine" / "job"
     group.mkdir(parents=True)

@@ -21,7 +21,7 @@ def x64():
 
 
 def merged_by_hand(base, lora, alpha=7.0, rank=3):
-    """{name: w + alpha / rank * a @ b} where there is a pair, and the base elsewhere."""
+    """{name: w + alpha / rank * a @ b} for names with a pair, and the base for all others."""
     change = {name: alpha / rank * np.asarray(pair["a"]) @ np.asarray(pair["b"]) for name, pair in lora.items()}
     return {name: w + change.get(name, 0) for name, w in base.items()}
 
@@ -33,7 +33,7 @@ def test_only_the_targets_get_a_pair():
     for name, pair in lora.items():
         n_in, n_out = ts.flat(params)[name].shape
         assert (pair["a"].shape, pair["b"].shape) == ((n_in, 3), (3, n_out))
-        assert np.asarray(pair["a"]).any()  # with both 0 nothing would ever be learned
+        assert np.asarray(pair["a"]).any()  # with both 0, nothing could be learned
 
 
 def test_pairs_differ_by_matrix_and_by_key():
@@ -65,7 +65,7 @@ def test_merging_is_the_definition(x64):
 
 
 def test_only_the_small_tree_is_trained():
-    """The base stays to the bit, and the optimizer holds two moments of the small tree and of nothing else."""
+    """The base does not change by a bit, and the optimizer holds two moments, of the small tree only."""
     recipe = ts.recipe(lora=LORA, optimizer={"weight_decay": 0.3, "clip": 0.5})
     before = ts.begin(recipe)
     start = jax.tree.map(np.array, before.lora)
@@ -79,7 +79,7 @@ def test_only_the_small_tree_is_trained():
 
 
 def test_training_it_is_the_gradient_through_the_merge(x64):
-    """By the chain rule: of a, alpha / rank * g @ b.T, of b, alpha / rank * a.T @ g, of the merged matrix's g."""
+    """Chain rule, with g for the merged matrix: alpha / rank * g @ b.T for a, and alpha / rank * a.T @ g for b."""
     rate, scale = 1e-3, 7.0 / 3
     recipe = ts.recipe(compute_dtype="float64", lora=LORA, optimizer={"learning_rate": rate, "clip": 0.4})
     batches = [ts.batch(recipe, seed) for seed in range(5)]
@@ -98,7 +98,7 @@ def test_training_it_is_the_gradient_through_the_merge(x64):
 
 
 def test_the_merged_model_exported_says_the_same(tmp_path):
-    """Saved as any model and loaded again: the logits of base plus pairs."""
+    """Saved like any model and loaded again, it gives the logits of base plus pairs."""
     recipe = ts.recipe(lora=LORA, optimizer={"learning_rate": 0.02})
     batch = ts.batch(recipe)
     state, _ = ts.run(recipe, [batch] * 3)

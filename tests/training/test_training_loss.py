@@ -16,7 +16,7 @@ from gpt2_jax.training.loss import token_loss
 from gpt2_jax.training.plan import make_plan
 from gpt2_jax.training.step import make_eval_step
 
-BOUNDS = {"float32": 4e-6, "float64": 1e-13}  # of the largest value
+BOUNDS = {"float32": 4e-6, "float64": 1e-13}  # relative to the largest value
 LONG = gpt2_jax.GPT2Config(n_vocab=50257, n_ctx=1021, n_embd=8, n_head=1, n_layer=1)
 
 
@@ -30,7 +30,7 @@ def plain(h_BTD, wte_VD, target_BT, weight_BT, chunk=None):
 @settings(max_examples=campaign(5, 12))
 @given(data=st.data())
 def test_chunks_give_the_plain_loss_and_gradients(dtype, data):
-    """At any shape, in any number of chunks, and with any weights, of either sign and all 0 included."""
+    """For any shape, any number of chunks, and any weights, including negative ones and all 0."""
     n_rows, n_tokens, width = (data.draw(st.integers(1, most)) for most in (4, 9, 7))
     n_vocab = data.draw(st.integers(1, 67))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -55,7 +55,7 @@ def test_chunks_give_the_plain_loss_and_gradients(dtype, data):
 
 
 def test_logits_that_would_overflow_do_not():
-    """exp(1000) is infinite in float32; the loss is still the distance to the largest logit."""
+    """exp(1000) is infinite in float32; the loss is still the difference to the largest logit."""
     h = jnp.full((1, 2, 1), 1000.0)
     wte = jnp.linspace(-1, 1, 41)[:, None]
     target, weight = jnp.array([[40, 0]]), jnp.ones((1, 2))
@@ -65,7 +65,7 @@ def test_logits_that_would_overflow_do_not():
 
 
 def test_the_logits_never_exist_at_once(monkeypatch):
-    """With a plain loss the program needs at least as much more memory as they take. Compiled, not run."""
+    """A program with the plain loss needs more memory, by at least the size of the logits. Compiled, not run."""
     recipe = ts.recipe(batch_size=7)
     ours = ts.temporary(ts.compiled(recipe, LONG))
     monkeypatch.setattr("gpt2_jax.training.step.token_loss", plain)
@@ -76,7 +76,7 @@ def test_the_logits_never_exist_at_once(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_evaluation_is_the_plain_loss(dtype):
-    """Without dropout, whatever the recipe says, and as a sum, so that batches can be added up."""
+    """It never uses dropout. It is a sum, so that batches can be added up."""
     with jax.enable_x64(dtype == "float64"):
         recipe = ts.recipe(compute_dtype=dtype, model={"dropout": 0.5})
         config = ts.config_of(recipe)

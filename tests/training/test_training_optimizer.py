@@ -34,9 +34,9 @@ def x64():
 @pytest.mark.parametrize("rules", [{}, RULES], ids=["default", "rules"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_the_definition(x64, kind, rules):
-    """With clipping; the rules' learning rates multiply the decay too, and what is frozen is no part of the norm.
+    """With clipping. The rules' learning rates multiply the decay too, and frozen parameters do not count in the norm.
 
-    Lion takes the sign of a gradient, and that of the key bias is noise.
+    Lion takes the sign of the gradient. The gradient of the key bias is only noise, so it is not compared.
     """
     recipe = ts.recipe(compute_dtype="float64", optimizer=KINDS[kind] | {"clip": 0.9, "weight_decay": 0.2} | rules)
     batches = [ts.batch(recipe, seed) for seed in range(5)]
@@ -51,7 +51,7 @@ def test_steps_are_the_definition(x64, kind, rules):
 
 
 def test_adafactor_is_optax_own(x64):
-    """With its usual settings; but for what holds the key bias, whose noise it would make steps of as large as any."""
+    """With its usual settings. The attention bias is frozen: Adafactor turns the key bias's noise into large steps."""
     held = [["c_attn/b$", 0.0], [".*", 1.0]]
     recipe = ts.recipe(
         compute_dtype="float64", optimizer={"name": "adafactor", "learning_rate": 0.01, "learning_rates": held}
@@ -80,7 +80,7 @@ def test_adafactor_is_optax_own(x64):
     ),
 )
 def test_schedules(x64, schedule, warmup_steps):
-    """As the recipe says it, in what the metrics show and in what the weights did."""
+    """The metrics and the weights both follow the recipe's schedule."""
     recipe = ts.recipe(
         compute_dtype="float64",
         steps=9,
@@ -116,7 +116,7 @@ def test_rules_that_leave_a_parameter_uncovered_are_refused(rule):
 
 @pytest.mark.parametrize("kind", [*KINDS, "adafactor"])
 def test_what_is_frozen_stays_and_has_no_optimizer_state(kind):
-    """To the bit, though decay is asked for; and a gradient that nobody needs is not computed."""
+    """Frozen parameters do not change by a bit, even with weight decay, and they have no optimizer state."""
     optimizer = {"name": "adamw", "weight_decay": 0.5, "clip": 0.3} | KINDS.get(kind, {"name": kind})
     free = ts.recipe(optimizer=optimizer)
     frozen = ts.recipe(optimizer=optimizer | {"learning_rates": [[FROZEN, 0.0], [".*", 1.0]]})
@@ -133,7 +133,7 @@ def test_what_is_frozen_stays_and_has_no_optimizer_state(kind):
 
 
 def test_gradients_of_what_is_frozen_are_not_computed():
-    """All but the last norm is frozen: what is left is the forward pass and the loss."""
+    """Everything except the last norm is frozen, so only the forward pass and the loss remain."""
 
     def flops(learning_rates):
         recipe = ts.recipe(optimizer={"learning_rates": learning_rates})

@@ -1,4 +1,4 @@
-"""What a run says of itself: strict files, without doubles after a kill; a speed that leaves compiling out."""
+"""What a run reports: strict files without duplicates after a kill, and a speed without the compile time."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-import select
+import selectors
 import struct
 import sys
 import types
@@ -30,7 +30,7 @@ METRICS = {"loss": 3.25, "grad_norm": 0.5, "learning_rate": 1e-4, "skipped": Fal
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """Time that passes when a test says so."""
 
     def __init__(self):
         self.now = 17.0
@@ -48,10 +48,10 @@ class Device:
 
 
 def strict(path):
-    """The lines of a file, read by a parser that takes nothing that JSON has not."""
+    """The lines of a file, read by a parser that accepts only strict JSON."""
 
     def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     text = path.read_text(encoding="utf-8")
     assert not text or text.endswith("\n")
@@ -68,7 +68,7 @@ def steps(report, clock, numbers, seconds=2.0, tokens=600):
 
 
 def test_metrics_are_lines_of_json(tmp_path):
-    """Each step and evaluation a line, in order; the first step, which compiles, has no speed."""
+    """One line for each step and evaluation, in order; the first step compiles and has no speed."""
     clock = Clock()
     with Report(PLAN, tmp_path, clock=clock) as report:
         steps(report, clock, [1, 2])
@@ -81,7 +81,7 @@ def test_metrics_are_lines_of_json(tmp_path):
 
 
 def test_what_is_no_number_is_null(tmp_path):
-    """NaN and infinities, also of JAX and NumPy, are null: strict JSON has no others; their booleans are booleans."""
+    """NaN and infinities, also of JAX and NumPy, become null, as strict JSON requires; booleans stay booleans."""
     values = {"loss": math.nan, "grad_norm": np.float32(np.inf), "learning_rate": jnp.float32(-jnp.inf)}
     with Report(PLAN, tmp_path) as report:
         report.step(1, values | {"skipped": jnp.bool_(True), "n_tokens": np.float32(96)}, 96, 0.5)
@@ -93,7 +93,7 @@ def test_what_is_no_number_is_null(tmp_path):
 
 
 def test_samples(tmp_path, capfd):
-    """A sample is a line, exactly; on the screen nothing of it can move the cursor."""
+    """A sample is one line with the exact text. On the screen, no character of it can move the cursor."""
     text = ' of "Nile"\x1b[2J\né\u2028\ud83d\ude00'.encode("utf-16", "surrogatepass").decode("utf-16")
     with Report(PLAN, tmp_path) as report:
         report.sample(7, "Antony", text, 0.25)
@@ -117,7 +117,7 @@ def test_a_line_is_in_the_file_when_the_call_returns(tmp_path):
 )
 @hypothesis.settings(max_examples=60)
 def test_killed_at_any_byte_and_resumed_nothing_stands_twice(tmp_path_factory, n_steps, every, cut, resumed):
-    """However much of the file a kill left, and from whatever step the run goes on: each line once, in order."""
+    """For any remaining part of the file, and any step from which the run resumes: each line once, in order."""
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
 
     def go(first, last):
@@ -137,7 +137,7 @@ def test_killed_at_any_byte_and_resumed_nothing_stands_twice(tmp_path_factory, n
     n_lines = killed.count(b"\n")
     step = min([resumed, *(r["step"] for r in list(read_records(path))[-1:])]) if n_lines else 0
     go(step, 12)
-    # The line that a kill cut off at the step from which the run goes on is lost, and no other.
+    # Only one line can be lost: the line of the step from which the run resumes, if the kill cut it off.
     lines, expected = path.read_bytes().splitlines(), whole.splitlines()
     lost = [line for line in expected if line not in lines]
     assert lines == [line for line in expected if line in lines]
@@ -171,7 +171,7 @@ def test_resuming_cuts_samples_too_and_leaves_no_other_file(tmp_path):
 def test_a_broken_line_is_named_and_nothing_is_changed(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 2}\n')
-    with pytest.raises(ValueError, match=r'metrics.jsonl, line 2 is no JSON object with a "step": repair it'):
+    with pytest.raises(ValueError, match=r'metrics.jsonl, line 2 is not a JSON object with a "step": repair or'):
         Report(PLAN, tmp_path, 2).__enter__()
     assert path.read_bytes() == b'{"step": 1}\n' + line + b'{"step": 2}\n'
     assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -181,7 +181,7 @@ def test_a_broken_line_is_named_and_nothing_is_changed(tmp_path, line):
 
 
 def events(folder):
-    """All events of a folder, read from the records of the files: length, checksum, message, checksum."""
+    """All events of a folder. A record in a file is: length, checksum, message, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     for path in sorted(folder.iterdir()):
@@ -193,7 +193,7 @@ def events(folder):
 
 
 def test_tensorboard(tmp_path):
-    """Scalars and samples by step; a resumed run tells TensorBoard to forget what came after its first step."""
+    """Scalars and samples by step; a resumed run makes TensorBoard discard what came after its first step."""
     recipe = Recipe(steps=1009)
     for first in (0, 3):
         clock = Clock()
@@ -209,7 +209,7 @@ def test_tensorboard(tmp_path):
     assert (6, "val/loss", 3.5) in scalars
     assert (6, "val/perplexity", 33.0) in scalars
     assert (5, "speed/tokens_per_second", 300.0) in scalars
-    assert [step for step, tag, _ in scalars if tag == "train/loss"] == [1, 2, 4, 5]  # what is no number draws nothing
+    assert [step for step, tag, _ in scalars if tag == "train/loss"] == [1, 2, 4, 5]  # NaN is left out
     assert [step for step, tag, _ in scalars if tag == "speed/tokens_per_second"] == [2, 3, 5, 6]
     assert [e.step for e in found if e.session_log.status == e.session_log.START] == [0, 4]
     (text, _) = [v.tensor.string_val[0] for e in found for v in e.summary.value if v.tag.startswith("sample/To")]
@@ -226,7 +226,7 @@ def test_no_tensorboard_unless_asked_for(tmp_path):
 
 
 def test_lines_where_there_is_no_terminal(tmp_path, capfd):
-    """The first steps, then one about every ten seconds, evaluations and the last: plain lines on standard error."""
+    """Plain lines on standard error: first steps, then one about every ten seconds, evaluations, the last step."""
     clock, recipe = Clock(), dataclasses.replace(RECIPE, steps=40)
     with Report(make_plan(CONFIG, recipe), tmp_path, clock=clock) as report:
         steps(report, clock, range(1, 20), seconds=1.5)
@@ -244,7 +244,7 @@ def test_lines_where_there_is_no_terminal(tmp_path, capfd):
 
 
 def test_speed_is_without_compiling_and_time_left_with_evaluations(tmp_path, capfd):
-    """A first step of a minute changes neither; an evaluation of a minute is in the time left, not in the speed."""
+    """A slow first step changes neither. A slow evaluation changes the time left, and not the speed."""
     clock, recipe = Clock(), dataclasses.replace(RECIPE, steps=103)
     with Report(make_plan(CONFIG, recipe), tmp_path, clock=clock) as report:
         steps(report, clock, [1], seconds=60)
@@ -255,7 +255,7 @@ def test_speed_is_without_compiling_and_time_left_with_evaluations(tmp_path, cap
 
 
 def test_mfu_of_known_devices(tmp_path, capfd):
-    """Of the peak of all devices together, in the line and in the file."""
+    """Relative to the peak of all devices together, in the line and in the file."""
     devices = np.array([Device("NVIDIA H200"), Device("NVIDIA H200")])
     plan = dataclasses.replace(make_plan(CONFIG, RECIPE, n_tokens=31), mesh=types.SimpleNamespace(devices=devices))
     clock = Clock()
@@ -268,15 +268,17 @@ def test_mfu_of_known_devices(tmp_path, capfd):
 
 @contextlib.contextmanager
 def on_a_terminal(width):
-    """Put a terminal in the place of standard error; the value, called, is what was written to it since."""
+    """Replace standard error by a terminal; give a function that returns what was written to it."""
     import pty  # not on Windows
 
     ours, theirs = pty.openpty()
 
     def written() -> str:
         text = b""
-        while select.select([ours], [], [], 0.05)[0]:
-            text += os.read(ours, 2**16)
+        with selectors.DefaultSelector() as selector:
+            selector.register(ours, selectors.EVENT_READ)
+            while selector.select(0.05):
+                text += os.read(ours, 2**16)
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
 
     with pytest.MonkeyPatch.context() as patch, os.fdopen(theirs, "w", encoding="utf-8") as file:
@@ -289,7 +291,7 @@ def on_a_terminal(width):
 
 
 def test_a_bar_on_a_terminal(tmp_path, capsys):
-    """One line with everything in it, redrawn in place; messages stand above it, and standard output is untouched."""
+    """One line with everything in it, redrawn in place; messages are above it, and standard output is untouched."""
     clock = Clock()
     with on_a_terminal(120) as written:
         with Report(PLAN, tmp_path, 5, clock=clock) as report:
@@ -309,7 +311,7 @@ def test_a_bar_on_a_terminal(tmp_path, capsys):
 
 @pytest.mark.parametrize("width", [80, 40])
 def test_the_bar_keeps_to_one_line(tmp_path, width):
-    """On a narrow terminal the bar gives way, and then the end of the numbers: never a second line."""
+    """On a narrow terminal the bar becomes shorter, and then the end of the numbers is cut; there is no second line."""
     clock, recipe = Clock(), dataclasses.replace(RECIPE, steps=600_000)
     with on_a_terminal(width) as written:
         with Report(make_plan(CONFIG, recipe), tmp_path, clock=clock) as report:

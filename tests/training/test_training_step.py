@@ -1,4 +1,4 @@
-"""One training step: accumulation, remat, dropout, what is skipped, precision, memory that is given back."""
+"""One training step: gradient accumulation, remat, dropout, skipped steps, precision, donated memory."""
 
 import commands
 import jax
@@ -22,7 +22,7 @@ def x64():
 
 
 def all_trained(state):
-    """What a skipped step leaves as it is: everything but the count of steps and the running mean."""
+    """The part of the state that a skipped step keeps: everything except the step count and the running mean."""
     return (state.params, state.lora, state.opt_state)
 
 
@@ -31,7 +31,7 @@ def all_trained(state):
 
 @pytest.mark.parametrize("accumulate", [2, 6])
 def test_parts_make_the_same_step_as_the_whole(x64, accumulate):
-    """Though the parts have different numbers of targets that count, and one has none. Measured: 5.5e-13."""
+    """The parts have different numbers of targets that count, and one has none. Measured: 5.5e-13."""
     whole = ts.recipe(compute_dtype="float64", optimizer=ADAMW)
     parts = ts.recipe(compute_dtype="float64", optimizer=ADAMW, accumulate=accumulate)
     batches = [ts.batch(whole, seed) for seed in range(3)]
@@ -46,7 +46,7 @@ def test_parts_make_the_same_step_as_the_whole(x64, accumulate):
 
 
 def test_remat_makes_the_same_step(x64):
-    """With dropout too: the backward pass must draw what the forward pass drew."""
+    """Also with dropout: the backward pass must use the same draws as the forward pass."""
     runs = []
     for remat in (False, True):
         recipe = ts.recipe(compute_dtype="float64", remat=remat, optimizer=ADAMW, model={"dropout": 0.3})
@@ -68,7 +68,7 @@ def kept_bytes(remat):
 
 
 def test_remat_keeps_the_residual_stream_alone():
-    """Of each block, whose inner activations take at least 16 times as much."""
+    """One residual stream per block. The inner activations of a block take at least 16 times as much."""
     stream = 6 * 127 * 24 * 4
     assert kept_bytes(True) < 20 * stream
     assert kept_bytes(False) - kept_bytes(True) > 4 * 16 * stream
@@ -88,7 +88,7 @@ REMAT = """
 
 
 def test_the_recipe_s_remat_needs_less_memory_and_more_operations():
-    """By a schedule that minds the memory: XLA's own on CPUs, made for concurrency, begins the new passes early."""
+    """With XLA's memory-oriented scheduler. The default one on CPUs favors concurrency and recomputes too early."""
     (keeping, flops), (anew, more_flops) = commands.on_eight_devices(REMAT)
     assert anew < 0.9 * keeping
     assert more_flops > 1.1 * flops
@@ -98,7 +98,7 @@ def test_the_recipe_s_remat_needs_less_memory_and_more_operations():
 
 
 def loss_of(recipe, batch, step=0):
-    """The loss of a state's first step, as if `step` steps were done."""
+    """The loss of one step from the initial state, with its step count set to `step`."""
     state = ts.begin(recipe)
     state = state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
     return float(ts.train_step(recipe)(state, batch)[1]["loss"])
@@ -113,7 +113,7 @@ def test_dropout_is_a_function_of_seed_and_step():
 
 
 def test_rows_and_parts_draw_their_own_dropout():
-    """The same window six times, of which one alone counts at a time."""
+    """The same window six times; only one of them counts at a time."""
     recipe = ts.recipe(**RANDOM)
     batch = ts.batch(recipe)
     same = [np.broadcast_to(leaf[:1, :1], leaf.shape) for leaf in (batch.tokens, batch.targets)]
@@ -159,7 +159,7 @@ def outside_batch(recipe):
 @pytest.mark.parametrize("make", [nan_batch, outside_batch])
 @pytest.mark.parametrize(("on_nan", "accumulate"), [("skip", 1), ("stop", 2)])
 def test_a_batch_that_gives_no_number_changes_nothing(make, accumulate, on_nan):
-    """Weights, moments and running mean stay to the bit, the step counts, and the metrics say so."""
+    """Weights, moments and running mean keep their bits, the step is counted, and the metrics report it."""
     recipe = ts.recipe(accumulate=accumulate, optimizer=ADAMW, monitor={"on_nan": on_nan})
     before, state, metrics = after(recipe, [ts.batch(recipe, seed) for seed in range(2)], make(recipe))
     assert bool(metrics["skipped"])
@@ -169,7 +169,7 @@ def test_a_batch_that_gives_no_number_changes_nothing(make, accumulate, on_nan):
 
 
 def test_training_goes_on_after_a_skipped_step():
-    """As if that step had never been."""
+    """The result is the same as without that step."""
     recipe = ts.recipe(optimizer=ADAMW, monitor={"on_nan": "skip"})
     batches = [ts.batch(recipe, seed) for seed in range(4)]
     without, _ = ts.run(recipe, batches)
@@ -179,7 +179,7 @@ def test_training_goes_on_after_a_skipped_step():
 
 
 def test_after_a_skipped_step_the_learning_rate_is_that_of_the_step(x64):
-    """The one that the metrics name, so that the last step has the last of the schedule."""
+    """It is the one in the metrics, so that the last step has the last rate of the schedule."""
     recipe = ts.recipe(
         compute_dtype="float64",
         steps=3,
@@ -204,7 +204,7 @@ def with_mean(recipe, mean):
 
 @pytest.mark.parametrize("on_spike", ["ignore", "skip", "stop"])
 def test_a_spike_is_skipped_unless_it_is_to_be_ignored(on_spike):
-    """Above `spike` times the mean, and not at 1 % below."""
+    """A loss above `spike` times the mean is a spike; a loss 1 % below that is not."""
     recipe = ts.recipe(optimizer=ADAMW, monitor={"on_spike": on_spike, "spike": 1.5})
     loss = float(with_mean(recipe, 100.0)[2]["loss"])
     for mean, high in ((0.99 * loss / 1.5, True), (1.01 * loss / 1.5, False)):
@@ -213,12 +213,12 @@ def test_a_spike_is_skipped_unless_it_is_to_be_ignored(on_spike):
         assert bool(metrics["skipped"]) == skipped
         assert (ts.bits(all_trained(state)) == ts.bits(all_trained(before))) == skipped
         assert int(state.step) == 3
-        counted = min(float(metrics["loss"]), 1.5 * mean)  # so a level that lasts comes to be the mean, in time
+        counted = min(float(metrics["loss"]), 1.5 * mean)  # so the mean slowly reaches a new constant level
         np.testing.assert_allclose(state.mean_loss, 0.98 * mean + 0.02 * counted, rtol=1e-6)
 
 
 def test_a_step_without_targets_changes_nothing():
-    """All rows padding or prompts: no decay, no momentum, and no loss of 0 in the mean."""
+    """All rows are padding or prompts: no decay, no momentum, and no loss of 0 in the mean."""
     recipe = ts.recipe(optimizer=ADAMW)
     state, _ = ts.run(recipe, [ts.batch(recipe)])
     before = jax.tree.map(np.array, state)
@@ -230,7 +230,7 @@ def test_a_step_without_targets_changes_nothing():
 
 
 def test_the_mean_of_the_loss():
-    """It begins with the first loss, and each later one has a fiftieth of it."""
+    """It begins with the first loss, and each later loss has a weight of 1/50."""
     recipe = ts.recipe(optimizer=ADAMW)
     state, seen = ts.run(recipe, [ts.batch(recipe, seed) for seed in range(3)])
     first, second, third = (float(metrics["loss"]) for metrics in seen)
@@ -257,7 +257,7 @@ def test_bfloat16_products_leave_everything_else_in_float32():
     assert {str(leaf.dtype) for leaf in floats} == {"float32"}
     assert {metrics["loss"].dtype.name for metrics in seen} == {"float32"}
     differences = [abs(one["loss"] / other["loss"] - 1) for one, other in zip(seen, wanted, strict=True)]
-    assert 1e-7 < max(differences) < 1e-2  # they are computed otherwise, and come to the same
+    assert 1e-7 < max(differences) < 1e-2  # computed differently, with nearly the same result
     assert ts.furthest(ts.flat(ours.params), ts.flat(theirs.params)) <= 2 * 4 * ADAMW["learning_rate"]
 
 
@@ -265,7 +265,7 @@ def test_bfloat16_products_leave_everything_else_in_float32():
 
 
 def test_the_state_gives_its_memory_to_the_next():
-    """Buffers that could not be used would be a warning, which is an error here."""
+    """Donated buffers that cannot be used cause a warning, which is an error here."""
     recipe = ts.recipe(optimizer=ADAMW)
     state = ts.begin(recipe)
     batch = ts.batch(recipe)
@@ -280,7 +280,7 @@ def test_the_state_gives_its_memory_to_the_next():
 
 
 def test_ten_steps_compile_once():
-    recipe = ts.recipe(optimizer=ADAMW | {"schedule": "cosine", "warmup_steps": 2}, seed=11)  # of no other test
+    recipe = ts.recipe(optimizer=ADAMW | {"schedule": "cosine", "warmup_steps": 2}, seed=11)  # used by no other test
     state, step = ts.begin(recipe), ts.train_step(recipe)
     batches = [ts.batch(recipe, seed) for seed in range(10)]
     before = len(COMPILATIONS)

@@ -1,4 +1,4 @@
-"""How much of a sample stands in the training text: equal to a naive search, for any text, and in bounded memory."""
+"""How much of a sample occurs in the training text: equal to a naive search, for any text, in bounded memory."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ def naive(sample: list[int], text: list[int], n: int) -> tuple[float, int, int]:
             length = end - start
             places = [p for p in range(len(text) - length + 1) if text[p : p + length] == sample[start:end]]
             if not places:
-                break  # what is longer is not there either
+                break  # a longer run does not occur either
             covered |= set(range(start, end))
             if length > longest:
                 longest, position = length, places[0]
@@ -50,7 +50,7 @@ def naive(sample: list[int], text: list[int], n: int) -> tuple[float, int, int]:
 
 @st.composite
 def texts_and_samples(draw):
-    """A text of few different tokens, and samples made of parts of it and of noise."""
+    """A text with few different tokens, and samples of parts of it and noise."""
     token = st.integers(0, draw(st.sampled_from([0, 1, 3, 50256])))
     text = draw(st.lists(token, max_size=60))
     part = st.lists(token, max_size=6)
@@ -66,7 +66,7 @@ def texts_and_samples(draw):
 @hypothesis.given(case=texts_and_samples(), n=st.integers(1, 9), chunk=st.integers(1, 70), block=st.integers(1, 70))
 @hypothesis.settings(max_examples=300)
 def test_equals_a_naive_search(case, n, chunk, block):
-    """For any text, samples and n, and wherever a chunk or a block of the text ends."""
+    """For any text, samples and n, and any sizes of chunks and blocks."""
     text, samples = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verbatim, "CHUNK", chunk)
@@ -82,7 +82,7 @@ def test_equals_a_naive_search(case, n, chunk, block):
 @hypothesis.given(case=texts_and_samples(), n=st.integers(1, 5))
 @hypothesis.settings(max_examples=100)
 def test_a_collision_of_hashes_changes_nothing(case, n):
-    """With a hash that says of everything that it is alike, the tokens themselves still decide."""
+    """If all hashes are equal, the comparison of tokens still decides."""
     text, samples = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verbatim, "_hashes", lambda ids, n: np.full(max(len(ids) - n + 1, 0), 7, np.uint32))
@@ -93,7 +93,7 @@ def test_a_collision_of_hashes_changes_nothing(case, n):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 11, 16])
 def test_the_hash_is_the_polynomial(n):
-    """Whatever n is, equal runs have equal hashes, and the hash depends on each token and its place."""
+    """For any n, equal runs have equal hashes, and the hash depends on each token and its position."""
     ids = np.random.default_rng(n).integers(0, 50257, 23).astype(np.uint32)
     base = int(verbatim.BASE)
     expected = [sum(int(ids[i + j]) * base ** (n - 1 - j) for j in range(n)) % 2**32 for i in range(23 - n + 1)]
@@ -101,7 +101,7 @@ def test_the_hash_is_the_polynomial(n):
 
 
 def test_a_run_across_chunks_is_found_whole():
-    """A sample that stands verbatim where one chunk ends and the next begins is one run, at its own place."""
+    """A sample that occurs verbatim across the end of a chunk is one run, at the right position."""
     rng = np.random.default_rng(5)
     text = rng.integers(0, 50257, 100_003)
     with pytest.MonkeyPatch.context() as patch:
@@ -120,19 +120,19 @@ def test_text_that_repeats_itself_ends_soon():
 
 
 def test_a_cap_is_said_when_it_bites():
-    """Tokens beyond `at_most` are neither read nor found, and the sentence says so; a cap beyond the end does not."""
+    """Tokens after `at_most` are not read, and the sentence says so. A cap beyond the end is not mentioned."""
     text = np.arange(1009)
     sample = text[901:921].tolist()
     capped = verbatim_share(sample, tokens := Text(text), at_most=907)
     assert (capped.share, capped.longest, capped.n_searched, capped.n_text) == (0.0, 0, 907, 1009)
     assert tokens.n_read == 907
     assert str(capped) == (
-        "0% of the sample's 20 tokens stand verbatim in the first 907 of the 1,009 tokens of the training text: "
+        "0% of the sample's 20 tokens occur verbatim in the first 907 of the 1,009 tokens of the training text: "
         "no run of 8 or more"
     )
     whole = verbatim_share([7, *sample, 7, 7, 7], Text(text), at_most=2000)
     assert str(whole) == (
-        "83% of the sample's 24 tokens stand verbatim in the training text, in runs of 8 or more; "
+        "83% of the sample's 24 tokens occur verbatim in the training text, in runs of 8 or more; "
         "the longest is 20, at token 901"
     )
 
