@@ -1,14 +1,19 @@
-"""The released 124M weights, where they are at hand: GPT2_JAX_124M=DIR, a folder with OpenAI's files, runs these."""
+"""The released 124M weights. These tests run only with GPT2_JAX_124M=DIR, a folder with OpenAI's files.
+
+`gpt2-doctor --verify DIR` runs the same checks. The numbers are in `gpt2_jax.inspection.known_values`.
+"""
 
 import os
 
-import numpy as np
 import pytest
 
 import gpt2_jax
+from gpt2_jax.inspection import verification
+from gpt2_jax.inspection.known_values import KNOWN
 
 DIRECTORY = os.environ.get("GPT2_JAX_124M", "")
 pytestmark = pytest.mark.skipif(not DIRECTORY, reason="needs the released weights: set GPT2_JAX_124M to their folder")
+KNOWN_124M = KNOWN["124M"]
 
 
 @pytest.fixture(scope="module")
@@ -16,25 +21,26 @@ def released():
     return gpt2_jax.load(DIRECTORY)
 
 
-def test_the_embedding_is_the_release_s(released):
-    config, params = released
-    wte = np.asarray(params["wte"])
-    assert config == gpt2_jax.SIZES["124M"]
-    assert wte.shape == (50257, 768)
-    np.testing.assert_allclose(wte[:3, 0], [-0.11010301, 0.04034033, -0.12746179], rtol=1e-6)
-    np.testing.assert_allclose(wte[0, -1], 0.04531523, rtol=1e-6)
+@pytest.fixture(scope="module")
+def vocabulary():
+    return gpt2_jax.load_tokenizer(DIRECTORY)
 
 
-def test_greedy_ids(released):
-    expected = [373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198, 464, 3290]
-    assert gpt2_jax.generate(*released, [[464, 3290]], max_new_tokens=18, temperature=0) == [expected]
+def assert_all_pass(checks, n_checks):
+    assert [check for check in checks if check["result"] != "pass"] == []
+    assert len(checks) == n_checks
 
 
-def test_greedy_text(released):
-    tokenizer = gpt2_jax.load_tokenizer(DIRECTORY)
-    prompt = tokenizer.encode("Alan Turing theorized that computers would one day become")
-    [ids] = gpt2_jax.generate(*released, [prompt], max_new_tokens=40, temperature=0)
-    assert tokenizer.decode(ids) == (
-        " the most powerful machines on the planet.\n\nThe computer is a machine that can perform complex "
-        "calculations, and it can perform these calculations in a way that is very similar to the human brain."
-    )
+def test_the_tensors_are_the_release_s(released):
+    assert released[0] == gpt2_jax.SIZES["124M"]
+    assert released[1]["wte"].shape == (50257, 768)
+    assert_all_pass(verification.check_tensors(*released, KNOWN_124M), 4)
+    assert_all_pass(verification.check_values(*released, KNOWN_124M), 4)
+
+
+def test_the_vocabulary_is_the_release_s(released, vocabulary):
+    assert_all_pass(verification.check_vocabulary(released[0], vocabulary, KNOWN_124M), 13)
+
+
+def test_greedy_continuations(released, vocabulary):
+    assert_all_pass(verification.check_greedy(*released, vocabulary, KNOWN_124M), 2)

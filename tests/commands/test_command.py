@@ -18,7 +18,7 @@ ENTRY_POINTS = tomllib.loads((commands.ROOT / "pyproject.toml").read_text(encodi
 SCRIPTS = {
     "generate": "gpt2-generate", "download": "gpt2-download", "convert": "gpt2-convert", "train": "gpt2-train",
     "finetune": "gpt2-finetune", "inspect_checkpoint": "gpt2-inspect", "prepare_data": "gpt2-prepare",
-    "train_tokenizer": "gpt2-train-tokenizer", "evaluate": "gpt2-evaluate",
+    "train_tokenizer": "gpt2-train-tokenizer", "evaluate": "gpt2-evaluate", "doctor": "gpt2-doctor",
 }  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "torch", "transformers", "safetensors", "matplotlib"}
 HEAVY |= {"huggingface_hub", "tokenizers", "tiktoken", "grain"}
