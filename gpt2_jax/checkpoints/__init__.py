@@ -1,8 +1,8 @@
-"""Weights and vocabularies in and out, one module a format; `load` tells the formats apart, `save` writes each.
+"""Load and save weights and vocabularies. `load` recognizes the format, `save` writes any of them.
 
-The formats are `tensorflow`, `huggingface` and `orbax`, and `parts`, the checkpoints of a training run, whose folder is
-`runs`. Not here: fetching the released files (`gpt2_jax.release`); replacing and locking files (`gpt2_jax.files`); when
-a run saves, and its optimizer's state (`gpt2_jax.training`).
+Each format has a module: `tensorflow`, `huggingface`, `orbax`, and `parts` for the checkpoints of a training run.
+`runs` describes a run's folder. Other packages fetch the released files (`gpt2_jax.release`), replace and lock files
+(`gpt2_jax.files`), and decide when a run saves its params and its optimizer's state (`gpt2_jax.training`).
 """
 
 from gpt2_jax.checkpoints.book import download_and_load_gpt2, from_blocks, to_blocks

@@ -1,4 +1,4 @@
-"""The call that readers of the build-an-LLM books know, and their nesting of the checkpoint's arrays."""
+"""`download_and_load_gpt2`, the function of the build-an-LLM books, and the books' nesting of the arrays."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from gpt2_jax.release import download
 def download_and_load_gpt2(
     model_size: str = "124M", models_dir: str | os.PathLike = "gpt2"
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """Fetch a released model into models_dir/model_size, unless it is there, and load it as the books do.
+    """Load a released model as the books do. It is fetched into models_dir/model_size if it is not there yet.
 
     Returns:
-      settings, the contents of hparams.json; and params in the books' nesting (`to_blocks`), NumPy float32:
-      `params["blocks"][0]["attn"]["c_attn"]["w"]` is (n_embd, 3 * n_embd), the final norm params["g"] and params["b"].
+      settings, params. settings is the contents of hparams.json. params holds NumPy float32 arrays in the books'
+      nesting (`to_blocks`): `params["blocks"][0]["attn"]["c_attn"]["w"]` is (n_embd, 3 * n_embd), and the final norm
+      is at `params["g"]` and `params["b"]`.
 
     Raises:
-      ValueError: an unknown size, or damaged files.
+      ValueError: the size is unknown, or the files are damaged.
       OSError: the files cannot be fetched.
     """
     size = download.size_of(model_size)
@@ -44,12 +45,12 @@ def download_and_load_gpt2(
 
 
 def to_blocks(params: Params, nested_ln_f: bool = False) -> dict[str, Any]:
-    """Return the same arrays in the books' nesting: {"wte", "wpe", "blocks": [h0, h1, ...]} and the final norm.
+    """Return the same arrays in the books' nesting: `{"wte", "wpe", "blocks": [h0, h1, ...]}` and the final norm.
 
     Args:
-      params: as `load` gives them.
-      nested_ln_f: the final norm stands at ["ln_f"]["g"] and ["ln_f"]["b"], as in the notebook; False puts it at ["g"]
-        and ["b"], as in the book.
+      params: params as `load` returns them.
+      nested_ln_f: True puts the final norm at `["ln_f"]["g"]` and `["ln_f"]["b"]`, as in the notebook. False puts it at
+        `["g"]` and `["b"]`, as in the book.
 
     Raises:
       ValueError: a name is missing or unknown.
@@ -61,7 +62,7 @@ def to_blocks(params: Params, nested_ln_f: bool = False) -> dict[str, Any]:
 
 
 def from_blocks(blocks: dict[str, Any]) -> Params:
-    """Return a params tree of the same arrays from either of the books' nestings: the inverse of `to_blocks`.
+    """Return the same arrays as a params tree, from either nesting of the books. This is the inverse of `to_blocks`.
 
     Raises:
       ValueError: a name is missing or unknown.
@@ -70,7 +71,7 @@ def from_blocks(blocks: dict[str, Any]) -> Params:
     _check_names(blocks, {"wte", "wpe", "blocks"} | last, "the books' params")
     ln_f = blocks["ln_f"] if "ln_f" in last else {"g": blocks["g"], "b": blocks["b"]}
     if not isinstance(blocks["blocks"], list | tuple):
-        raise ValueError(f"the books' params hold blocks as a list, not as a {type(blocks['blocks']).__name__}")
+        raise ValueError(f"the books' params must hold blocks as a list, not as a {type(blocks['blocks']).__name__}")
     layers = {f"h{i}": block for i, block in enumerate(blocks["blocks"])}
     for name, block in layers.items():
         _check_block(block, f"blocks[{name[1:]}]")

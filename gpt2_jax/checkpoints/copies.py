@@ -1,7 +1,8 @@
-"""Kept copies: what was read from a TensorFlow checkpoint once, in a file that is read without TensorFlow.
+"""Kept copies: the tensors of a TensorFlow checkpoint in a second file, which is read without TensorFlow.
 
-One file for each directory, in `cache_dir()/copies`. It is used as long as the original's size, time of change and
-index (which holds the checksum of each variable) are those it was made from, and each tensor's sha256 is checked.
+Each directory has one copy, in `cache_dir()/copies`. The copy is used while the original is unchanged: the names, sizes
+and modification times of its data files, its index (with the checksum of each variable) and its hparams.json. Each
+tensor of the copy is checked against its sha256.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from gpt2_jax.progress import reading
 
 
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:
-    """Read a TensorFlow checkpoint from its copy if there is one, and else through TensorFlow, keeping a copy.
+    """Read a TensorFlow checkpoint from its copy. If there is none, read it with TensorFlow and keep a copy.
 
     Raises:
-      as `tensorflow.read`. A copy that is damaged or cannot be written is a warning.
+      FileNotFoundError, ValueError: as in `tensorflow.read`. A copy that is damaged or cannot be written only warns.
     """
     source = _fingerprint(directory)
     try:
         opened = _open(directory, source)
     except (DamagedError, OSError) as error:
         opened = None
-        warnings.warn(f"{error}; made anew from {directory}", stacklevel=2)
+        warnings.warn(f"{error}; the copy is made again from {directory}", stacklevel=2)
     if opened is None:
         config, arrays = _make(directory, source)
         return config, _drain(arrays)
@@ -41,7 +42,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
 
 
 def read_config(directory: Path) -> GPT2Config | None:
-    """Return the config that the copy of a directory holds; None where there is no copy that can be used."""
+    """Return the config from the copy of a directory, or None if there is no usable copy."""
     try:
         opened = _open(directory, _fingerprint(directory))
     except (DamagedError, OSError):
@@ -50,7 +51,7 @@ def read_config(directory: Path) -> GPT2Config | None:
 
 
 def copy_path(directory: Path) -> Path:
-    """Return the name that a directory's copy has."""
+    """Return the path of a directory's copy."""
     name = hashlib.sha256(str(directory.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
     return cache_dir() / "copies" / f"{name}.safetensors"
 
@@ -63,14 +64,14 @@ def _open(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, Leave
     config, manifest = read_manifest(metadata.get("gpt2_jax", ""), path)
     if manifest.get("source") != source:
         return None
-    leaves = safetensors.read(tensors, manifest["sha256"], mapped=True)  # while the model is traced below
+    leaves = safetensors.read(tensors, manifest["sha256"], mapped=True)  # threads read while the model is traced below
     if wrong := differences(tensors, flatten(abstract_params(config))):
         raise DamagedError(f"{path} is damaged:\n  " + "\n  ".join(wrong))
     return config, leaves
 
 
 def _or_made_anew(directory: Path, source: dict[str, object], leaves: Leaves) -> Leaves:
-    """Yield the copy's tensors; from where one turns out damaged, the original's."""
+    """Yield the tensors of the copy. If one is damaged, yield it and the remaining ones from the original."""
     done = set()
     try:
         for name, array in leaves:
@@ -78,13 +79,13 @@ def _or_made_anew(directory: Path, source: dict[str, object], leaves: Leaves) ->
             yield name, array
         return
     except (DamagedError, OSError) as error:
-        warnings.warn(f"{error}; made anew from {directory}", stacklevel=2)
+        warnings.warn(f"{error}; the copy is made again from {directory}", stacklevel=2)
     _, arrays = _make(directory, source)
     yield from ((name, array) for name, array in _drain(arrays) if name not in done)
 
 
 def _make(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, dict[str, np.ndarray]]:
-    """Read the original and keep a copy; `source` is from before: a change since makes the copy useless, not wrong."""
+    """Read the original and keep a copy. `source` is older than the read: if the files change, the copy is not used."""
     config, leaves = tensorflow.read(directory)
     arrays = dict(reading(leaves, f"reading {directory.name}", config.param_bytes))
     manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)
@@ -102,13 +103,13 @@ def _make(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, dict[
 
 
 def _drain(arrays: dict[str, np.ndarray]) -> Leaves:
-    """Yield every array, the largest first, and let go of it."""
+    """Yield every array, the largest first, and remove it from the dict."""
     for name in sorted(arrays, key=lambda name: -arrays[name].nbytes):
         yield name, arrays.pop(name)
 
 
 def _fingerprint(directory: Path) -> dict[str, object]:
-    """Return what a copy is known by, as JSON gives it back."""
+    """Return what identifies the version of a checkpoint, in types that JSON does not change."""
     prefix = tensorflow.find_checkpoint(directory)
     data = sorted(directory.glob(tensorflow.data_pattern(prefix)))
     index = (directory / f"{prefix.name}.index").read_bytes()

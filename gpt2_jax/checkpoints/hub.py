@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, through huggingface_hub and its own cache."""
+"""Models on the Hugging Face hub. huggingface_hub fetches them into its own cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MODEL_FILES = (*TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.j
 
 
 def fetch(repository: str, tokenizer_only: bool = False) -> Path:
-    """Return the folder of a repository in the hub's cache, having fetched the files of Hugging Face's form.
+    """Fetch a repository's files in Hugging Face's format, and return its folder in the hub's cache.
 
     Raises:
-      FileNotFoundError: no such repository, or it may not be read.
-      ValueError: it holds no safetensors.
+      FileNotFoundError: the repository does not exist, or access to it is denied.
+      ValueError: the repository holds no safetensors.
       ConnectionError: the hub cannot be reached, and the files are not in its cache.
     """
     import huggingface_hub
@@ -26,15 +26,15 @@ def fetch(repository: str, tokenizer_only: bool = False) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        told = f"{repository} is no directory here, and no model of the Hugging Face hub that may be read"
+        told = f"{repository} is not a local directory, and not a model on the Hugging Face hub that you can read"
         raise FileNotFoundError(f"{told}: {one_line(error)}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        told = f"{repository} is no directory here, and cannot be fetched from the Hugging Face hub"
+        told = f"{repository} is not a local directory, and cannot be fetched from the Hugging Face hub"
         raise ConnectionError(f"{told}: {one_line(error)}") from error
     if not tokenizer_only and not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{repository} holds no model.safetensors; pickled weights (pytorch_model.bin) can run code when opened "
-            "and are not read; a copy that can not is made by: python -c 'from transformers import GPT2LMHeadModel "
+            f"{repository} holds no model.safetensors; pickled weights (pytorch_model.bin) are not read, because "
+            "opening them can run code; convert them with: python -c 'from transformers import GPT2LMHeadModel "
             f'as M; M.from_pretrained("{repository}").save_pretrained("a-folder")\''
         )
     return folder

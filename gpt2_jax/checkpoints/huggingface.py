@@ -1,8 +1,7 @@
-"""Hugging Face's form of GPT-2: config.json and safetensors, under Hugging Face's names, in the same orientation.
+"""Hugging Face's format of GPT-2: config.json and safetensors, with Hugging Face's names and OpenAI's orientation.
 
-Their GPT-2 keeps OpenAI's Conv1D, so nothing is transposed here either. A file that this project wrote carries a sha256
-of each tensor. Of a file that others wrote, the header, the names, the shapes and that the values are finite are all
-that can be checked.
+Hugging Face's GPT-2 keeps OpenAI's Conv1D, so nothing is transposed. A file that this project wrote contains a sha256
+of each tensor. In other files, only the header, the names, the shapes and the finiteness of the values can be checked.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gpt2_jax.params import differences, flatten
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROOT = "transformer."
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old files hold as if it were weights
+MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old files store as a tensor
 
 HPARAM_NAMES = {
     "n_vocab": "vocab_size",
@@ -33,7 +32,7 @@ HPARAM_NAMES = {
     "n_head": "n_head",
     "n_layer": "n_layer",
 }
-ARITHMETIC = {  # what each field must say, the first value being what its absence means
+ARITHMETIC = {  # the allowed values of each field; the first one is also the default
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -48,17 +47,17 @@ ARITHMETIC = {  # what each field must say, the first value being what its absen
 
 
 def hugging_face_name(name: str) -> str:
-    """Return Hugging Face's name of a parameter: "h0/attn/c_attn/w" is "transformer.h.0.attn.c_attn.weight"."""
+    """Return Hugging Face's name of a parameter: "h0/attn/c_attn/w" becomes "transformer.h.0.attn.c_attn.weight"."""
     *path, last = re.sub(r"^h(\d+)/", r"h/\1/", name).split("/")
     return ROOT + ".".join([*path, {"w": "weight", "g": "weight", "b": "bias"}.get(last, f"{last}.weight")])
 
 
 def read_config(directory: Path) -> GPT2Config:
-    """Read config.json; param_dtype is float32 whatever the weights' is.
+    """Read config.json. The param_dtype is always float32; the weights may have another one.
 
     Raises:
       FileNotFoundError: the file is not there.
-      ValueError: it is malformed, or asks for arithmetic that is not GPT-2's; the message names the field.
+      ValueError: it is malformed, or requires arithmetic that is not GPT-2's. The message names the field.
     """
     path = directory / "config.json"
     fields = read_json(path)
@@ -67,7 +66,7 @@ def read_config(directory: Path) -> GPT2Config:
     for field, allowed in ARITHMETIC.items():
         value = fields.get(field, allowed[0])
         if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
-            raise ValueError(f"{path} asks for {field} = {value!r}, which is not GPT-2's arithmetic ({allowed[0]!r})")
+            raise ValueError(f"{path} has {field} = {value!r}, not supported: GPT-2 has {allowed[0]!r}")
     if missing := [name for name in HPARAM_NAMES.values() if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     rates = {name: fields[name] for name in DROPOUT_RATES if name in fields}
@@ -77,22 +76,22 @@ def read_config(directory: Path) -> GPT2Config:
         raise ValueError(f"{path}: {error}") from error
     if fields.get("n_inner") not in (None, 4 * config.n_embd):
         raise ValueError(
-            f"{path} asks for n_inner = {fields['n_inner']!r}; GPT-2's is 4 * n_embd = {4 * config.n_embd}"
+            f"{path} has n_inner = {fields['n_inner']!r}, not supported: GPT-2 has 4 * n_embd = {4 * config.n_embd}"
         )
     return config
 
 
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:
-    """Read a directory in Hugging Face's form, of one file or of several with an index.
+    """Read a directory in Hugging Face's format: one weights file, or several with an index.
 
-    Keys may begin with `transformer.` or not; mask buffers are skipped by name; `lm_head.weight` must equal `wte`.
+    The prefix `transformer.` of keys is optional. Mask buffers are skipped by name. `lm_head.weight` must equal `wte`.
 
     Returns:
-      config, whose param_dtype is that of the tensors, and the leaves, each read when it is asked for.
+      config, leaves. The config's param_dtype is the dtype of the tensors. Each leaf is read when it is requested.
 
     Raises:
-      FileNotFoundError: a file is not there.
-      ValueError: config.json asks for another model, or the tensors are not those of its GPT-2.
+      FileNotFoundError: a file is missing.
+      ValueError: config.json describes another architecture, or the tensors do not match config.json.
       DamagedError: a file is damaged.
     """
     config = read_config(directory)
@@ -104,12 +103,12 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         wrong = [name for name in HPARAMS if getattr(saved, name) != getattr(config, name)]
         if wrong:
             told = ", ".join(f"{name} = {getattr(config, name)} instead of {getattr(saved, name)}" for name in wrong)
-            raise DamagedError(f"{directory / 'config.json'} has {told}, with which {source} was saved")
+            raise DamagedError(f"{directory / 'config.json'} does not match {source}: it has {told}")
         config = config.replace(qkv_bias=saved.qkv_bias)
     head = tensors.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" not in tensors:  # one array, under one of its two names
+    if head is not None and "wte.weight" not in tensors:  # the same array under its other name
         tensors["wte.weight"], head = head, None
-    if config.n_layer > len(tensors):  # told before a tree of so many layers is built
+    if config.n_layer > len(tensors):  # checked before a tree of that many layers is built
         raise ValueError(f"config.json says n_layer = {config.n_layer}, but {source} has {len(tensors)} tensors")
     config = config.replace(param_dtype=stored_dtype((tensor.dtype for tensor in tensors.values()), source))
     expected = flatten(abstract_params(config))
@@ -132,20 +131,20 @@ def _leaves(
 
 
 def _check_tied(wte: np.ndarray, head: safetensors.Stored) -> None:
-    """Check that an output head stored beside `wte` is the same; GPT-2 has one array for both."""
+    """Check that a stored output head is equal to `wte`. GPT-2 uses one array for both."""
     same = head.shape == wte.shape and head.dtype == wte.dtype
     if same:
         _, array = next(safetensors.read({"lm_head.weight": head}, None))
         same = np.array_equal(array.view(np.uint8), wte.view(np.uint8))
     if not same:
         raise ValueError(
-            f"lm_head.weight in {head.path} is not equal to wte.weight: an output head of its own is not GPT-2's "
-            "arithmetic, where both are one array"
+            f"lm_head.weight in {head.path} is not equal to wte.weight: a separate output head is not supported, "
+            "because GPT-2 uses one array for both"
         )
 
 
 def _find_tensors(directory: Path) -> tuple[dict[str, safetensors.Stored], str | None, Path]:
-    """Return where each tensor stands by its short key, the manifest if the file has one, and the file to name."""
+    """Return the tensors by their short keys, the manifest or None, and the file to name in messages."""
     index = directory / INDEX
     if (directory / WEIGHTS).is_file() or not index.is_file():
         tensors, metadata = safetensors.read_header(directory / WEIGHTS)
@@ -157,7 +156,7 @@ def _find_tensors(directory: Path) -> tuple[dict[str, safetensors.Stored], str |
     found = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise ValueError(f"{index} names {file}, which is not a file beside it")
+            raise ValueError(f"{index} names {file}, which is not a file in the same folder")
         tensors, _ = safetensors.read_header(directory / file)
         listed = {key for key, where in weight_map.items() if where == file}
         if listed != tensors.keys():
@@ -170,7 +169,7 @@ def _find_tensors(directory: Path) -> tuple[dict[str, safetensors.Stored], str |
 def _shorten(tensors: Mapping[str, safetensors.Stored], source: Path) -> dict[str, safetensors.Stored]:
     short = {_short(key): tensor for key, tensor in tensors.items()}
     if len(short) < len(tensors):
-        raise ValueError(f"{source} holds tensors both with and without {ROOT} before their names")
+        raise ValueError(f"{source} holds names both with and without the prefix {ROOT}")
     return {key: tensor for key, tensor in short.items() if not MASKS.fullmatch(key)}
 
 
@@ -194,7 +193,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in HPARAM_NAMES.items()}
     fields |= {name: getattr(config, name) for name in DROPOUT_RATES}
     fields |= {field: values[0] for field, values in ARITHMETIC.items() if values[0] not in (None, {})}
-    end_of_text = min(config.n_vocab, SIZES["124M"].n_vocab) - 1  # the last id, or GPT-2's where rows were added
+    end_of_text = min(config.n_vocab, SIZES["124M"].n_vocab) - 1  # the last id, or GPT-2's if rows were added
     fields |= {
         "architectures": ["GPT2LMHeadModel"],
         "bos_token_id": end_of_text,

@@ -1,4 +1,4 @@
-"""Hugging Face's files of a tokenizer: vocab.json and merges.txt, tokenizer.json, tokenizer_config.json."""
+"""Hugging Face's tokenizer files: vocab.json, merges.txt, tokenizer.json and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from gpt2_jax.tokenizer import (
 
 
 def read(directory: Path) -> Tokenizer:
-    """Read vocab.json and merges.txt, or tokenizer.json where those are not there.
+    """Read vocab.json and merges.txt, or tokenizer.json if they are missing.
 
     Raises:
-      FileNotFoundError: a file is not there.
+      FileNotFoundError: a file is missing.
       ValueError: a file is malformed, or describes something other than GPT-2's byte-level BPE.
     """
     settings = directory / TOKENIZER_CONFIG
     asked = read_json(settings) if settings.is_file() else {}
     for field in ("add_prefix_space", "add_bos_token"):
         if isinstance(asked, dict) and asked.get(field):
-            raise ValueError(f"{settings} asks for {field} = {asked[field]!r}, which is not GPT-2's way to read a text")
+            raise ValueError(f"{settings} has {field} = {asked[field]!r}, which GPT-2's tokenizer does not support")
     if (directory / VOCAB_JSON).is_file() or not (directory / TOKENIZER_JSON).is_file():
         added = directory / ADDED_TOKENS
         more = read_json(added) if added.is_file() else {}
@@ -50,10 +50,10 @@ def read(directory: Path) -> Tokenizer:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not describe a byte-level BPE: its model (vocab, merges), pre_tokenizer or added_tokens are "
-            "not as Hugging Face tokenizers writes them"
+            "not in the format of Hugging Face's tokenizers library"
         ) from error
     if not byte_level or not plain:
-        raise ValueError(f"{path} splits text in another way than GPT-2's byte-level BPE")
+        raise ValueError(f"{path} does not split text as GPT-2's byte-level BPE does")
     return Tokenizer(tokens, merges, path, path, first_line=1)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the config and a sha256 of each tensor, under a digest of their own."""
+"""Manifests: the config and a sha256 of each tensor, with a digest of the manifest itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, GPT2Config
 
 Leaves = Iterator[tuple[str, np.ndarray]]
-"""Every parameter once: its flat name ("h0/attn/c_attn/w") and its array on the host, in the params tree's shape."""
+"""Every parameter once: its flat name ("h0/attn/c_attn/w") and its array on the host, in its shape in params."""
 
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 KEPT = (*HPARAMS, *DROPOUT_RATES, "qkv_bias")
@@ -25,19 +25,19 @@ class DamagedError(ValueError):
 
 
 def sha256(array: np.ndarray) -> str:
-    """Return the sha256 of an array's bytes, row by row and little-endian, in hexadecimal."""
+    """Return the sha256 of an array's bytes in hexadecimal. The bytes are in row-major order and little-endian."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def write_manifest(config: GPT2Config, hashes: Mapping[str, str], **more: Any) -> str:
-    """Return as JSON: the config (compute_dtype is a choice of each run), each tensor's sha256, and their digest."""
+    """Return JSON with the config (without compute_dtype, which each run chooses), the hashes, and a digest of all."""
     kept = {name: getattr(config, name) for name in KEPT} | {"param_dtype": config.param_dtype.name}
     manifest = {"config": kept, "sha256": dict(hashes), **more}
     return sealed(manifest)
 
 
 def read_manifest(text: str, source: object) -> tuple[GPT2Config, dict[str, Any]]:
-    """Return the config and the rest of what `write_manifest` wrote.
+    """Return the config and the whole manifest from the text of `write_manifest`.
 
     Raises:
       DamagedError: the text is not what was written.
@@ -52,24 +52,24 @@ def read_manifest(text: str, source: object) -> tuple[GPT2Config, dict[str, Any]
 
 
 def check_hash(name: str, array: np.ndarray, hashes: Mapping[str, str] | None, source: object) -> None:
-    """Check one tensor against the hash that was written with it, where there is one.
+    """Check one tensor against the hash that was written with it. Without hashes, nothing is checked.
 
     Raises:
-      DamagedError: it is another.
+      DamagedError: the hash differs, or is missing.
     """
     if hashes is not None and sha256(array) != hashes.get(name):
-        raise DamagedError(f"{source} is damaged: {name} is not what was written (its sha256 is another)")
+        raise DamagedError(f"{source} is damaged: {name} is not what was written (its sha256 differs)")
 
 
 def stored_dtype(dtypes: Iterable[Any], source: object) -> np.dtype:
     """Return the dtype that most tensors have.
 
     Args:
-      dtypes: anything with a `name`, for each tensor.
-      source: for the message.
+      dtypes: one object with a `name` for each tensor.
+      source: the file or folder to name in the message.
 
     Raises:
-      ValueError: it is not float32, bfloat16 or float16.
+      ValueError: the dtype is not float32, bfloat16 or float16.
     """
     (name, _), *_ = collections.Counter(dtype.name for dtype in dtypes).most_common(1) or [("nothing", 0)]
     if name not in STORED_DTYPES:
@@ -80,25 +80,25 @@ def stored_dtype(dtypes: Iterable[Any], source: object) -> np.dtype:
 
 
 def count_strange(array: np.ndarray) -> int:
-    """Return how many values are NaN or infinite, looking at a million at a time."""
+    """Return how many values are NaN or infinite. They are checked in chunks of 2^20."""
     flat = array.reshape(-1)
     chunks: Iterable[np.ndarray] = (flat[i : i + 2**20] for i in range(0, flat.size, 2**20))
-    with np.errstate(invalid="ignore"):  # a signalling NaN is counted like any other
+    with np.errstate(invalid="ignore"):  # a signaling NaN is counted like any other
         return sum(chunk.size - int(np.count_nonzero(np.isfinite(chunk))) for chunk in chunks)
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error of another library says, on one line and not too long."""
+    """Return the message of another library's error on one line, cut to 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:
-    """Return an object as JSON, with a sha256 of it all under "digest"."""
+    """Return an object as JSON, with its sha256 under "digest"."""
     return json.dumps({**manifest, "digest": _digest(manifest)})
 
 
 def unsealed(text: str) -> dict[str, Any]:
-    """Return the object that `sealed` was given.
+    """Return the object that was passed to `sealed`.
 
     Raises:
       ValueError: the text is not what was written.
@@ -109,7 +109,7 @@ def unsealed(text: str) -> dict[str, Any]:
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(one_line(error)) from error
     if digest != _digest(manifest):
-        raise ValueError("it has another digest")
+        raise ValueError("its digest does not match")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""One way in: `load`, `load_config` and `load_tokenizer` of any source."""
+"""`load`, `load_config` and `load_tokenizer`, for any source and format."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, Tokenizer
 def load(
     source: str | os.PathLike, dtype: Any = None, sharding: Any = None, keep_copy: bool = True
 ) -> tuple[GPT2Config, Params]:
-    """Load a model from wherever it is, in whatever form; every tensor is checked, and nothing is transposed.
+    """Load a model from any source, in any format. Every tensor is checked, and nothing is transposed.
 
     Args:
-      source: a directory with a TensorFlow checkpoint in OpenAI's layout, with Hugging Face's config.json and
-        safetensors, or written by `save` in any format; the folder of a training run, for its best model, or of one of
-        its checkpoints, "RUN/checkpoints/1600", LoRA merged; a size, "124M", "355M", "774M" or "1558M" (or "117M",
-        "gpt2", "gpt2-xl", ...), fetched if it is not there yet; or an id of the Hugging Face hub,
-        "distilbert/distilgpt2".
-      dtype: float32, bfloat16 or float16, cast to tensor by tensor; None leaves what is stored.
-      sharding: where the params go: a jax Device or Sharding for all of them, or a tree of these shaped as the params;
-        None is the default device.
-      keep_copy: keep what was read from a TensorFlow checkpoint as safetensors in the cache folder and read that, a few
-        times faster and without TensorFlow, the next time. GPT2_JAX_KEEP_COPY=0 in the environment turns it off too.
+      source: a directory, a size, or an id on the Hugging Face hub. A directory holds a TensorFlow checkpoint in
+        OpenAI's layout, Hugging Face's config.json and safetensors, a model that `save` wrote, a training run (its best
+        model is loaded) or one checkpoint of a run ("RUN/checkpoints/1600"); LoRA is merged. A size is "124M", "355M",
+        "774M" or "1558M" (or "117M", "gpt2", "gpt2-xl", ...); it is fetched if it is not there yet. A hub id is, for
+        example, "distilbert/distilgpt2". "shakespeare" is the model in this package.
+      dtype: float32, bfloat16 or float16. Each tensor is cast to it. None keeps the stored dtype.
+      sharding: where the params go: a jax Device or Sharding for all of them, or a tree of these with the structure of
+        the params. None is the default device.
+      keep_copy: keep a copy of a TensorFlow checkpoint as safetensors in the cache folder. The next load reads the
+        copy, a few times faster and without TensorFlow. GPT2_JAX_KEEP_COPY=0 in the environment turns copies off too.
 
     Returns:
-      config, whose param_dtype is that of the params, and params as nested plain dicts of jax arrays under OpenAI's own
-      names, shapes and orientation: `params["h0"]["attn"]["c_attn"]["w"]` is (n_embd, 3 * n_embd).
+      config, params. The config's param_dtype is the dtype of the params. The params are nested plain dicts of jax
+      arrays with OpenAI's names, shapes and orientation: `params["h0"]["attn"]["c_attn"]["w"]` is (n_embd, 3 * n_embd).
 
     Warns:
       UserWarning: a tensor holds values that are NaN or infinite.
 
     Raises:
-      FileNotFoundError: there is no such source, or one of its files is not there.
-      ValueError: a file is malformed or damaged, or holds another model than its config says, or one that is not GPT-2.
-      OSError: it cannot be fetched.
+      FileNotFoundError: there is no such source, or one of its files is missing.
+      ValueError: a file is malformed or damaged, does not match its config, or holds a model that is not GPT-2.
+      OSError: the model cannot be fetched.
     """
     dtype = None if dtype is None else float_dtype("dtype", dtype, STORED_DTYPES)
 
@@ -61,7 +61,7 @@ def load(
 
 
 def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
-    """Read a directory in any form, onto the host."""
+    """Read a directory in any format onto the host."""
     form = form_of(directory)
     if form == "huggingface":
         config, leaves = huggingface.read(directory)
@@ -77,25 +77,25 @@ def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
 
 
 def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding: Any) -> tuple[GPT2Config, Params]:
-    """Put every leaf on its device, cast, one after the other."""
+    """Cast every leaf and put it on its device, one after the other."""
     if isinstance(sharding, Mapping):
         sharding = flatten(dict(sharding))
         if wrong := sorted(sharding.keys() ^ flatten(abstract_params(config)).keys()):
-            raise ValueError(f"sharding must be a tree shaped as the params: {wrong[0]} is in one of the two alone")
+            raise ValueError(f"sharding must have the structure of the params: {wrong[0]} is in only one of the two")
     flat, strange, overflown = {}, {}, {}
     for name, stored in leaves:
-        with np.errstate(over="ignore"):  # told below, with the name
+        with np.errstate(over="ignore"):  # the warning below names the tensor
             array = stored if dtype is None else stored.astype(dtype, copy=False)
         if n_strange := count_strange(array):
             (strange if count_strange(stored) else overflown)[name] = n_strange
         flat[name] = jax.device_put(array, sharding[name] if isinstance(sharding, Mapping) else sharding)
-    warn_of_strange(strange, "these weights hold NaN or infinite values", stacklevel=5)  # 5: who called `load`
+    warn_of_strange(strange, "these weights hold NaN or infinite values", stacklevel=5)  # 5: the caller of `load`
     warn_of_strange(overflown, f"values too large for {dtype} have become infinite", stacklevel=5)
     return config if dtype is None else config.replace(param_dtype=dtype), unflatten(flat)
 
 
 def warn_of_strange(counts: Mapping[str, int], what: str, stacklevel: int) -> None:
-    """Warn of tensors, whose names `counts` maps to how many of their values it is about; none is no warning."""
+    """Warn about tensors. `counts` maps their names to the number of affected values; if it is empty, do nothing."""
     if counts:
         told = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:5])
         more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
@@ -103,10 +103,10 @@ def warn_of_strange(counts: Mapping[str, int], what: str, stacklevel: int) -> No
 
 
 def load_config(source: str | os.PathLike) -> GPT2Config:
-    """Load a model's config alone: the one that `load` gives. That of a size needs no file.
+    """Load only a model's config, the same that `load` returns. For a size, no file is needed.
 
     Raises:
-      as `load`.
+      FileNotFoundError, ValueError, OSError: as in `load`.
     """
     if size := size_meant(source):
         return SIZES[size]
@@ -132,8 +132,8 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     """Load a model's tokenizer: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json.
 
     Raises:
-      FileNotFoundError: there is no such source, or no vocabulary in it.
-      ValueError: a file is malformed, or the number of ids is not the model's n_vocab.
+      FileNotFoundError: there is no such source, or it has no vocabulary.
+      ValueError: a file is malformed, or the number of ids differs from the model's n_vocab.
     """
     directory = runs.run_of(locate(source, "tokenizer"))
     if _any_of(directory, OPENAI_FILES):
@@ -153,16 +153,16 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
         ):
             raise ValueError(
                 f"the vocabulary in {directory} has {tokenizer.n_vocab} ids, but the embedding has n_vocab = {n_vocab} "
-                "rows: the vocabulary is that of another model"
+                "rows: the vocabulary belongs to another model"
             )
     return tokenizer
 
 
 def has_vocabulary(source: str | os.PathLike) -> bool:
-    """Say whether a source has a vocabulary, or at least one of its files.
+    """Return whether a source has at least one file of a vocabulary.
 
     Raises:
-      as `load_tokenizer`.
+      FileNotFoundError, ValueError, OSError: the source cannot be found or fetched.
     """
     return _any_of(runs.run_of(locate(source, "tokenizer")), (*OPENAI_FILES, *HUGGING_FACE_FILES))
 

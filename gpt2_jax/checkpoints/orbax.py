@@ -1,6 +1,7 @@
-"""Orbax: gpt2_jax.json, with the config and a sha256 of each tensor and file, beside the params as Orbax writes them.
+"""The Orbax format: gpt2_jax.json beside the params as Orbax writes them.
 
-Orbax itself finds damage only where its compression happens to. Its v1 interface is used here alone.
+gpt2_jax.json holds the config and a sha256 of each tensor and file, because Orbax finds only the damage that its
+decompression notices. Only Orbax's v1 interface is used.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ def read_config(directory: Path) -> GPT2Config:
     """Read gpt2_jax.json.
 
     Raises:
-      DamagedError: it is not what was written.
+      DamagedError: the file is not what was written.
     """
     return _read_manifest(directory)[0]
 
 
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:
-    """Read what `write` wrote, onto the host: on what devices it lay when it was saved does not matter.
+    """Read what `write` wrote onto the host. The devices from which it was saved do not matter.
 
     Raises:
-      FileNotFoundError: there is no tree beside gpt2_jax.json.
+      FileNotFoundError: the folder of params beside gpt2_jax.json is missing.
       DamagedError: a file is damaged (found at the start, or while the leaves are read).
     """
     from orbax.checkpoint import v1 as ocp
@@ -54,7 +55,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     path = (directory / TREE).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{directory} holds no folder {TREE} beside {MANIFEST}")
-    found = hash_files(path)  # before Orbax opens them: given damaged files it leaves threads with errors behind
+    found = hash_files(path)  # before Orbax opens them: damaged files make it leave threads with errors
     if wrong := [name for name, digest in manifest["files"].items() if found.get(name) != digest]:
         raise DamagedError(f"{path} is damaged: {wrong[0]} is not what was written, or is missing")
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(config))
@@ -62,7 +63,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         tree = ocp.load(str(path), host)
     except MemoryError:
         raise
-    except Exception as error:  # Orbax lets through whatever the library that stumbled over the bytes raises
+    except Exception as error:  # Orbax passes on the errors of the libraries below it
         raise DamagedError(f"{path} is damaged, Orbax says: {one_line(error)}") from error
     return config, _leaves(flatten(tree), flatten(abstract_params(config)), manifest["sha256"], path)
 
@@ -79,11 +80,11 @@ def _leaves(
 
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
-    """Write gpt2_jax.json and the tree into an empty directory."""
+    """Write gpt2_jax.json and the params into an empty directory."""
     from orbax.checkpoint import v1 as ocp
 
     path = (directory / TREE).resolve()
-    odd = "[" in str(path)  # of which Orbax's database, a few large files, makes a pattern
+    odd = "[" in str(path)  # Orbax's database format takes [ as a pattern
     with parts.told(), parts.plain_files() if odd else contextlib.nullcontext():
         ocp.save(str(path), unflatten(flat))
     hashes = {name: sha256(array) for name, array in flat.items()}

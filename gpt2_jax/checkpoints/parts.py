@@ -1,17 +1,17 @@
-"""A checkpoint in parts: trees of arrays as Orbax writes them, beside checkpoint.json with the sha256 of every file.
+"""The checkpoints of a training run: parts written by Orbax, and checkpoint.json with the sha256 of every file.
 
     20/checkpoint.json       {"gpt2_jax_checkpoint": 1, "step": 20, "leaves": {part: {name: [dtype, shape]}},
                               "files": {name: sha256}, "digest": sha256 of all that}
-    20/params/, 20/trainer/  the parts; one can be read without the others
+    20/params/, 20/trainer/  the parts; each can be read without the others
 
-Orbax's v1 interface is used, and helped where it does not hold up (0.12.8):
- - It packs arrays into a database by default, and finds none of its parts where the path holds a `[`: what it then
-   calls saved cannot be read. Plain files, one for each shard of an array, have no such fault, and are written two to
-   four times faster. It warns of a database that was not asked for; that warning alone is dropped.
- - It finds no damage, and stumbling over missing files it leaves threads with errors behind: so files are compared
-   with their sha256, and names and shapes with what is wanted, before it opens anything.
- - Restored without shapes and shardings it warns, and NamedTuples come back as dicts: names map to arrays here, and the
-   caller's own tree gives the types.
+Orbax's v1 interface is used, with these workarounds (Orbax 0.12.8):
+ - By default, Orbax packs arrays into a database. If the path contains a `[`, the database is saved without an error
+   but cannot be read. Plain files, one for each shard of an array, do not have this fault, and are written two to four
+   times faster. Orbax then warns that there is no database to merge. This warning is dropped.
+ - Orbax does not detect damage, and missing files make it leave threads with errors. So the files are compared with
+   their sha256, and the names and shapes with the expected ones, before Orbax opens anything.
+ - Without shapes and shardings, Orbax warns and returns NamedTuples as dicts. So parts are flat dicts of arrays by
+   name, and the caller's tree gives the types.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from gpt2_jax.params import flatten, unflatten
 MANIFEST, VERSION = "checkpoint.json", 1
 
 Parts = Mapping[str, Mapping[str, Any]]
-"""{"params": {"h0/attn/c_attn/w": array}, ...}: the arrays of each part, or jax.ShapeDtypeStruct, by flat name."""
+"""{"params": {"h0/attn/c_attn/w": array}, ...}: the arrays (or jax.ShapeDtypeStruct) of each part by flat name."""
 
 
 def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
-    """Copy the arrays and begin to write them.
+    """Copy the arrays and start to write them.
 
     Args:
-      path: absolute; a folder of a name that nothing has yet. Until all is written Orbax uses another name beside it,
-        `leftovers` of the two.
-      step: that it is of.
-      parts: of jax arrays, which may be donated or deleted as soon as this returns.
+      path: the absolute path of the new folder. Nothing may have this name yet. Until everything is written, Orbax uses
+        a second name in the same folder (`leftovers` returns both).
+      step: the step of the checkpoint.
+      parts: jax arrays. They may be donated or deleted as soon as this function returns.
 
     Returns:
-      finish(): waits until all is written, and then writes checkpoint.json. It must be called, in any thread.
+      finish(), which waits until everything is written and then writes checkpoint.json. Call it once, in any thread.
 
     Raises:
-      OSError: it cannot be written (found now, or in `finish`).
+      OSError: the checkpoint cannot be written. This function or `finish` raises it.
     """
     from orbax.checkpoint import v1 as ocp
 
     leaves = {part: {name: _describe(leaf) for name, leaf in flat.items()} for part, flat in parts.items()}
     trees = {part: unflatten(flat) for part, flat in parts.items() if flat}
-    for probe in leftovers(path):  # failing here, as Orbax would leave coroutines behind
+    for probe in leftovers(path):  # fail here, because Orbax would leave coroutines behind
         probe.mkdir()
         probe.rmdir()
     with plain_files(), told():
@@ -74,7 +74,7 @@ def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
 
 
 def leftovers(path: Path) -> tuple[Path, Path]:
-    """Return the two folders that there may be of a checkpoint that was not written to its end."""
+    """Return the two folders that an incomplete checkpoint can leave."""
     return path, path.with_name(path.name + ".orbax-checkpoint-tmp")
 
 
@@ -82,12 +82,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read a checkpoint's checkpoint.json.
 
     Raises:
-      DamagedError: it is absent, or not what was written.
+      DamagedError: the file is missing, or not what was written.
     """
     try:
         manifest = unsealed((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest.get("gpt2_jax_checkpoint") != VERSION:
-            raise ValueError("it has another version")
+            raise ValueError("its version is not supported")
         return manifest
     except FileNotFoundError as error:
         raise DamagedError(f"{path} is damaged: its {MANIFEST} is missing") from error
@@ -96,10 +96,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_files(path: Path, manifest: Mapping[str, Any], parts: Sequence[str]) -> None:
-    """Compare the files of some parts, and those of none, with their sha256: 1.5 GB take about a second.
+    """Compare the files of some parts, and those outside all parts, with their sha256. 1.5 GB take about 1 s.
 
     Raises:
-      DamagedError: one is missing or another; the message names it.
+      DamagedError: a file is missing or differs. The message names it.
     """
     wanted = {name for name in manifest["files"] if "/" not in name or name.split("/")[0] in parts}
     found = hash_files(path, wanted)
@@ -112,13 +112,13 @@ def read(path: Path, abstract: Parts) -> dict[str, dict[str, Any]]:
     """Read parts whose files have been checked.
 
     Args:
-      path: absolute.
-      abstract: what to read, of exactly the names, shapes and dtypes that checkpoint.json lists for a part:
-        jax.ShapeDtypeStruct, whose sharding (None: the default device) says where the array goes; it need not be the
-        one that it was saved from. Or empty NumPy arrays, to read onto the host.
+      path: the absolute path of the checkpoint.
+      abstract: what to read, with exactly the names, shapes and dtypes that checkpoint.json lists for a part. Leaves
+        are jax.ShapeDtypeStruct, whose sharding says where the array goes (None: the default device). It may differ
+        from the sharding at the time of saving. Pass empty NumPy arrays instead to read onto the host.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: a part cannot be read.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -127,13 +127,13 @@ def read(path: Path, abstract: Parts) -> dict[str, dict[str, Any]]:
         read = ocp.load_checkpointables(str(path), trees)
     except MemoryError:
         raise
-    except Exception as error:  # Orbax wraps whatever it met
+    except Exception as error:  # Orbax wraps errors of any type
         raise OSError(f"{path} cannot be read, Orbax says: {one_line(error.__cause__ or error)}") from error
     return {part: flatten(read[part]) if part in read else {} for part in abstract}
 
 
 def abstract_part(manifest: Mapping[str, Any], part: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a part as checkpoint.json lists them; of none if there is no such part."""
+    """Return the shapes and dtypes of a part from checkpoint.json. A part that is not there gives an empty dict."""
     listed = manifest["leaves"].get(part, {})
     return {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, (dtype, shape) in listed.items()}
 
@@ -150,20 +150,20 @@ def _describe(leaf: jax.Array) -> tuple[str, tuple[int, ...]]:
 
 @contextlib.contextmanager
 def plain_files() -> Iterator[None]:
-    """Let Orbax write plain files: in a block of their own, as Orbax is set for the whole block."""
+    """Make Orbax write plain files inside the block. The setting holds for everything that Orbax does in the block."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
-    context.array.saving.use_compression = False  # of weights it saves a tenth, and takes longer than the disk
-    context.asynchronous.create_directories_asynchronously = False  # else their errors come after minutes
+    context.array.saving.use_compression = False  # it makes weights a tenth smaller, but is slower than the disk
+    context.asynchronous.create_directories_asynchronously = False  # otherwise errors appear only after minutes
     with context:
         yield
 
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Raise what goes wrong as OSError of one sentence, without the traces that Orbax logs of the same errors."""
+    """Turn errors into an OSError of one sentence, and drop the traces that Orbax logs for the same errors."""
 
     def is_news(record: logging.LogRecord) -> bool:
         known = ("Skipping merge of OCDBT checkpoints", "_SignalingThread.run() raised an exception")
@@ -175,7 +175,7 @@ def told() -> Iterator[None]:
         yield
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # a full disk is whatever the library that met it makes of it
+    except Exception as error:  # a full disk gives different types of errors
         if code := re.search("os_error_code='([0-9]+)'", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise OSError(f"Orbax says: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The released weights as they are used: `release` brings the files, TensorFlow checks every tensor of them."""
+"""The released weights: `gpt2_jax.release` fetches the files, and TensorFlow checks every tensor in them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ def fetch_verified(
     base_urls: Sequence[str] | None = None,
     **how: Any,
 ) -> Path:
-    """Fetch a released size and read every tensor of it; damaged weights are fetched once more.
+    """Fetch a released size and read every tensor. Damaged weights are fetched once more.
 
     Args:
-      size, directory, files, base_urls, how: as `gpt2_jax.release.download.fetch` takes them.
+      size, directory, files, base_urls, how: as in `gpt2_jax.release.download.fetch`.
 
     Raises:
-      as `gpt2_jax.release.download.fetch_verified`; ValueError also for a folder whose name TensorFlow cannot read.
+      ValueError, OSError: as in `gpt2_jax.release.download.fetch_verified`. ValueError also if TensorFlow cannot read
+        the folder because of its name.
     """
-    if (known := download.size_of(size)) is not None:  # no damage, and better told before the download than after it
+    if (known := download.size_of(size)) is not None:  # the path is checked before the download
         tensorflow.check_path(download.directory_of(known, directory))
     return download.fetch_verified(size, verify, directory, files, base_urls, **how)
 
 
 def verify(directory: str | os.PathLike) -> None:
-    """Read every tensor of a directory's checkpoint: TensorFlow checks the index and the checksum of each.
+    """Read every tensor of a directory's checkpoint. TensorFlow checks the index and the checksum of each tensor.
 
     Raises:
-      FileNotFoundError: a file is not there.
-      ValueError: a file is damaged, or the tensors are not those that hparams.json describes.
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, or the tensors do not match hparams.json.
     """
     _, leaves = tensorflow.read(expanded(directory))
     for _ in leaves:
@@ -48,7 +49,7 @@ def verify(directory: str | os.PathLike) -> None:
 
 
 def use_release(size: str, directory: Path | None, use: Callable[[Path], T]) -> T:
-    """Fetch what is absent of a released size and use it; weights that turn out damaged are fetched once more."""
+    """Fetch the missing files of a released size and call `use`. If the weights are damaged, fetch them once more."""
     directory = download.fetch(size, directory)
     try:
         return use(directory)

@@ -1,4 +1,4 @@
-"""The model of a training run: the newest checkpoint's weights, LoRA's small matrices merged in."""
+"""The weights of a training run's checkpoint, with LoRA's matrices merged in."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from gpt2_jax.params import differences, flatten, unflatten
 
 
 def read_config(directory: Path) -> GPT2Config:
-    """Read the config of a checkpoint or a run, as `read` gives it.
+    """Read the config of a checkpoint or a run, the same that `read` returns.
 
     Raises:
-      as `runs.read_fields`, and DamagedError.
+      FileNotFoundError, ValueError: as in `runs.read_fields`.
+      DamagedError: checkpoint.json is missing, or not what was written.
     """
     run_dir = runs.run_of(directory)
     config = runs.config_of(runs.read_fields(run_dir), run_dir / runs.RUN)
-    config = config.replace(compute_dtype="float32")  # a choice of each run
+    config = config.replace(compute_dtype="float32")  # each run chooses its own
     if not runs.is_checkpoint(directory):
         return config
     return config.replace(param_dtype=_dtype(parts.read_manifest(directory)))
 
 
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:
-    """Read the params of a checkpoint of a run onto the host, LoRA merged, nothing of the optimizer.
+    """Read the params of a run's checkpoint onto the host, with LoRA merged. The optimizer's state is not read.
 
     Raises:
-      FileNotFoundError: it lies in no run, whose run.json has the config.
-      ValueError: run.json is malformed, or of another model.
+      FileNotFoundError: the checkpoint is not in a run's folder, whose run.json holds the config.
+      ValueError: run.json is malformed, or describes another model.
       DamagedError: a file of the checkpoint is missing, or not what was written.
     """
     told = runs.read_fields(runs.run_of(directory))
@@ -46,7 +47,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     manifest = parts.read_manifest(directory)
     abstract = {part: parts.abstract_part(manifest, part) for part in (PARAMS, LORA)}
     if wrong := differences(abstract[PARAMS], flatten(abstract_params(config)), dtypes=False):
-        raise ValueError(f"{directory} is of another model than {runs.run_of(directory) / runs.RUN}: {wrong[0]}")
+        raise ValueError(f"{directory} does not match the model in {runs.run_of(directory) / runs.RUN}: {wrong[0]}")
     parts.check_files(directory, manifest, (PARAMS, LORA))
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
     found = parts.read(directory.resolve(), host)
@@ -65,6 +66,6 @@ def _merged(
 
 
 def _dtype(manifest: Mapping[str, Any]) -> np.dtype:
-    """Return the dtype that params are given in: what is stored, but float32 of the float64 of exact training."""
+    """Return the dtype of the loaded params: the stored one, but float32 for the float64 of exact training."""
     stored = jnp.dtype(next(iter(manifest["leaves"][PARAMS].values()))[0])
     return jnp.dtype("float32") if stored.name == "float64" else stored

@@ -1,12 +1,12 @@
-"""A training run's folder: what is in it, and run.json, which says what is trained and how.
+"""A training run's folder, and run.json, which describes what is trained and how.
 
-RUN/run.json              the config, the recipe and what the data were
+RUN/run.json              the config, the recipe and a description of the data
 RUN/encoder.json, RUN/vocab.bpe
-RUN/data/                 the text as tokens, where the run prepared it
-RUN/checkpoints/1600/     of `parts`: params, lora (if that is trained) and trainer
-RUN/best/                 a model as `save` writes it
+RUN/data/                 the text as tokens, if the run prepared it
+RUN/checkpoints/1600/     written by `parts`: params, lora (if LoRA is trained) and trainer
+RUN/best/                 a model written by `save`
 
-The weights in it are read by `run_weights`, and written by `save` and `gpt2_jax.training`.
+`run_weights` reads the weights. `save` and `gpt2_jax.training` write them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
 MARK, VERSION = "gpt2_jax_run", 1
 
-# What may be changed when a run is resumed: it decides what is still to come, what is watched, or how the same numbers
-# are computed (on other devices, or in other parts, the same but for rounding). `data.path` may: the data's hash is
-# compared.
+# The settings that may change when a run is resumed. They affect the steps still to come, the monitoring, or how the
+# same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
+# the hash of the data is compared.
 FREE = re.compile(
     r"recipe\.(steps|accumulate|remat|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
@@ -39,13 +39,13 @@ FREE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What run.json says.
+    """The contents of run.json.
 
     Attributes:
-      config: the model's.
-      recipe: how it is trained.
-      data: what it is trained on: whatever `write_run` was given, of the values that JSON has.
-      tokenizer: sha256 of its tokenizer, None if there is none.
+      config: the model's config.
+      recipe: how the model is trained.
+      data: what the model is trained on: the `data` passed to `write_run`, as JSON values.
+      tokenizer: the sha256 of the tokenizer, None if there is no tokenizer.
     """
 
     config: GPT2Config
@@ -55,13 +55,13 @@ class Run:
 
 
 def is_run(directory: Path) -> bool:
-    """Say whether a directory is a training run's: other programs have a run.json too."""
+    """Return whether a directory is a training run's folder. Other programs write files named run.json too."""
     path = directory / RUN
     return path.is_file() and f'"{MARK}"' in path.read_text(encoding="utf-8", errors="replace")
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Say whether a directory is a checkpoint of a run, whole or not."""
+    """Return whether a directory is a checkpoint of a run, complete or incomplete."""
     directory = directory.resolve()
     return (directory / parts.MANIFEST).is_file() or (
         directory.parent.name == CHECKPOINTS and _is_step(directory) and is_run(directory.parents[1])
@@ -72,43 +72,43 @@ def read_run(run_dir: str | os.PathLike) -> Run:
     """Read a run's run.json.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is malformed, or of another version of this package.
+      FileNotFoundError: the folder has no run.json of this package.
+      ValueError: run.json is malformed, or its format version is not supported.
     """
     directory = expanded(run_dir)
     told = read_fields(directory)
     try:
         recipe = from_dict(Recipe, told["recipe"])
     except ValueError as error:
-        raise ValueError(f"{directory / RUN} holds no recipe: {error}") from error
+        raise ValueError(f"{directory / RUN} holds no valid recipe: {error}") from error
     config = config_of(told, directory / RUN)
     return Run(config, recipe, told.get("data") or {}, told.get("tokenizer"))
 
 
 def read_fields(run_dir: Path) -> dict[str, Any]:
-    """Read run.json as it stands: {"gpt2_jax_run", "config", "recipe", "data", "tokenizer"}.
+    """Read run.json as a dict: `{"gpt2_jax_run", "config", "recipe", "data", "tokenizer"}`.
 
     Raises:
-      FileNotFoundError: there is none, of this package.
-      ValueError: it is malformed, or of another version.
+      FileNotFoundError: the folder has no run.json of this package.
+      ValueError: run.json is malformed, or its format version is not supported.
     """
     path = run_dir / RUN
     if not is_run(run_dir):
-        raise FileNotFoundError(f"{run_dir} is no folder of a training run: it holds no {RUN} that this package wrote")
+        raise FileNotFoundError(f"{run_dir} is not a training run's folder: it holds no {RUN} of this package")
     told = read_json(path)
     if not isinstance(told, dict) or not all(isinstance(told.get(name), dict) for name in ("config", "recipe")):
-        raise ValueError(f"{path} is not what was written there: it must hold a config and a recipe")
+        raise ValueError(f"{path} is malformed: it must hold a config and a recipe")
     if told.get(MARK) != VERSION:
-        raise ValueError(f"{path} is of version {told.get(MARK)!r} of its format, and {VERSION} is what can be read")
+        raise ValueError(f"{path} has format version {told.get(MARK)!r}, but only version {VERSION} can be read")
     return told
 
 
 def config_of(told: Mapping[str, Any], source: object) -> GPT2Config:
-    """Return the config in what `read_fields` gave."""
+    """Return the config from the dict that `read_fields` returned."""
     try:
         return GPT2Config(**told["config"])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source} holds no config: {error}") from error
+        raise ValueError(f"{source} holds no valid config: {error}") from error
 
 
 def write_run(
@@ -118,19 +118,22 @@ def write_run(
     data: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
 ) -> bool:
-    """Begin a run, or resume the one that is there (True): write run.json and the vocabulary, and remove nothing.
+    """Start a run, or resume an existing one: write run.json and the vocabulary, and remove nothing.
 
     Args:
-      run_dir: a folder that is not there, is empty (but for `data`, text that was prepared there), or is a run's.
-      config: of the model.
-      recipe: how it is trained.
-      data: what it is trained on, with a hash; "name" and "path" in it may be others when the run is resumed.
-      tokenizer: None trains without one.
+      run_dir: a folder that does not exist, is empty except for prepared text in `data`, or holds a run.
+      config: the model's config.
+      recipe: how the model is trained.
+      data: what the model is trained on, with a hash. "name" and "path" in it may change when the run is resumed.
+      tokenizer: the tokenizer, or None to train without one.
+
+    Returns:
+      True if an existing run is resumed.
 
     Raises:
       FileExistsError: the folder holds something else.
-      ValueError: the run there was begun otherwise; the message lists what differs.
-      OSError: it cannot be written.
+      ValueError: the existing run has other settings. The message lists them.
+      OSError: a file cannot be written.
     """
     directory = expanded(run_dir)
     run = Run(config, recipe, json.loads(json.dumps(dict(data))), tokenizer and fingerprint(tokenizer))
@@ -149,44 +152,44 @@ def write_run(
 
 
 def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
-    """Check that a run, gone on with as `new` says, is the run that it was.
+    """Check that an old run may be resumed with the settings of a new one.
 
     Raises:
-      ValueError: it is not; the message lists the fields that decide what was computed so far and differ.
+      ValueError: fields differ that decide what was computed so far. The message lists them.
     """
     before, now = dict(_fields(_to_json(old))), dict(_fields(_to_json(new)))
     names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
     if names:
         listed = ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in names)
         raise ValueError(
-            f"{run_dir} holds a run that was begun otherwise: {listed}; set it as it was, or choose another folder "
-            "(a new run may start from this one: model.source)"
+            f"{run_dir} holds a run with other settings: {listed}; set the old values, or choose another folder "
+            "(a new run can start from this one: set model.source to it)"
         )
 
 
 def check_free(directory: Path) -> None:
-    """Check that a run may be begun in a folder, or gone on with.
+    """Check that a run may be started or resumed in a folder.
 
     Raises:
-      FileExistsError: it holds something else.
+      FileExistsError: the folder holds something else.
     """
-    # The second is what a run leaves that was killed as it began, or while it prepared its text.
+    # The second alternative: temporary files of a run that was killed while it started or prepared its text.
     begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
     if not is_run(directory):
         check_replaceable(directory, "a run", lambda names: {name for name in names if not begun.fullmatch(name)})
 
 
 def steps(run_dir: Path) -> list[int]:
-    """Return the steps of which a run has a checkpoint, in order; one that is damaged counts."""
+    """Return the steps of a run's checkpoints in ascending order, damaged ones included."""
     folder = run_dir / CHECKPOINTS
     return sorted(int(path.name) for path in folder.iterdir() if _is_step(path)) if folder.is_dir() else []
 
 
 def model_folder(run_dir: Path) -> Path:
-    """Return the folder of the model that a run means: RUN/best, else the newest checkpoint.
+    """Return the folder of a run's model: RUN/best, or the newest checkpoint if that does not exist.
 
     Raises:
-      FileNotFoundError: there is none yet.
+      FileNotFoundError: the run has neither yet.
     """
     if (run_dir / BEST).is_dir():
         return run_dir / BEST
@@ -196,7 +199,7 @@ def model_folder(run_dir: Path) -> Path:
 
 
 def run_of(directory: Path) -> Path:
-    """Return the run that a folder is a checkpoint of, and any other folder itself: where a vocabulary is."""
+    """Return the folder that holds the vocabulary: the run of a checkpoint, or any other folder itself."""
     return directory.resolve().parents[1] if is_checkpoint(directory) else directory
 
 
@@ -208,7 +211,7 @@ def _to_json(run: Run) -> dict[str, Any]:
 
 
 def _fields(told: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("recipe.optimizer.name", "adamw"), ... of nested dicts."""
+    """Yield pairs like ("recipe.optimizer.name", "adamw") from nested dicts."""
     if not isinstance(told, dict):
         yield name, told
         return

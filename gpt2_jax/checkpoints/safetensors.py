@@ -1,8 +1,8 @@
-"""Safetensors files: Hugging Face's library checks the layout; tensors are read and written here.
+"""Safetensors files. Hugging Face's library checks the layout; this module reads and writes the tensors.
 
-The library's own reader maps the file and then copies it. Here each tensor is read once into memory that JAX takes over
-as it is, so that what was verified is what is used, whatever happens to the file afterwards; or, for files that nobody
-else writes to, JAX takes over the mapped file itself.
+The library's own reader maps the file and then copies it. This module reads each tensor once into memory that JAX uses
+without a copy. So the verified bytes are the bytes in use, even if the file changes afterwards. For files that no other
+program writes to, JAX can use the mapped file itself.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ALIGNMENT = 64  # bytes: what JAX asks of memory it takes over without a copy
+ALIGNMENT = 64  # bytes: JAX needs this alignment to use memory without a copy
 N_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor stands in a file; its dtype has a name, and is NumPy's if it is one of DTYPES."""
+    """The location of a tensor in a file. The dtype is NumPy's if it is in DTYPES; otherwise it has only a `name`."""
 
     path: Path
     state: tuple[int, ...]
@@ -48,11 +48,11 @@ class Stored:
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Return where each tensor of a file stands, and the file's metadata.
+    """Return the location of each tensor in a file, and the file's metadata.
 
     Raises:
-      FileNotFoundError: no such file.
-      DamagedError: not a safetensors file, or one cut off or changed in its header.
+      FileNotFoundError: there is no such file.
+      DamagedError: the file is not a safetensors file, is cut off, or has a damaged header.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -67,7 +67,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             header = json.loads(file.read(n_header))
     except (SafetensorError, ValueError) as error:
         if _head(path).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` there") from error
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there") from error
         raise DamagedError(f"{path} is damaged, or not a safetensors file: {one_line(error)}") from error
     metadata = header.pop("__metadata__", {})
     stored = {
@@ -84,16 +84,16 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped: bool = False) -> Leaves:
-    """Yield every tensor, the largest first, verified if hashes are given; a few threads read ahead, from now on.
+    """Yield every tensor, the largest first, verified if hashes are given. A few threads start to read ahead at once.
 
     Args:
-      tensors: what to read, of one file or several.
-      hashes: the sha256 of each.
-      mapped: leave the bytes in the file, which must not be written to as long as the arrays live; a write to an array
-        stays in memory.
+      tensors: the tensors to read, from one file or several.
+      hashes: the sha256 of each tensor; None verifies nothing.
+      mapped: map the file into memory. It must not be written to while the arrays exist. A write to an array stays in
+        memory.
 
     Raises:
-      DamagedError: a tensor is not what was written, or the file ends before it.
+      DamagedError: a tensor is not what was written, or the file is too short.
     """
     waiting = collections.deque(sorted(tensors, key=lambda name: -math.prod(tensors[name].shape)))
     running: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
@@ -134,7 +134,7 @@ def _head(path: Path) -> bytes:
 
 
 def _state(file: IO) -> tuple[int, ...]:
-    """Return what changes when a file is replaced or written to."""
+    """Return values that change when a file is replaced or written to."""
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -155,7 +155,7 @@ def _read_bytes(file: io.FileIO, name: str, tensor: Stored) -> np.ndarray:
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a file beside and rename it. The tensors begin at a multiple of ALIGNMENT, so that they can be mapped."""
+    """Write a file under a temporary name and rename it. The data begins at a multiple of ALIGNMENT, for mapping."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""One way out: `save` in any format."""
+"""`save`, in any format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, TOKENIZER_CONFI
 Format = Literal["tensorflow", "huggingface", "orbax"]
 WRITERS = {"tensorflow": tensorflow.write, "huggingface": huggingface.write, "orbax": orbax.write}
 VOCABULARY = {*OPENAI_FILES, *HUGGING_FACE_FILES, TOKENIZER_CONFIG}
-MODELS = (  # the names that a saved model has, without its vocabulary
+MODELS = (  # the file names of a saved model, without its vocabulary
     {"hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt.data-00000-of-00001"},
     {"config.json", huggingface.WEIGHTS},
     {orbax.MANIFEST, orbax.TREE},
@@ -37,32 +37,33 @@ def save(
     format: Format = "tensorflow",
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Save a model so that `load` gives it back bit for bit, and the tools of the format open it.
+    """Save a model. `load` returns it bit for bit, and the other tools of the format can open it.
 
-    It is written beside and renamed: killed at any moment, the directory holds what it held or the new model, never
-    half of one. A directory that holds a saved model and nothing else is replaced, one that holds anything else never.
+    The model is written under a temporary name and then renamed. If the process is killed, the directory holds its old
+    contents or the complete new model. A directory is replaced only if it holds a saved model and nothing else.
 
     Args:
-      directory: where; folders above it are made.
-      config: the params' config.
-      params: as `load` gives them, on any devices of this host.
+      directory: the folder to write. Its parent folders are created.
+      config: the config of the params.
+      params: params as `load` returns them, on any devices of this host.
       format: "tensorflow", OpenAI's own files (variables `model/h0/attn/c_attn/w` (1, in, out), hparams.json);
-        "huggingface", which `GPT2LMHeadModel.from_pretrained` opens; or "orbax". The last two carry a sha256 of each
-        tensor, and the config's dropout rates and qkv_bias, for which OpenAI's files have no place.
-      tokenizer: written too, as the format has it: encoder.json and vocab.bpe, or Hugging Face's files. None writes
-        weights and config alone.
+        "huggingface", which `GPT2LMHeadModel.from_pretrained` opens; or "orbax". The last two also hold a sha256 of
+        each tensor, and the config's dropout rates and qkv_bias, which OpenAI's files cannot hold.
+      tokenizer: written too, in the files of the format: encoder.json and vocab.bpe, or Hugging Face's files. None
+        writes only weights and config.
 
     Raises:
-      FileExistsError: the directory holds files that are not a saved model's, or a vocabulary and `tokenizer` is None.
+      FileExistsError: the directory holds files that are not part of a saved model, or holds a vocabulary while
+        `tokenizer` is None.
       OSError: the disk is full, or the directory cannot be written.
-      ValueError: an unknown format, params that are not this config's, or a dtype or tokenizer that does not fit.
+      ValueError: the format is unknown, the params do not match the config, or the dtype or tokenizer does not fit.
     """
     choice("format", format, WRITERS)
     check_params(config, params)
     if config.param_dtype.name not in STORED_DTYPES:
-        raise ValueError(f"params are saved as {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
+        raise ValueError(f"params must be {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
     if tokenizer is not None and tokenizer.n_vocab != config.n_vocab:
-        raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, the config n_vocab = {config.n_vocab}")
+        raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, but the config has n_vocab = {config.n_vocab}")
     directory = files.expanded(directory)
     if format == "tensorflow":
         tensorflow.check_path(directory)
@@ -79,34 +80,34 @@ def save(
     except FileExistsError:
         raise
     except OSError as error:
-        told = OSError(f"{directory} cannot be written, and is as it was: {error.strerror or error}")
+        told = OSError(f"{directory} cannot be written, and was not changed: {error.strerror or error}")
         told.errno = error.errno
         raise told from error
 
 
 def check_replaceable(directory: Path, with_vocabulary: bool, overwrite: bool = True) -> None:
-    """Check that nothing but a saved model would go if this directory were replaced.
+    """Check that a directory may be replaced: it holds nothing except a saved model.
 
     Args:
-      directory: to be written.
-      with_vocabulary: the new model comes with one.
-      overwrite: a saved model may be replaced.
+      directory: the folder to write.
+      with_vocabulary: whether the new model has a vocabulary.
+      overwrite: whether a saved model may be replaced.
 
     Raises:
-      FileExistsError: something would.
+      FileExistsError: the directory may not be replaced.
     """
 
     def others(names: set[str]) -> set[str]:
         model = next((model for model in MODELS if model <= names), set())
         if huggingface.WEIGHTS in model and not huggingface.is_ours(directory):
-            model = set()  # perhaps another architecture's
+            model = set()  # it may be a model of another architecture
         folders = {path.name for path in directory.iterdir() if path.is_dir()} - ({orbax.TREE} & model)
         return (names - model - (VOCABULARY if model else set())) | folders
 
     files.check_replaceable(directory, "a saved model", others, overwrite)
     if not with_vocabulary and any((directory / name).exists() for name in VOCABULARY):
         raise FileExistsError(
-            f"{directory} holds a vocabulary, which would be lost: pass its tokenizer, or choose another name"
+            f"{directory} holds a vocabulary that would be lost: pass its tokenizer, or choose another name"
         )
 
 
@@ -114,5 +115,5 @@ def _on_host(config: GPT2Config, params: Params) -> Mapping[str, np.ndarray]:
     flat = flatten(params)
     for name, leaf in flat.items():
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            raise ValueError(f"{name} lies on the devices of several hosts: gather the params on each first")
+            raise ValueError(f"{name} is on the devices of several hosts: gather the params on each host first")
     return {name: np.asarray(leaf, config.param_dtype) for name, leaf in flat.items()}

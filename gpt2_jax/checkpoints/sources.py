@@ -1,4 +1,4 @@
-"""What a user may name as the source of a model: a directory, a released size, or an id of the Hugging Face hub."""
+"""Sources of models: a directory, a released size, or an id on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ WEIGHTS: dict[str, Form] = {
     "model.safetensors.index.json": "huggingface",
     "gpt2_jax.json": "orbax",
 }
-UNDERSTOOD = """understood are:
+UNDERSTOOD = """supported formats:
   OpenAI's layout: hparams.json, checkpoint, model.ckpt.index, model.ckpt.data-00000-of-00001
-  Hugging Face's: config.json, model.safetensors (or model.safetensors.index.json and its files)
-  Orbax, as gpt2_jax.save writes it: gpt2_jax.json, params
+  Hugging Face's format: config.json, model.safetensors (or model.safetensors.index.json and its files)
+  Orbax, written by gpt2_jax.save: gpt2_jax.json, params
   a training run of gpt2_jax: run.json, and best or checkpoints"""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def locate(source: str | os.PathLike, part: Part = "model") -> Path:
-    """Return the directory of a source, having fetched what `part` needs if it is a size or a hub id.
+    """Return the directory of a source. For a size or a hub id, the files that `part` needs are fetched first.
 
     Args:
       source: a directory; a size ("124M", also "117M", "gpt2", "gpt2-xl", ...); a hub id ("distilbert/distilgpt2"); or
-        "shakespeare", the model in this package. A folder of that name which holds a model comes first. The model of a
-        training run's folder is RUN/best, or the newest checkpoint if that is not there.
-      part: what of it is wanted: all, or what its tokenizer needs.
+        "shakespeare", the model in this package. A local folder with that name takes precedence (for a size, only if
+        it holds a model). The model of a training run's folder is RUN/best, or the newest checkpoint if RUN/best does
+        not exist.
+      part: "model" for all files, "tokenizer" for the files that the tokenizer needs.
 
     Raises:
       FileNotFoundError: there is no such source.
-      ValueError: the source is no path or name.
-      OSError: it cannot be fetched.
+      ValueError: the source is not a path or a name.
+      OSError: the files cannot be fetched.
     """
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"a model must be named by a path, a size or a hub id, not {source!r}")
@@ -56,20 +57,20 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
     if directory.is_dir():
         return runs.model_folder(directory) if part == "model" and runs.is_run(directory) else directory
     if directory.exists():
-        raise FileNotFoundError(f"{directory} is a file: a model is named by the directory that it is in")
+        raise FileNotFoundError(f"{directory} is a file: name the directory that holds the model")
     name = os.fspath(source)
     if name == EMBEDDED:
         return embedded_model()
     if HUB_ID.fullmatch(name):
         return hub.fetch(name, tokenizer_only=part == "tokenizer")
     raise FileNotFoundError(
-        f"no such model: {name!r} is no directory, no released size ({', '.join(SIZES)}), not {EMBEDDED!r}, "
-        "and no id of the Hugging Face hub (owner/name)"
+        f"no such model: {name!r} is not a directory, a released size ({', '.join(SIZES)}), {EMBEDDED!r} "
+        "or an id on the Hugging Face hub (owner/name)"
     )
 
 
 def size_meant(source: object) -> str | None:
-    """Return the released size that a source names, None for one that is a model's folder or no size."""
+    """Return the released size that a source names. Return None if it names none, or if it is a folder with a model."""
     if not isinstance(source, str | os.PathLike):
         return None
     size = download.size_of(os.fspath(source))
@@ -80,11 +81,11 @@ _PARTS = {"model": download.FILES, "tokenizer": ("hparams.json", *OPENAI_FILES)}
 
 
 def form_of(directory: Path) -> Form:
-    """Return the form of the model in a directory, told by its files.
+    """Return the format of the model in a directory, recognized by its files.
 
     Raises:
-      FileNotFoundError: it holds no model; the message lists what was found and what is understood.
-      ValueError: it holds several, or pickled weights alone.
+      FileNotFoundError: the directory holds no model. The message lists its files and the supported formats.
+      ValueError: the directory holds several models, or only pickled weights.
     """
     if runs.is_checkpoint(directory):
         return "checkpoint"
@@ -99,15 +100,15 @@ def form_of(directory: Path) -> Form:
     found = sorted(path.name for path in directory.iterdir())
     if pickles := _pickles(directory):
         raise ValueError(
-            f"{directory} holds {', '.join(pickles)}; pickled weights can run code when opened and are not read; a "
-            f"copy that can not, model.safetensors, is made by: {_conversion(directory, pickles[0])}"
+            f"{directory} holds {', '.join(pickles)}; pickled weights are not read, because opening them can run code; "
+            f"convert them to model.safetensors with: {_conversion(directory, pickles[0])}"
         )
     listed = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
     raise FileNotFoundError(f"{directory} holds no model; found: {listed or 'nothing'}; {UNDERSTOOD}")
 
 
 def _conversion(directory: Path, pickle: str) -> str:
-    """Return the line that makes safetensors of pickled weights, for a shell."""
+    """Return the shell command that converts pickled weights to safetensors."""
     if (directory / "config.json").is_file():
         read = f"d = {str(directory)!r}; M.from_pretrained(d).save_pretrained(d)"
         return f"python -c {shlex.quote(f'from transformers import GPT2LMHeadModel as M; {read}')}"

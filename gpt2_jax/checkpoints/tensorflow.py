@@ -1,7 +1,7 @@
-"""OpenAI's TensorFlow checkpoints: `hparams.json` and the variables, under their own names.
+"""OpenAI's TensorFlow checkpoints: `hparams.json` and the variables, with OpenAI's names.
 
-TensorFlow is imported inside the functions that need it, with the accelerators hidden from it, and only its checkpoint
-reader and writer run.
+TensorFlow is imported inside the functions that need it, and the accelerators are hidden from it. Only its checkpoint
+reader and writer are used.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ DATA_SUFFIX = ".data-*-of-*"
 
 
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:
-    """Read the config, and every variable of a directory in OpenAI's layout; the graph (`.meta`) is not needed.
+    """Read the config and every variable of a directory in OpenAI's layout. The graph (`.meta`) is not needed.
 
-    Names, shapes and dtypes are checked both ways; TensorFlow verifies the checksum of each variable as it is read.
-    Nothing is transposed: the leading 1 of a width-1 convolution's `w` (1, in, out) is dropped.
+    Missing and unknown names, wrong shapes and wrong dtypes are errors. TensorFlow verifies the checksum of each
+    variable when it is read. Nothing is transposed: only the leading 1 of a convolution's `w` (1, in, out) is dropped.
 
     Returns:
-      config, whose param_dtype is that of the variables, and the leaves, each read when it is asked for.
+      config, leaves. The config's param_dtype is the dtype of the variables. Each leaf is read when it is requested.
 
     Raises:
-      FileNotFoundError: a file is not there.
-      ValueError: hparams.json is malformed, or the variables are not those of its GPT-2.
-      DamagedError: the files are damaged (found at the start, or while the leaves are read).
+      FileNotFoundError: a file is missing.
+      ValueError: hparams.json is malformed, or the variables do not match it.
+      DamagedError: the files are damaged. The call or the reading of a leaf raises it.
     """
     config = read_hparams(directory)
     prefix = find_checkpoint(directory)
@@ -49,7 +49,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     with _damage_told(tf, prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-    if config.n_layer > len(shapes):  # told before a tree of so many layers is built
+    if config.n_layer > len(shapes):  # checked before a tree of that many layers is built
         raise ValueError(f"hparams.json says n_layer = {config.n_layer}, but {prefix} has {len(shapes)} variables")
     found = {name: SimpleNamespace(shape=shapes[name], dtype=dtypes[name]) for name in shapes}
     config = config.replace(param_dtype=stored_dtype(dtypes.values(), prefix))
@@ -68,7 +68,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
 
 @contextlib.contextmanager
 def _damage_told(tf: ModuleType, prefix: Path) -> Iterator[None]:
-    """Turn what TensorFlow's reader raises for a damaged file into one sentence; nothing else belongs inside."""
+    """Turn the errors of TensorFlow's reader for a damaged file into one sentence. Use it only around the reader."""
     try:
         yield
     except (tf.errors.OpError, RuntimeError, IndexError) as error:
@@ -76,7 +76,7 @@ def _damage_told(tf: ModuleType, prefix: Path) -> Iterator[None]:
 
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
-    """Write `hparams.json` and the variables, under the original names and shapes, into an empty directory."""
+    """Write `hparams.json` and the variables, with the original names and shapes, into an empty directory."""
     tf = _import_tensorflow()
     variables = _variables(flat)
     tensors = [np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()]
@@ -94,21 +94,21 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
 
 
 def check_path(path: Path) -> None:
-    """Check that TensorFlow can read what is at a path.
+    """Check that TensorFlow can read files at a path.
 
     Raises:
-      ValueError: they cannot.
+      ValueError: the path contains a `[`.
     """
     if "[" in str(path.resolve()):
-        raise ValueError(f"{path}: TensorFlow takes [ in a path for a pattern; choose another folder")
+        raise ValueError(f"{path}: TensorFlow treats [ in a path as a pattern; choose another folder")
 
 
 def read_hparams(directory: Path) -> GPT2Config:
     """Read `hparams.json`.
 
     Raises:
-      FileNotFoundError: the file is not there.
-      ValueError: not JSON, or not exactly GPT-2's hyperparameters; the message names the file.
+      FileNotFoundError: the file is missing.
+      ValueError: the file is not JSON, or does not hold exactly GPT-2's hyperparameters. The message names the file.
     """
     path = directory / "hparams.json"
     if not path.is_file():
@@ -120,13 +120,13 @@ def read_hparams(directory: Path) -> GPT2Config:
 
 
 def find_checkpoint(directory: Path) -> Path:
-    """Return the checkpoint's prefix: what the `checkpoint` file points to, or else the only `*.index` there is.
+    """Return the checkpoint's prefix: the one in the `checkpoint` file, or else the only `*.index` in the directory.
 
-    Only the name that the pointer gives counts: the folder in it is that of the machine that wrote it.
+    The folder in the `checkpoint` file is ignored, because it belongs to the machine that wrote it.
 
     Raises:
-      FileNotFoundError: the index or the data file is not there.
-      ValueError: no pointer, and more than one index to choose from; or an unreadable pointer.
+      FileNotFoundError: the index or the data file is missing.
+      ValueError: the `checkpoint` file is unreadable, or there is none and the directory has several indexes.
     """
     pointer = directory / "checkpoint"
     if pointer.is_file():
@@ -138,7 +138,7 @@ def find_checkpoint(directory: Path) -> Path:
         prefixes = sorted(path.with_suffix("") for path in directory.glob("*.index"))
         if len(prefixes) > 1:
             names = ", ".join(path.name for path in prefixes)
-            raise ValueError(f"{directory} holds several checkpoints ({names}) and no `checkpoint` file that picks one")
+            raise ValueError(f"{directory} holds several checkpoints ({names}) and no `checkpoint` file that names one")
         prefix = prefixes[0] if prefixes else directory / "model.ckpt"
     for suffix in (".index", DATA_SUFFIX):
         if not any(directory.glob(glob.escape(prefix.name) + suffix)):
@@ -147,12 +147,12 @@ def find_checkpoint(directory: Path) -> Path:
 
 
 def data_pattern(prefix: Path) -> str:
-    """Return the pattern of the names of a checkpoint's data files, in its directory."""
+    """Return the glob pattern of a checkpoint's data files in its directory."""
     return glob.escape(prefix.name) + DATA_SUFFIX
 
 
 def _variables(flat: Mapping[str, Any]) -> dict[str, SimpleNamespace]:
-    """Return the variables that hold a flat tree: a dense layer's `w` is a convolution of width 1, (1, in, out)."""
+    """Return the variables of a flat tree. A dense layer's `w` becomes a convolution of width 1, (1, in, out)."""
 
     def shape(name: str, leaf: Any) -> tuple[int, ...]:
         return (1, *leaf.shape) if name.endswith("/w") else leaf.shape
@@ -161,11 +161,11 @@ def _variables(flat: Mapping[str, Any]) -> dict[str, SimpleNamespace]:
 
 
 def _import_tensorflow() -> ModuleType:
-    """Import TensorFlow without its banner and with the accelerators hidden; leave it be where it is in use already."""
+    """Import TensorFlow without its banner and with the accelerators hidden, if it is not imported yet."""
     if "tensorflow" in sys.modules:
         return sys.modules["tensorflow"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no arithmetic is done here, and it announces itself on stderr
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # not needed here, and it prints a message to stderr
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):

@@ -1,6 +1,6 @@
-"""OpenAI's released files: what they are (`known`), fetching them (`download`), and the transfers that it is made of.
+"""OpenAI's released files: what is known of them (`known`), and how they are fetched (`download`).
 
-`transfer` brings one file from one address and knows HTTP and disks alone; `parallel` runs several at once. Not here:
-what is in a checkpoint, and checking its tensors, which are `gpt2_jax.checkpoints`; other people's models, which come
-through the Hugging Face hub (`gpt2_jax.checkpoints.hub`).
+`transfer` fetches one file from one address. It handles only HTTP and disks. `parallel` runs several transfers at once.
+`gpt2_jax.checkpoints` reads checkpoints and checks their tensors. Models on the Hugging Face hub are fetched by
+`gpt2_jax.checkpoints.hub`.
 """

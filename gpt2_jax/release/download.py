@@ -1,7 +1,7 @@
-"""The released GPT-2: fetch what is absent or wrong of a size's seven files, from the first mirror that has them right.
+"""Fetch a size of the released GPT-2: those of its seven files that are missing or wrong.
 
-A file is written as `NAME.part` and renamed once it is whole and its content is right: under its own name it is right
-or absent, whatever the network does and whenever the process is killed.
+Each file comes from the first mirror that has the right one. It is written as `NAME.part`, and renamed when it is
+complete and its content is right. So a network failure or a kill never leaves a wrong file under the final name.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from gpt2_jax.release.transfer import Failed, Refused, Report, disk_error, lengt
 __all__ = ["FILES", "MIRRORS", "Expected", "expectations", "fetch", "fetch_verified", "size_of"]
 
 LOCK = ".download.lock"
-LONGEST = 10**6  # seconds to wait
-BAR = 10  # columns of the terminal: with the longest name a line of 80
-_WAY_OUT = "name another address with --base-url or GPT2_JAX_BASE_URL, or put the files there by hand"
+LONGEST = 10**6  # seconds: the highest timeout and backoff
+BAR = 10  # columns of the terminal; a line with the longest name has 80
+_WAY_OUT = "give another address with --base-url or GPT2_JAX_BASE_URL, or put the files there yourself"
 
 
 def fetch(
@@ -44,27 +44,31 @@ def fetch(
     backoff: float = 1.0,
     jobs: int = 4,
 ) -> Path:
-    """Fetch those of a size's files that are absent or wrong; with all there and right, nothing touches the network.
+    """Fetch the files of a size that are missing or wrong. If all files are right, the network is not used.
 
-    Right means: the exact size where it is known, the vocabulary by SHA-256, hparams.json by its numbers, the pointer
-    by its line, the index by its last bytes. The tensors are what `verify` looks at. One process at a time fetches into
-    a directory: a second one says that it waits, and then finds the files there.
+    A file is right if it has the exact size (where that is known) and the expected content: the SHA-256 of the two
+    vocabulary files, the numbers in hparams.json, the line in `checkpoint`, the last bytes of the index. Tensors are
+    not checked here; `fetch_verified` checks them. Only one process at a time fetches into a directory. A second
+    process prints that it waits, and then finds the files there.
 
     Args:
       size: a released size under any of its names ("124M", "117M", "gpt2", …).
-      directory: where the files go; None: `models/SIZE` in the cache folder.
-      files: which of FILES.
-      base_urls: tried in turn, as `{base}/{size}/{file}`; None: $GPT2_JAX_BASE_URL (separated by commas), else MIRRORS.
-      progress: bars on standard error; None: where that is a terminal.
-      timeout: seconds without an answer, or without another byte of it, after which an attempt has failed.
-      attempts: at one address, how many in a row may bring nothing new; one that does is always followed up.
-      backoff: seconds before the second of them, doubled each time; a server's Retry-After counts where it is longer.
-      jobs: how many files at once.
+      directory: where the files go. None: `models/SIZE` in the cache folder.
+      files: the files to fetch, from FILES.
+      base_urls: addresses to try in turn, as `{base}/{size}/{file}`. None: $GPT2_JAX_BASE_URL (separated by commas),
+        else MIRRORS.
+      progress: show progress bars on standard error. None: only if it is a terminal.
+      timeout: an attempt fails after this many seconds without an answer or without another byte.
+      attempts: the number of consecutive attempts at one address that may bring no new bytes. After an attempt that
+        brought new bytes, there is always another one.
+      backoff: seconds to wait before the second attempt, doubled each time. If the server asks for a longer wait
+        (Retry-After), that is used.
+      jobs: the number of files to fetch at once.
 
     Raises:
       ValueError: an unknown size or file, an address that is not http(s), or a number out of range.
-      ConnectionError: no address could be read from to the end; the message says what happened at each.
-      OSError: an address answered with something else than the file; or the disk is full (`errno` says so) or cannot
+      ConnectionError: no address gave the complete file. The message says what happened at each address.
+      OSError: an address answered with something other than the file, the disk is full (see `errno`), or a file cannot
         be written.
     """
     plan = _plan(size, directory, files, base_urls, timeout=timeout, attempts=attempts, backoff=backoff, jobs=jobs)
@@ -84,17 +88,15 @@ def fetch_verified(
     progress: bool | None = None,
     **patience: Any,
 ) -> Path:
-    """Fetch as `fetch` does, with its arguments, then `verify`; damaged weights are fetched once more.
-
-    The second time, the next mirror is asked first.
+    """Fetch as `fetch` does, then call `verify`. Damaged weights are fetched once more, from the next mirror first.
 
     Args:
-      size, directory, files, base_urls, progress, patience: as `fetch`.
-      verify: reads the weights in a directory; raises ValueError or FileNotFoundError where they are damaged.
+      size, directory, files, base_urls, progress, patience: as in `fetch`.
+      verify: reads the weights in a directory. It raises ValueError or FileNotFoundError if they are damaged.
 
     Raises:
-      ValueError, ConnectionError, OSError: as `fetch`; ValueError too when the weights came damaged again, and then
-        they have been removed.
+      ValueError, ConnectionError, OSError: as in `fetch`. ValueError also if the weights are damaged a second time;
+        they are then removed.
     """
     plan = _plan(size, directory, files, base_urls, **patience)
     fetch(size, plan.directory, files, plan.bases, progress=progress, **patience)
@@ -102,23 +104,23 @@ def fetch_verified(
         verify(plan.directory)
         return plan.directory
     with _locked(plan.directory):
-        _bring(plan, progress)  # another process may have been at it, and may have mended it by now
+        _bring(plan, progress)  # another process may have repaired the files by now
         if _damage(plan.directory, verify):
             _remove_weights(plan)
             _bring(dataclasses.replace(plan, files=(INDEX, DATA), bases=plan.bases[1:] + plan.bases[:1]), progress)
             if damage := _damage(plan.directory, verify):
                 _remove_weights(plan)
-                raise ValueError(f"{damage}; twice, from {', '.join(plan.bases)}: removed, {_WAY_OUT}")
+                raise ValueError(f"{damage}; fetched twice, from {', '.join(plan.bases)}, and removed: {_WAY_OUT}")
     return plan.directory
 
 
 def directory_of(size: str, directory: str | os.PathLike | None = None) -> Path:
-    """Return where the files of a size go: into `directory`, or `models/SIZE` in the cache folder."""
+    """Return where the files of a size go: `directory`, or `models/SIZE` in the cache folder if it is None."""
     return cache_dir() / "models" / size if directory is None else expanded(directory)
 
 
 def _damage(directory: Path, verify: Callable[[Path], None]) -> str | None:
-    """Return what `verify` says is damaged, None when nothing is."""
+    """Return the message of `verify` if the weights are damaged, else None."""
     try:
         verify(directory)
     except ValueError as error:
@@ -134,7 +136,7 @@ def _remove_weights(plan: _Plan) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What to fetch, from where, to where, and how patiently."""
+    """What to fetch, from where, to where, and how often to try."""
 
     size: str
     directory: Path
@@ -145,12 +147,12 @@ class _Plan:
     patience: dict[str, Any]
 
     def missing(self) -> list[str]:
-        """Return the files that are absent or wrong, the largest first: it takes longest."""
+        """Return the files that are missing or wrong, the largest first, because it takes longest."""
         wrong = [name for name in self.files if self.expected[name].wrong(self.directory / name)]
         return sorted(wrong, key=lambda name: -(self.expected[name].size or 0))
 
     def part(self, name: str) -> Path:
-        """Return where a file is while it is not whole."""
+        """Return the path of a file that is not complete yet."""
         return self.directory / f"{name}.part"
 
 
@@ -165,11 +167,11 @@ def _plan(
     backoff: float = 1.0,
     jobs: int = 4,
 ) -> _Plan:
-    """Check every argument."""
+    """Check every argument and return the plan."""
     if (known := size_of(size)) is None:
         raise ValueError(f"no released GPT-2 is called {size!r}: the sizes are {', '.join(SIZES)}")
     if unknown := [name for name in files if name not in FILES]:
-        raise ValueError(f"{unknown[0]!r} is no file of the release: those are {', '.join(FILES)}")
+        raise ValueError(f"{unknown[0]!r} is not a file of the release: the files are {', '.join(FILES)}")
     patience = {
         "timeout": real_number("timeout", timeout, 0, LONGEST, open_low=True),
         "attempts": whole_number("attempts", attempts, 1),
@@ -186,7 +188,7 @@ def _plan(
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Make the directory and keep other processes from fetching into it; wait, and say so, while one does."""
+    """Create the directory and lock it. If another process is fetching into it, print a message and wait."""
     waiting = f"gpt2-jax: another process is fetching into {directory}: waiting for it"
     with contextlib.ExitStack() as stack:
         try:
@@ -198,7 +200,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _bring(plan: _Plan, progress: bool | None) -> None:
-    """Fetch what is missing, several files at once. The caller holds the lock."""
+    """Fetch the missing files, several at once. The caller holds the lock."""
     missing = plan.missing()
     needed = sum(max((plan.expected[name].size or 0) - length(plan.part(name)), 0) for name in missing)
     if needed > (free := shutil.disk_usage(plan.directory).free):
@@ -211,7 +213,7 @@ def _bring(plan: _Plan, progress: bool | None) -> None:
 
 
 def _fetch_file(plan: _Plan, name: str, stop: threading.Event, report: Report) -> None:
-    """Fetch one file from the first address that has it right."""
+    """Fetch one file from the first address that has the right one."""
     failures: list[tuple[str, Exception]] = []
     for base in plan.bases:
         url = f"{base}/{plan.size}/{name}"
@@ -225,9 +227,9 @@ def _fetch_file(plan: _Plan, name: str, stop: threading.Event, report: Report) -
 
 
 def _fetch_from(url: str, plan: _Plan, name: str, stop: threading.Event, report: Report) -> None:
-    """Fetch one file from one address, look at what came, and give it its name."""
+    """Fetch one file from one address, check it, and rename it."""
     part, expected = plan.part(name), plan.expected[name]
-    elsewhere = length(part) > 0  # then what is wrong with the whole may be what was there before
+    elsewhere = length(part) > 0  # then the old part may be what is wrong
     while True:
         transfer(url, part, expected.size, **plan.patience, stop=stop, report=report)
         if (wrong := expected.wrong(part)) is None:

@@ -1,4 +1,4 @@
-"""What is known of the released files before they are here: names, addresses, sizes and what each must contain."""
+"""What is known of the released files in advance: their names, addresses, sizes and contents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIRRORS = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
 )
-"""Where the files lie, as `{mirror}/{size}/{file}`: OpenAI's own, and a copy that a book's community keeps."""
+"""OpenAI's own server, and a copy by a book's community. The address of a file is `{mirror}/{size}/{file}`."""
 
 _ALIASES = {"124M": ("117M", "gpt2"), "355M": ("345M", "gpt2-medium"), "774M": ("762M", "gpt2-large")}
 _ALIASES["1558M"] = ("1542M", "gpt2-xl")
@@ -31,18 +31,18 @@ _BYTES = {
     "124M": {"checkpoint": 77, "hparams.json": 90, INDEX: 5215, "model.ckpt.meta": 471155},
     "355M": {"checkpoint": 77, "hparams.json": 91, INDEX: 10399, "model.ckpt.meta": 926519},
 }
-_INDEX_END = bytes.fromhex("57fb808b247547db")  # the magic number that ends a table of TensorFlow's
+_INDEX_END = bytes.fromhex("57fb808b247547db")  # the magic number at the end of a TensorFlow table
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What is known of a file beforehand: its bytes, and a check of its content that returns what is wrong, or None."""
+    """What is known of a file in advance: its size in bytes, and a check that returns what is wrong, or None."""
 
     size: int | None = None
     check: Callable[[Path], str | None] | None = None
 
     def wrong(self, path: Path) -> str | None:
-        """Return what is wrong with the file at `path` in a few words, None when nothing is."""
+        """Return what is wrong with the file at `path` in a few words, or None."""
         if not path.is_file():
             return "it is not there"
         if (here := length(path)) == 0 or here != (here if self.size is None else self.size):
@@ -77,18 +77,18 @@ def is_hparams(config: GPT2Config) -> Callable[[Path], str | None]:
 
 
 def is_pointer(path: Path) -> str | None:
-    """Check that a `checkpoint` file points to the files that lie beside it."""
+    """Check that a `checkpoint` file points to the files in its folder."""
     match = re.search(rb'^model_checkpoint_path: "(?:.*[/\\])?model\.ckpt"', path.read_bytes(), re.MULTILINE)
     return None if match else 'it holds no line model_checkpoint_path: "model.ckpt"'
 
 
 def is_index(path: Path) -> str | None:
-    """Check that an index is whole: it ends as TensorFlow's tables do."""
+    """Check that an index is complete: it ends as TensorFlow's tables do."""
     return None if path.read_bytes().endswith(_INDEX_END) else "it does not end as a TensorFlow index does"
 
 
 def expectations(size: str) -> dict[str, Expected]:
-    """Return what is known beforehand of each file of a size; the data file is float32 numbers and nothing else."""
+    """Return what is known in advance of each file of a size. The data file holds only float32 numbers."""
     known = _BYTES.get(size, {})
     encoder_json = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
     vocab_bpe = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -104,19 +104,19 @@ def expectations(size: str) -> dict[str, Expected]:
 
 
 def size_of(name: str) -> str | None:
-    """Return the release's name of a size ("gpt2-xl" and "1542m" are "1558M"), None when it is not one."""
+    """Return the standard name of a released size ("1558M" for "gpt2-xl" and "1542m"), or None."""
     return _CANONICAL.get(name.lower()) if isinstance(name, str) else None
 
 
 def base_addresses(base_urls: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the addresses to try, checked, no slash at the end: those given, $GPT2_JAX_BASE_URL's, or MIRRORS."""
+    """Return the checked addresses to try, without a final slash: `base_urls`, $GPT2_JAX_BASE_URL or MIRRORS."""
     if base_urls is None:
         base_urls = os.environ.get("GPT2_JAX_BASE_URL", "").split(",")
         base_urls = [base for base in base_urls if base.strip()] or MIRRORS
     bases = [base_urls] if isinstance(base_urls, str) else base_urls
     bases = tuple(str(base).strip().rstrip("/") for base in bases)
     if not bases:
-        raise ValueError("no base address to fetch from: name one, like https://example.org/models")
+        raise ValueError("no base address to fetch from: give one, like https://example.org/models")
     for base in bases:
         try:
             parts = urlsplit(base)
@@ -124,5 +124,5 @@ def base_addresses(base_urls: Sequence[str] | None) -> tuple[str, ...]:
         except ValueError:
             usable = False
         if not usable or not base.isascii() or not base.isprintable() or any(c in base for c in " ?#"):
-            raise ValueError(f"{base!r} is no base address: it must look like https://example.org/models")
+            raise ValueError(f"{base!r} is not a base address: it must look like https://example.org/models")
     return bases

@@ -1,4 +1,4 @@
-"""Several transfers at once; the first error stops them all."""
+"""Several transfers at once. The first error stops them all."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 from gpt2_jax.release.transfer import Stopped
 
-GRACE = 1.0  # seconds for threads that are writing when the others have stopped
+GRACE = 1.0  # seconds to wait for threads that are still writing after the stop
 
 
 def in_threads(tasks: Sequence[Callable[[], None]], jobs: int, stop: threading.Event) -> None:
-    """Run the tasks, `jobs` at once; the first error stops them all and is raised, as Ctrl-C is."""
+    """Run the tasks, `jobs` at once. The first error, or Ctrl-C, stops them all and is raised."""
     waiting, errors = collections.deque(tasks), []
 
     def work() -> None:
@@ -29,7 +29,7 @@ def in_threads(tasks: Sequence[Callable[[], None]], jobs: int, stop: threading.E
                     errors.append(error)
                     stop.set()
 
-    # Daemons, as one that waits for a server must not keep the process alive; it writes nothing once `stop` is set.
+    # Daemon threads: a thread that waits for a server must not keep the process alive. After `stop`, it writes nothing.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(jobs, len(tasks)))]
     try:
         for thread in threads:

@@ -1,6 +1,6 @@
-"""One file from one web address: resumed where a `.part` ends, retried while that may help, refused when it is no file.
+"""Fetch one file from one web address. Resume a `.part` file, retry if it may help, refuse answers that are not a file.
 
-Knows HTTP and disks, and nothing of GPT-2.
+This module handles only HTTP and disks. It does not depend on GPT-2.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from http.client import HTTPResponse
 
 Report = Callable[[str, int, int | None], None]
-"""Called with a file's name, the bytes of it that are here, and all of its bytes where known."""
+"""Called with a file's name, the number of bytes that have arrived, and the total number or None."""
 
 CHUNK = 1 << 20
-LONGEST_PAUSE = 60.0  # seconds: between attempts, whatever backoff and a server's Retry-After say
-LARGEST_UNKNOWN = 1 << 26  # bytes: the files whose size is not known beforehand are small ones
-RETRIED = (408, 425, 429)  # and 500 to 599
+LONGEST_PAUSE = 60.0  # seconds between attempts, at most, for any backoff and Retry-After
+LARGEST_UNKNOWN = 1 << 26  # bytes: the limit for files of unknown size, which are all small
+RETRIED = (408, 425, 429)  # HTTP status codes; also 500 to 599
 MARKUP_TYPES = ("text/html", "text/xml", "application/xml", "application/xhtml+xml")
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*<(?:\?xml|!doctype|html|error)", re.IGNORECASE)
 
 
 class Refused(Exception):
-    """What the address gives is not the file, and asking again would not change that."""
+    """The answer is not the file, and another attempt would not change that."""
 
 
 class Failed(Exception):
-    """What another attempt may mend; `retry_after` is how many seconds the server wants to be left alone."""
+    """An attempt failed, and another may succeed. `retry_after`: the seconds that the server asks to wait."""
 
     def __init__(self, message: str, retry_after: float = 0.0):
         super().__init__(message)
@@ -43,7 +43,7 @@ class Failed(Exception):
 
 
 class RangeWrong(Failed):
-    """The server answered a request for the rest of a file with something else."""
+    """The server answered a request for the rest of a file without the requested range."""
 
 
 class RangeBeyond(Failed):
@@ -51,7 +51,7 @@ class RangeBeyond(Failed):
 
 
 class Stopped(Exception):
-    """The caller asked to stop: nothing is written or removed any more, as somebody else may be at it by then."""
+    """The caller asked to stop. Nothing is written or removed afterwards, because another process may use the files."""
 
 
 def transfer(
@@ -65,18 +65,23 @@ def transfer(
     stop: threading.Event,
     report: Report,
 ) -> None:
-    """Bring what `url` holds into `part`, going on after the bytes that are there.
+    """Fetch `url` into `part`. If `part` already has bytes, the transfer continues after them.
 
     Args:
-      size: the file's exact size in bytes; None takes the server's word for it.
-      attempts: how many in a row may bring nothing new; one that does is followed by another.
-      stop: set by the caller, ends the transfer within one chunk.
+      url: the address of the file.
+      part: the file to write.
+      size: the file's exact size in bytes. None accepts the size that the server gives.
+      timeout: seconds without an answer or another byte after which an attempt fails.
+      attempts: the number of consecutive attempts that may bring no new bytes.
+      backoff: seconds to wait before the second attempt, doubled each time.
+      stop: the caller sets it to end the transfer within one chunk.
+      report: called when bytes arrive.
 
     Raises:
       Refused: the address does not hold the file.
-      Failed: the last of the attempts, with what happened.
+      Failed: the last attempt failed. The message says how.
       Stopped: `stop` was set.
-      OSError: the disk is full, or `part` cannot be written; what has arrived stays there.
+      OSError: the disk is full, or `part` cannot be written. The bytes that arrived are kept.
     """
     furthest, fruitless, resume = length(part), 0, True
     while True:
@@ -94,21 +99,21 @@ def transfer(
             if fruitless >= attempts:
                 raise Failed(f"{failure} ({fruitless} attempts)" if fruitless > 1 else str(failure)) from failure
             doubled = 2 ** min(max(fruitless - 1, 0), 16)
-            wait = backoff * doubled * random.uniform(0.5, 1)  # not all clients of one server at the same moment
+            wait = backoff * doubled * random.uniform(0.5, 1)  # so that clients do not retry all at the same time
             _pause(stop, min(max(wait, failure.retry_after), LONGEST_PAUSE))
 
 
 def _attempt(
     url: str, part: Path, size: int | None, resume: bool, timeout: float, stop: threading.Event, report: Report
 ) -> None:
-    """Ask once, and write what comes."""
+    """Send one request, and write the answer."""
     if stop.is_set():
         raise Stopped
     here = length(part)
     if size is not None and here > size:
         part.unlink()
         here = 0
-    if here and here == size:  # all had arrived: the caller looks at what it is
+    if here and here == size:  # complete: the caller checks the content
         return
     asked = here if resume else 0
     with _open(url, asked, timeout) as response:
@@ -117,7 +122,7 @@ def _attempt(
 
 
 def _open(url: str, asked: int, timeout: float) -> HTTPResponse:
-    """Send the request for the bytes from `asked` on; what goes wrong is Failed or Refused."""
+    """Request the bytes from `asked` on. Errors become Failed or Refused."""
     import ssl
     import urllib.error
     import urllib.request
@@ -141,12 +146,12 @@ def _open(url: str, asked: int, timeout: float) -> HTTPResponse:
             raise Failed(f"no answer within {timeout:g} s") from error
         kind = Refused if isinstance(cause, ssl.SSLCertVerificationError) else Failed
         raise kind(_described(cause)) from error
-    except UnicodeError as error:  # a host name that cannot be one
+    except UnicodeError as error:  # an invalid host name
         raise Refused(f"not a web address ({error})") from error
 
 
 def _accepted(response: HTTPResponse, asked: int, size: int | None) -> tuple[int, int | None]:
-    """Check an answer before its body: return where the body begins in the file, and how long the file is."""
+    """Check an answer before its body is read. Return the position of the body in the file and the file's length."""
     headers = response.headers
     if (kind := headers.get_content_type()) in MARKUP_TYPES:
         raise Refused(f"answered with a page ({kind}) instead of the file")
@@ -161,17 +166,17 @@ def _accepted(response: HTTPResponse, asked: int, size: int | None) -> tuple[int
         if total is None and not response.chunked:
             raise Refused("does not say how long the file is")
         if total == 0 or (total or 0) > LARGEST_UNKNOWN:
-            raise Refused(f"has a file of {total} bytes, which it cannot be")
+            raise Refused(f"has a file of {total} bytes, which is not a valid size")
     elif total is not None and total != size:
         raise Refused(f"has a file of {total} bytes instead of {size}")
     return start, size if total is None else total
 
 
 def _range(content_range: str, asked: int, size: int | None) -> tuple[int, int]:
-    """Check that a partial answer is what was asked for; return its first byte and the length of the file."""
+    """Check that a partial answer has the requested range. Return its first byte and the length of the file."""
     match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", content_range.strip())
     if not asked or match is None or int(match[1]) != asked:
-        raise RangeWrong(f"asked for the bytes from {asked} on, it answered with Content-Range {content_range!r}")
+        raise RangeWrong(f"was asked for the bytes from {asked} on, but answered with Content-Range {content_range!r}")
     if match[3] != "*":
         return asked, int(match[3])
     return asked, size or int(match[2]) + 1
@@ -186,12 +191,12 @@ def _receive(
     stop: threading.Event,
     report: Report,
 ) -> None:
-    """Write a body into `part` from byte `start` on, as it comes."""
+    """Write the body to `part` from byte `start` on, as it arrives."""
     at, left = start, response.length
     chunk = _read(response, left, timeout, at, total)
     if stop.is_set():
         raise Stopped
-    if not start and is_markup(chunk):  # before what is there is thrown away for it
+    if not start and is_markup(chunk):  # checked before the old part is overwritten
         raise Refused("answered with a page (HTML or XML) instead of the file")
     with _writable(part, "ab" if start else "wb") as file:
         report(part.stem, at, total)
@@ -211,12 +216,12 @@ def _receive(
 
 
 def _read(response: HTTPResponse, left: int | None, timeout: float, at: int, total: int | None) -> bytes:
-    """Return what has come, at least one byte unless the body is over: nothing that arrived is lost in a buffer."""
+    """Return the bytes that have arrived: at least one, or none at the end. No buffer can lose them."""
     where = f"at byte {at}" + ("" if total is None else f" of {total}")
     try:
         return b"" if left == 0 else response.read1(CHUNK if left is None else min(CHUNK, left))
     except TimeoutError as error:
-        raise Failed(f"stalled {where}: nothing came for {timeout:g} s") from error
+        raise Failed(f"stalled {where}: no data for {timeout:g} s") from error
     except http.client.IncompleteRead as error:
         raise Failed(f"the body was cut {where}") from error
     except (OSError, http.client.HTTPException) as error:
@@ -225,13 +230,13 @@ def _read(response: HTTPResponse, left: int | None, timeout: float, at: int, tot
 
 def _writable(part: Path, mode: Literal["ab", "wb"]) -> BinaryIO:
     try:
-        return part.open(mode, buffering=0)  # no buffer: a kill loses nothing that arrived
+        return part.open(mode, buffering=0)  # no buffer: a kill loses no bytes that arrived
     except OSError as error:
         raise disk_error(error, part) from error
 
 
 def _write(file: BinaryIO, chunk: bytes, part: Path) -> None:
-    """Write all of a chunk; a disk that is nearly full takes some of it first."""
+    """Write a whole chunk. On a nearly full disk, one call may write only a part of it."""
     view = memoryview(chunk)
     try:
         while view:
@@ -241,7 +246,7 @@ def _write(file: BinaryIO, chunk: bytes, part: Path) -> None:
 
 
 def disk_error(error: OSError, path: Path) -> OSError:
-    """Return one with a sentence for what happened when writing `path`, and the same errno."""
+    """Return an error with a clear message about writing `path`, and with the same errno."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_room(f"no room left on the disk while writing {path}", error.errno)
     told = type(error)(f"cannot write {path}: {error.strerror or error}")
@@ -250,19 +255,19 @@ def disk_error(error: OSError, path: Path) -> OSError:
 
 
 def no_room(sentence: str, number: int = errno.ENOSPC) -> OSError:
-    """Return the error for a disk that is full: callers tell it by its errno."""
-    told = OSError(f"{sentence}: free some space there, or choose a folder on another disk; what has arrived is kept")
+    """Return the error for a full disk. Callers recognize it by its errno."""
+    told = OSError(f"{sentence}: free some space there, or choose a folder on another disk; received bytes are kept")
     told.errno = number
     return told
 
 
 def is_markup(head: bytes) -> bool:
-    """Say whether a file's first bytes are those of an HTML or XML page, in UTF-8 or UTF-16."""
+    """Return whether a file's first bytes are an HTML or XML page in UTF-8 or UTF-16."""
     return _MARKUP.match(head[:4096].replace(b"\0", b"")) is not None
 
 
 def length(path: Path) -> int:
-    """Return a file's size in bytes, 0 where there is none."""
+    """Return a file's size in bytes, 0 if it does not exist."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -270,7 +275,7 @@ def length(path: Path) -> int:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Return the seconds that a Retry-After header asks for: a number or a date; 0 for none or nonsense."""
+    """Return the seconds of a Retry-After header, a number or a date. Return 0 if it is missing or invalid."""
     if retry_after is None:
         return 0.0
     if re.fullmatch(r"\d{1,9}", retry_after.strip()):
@@ -282,7 +287,7 @@ def _seconds(retry_after: str | None) -> float:
 
 
 def _described(error: object) -> str:
-    """Return what an exception says of itself, or else its name."""
+    """Return an exception's message, or the name of its type if it has none."""
     return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""The books' call, their nesting of the arrays, their config words, and qkv_bias=False."""
+"""The books' function, their nesting of the arrays, their config names, and qkv_bias=False."""
 
 import copy
 
@@ -30,7 +30,7 @@ def _cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def release(tmp_path_factory, monkeypatch):
-    """(server, flat): an odd small model stands for 124M, on a server of this machine alone."""
+    """(server, flat): a server on this machine gives a small model with odd sizes as the 124M."""
     folder, flat = tmp_path_factory.mktemp("release"), forms.random_model()
     forms.write_tensorflow(folder, CONFIG, flat)
     files = fake_release.made_up() | {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -50,7 +50,7 @@ def as_the_book_does(flat):
             target = params["blocks"][int(parts[0][1:])]
             parts = parts[1:]
         for key in parts[:-1]:
-            if key == "ln_f":  # the book's prefix loses this one
+            if key == "ln_f":  # the book drops this prefix
                 continue
             target = target.setdefault(key, {})
         target[parts[-1]] = np.squeeze(array)
@@ -89,14 +89,14 @@ def test_files_in_place_are_not_fetched_again(tmp_path, release):
 
 
 def test_what_readers_do_with_the_arrays(tmp_path, release):
-    """They split c_attn, and edit in place; neither the next call nor the files see it."""
+    """Readers edit the arrays in place. This changes neither the next call nor the files."""
     _, flat = release
     _, params = gpt2_jax.download_and_load_gpt2(models_dir=tmp_path)
     q, k, v = np.split(params["blocks"][1]["attn"]["c_attn"]["w"], 3, axis=-1)
     assert q.shape == k.shape == v.shape == (15, 15)
     for leaf in jax.tree.leaves(params):
         leaf[...] = 0
-    for _ in range(2):  # the second time from the kept copy
+    for _ in range(2):  # the second call reads the kept copy
         _, again = gpt2_jax.download_and_load_gpt2(models_dir=tmp_path)
         assert_same_nesting(again, as_the_book_does(flat))
         again["wte"][0, 0] = 1.0
@@ -163,7 +163,7 @@ def test_unknown_params_are_refused_by_name(name):
         gpt2_jax.to_blocks(params | {name: params["wte"]})
 
 
-# ---- config words
+# ---- config names
 
 
 def test_the_books_words():
@@ -206,7 +206,7 @@ def biases(params):
 
 
 def test_those_biases_stay_zero_and_untrained():
-    """Their gradient is exactly zero, every other parameter's is not, and steps of AdamW leave them where they are."""
+    """The gradient is exactly zero only for these biases, and AdamW steps do not change them."""
     import optax
 
     params = gpt2_jax.init_params(NO_BIAS, jax.random.key(1))
@@ -258,7 +258,7 @@ def test_released_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize("form", forms.FORMATS)
 def test_a_model_without_them_goes_in_and_out(tmp_path, form):
-    """OpenAI's form has no word for it: there the zeros remain, and the config's default."""
+    """OpenAI's format cannot store it. After loading, the biases are zeros and the config has its default."""
     params = gpt2_jax.init_params(NO_BIAS, jax.random.key(3))
     gpt2_jax.save(tmp_path / "model", NO_BIAS, params, format=form)
     config, loaded = gpt2_jax.load(tmp_path / "model")

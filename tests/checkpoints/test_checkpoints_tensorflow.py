@@ -18,13 +18,13 @@ DATA = "model.ckpt.data-00000-of-00001"
 
 @pytest.fixture(scope="module", autouse=True)
 def _tensorflow():
-    """Import TensorFlow once, with the warnings that are its own affair let through."""
+    """Import TensorFlow once. Its own warnings are not errors."""
     forms.import_tensorflow()
 
 
 @pytest.fixture
 def params():
-    """Parameters that no two of are alike: every value is random, b and g too."""
+    """Random parameters, b and g too, so that no two are equal."""
     leaves, treedef = jax.tree.flatten(gpt2_jax.abstract_params(CONFIG))
     rng = np.random.default_rng(5)
     return treedef.unflatten([rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
@@ -37,7 +37,7 @@ def directory(tmp_path, params):
 
 
 def write_variables(directory, variables):
-    """Write a checkpoint of any variables over the one there is."""
+    """Overwrite the checkpoint with any variables."""
     import tensorflow as tf
 
     prefix = str(directory / "model.ckpt")
@@ -180,7 +180,7 @@ def test_a_changed_byte_of_the_weights_is_told(directory, seed):
     ("text", "message"),
     [
         ("{", "Expecting"),
-        ("[1]", "must map names to numbers"),
+        ("[1]", "must be a mapping of names to numbers"),
         ("", "Expecting value"),
         ("[" * 99_999, "recursion"),
         (json.dumps(CONFIG.to_hparams() | {"n_layer": -1}), "n_layer must be a whole number, from 1 to"),
@@ -207,7 +207,7 @@ def test_running_out_of_memory_is_not_called_damage(directory, monkeypatch):
 
 def test_a_path_that_tensorflow_takes_for_a_pattern_is_told(directory):
     odd = directory.rename(directory.with_name("mo[d]el"))
-    with pytest.raises(ValueError, match=r"TensorFlow takes \[ in a path for a pattern"):
+    with pytest.raises(ValueError, match=r"TensorFlow treats \[ in a path as a pattern"):
         gpt2_jax.load(odd)
 
 

@@ -1,10 +1,9 @@
-"""Single changed bytes anywhere in the files of a model: told, or without any effect on what is loaded.
+"""A single changed byte anywhere in a model's files is reported, or does not affect what is loaded.
 
 `pytest -s` prints its counts.
 """
 
 import collections
-import itertools
 import json
 import os
 import re
@@ -27,14 +26,14 @@ import gpt2_jax
 from gpt2_jax.checkpoints import integrity
 from gpt2_jax.config import DROPOUT_RATES
 
-# About 20 kB, so that names, shapes and offsets are hit often; n_head is 3, and changes to 1, 2, 4 and 6 are possible.
+# About 20 kB, so that changes hit names, shapes and offsets often. n_head is 3; one byte can make it 1, 2, 4 or 6.
 CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=11, n_embd=12, n_head=3, n_layer=2)
 SUBJECTS = ("tensorflow", "huggingface", "orbax", "copy")
 SUPPORT = str(Path(__file__).parents[1] / "support")
 
 
 class Subject:
-    """A small model in one form, whose files can be damaged and healed; "copy" is the kept copy of a TensorFlow one."""
+    """A small model in one format, whose files can be damaged and restored. "copy" is the kept copy of TensorFlow's."""
 
     def __init__(self, form: str, folder: Path):
         self.form, self.flat = form, forms.random_model(CONFIG)
@@ -58,10 +57,10 @@ class Subject:
             return gpt2_jax.load(self.source)
 
     def outcome(self, damaged: dict[Path, bytes | None]) -> str:
-        """What load makes of the files changed like this (None: removed); they are healed afterwards.
+        """Return the result of `load` after these changes to files (None: removed). Restore the files afterwards.
 
-        "told" or "rebuilt"; "harmless": the same arrays and config; "unknowable": n_head in OpenAI's hparams.json, that
-        nothing else in that form depends on; else what went wrong.
+        "told" (an error), "rebuilt" (the copy), "harmless" (the same arrays and config), "unknowable" (n_head in
+        OpenAI's hparams.json, which nothing else in that format depends on), or a text that says what went wrong.
         """
         for path, content in damaged.items():
             path.unlink() if content is None else path.write_bytes(content)
@@ -69,12 +68,12 @@ class Subject:
             config, params = self.load()
         except (ValueError, FileNotFoundError) as error:
             return "told" if forms.is_clear(error) and self.form != "copy" else f"told badly: {error!r}"
-        except Exception as error:  # whatever it is, it is the wrong kind: counted, and shown
+        except Exception as error:  # the wrong type of error: counted and shown
             return f"escaped: {error!r}"
         else:
             if difference := forms.difference(params, self.flat):
                 return f"SILENT: {difference}"
-            # Dropout rates are the reader's to change in Hugging Face's config.json; they are no part of the weights.
+            # Users may change dropout rates in Hugging Face's config.json. They do not affect the weights.
             rates = {name: getattr(self.config, name) for name in DROPOUT_RATES} if self.form == "huggingface" else {}
             if config.replace(**rates) == self.config:
                 return "rebuilt" if self.form == "copy" and self._rebuilt(damaged) else "harmless"
@@ -95,7 +94,7 @@ class Subject:
                 path.write_bytes(content)
 
     def flip(self, place: int, change: int) -> tuple[Path, bytes]:
-        """The file and its content with one byte changed, `place` counting over all the files' bytes."""
+        """Return a file and its content with one byte changed. `place` counts the bytes of all files."""
         for path, content in self.files.items():
             if place < len(content):
                 return path, content[:place] + bytes([content[place] ^ change]) + content[place + 1 :]
@@ -103,7 +102,7 @@ class Subject:
         raise IndexError(place)
 
     def tensor_data(self) -> list[int]:
-        """The places, as `flip` counts them, of the bytes that are weights and nothing else."""
+        """Return the places, as in `flip`, of the bytes that are only weights."""
         places, start = [], 0
         for path, content in self.files.items():
             if path.name == DATA:
@@ -116,7 +115,7 @@ class Subject:
 
 
 def outcomes(form: str, n: int, seed: int) -> dict[str, int]:
-    """Change one random byte, anywhere in the files of a model in this form, n times; count what load made of it."""
+    """Change one random byte anywhere in the files of a model in this format, n times. Count the results of load."""
     rng, counts = np.random.default_rng(seed), collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(form, Path(folder))
@@ -127,7 +126,7 @@ def outcomes(form: str, n: int, seed: int) -> dict[str, int]:
     return dict(counts)
 
 
-# Orbax leaves tasks behind when it fails, and they complain later: that is the subject of one test below, not of all.
+# When Orbax fails, it leaves tasks that log errors later. Only one test below checks that.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -157,7 +156,7 @@ def test_changed_bytes(form):
 
 
 def test_a_changed_byte_of_a_weight_is_always_noticed(subject):
-    """Not by luck: every flip of 97 in the weights, a lowest bit as well as a highest."""
+    """No flip is missed: 97 flips in the weights, of the lowest and of the highest bit."""
     places = subject.tensor_data()
     if subject.form == "orbax":
         pytest.skip("Orbax compresses: see the test of a whole other tree of params")
@@ -168,11 +167,12 @@ def test_a_changed_byte_of_a_weight_is_always_noticed(subject):
 
 
 def test_each_byte_of_the_texts(subject):
-    """One after the other, or each seventh: a digit becomes another digit, a letter another letter."""
+    """Every byte, or every seventh: a digit becomes another digit, a letter another letter."""
     counts = collections.Counter()
     for path, content in subject.files.items():
         if path.suffix == ".json" or path.name == "checkpoint":
-            for place, change in itertools.product(range(0, len(content), campaign(7, 1)), (1, 2)):
+            for place in range(0, len(content), campaign(7, 1)):
+                change = 1 + place % 2
                 other = content[:place] + bytes([content[place] ^ change]) + content[place + 1 :]
                 outcome = subject.outcome({path: other})
                 counts[outcome] += 1
@@ -191,7 +191,7 @@ def test_each_file_cut_off_emptied_grown_or_gone(subject):
 
 
 def test_a_run_of_zeros_and_a_block_in_another_place(subject):
-    """What file systems and interrupted copies leave behind: 512 bytes of zeros, or of the block before."""
+    """File systems and interrupted copies can leave 512 zero bytes, or 512 bytes of the previous block."""
     for path, content in subject.files.items():
         for start in range(512, len(content) - 512, 512 * 3):
             for block in (bytes(512), content[start - 512 : start]):
@@ -200,7 +200,7 @@ def test_a_run_of_zeros_and_a_block_in_another_place(subject):
 
 
 def test_damage_is_told_without_noise():
-    """The exception says it all: no traceback, no library's log on standard error, not even when the process ends."""
+    """There is only the exception: no traceback and no library log on standard error, even at the process's end."""
     run = f"import test_corruption; [test_corruption.outcomes(form, 40, seed=3) for form in {SUBJECTS}]"
     done = subprocess.run(
         [sys.executable, "-W", "ignore::UserWarning", "-c", run],
@@ -217,7 +217,7 @@ def test_damage_is_told_without_noise():
 
 
 def test_names_exchanged_in_our_safetensors(tmp_path):
-    """Two tensors of the same shape trade places: every byte of the weights is there, and sound, and wrong."""
+    """Two tensors of the same shape are swapped: every byte of the weights is still there."""
     subject = Subject("huggingface", tmp_path)
     path = next(path for path in subject.files if path.name == SAFETENSORS)
     content = subject.files[path]
@@ -231,7 +231,7 @@ def test_names_exchanged_in_our_safetensors(tmp_path):
 
 @pytest.mark.parametrize("form", ["huggingface", "orbax"])
 def test_another_number_of_heads_in_our_export(tmp_path, form):
-    """No shape depends on it: only our own record of the config can tell."""
+    """No shape depends on it, so only our own record of the config can detect it."""
     subject, changed = Subject(form, tmp_path), 0
     for path, content in subject.files.items():
         for old in (b'"n_head": 3', b'"n_head":3'):
@@ -242,7 +242,7 @@ def test_another_number_of_heads_in_our_export(tmp_path, form):
 
 
 def test_a_whole_other_tree_in_our_orbax_directory(tmp_path):
-    """Sound Orbax files, of weights that differ from ours in one bit: only our own hashes can tell."""
+    """Valid Orbax files with weights that differ in one bit: only our own hashes can detect it."""
     subject = Subject("orbax", tmp_path / "a")
     flat = {name: array.copy() for name, array in subject.flat.items()}
     flat["h1/mlp/c_proj/b"].view(np.uint32)[5] ^= 1
@@ -254,7 +254,7 @@ def test_a_whole_other_tree_in_our_orbax_directory(tmp_path):
     ours, theirs = (json.loads((path / "gpt2_jax.json").read_text()) for path in (subject.source, tmp_path / "b"))
     text = integrity.write_manifest(subject.config, ours["sha256"], files=theirs["files"])
     (subject.source / "gpt2_jax.json").write_text(text)
-    with pytest.raises(ValueError, match=r"h1/mlp/c_proj/b"):  # with the files' hashes right, the tensor's own
+    with pytest.raises(ValueError, match=r"h1/mlp/c_proj/b"):  # the files' hashes match, the tensor's hash does not
         subject.load()
     shutil.copyfile(tmp_path / "b" / "gpt2_jax.json", subject.source / "gpt2_jax.json")
     assert forms.difference(subject.load()[1], flat) == ""

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub by their id, from a hub on this machine; its cache makes the second load offline."""
+"""Models on the Hugging Face hub by id, from a fake hub on this machine. The second load uses the cache, offline."""
 
 import json
 import os
@@ -16,7 +16,7 @@ CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, model_dir):
-    """Repositories as there are on the hub: in one file, in shards, pickled alone, pickled too, of another model."""
+    """Repositories of one file, of shards, with only pickles, with pickles too, and of another architecture."""
     folder, flat = tmp_path_factory.mktemp("repositories"), forms.random_model(CONFIG)
     tensors = forms.hf_tensors(flat, prefix="")
     for name, shards in (("one", 1), ("sharded", 3), ("both", 1)):
@@ -43,7 +43,7 @@ def fork():
 
 @pytest.fixture
 def call(hub, fork, tmp_path):
-    """call("owner/name", "load", ...) -> what the functions gave in a new process, or the error."""
+    """call("owner/name", "load", ...) -> the results of the functions in a new process, or the error."""
 
     def call(name: str, *functions: str, **env: str) -> dict:
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
@@ -59,7 +59,7 @@ def call(hub, fork, tmp_path):
 
 @pytest.mark.parametrize("name", ["one", "sharded"])
 def test_a_model_of_the_hub_and_again_without_it(hub, call, tmp_path, tokenizer, name):
-    """All three calls; then the same from the hub's own cache, with no hub to ask and nothing fetched twice."""
+    """All three calls, then the same from the hub's cache without a hub. Nothing is fetched twice."""
     functions = ("load_config", "load_tokenizer", "load")
     expected = {
         "load_config": CONFIG.to_hparams(), "load_tokenizer": tokenizer.encode("First Citizen:"), "load": "",
@@ -75,7 +75,7 @@ def test_a_model_of_the_hub_and_again_without_it(hub, call, tmp_path, tokenizer,
     asked = len(hub.requests)
     assert call(f"owner/{name}", *functions, HF_HUB_OFFLINE="1") == expected
     assert len(hub.requests) == asked
-    dead = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port: nobody answers
+    dead = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port: no server answers
     assert call(f"owner/{name}", *functions, **dead) == expected
 
 

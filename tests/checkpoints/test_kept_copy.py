@@ -1,4 +1,4 @@
-"""The kept copy of a TensorFlow checkpoint: fast and without TensorFlow, never stale, and never in the way."""
+"""The kept copy of a TensorFlow checkpoint: no TensorFlow import, never out of date, and no failure because of it."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_one_verified_copy_in_the_cache_folder(model, cache):
 
 
 def test_a_bfloat16_copy_and_a_cast_one(model, cache):
-    """What is kept is what is stored, whatever dtype was asked for first."""
+    """The copy has the stored dtype, whatever dtype was requested first."""
     gpt2_jax.load(model, dtype="bfloat16")
     assert_loads_as(model, CONFIG, forms.random_model())
     config = CONFIG.replace(param_dtype="bfloat16")
@@ -99,11 +99,11 @@ def test_a_bfloat16_copy_and_a_cast_one(model, cache):
         assert_loads_as(model.with_name("second"), config, flat)
 
 
-# ---- never stale
+# ---- never out of date
 
 
 def keep_times(path: Path, change):
-    """Change a file and set its times back, as cp -p, rsync -t and archives do."""
+    """Change a file and restore its times, as cp -p, rsync -t and archives do."""
     before = path.stat()
     change(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -111,7 +111,7 @@ def keep_times(path: Path, change):
 
 @pytest.mark.parametrize("times", ["new times", "old times"])
 def test_changed_weights_are_read_anew(model, cache, times):
-    """Of the same size, and even with the same times: the index holds another checksum then."""
+    """The size and even the times may be the same: the checksum in the index differs."""
     gpt2_jax.load(model)
     flat = forms.random_model(seed=6)
     other = forms.write_tensorflow(model.with_name("other"), CONFIG, flat)
@@ -156,7 +156,7 @@ def test_two_directories_have_two_copies(model, cache):
         assert_loads_as(other, CONFIG, flat)
         assert_loads_as(model, CONFIG, forms.random_model())
     shutil.rmtree(model)
-    other.rename(model)  # another model under the name of the first
+    other.rename(model)  # another model with the name of the first
     assert_loads_as(model, CONFIG, flat)
 
 
@@ -199,7 +199,7 @@ def test_other_forms_are_not_copied(model, cache):
     assert not copies(cache)
 
 
-# ---- never in the way
+# ---- problems with the copy do not stop a load
 
 
 DAMAGES = {
@@ -230,7 +230,7 @@ def allow_warnings(model):
 
 
 def test_a_cache_folder_that_cannot_be_written(model, cache, monkeypatch):
-    """A file where the folder should be, a folder where the copy should be, a place that does not exist."""
+    """A file in place of the folder, a folder in place of the copy, a folder that does not exist."""
     cache.write_text("a file")
     allow_warnings(model)
     cache.unlink()
@@ -248,7 +248,7 @@ def test_a_cache_folder_that_cannot_be_written(model, cache, monkeypatch):
 
 
 def test_a_full_disk(model, cache, capfd):
-    """No file may grow beyond a few bytes, as on a full disk: the load goes on, and leaves no litter."""
+    """Files are limited to a few bytes, as on a full disk. The load succeeds and leaves no partial files."""
     resource = pytest.importorskip("resource", reason="limits the size of files")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
@@ -263,7 +263,7 @@ def test_a_full_disk(model, cache, capfd):
 
 
 def test_a_loaded_model_does_not_depend_on_the_copy(model, cache):
-    """The copy may be replaced or removed under a model that was loaded from it, as other processes do."""
+    """Other processes may replace or remove the copy while a model that was loaded from it is in use."""
     gpt2_jax.load(model)
     _, params = gpt2_jax.load(model)
     (copy,) = copies(cache)

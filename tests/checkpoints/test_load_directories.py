@@ -1,4 +1,4 @@
-"""Directories of no form, shards that do not fit together, pickles; and the two ways to give a tokenizer."""
+"""Directories of unknown format, shards that do not match, pickles, and the two formats of a tokenizer."""
 
 import json
 import pickle
@@ -79,7 +79,7 @@ PICKLES = ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", 
 @pytest.mark.parametrize("name", PICKLES)
 @pytest.mark.parametrize("with_config", [True, False])
 def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path, name, with_config):
-    """Nothing in the file runs: a pickle is a program."""
+    """A pickle is a program: nothing in it may run."""
 
     class Trap:
         def __reduce__(self):
@@ -102,7 +102,7 @@ def test_a_pickle_beside_safetensors_is_left_alone(tmp_path):
     assert_loads_as(tmp_path, CONFIG, flat)
 
 
-# ---- directories of no form
+# ---- directories of unknown format
 
 
 def test_an_unknown_directory_lists_what_was_found_and_what_is_understood(tmp_path):
@@ -166,7 +166,7 @@ def test_a_folder_of_that_name_wins(tmp_path, monkeypatch, name):
 
 
 def test_an_orbax_directory_that_is_not_ours(tmp_path):
-    """Plain Orbax says neither the number of heads nor whether a byte flipped: refused, with what is missing."""
+    """Plain Orbax has no number of heads and no hashes. It is refused, and the message says what is missing."""
     import orbax.checkpoint as ocp
 
     params = forms.nested(forms.random_model())

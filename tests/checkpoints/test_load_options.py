@@ -1,4 +1,4 @@
-"""load(dtype=, sharding=): casts as numpy does them, arrays placed as asked, and errors that say what is possible."""
+"""load(dtype=, sharding=): casts equal numpy's, arrays are on the requested devices, errors list the options."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def _cache(tmp_path, monkeypatch):
 
 @pytest.fixture(params=FORMATS)
 def save_as(request, tmp_path):
-    """save_as(config, flat) -> a directory of each form in turn."""
+    """save_as(config, flat) -> a directory; each format in turn."""
 
     def save(config, flat):
         gpt2_jax.save(tmp_path / "model", config, forms.nested(flat), format=request.param)
@@ -37,20 +37,20 @@ def save_as(request, tmp_path):
     campaign([*itertools.pairwise(DTYPES), (DTYPES[-1], DTYPES[0])], [*itertools.product(DTYPES, DTYPES)]),
 )
 def test_casts_are_numpys(save_as, stored, wanted):
-    """Round to nearest even, denormals included; param_dtype says what the params are."""
+    """Casts round to nearest even, denormals too. param_dtype is the dtype of the params."""
     config = CONFIG.replace(param_dtype=stored)
     flat = forms.random_bits(config, 11)
     rng = np.random.default_rng(5)
-    for array in flat.values():  # within float16's range: what is beyond is the next test's
+    for array in flat.values():  # within float16's range; the next test goes beyond it
         array *= np.where(np.abs(array.astype(np.float64)) < 60_000, 1, 0).astype(array.dtype)
         small = rng.normal(0, 1e-5, array.shape)  # float16's denormals, and ties when cast from bfloat16
         array += np.where(rng.random(array.shape) < 0.5, small, 0).astype(array.dtype)
     directory = save_as(config, flat)
     cast = {name: array.astype(wanted) for name, array in flat.items()}
-    for _ in range(2):  # the second time a TensorFlow checkpoint comes from its copy
+    for _ in range(2):  # the second time, a TensorFlow checkpoint is read from its copy
         loaded, _ = assert_loads_as(directory, CONFIG.replace(param_dtype=wanted), cast, dtype=wanted)
         assert loaded.compute_dtype == np.float32
-    assert_loads_as(directory, config, flat)  # and a cast leaves nothing behind
+    assert_loads_as(directory, config, flat)  # a cast does not change what is stored
 
 
 def test_a_cast_that_overflows_is_not_silent(save_as):
@@ -88,7 +88,7 @@ def test_one_device(save_as):
 
 
 def test_loaded_arrays_may_be_donated(save_as):
-    """A training step writes into the buffers it is given: not into the mapped files they came from."""
+    """A training step writes into donated buffers. The mapped files behind them must not change."""
     flat = forms.random_model()
     directory = save_as(CONFIG, flat)
     step = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)
@@ -137,14 +137,14 @@ EIGHT_DEVICES = """
                         right = x.sharding.is_equivalent_to(want, x.ndim) and len(x.addressable_shards) == 8
                     if not right:
                         wrong.append([directory, name, dtype, i, str(x.sharding)])
-        for form in ("tensorflow", "huggingface", "orbax"):  # and out again, from all the devices
+        for form in ("tensorflow", "huggingface", "orbax"):  # save again, from all the devices
             gpt2_jax.save(f"{directory}-{form}", config.replace(param_dtype="float32"),
                           gpt2_jax.load(directory, sharding=tree)[1], format=form)
             again = gpt2_jax.load(f"{directory}-{form}")[1]
             for i, (x, y) in enumerate(zip(jax.tree.leaves(again), jax.tree.leaves(plain))):
                 if np.asarray(x).tobytes() != np.asarray(y).tobytes():
                     wrong.append([directory, form, i, "saved"])
-        try:  # 23 rows do not go into 8 equal parts
+        try:  # 23 rows cannot be split into 8 equal parts
             gpt2_jax.load(directory, sharding=NamedSharding(mesh, P("x")))
             wrong.append([directory, "uneven sharding accepted"])
         except ValueError as error:
@@ -155,7 +155,7 @@ EIGHT_DEVICES = """
 
 
 def test_eight_devices(tmp_path):
-    """Each form, whole trees of shardings, one for all, and one device that is not the default."""
+    """Each format, with a tree of shardings, one sharding for all, and a device that is not the default."""
     config = gpt2_jax.GPT2Config(n_vocab=64, n_ctx=23, n_embd=16, n_head=2, n_layer=2)
     flat = forms.random_model(config)
     directories = [tmp_path / form for form in FORMATS]

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory may hold, and what is refused by name: directories made by hand."""
+"""Hugging Face directories built by hand: what is accepted, and what is refused by name."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def flat():
 
 
 def assert_refused(directory, *culprits, error=ValueError):
-    """Refused by load with one sentence (a list of differences may follow) that says each culprit."""
+    """`load` refuses with one sentence that names each culprit. A list of differences may follow."""
     with pytest.raises(error) as caught:
         gpt2_jax.load(directory)
     assert forms.is_clear(caught.value), caught.value
@@ -87,7 +87,7 @@ def test_a_config_of_the_same_arithmetic(tmp_path, flat, changes):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_not_a_number_is_a_warning_that_names_the_tensor(tmp_path, dtype):
-    """The arrays are loaded all the same, a NaN's own bits included, quiet or signalling; nothing else is said."""
+    """The arrays are loaded, with the exact bits of each NaN, quiet or signaling. There is no other warning."""
     config = CONFIG.replace(param_dtype=dtype)
     flat = forms.random_model(config)
     size = flat["wte"].itemsize
@@ -99,7 +99,7 @@ def test_not_a_number_is_a_warning_that_names_the_tensor(tmp_path, dtype):
         warnings.simplefilter("ignore")
         for form in forms.FORMATS:
             gpt2_jax.save(tmp_path / form, config, forms.nested(flat), format=form)
-    for directory in (tmp_path, *(tmp_path / form for form in (*forms.FORMATS, "tensorflow"))):  # again: the kept copy
+    for directory in (tmp_path, *(tmp_path / form for form in (*forms.FORMATS, "tensorflow"))):  # last: the kept copy
         with pytest.warns(UserWarning, match="h1") as caught:
             assert_loads_as(directory, config, flat)
         said = " ".join(str(w.message) for w in caught)
@@ -109,7 +109,7 @@ def test_not_a_number_is_a_warning_that_names_the_tensor(tmp_path, dtype):
         assert {w.category for w in caught} == {UserWarning}
 
 
-# ---- refused by the name of the field
+# ---- refused; the message names the field
 
 
 OTHER_ARITHMETIC = [
@@ -192,7 +192,7 @@ def test_wrong_tensors_are_named(tmp_path, flat, change, culprits, shards):
 
 
 def reheader(change):
-    """Rewrite the header of a safetensors file, the data staying as it is."""
+    """Rewrite the header of a safetensors file. The data does not change."""
 
     def damage(content: bytes) -> bytes:
         (length,) = struct.unpack("<Q", content[:8])
@@ -237,7 +237,7 @@ def test_damaged_files_are_named(tmp_path, flat, damage):
 
 
 def test_a_model_of_others_is_not_called_verified_but_checked(tmp_path, flat):
-    """A foreign file has no hashes: metadata of any kind, or none, is no error."""
+    """A file from another tool has no hashes. Any metadata, or none, is accepted."""
     write_huggingface(tmp_path, CONFIG, hf_tensors(flat))
     for metadata in (None, {}, {"format": "np"}, {"format": "pt", "sha256": "?", "note": "{"}):
         safetensors.numpy.save_file(hf_tensors(flat), tmp_path / SAFETENSORS, metadata)

@@ -1,4 +1,4 @@
-"""A run of training is a model wherever one is named: its best, else its newest checkpoint, or one of its own."""
+"""A training run can be named as a model: its best, else its newest checkpoint, or a given checkpoint."""
 
 import re
 import shutil
@@ -46,7 +46,7 @@ def make_run(folder, config, tokenizer, states, recipe=None):
 
 @pytest.fixture(scope="module")
 def run(config, tokenizer, tmp_path_factory):
-    """Steps 9 and 10, whose params are those of these seeds."""
+    """A run with checkpoints of steps 9 and 10. The step is the seed of the params."""
     states = {step: state_of(random_params(config, step)) for step in (9, 10)}
     return make_run(tmp_path_factory.mktemp("folder") / "run", config, tokenizer, states)
 

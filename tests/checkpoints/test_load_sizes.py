@@ -1,4 +1,4 @@
-"""load("124M") and its other names: fetched into the cache folder, or found there; no more than is needed."""
+"""load("124M") and its other names: fetch into the cache folder or find the files there, without extra requests."""
 
 import fake_release
 import forward
@@ -16,7 +16,7 @@ NAMES = ("124M", "117M", "gpt2", "GPT2", "124m")
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """The embedded model's seven files stand for 124M on a server of this machine; the cache folder is empty."""
+    """A server on this machine gives the embedded model's seven files as the 124M. The cache folder is empty."""
     files = fake_release.embedded()
     monkeypatch.setattr(download, "expectations", lambda size: fake_release.expectations(files))
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
@@ -31,7 +31,7 @@ def asked(server) -> set[str]:
 
 
 def test_every_name_of_a_size_is_the_same_files(server, tmp_path, shakespeare):
-    """The first load fetches into models/124M of the cache folder, the others ask for nothing."""
+    """The first load fetches into models/124M of the cache folder. The others send no request."""
     for name in NAMES:
         config, params = gpt2_jax.load(name)
         assert config.to_hparams() == shakespeare[0].to_hparams()
@@ -66,7 +66,7 @@ def test_a_wrong_file_is_fetched_again(server, tmp_path, shakespeare):
 
 @pytest.mark.parametrize("call", ["load", "download_and_load_gpt2"])
 def test_weights_that_turn_out_damaged_are_fetched_once_more(server, tmp_path, shakespeare, call):
-    """Of the right size, so that only a tensor's checksum tells."""
+    """The size is right, so only a tensor's checksum detects the damage."""
     directory = tmp_path / ("cache/models" if call == "load" else "gpt2") / "124M"
     download.fetch("124M", directory)
     data = directory / "model.ckpt.data-00000-of-00001"

@@ -1,4 +1,4 @@
-"""Fetched weights are read through TensorFlow, which checks every tensor; what is damaged is fetched once more."""
+"""TensorFlow reads fetched weights and checks every tensor. Damaged weights are fetched once more."""
 
 import json
 
@@ -15,7 +15,7 @@ from gpt2_jax.release.known import DATA, FILES, INDEX
 
 @pytest.fixture(scope="module", autouse=True)
 def _tensorflow():
-    """Import TensorFlow once, with the warnings that are its own affair let through."""
+    """Import TensorFlow once. Its own warnings are not errors."""
     forms.import_tensorflow()
 
 
@@ -73,7 +73,7 @@ def test_a_mirror_that_gives_damaged_weights_is_asked_last_the_second_time(tmp_p
 
 def test_weights_that_come_damaged_twice_are_refused_and_removed(tmp_path, server, model):
     server.always[path(DATA)] = server_that.garbage
-    with pytest.raises(ValueError, match=rf"damaged.*twice, from {server.url}: removed, .*--base-url"):
+    with pytest.raises(ValueError, match=rf"damaged.*fetched twice, from {server.url}, and removed: .*--base-url"):
         fetch_verified(tmp_path, server)
     assert asked(server).count(path(DATA)) == 2
     assert right_names(tmp_path, model) == set(FILES) - {DATA, INDEX}

@@ -1,4 +1,4 @@
-"""run.json: what a run is, and what may change when it is resumed."""
+"""run.json: what it holds, and what may change when a run is resumed."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from gpt2_jax.recipe import Data, Lora, Mesh, Model, Monitor, Optimizer, Recipe
 
 DATA = {"name": "plays", "sha256": {"train.bin": "0a1b"}, "n_tokens": 1009}
 RECIPE = Recipe(optimizer=Optimizer(learning_rates=(("wte", 0.5), (".*", 1.0))), monitor=Monitor(prompts=("Ünï\n", "")))
-CHANGES = {  # of each field of a recipe, something else that it may be
+CHANGES = {  # another valid value for each field of a recipe
     "steps": 7, "batch_size": 16, "accumulate": 2, "seed": 5, "compute_dtype": "bfloat16", "remat": True,
     "model": Model(dropout=0.2), "data": Data(n_tokens=17), "optimizer": Optimizer(weight_decay=0.0),
     "lora": Lora(rank=3), "mesh": Mesh(data=3), "monitor": Monitor(save_every=3),
@@ -46,7 +46,7 @@ def test_a_resumed_run_may_change_what_is_to_come_alone(tmp_path, field):
         assert write_run(tmp_path, CONFIG, now, DATA) is True
         assert read_run(tmp_path).recipe == now
         return
-    with pytest.raises(ValueError, match=rf"begun otherwise: recipe\.{field}.* was .* and is ") as error:
+    with pytest.raises(ValueError, match=rf"other settings: recipe\.{field}.* was .* and is ") as error:
         write_run(tmp_path, CONFIG, now, DATA)
     assert "\n" not in str(error.value)
     assert read_run(tmp_path).recipe == before
@@ -56,7 +56,7 @@ def test_all_that_differs_is_listed(tmp_path, tokenizer):
     write_run(tmp_path, CONFIG, Recipe(), DATA, tokenizer)
     now = Recipe(seed=3, optimizer=Optimizer(learning_rate=0.5), steps=3)
     other = DATA | {"sha256": {"train.bin": "ffff"}}
-    with pytest.raises(ValueError, match="begun otherwise") as error:
+    with pytest.raises(ValueError, match="other settings") as error:
         write_run(tmp_path, CONFIG.replace(n_layer=3), now, other)
     listed = (
         "config.n_layer was 2 and is 3", "recipe.seed was 0 and is 3", "tokenizer was",
@@ -79,7 +79,7 @@ def test_free_names_are_whole_names():
 
 def test_a_folder_of_other_things_is_not_taken(tmp_path):
     (tmp_path / "thesis.tex").write_text("three years of work")
-    with pytest.raises(FileExistsError, match=r"other things than a run \(thesis\.tex\)"):
+    with pytest.raises(FileExistsError, match=r"files that are not part of a run \(thesis\.tex\)"):
         write_run(tmp_path, CONFIG, Recipe(), DATA)
     with pytest.raises(FileExistsError, match="is a file"):
         write_run(tmp_path / "thesis.tex", CONFIG, Recipe(), DATA)
@@ -87,12 +87,12 @@ def test_a_folder_of_other_things_is_not_taken(tmp_path):
     with pytest.raises(FileExistsError, match=r"run\.json, thesis\.tex"):
         write_run(tmp_path, CONFIG, Recipe(), DATA)
     assert (tmp_path / "run.json").read_text() == '{"of": "another program"}'
-    with pytest.raises(FileNotFoundError, match="no folder of a training run"):
+    with pytest.raises(FileNotFoundError, match="is not a training run's folder"):
         read_run(tmp_path)
 
 
 def test_a_run_killed_as_it_began_is_begun_again(tmp_path, tokenizer):
-    """Between any two of its steps: text prepared, run.json half written, the vocabulary not yet there."""
+    """Kills between steps: with prepared text, a partial run.json, or no vocabulary yet."""
     (tmp_path / "data").mkdir()
     (tmp_path / f".run.json.{'0a' * 16}").write_text('{"gpt2')
     assert write_run(tmp_path, CONFIG, Recipe(), DATA, tokenizer) is False
@@ -113,7 +113,7 @@ def test_a_users_notes_in_a_run_stay(tmp_path):
     [
         (lambda told: told.update(gpt2_jax_run=2), "version 2"),
         (lambda told: told.pop("recipe"), "must hold a config and a recipe"),
-        (lambda told: told["recipe"].update(speed=3), "speed is no part of a recipe"),
+        (lambda told: told["recipe"].update(speed=3), "speed is not a recipe field"),
         (lambda told: told["config"].update(n_head=5), "n_head"),
         (lambda told: told["config"].pop("n_ctx"), "n_ctx"),
     ],

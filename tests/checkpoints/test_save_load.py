@@ -1,4 +1,4 @@
-"""Nothing is lost on the way from form to form: arrays to the bit, hyperparameters, vocabularies to the byte."""
+"""Conversion between formats keeps every bit of arrays, every hyperparameter and every byte of vocabularies."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ def configs(draw):
 @example(CONFIG.replace(param_dtype="float16"), 2)
 @example(CONFIG.replace(n_layer=11), 3)  # h10 comes after h9, not after h1
 def test_every_array_survives_every_form(config, seed):
-    """TensorFlow -> ours -> Hugging Face -> ours -> TensorFlow -> ours -> Orbax -> ours, and the other ways round."""
+    """TensorFlow -> ours -> Hugging Face -> ours -> TensorFlow -> ours -> Orbax -> ours, and other orders."""
     flat = forms.random_bits(config, seed)
     with tempfile.TemporaryDirectory() as folder:
         source = forms.write_tensorflow(Path(folder) / "source", config, flat)
@@ -128,7 +128,7 @@ def test_tensorflow_reads_our_export_under_the_original_names(tmp_path, dtype):
 
 
 def test_a_checkpoint_of_the_old_saver_is_read(tmp_path):
-    """The code OpenAI and gpt-2-simple saved with: a graph, a session, a Saver, a step number."""
+    """Saved with the calls that OpenAI and gpt-2-simple use: a graph, a session, a Saver, a step number."""
     tf = forms.import_tensorflow()
     flat = forms.random_model()
     with warnings.catch_warnings(), tf.Graph().as_default(), tf.compat.v1.Session() as session:
@@ -149,7 +149,7 @@ POINTERS = ["/home/someone/run1/model-1000", "C:\\\\Users\\\\me\\\\run1\\\\model
 
 @pytest.mark.parametrize("pointer", POINTERS)
 def test_the_folder_in_the_pointer_is_ignored(tmp_path, pointer):
-    """The newest is the one that the pointer names, not the one with the largest number or the only one."""
+    """The `checkpoint` file names the newest one, which may not have the largest number."""
     flat = forms.random_model(seed=1)
     forms.write_tensorflow(tmp_path, CONFIG, forms.random_model(seed=2), prefix="model-2000")
     forms.write_tensorflow(tmp_path, CONFIG, flat, prefix="model-1000", pointer=pointer)

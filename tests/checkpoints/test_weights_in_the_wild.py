@@ -1,4 +1,4 @@
-"""Weights as people have them, and what happens around a load or a save while it runs."""
+"""Weights from other tools, and changes to files during a load or a save."""
 
 import json
 import warnings
@@ -32,7 +32,7 @@ def export(directory, flat, **options):
 
 
 def test_a_file_replaced_while_it_is_read_is_told(tmp_path, flat, monkeypatch):
-    """Half of one model and half of another would be a model that nobody made."""
+    """A load must not mix the halves of two models."""
     directory = forms.write_huggingface(tmp_path / "model", CONFIG, forms.hf_tensors(flat))
     other = forms.write_huggingface(tmp_path / "other", CONFIG, forms.hf_tensors(forms.random_model(seed=7)))
     monkeypatch.setattr(reader, "N_THREADS", 1)
@@ -85,7 +85,7 @@ def test_arrays_of_the_other_byte_order_are_saved_right(tmp_path, flat, format):
 
 @pytest.mark.parametrize(("n_vocab", "end"), [(37, 36), (50257, 50256), (50304, 50256)])
 def test_the_end_of_text_without_a_vocabulary(tmp_path, n_vocab, end):
-    """Rows that were added to the embedding come after it."""
+    """Added rows of the embedding have ids after `<|endoftext|>`."""
     config = CONFIG.replace(n_vocab=n_vocab)
     params = forms.nested(forms.random_model(config))
     gpt2_jax.save(tmp_path / "model", config, params, format="huggingface")
@@ -94,7 +94,7 @@ def test_the_end_of_text_without_a_vocabulary(tmp_path, n_vocab, end):
 
 
 def test_one_array_under_the_name_of_the_head_alone(tmp_path, flat):
-    """What safetensors.torch.save_model keeps of two names for one array."""
+    """safetensors.torch.save_model keeps only one of two names for one array."""
     tensors = forms.hf_tensors(flat)
     tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
     forms.assert_loads_as(forms.write_huggingface(tmp_path / "model", CONFIG, tensors), CONFIG, flat)
@@ -122,7 +122,7 @@ def test_an_index_of_something_else_is_no_second_model(tmp_path, flat):
 
 @pytest.mark.parametrize("files", [("vocab.json", "merges.txt", "added_tokens.json"), ("tokenizer.json",)])
 def test_a_fine_tune_with_an_added_token(tmp_path, model_dir, tokenizer, files):
-    """Weights with a row more, and the token in the file where Hugging Face has it."""
+    """Weights with one more row, and its token in Hugging Face's file for added tokens."""
     config = CONFIG.replace(n_vocab=1282)
     flat = forms.random_model(config)
     directory = forms.write_huggingface(tmp_path / "model", config, forms.hf_tensors(flat))
@@ -148,7 +148,7 @@ def test_a_tokenizer_that_reads_text_otherwise_is_refused(tmp_path, tokenizer, f
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({field: False}))
     assert gpt2_jax.load_tokenizer(tmp_path).tokens == tokenizer.tokens
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({field: True}))
-    with pytest.raises(ValueError, match=rf"tokenizer_config\.json asks for {field} = True"):
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json has {field} = True"):
         gpt2_jax.load_tokenizer(tmp_path)
 
 
@@ -160,7 +160,7 @@ def test_a_tokenizer_json_that_reads_text_otherwise_is_refused(tmp_path, model_d
     fields = json.loads((tmp_path / "tokenizer.json").read_text())
     fields = {**fields, **change, "model": {**fields["model"], **change.get("model", {})}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"tokenizer\.json splits text in another way"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not split text as GPT-2"):
         gpt2_jax.load_tokenizer(tmp_path)
 
 
@@ -178,7 +178,7 @@ def test_warnings_say_what_became_of_which_values(tmp_path, flat):
 
 
 def test_without_a_home_a_model_loads_all_the_same(tmp_path, flat, monkeypatch):
-    """As in containers that run under a number without a user; only the copy cannot be kept."""
+    """As in containers whose user id has no name. The load works, but no copy can be kept."""
     directory = forms.write_tensorflow(tmp_path / "model", CONFIG, flat)
     monkeypatch.delenv("GPT2_JAX_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -208,7 +208,7 @@ def test_a_copy_that_may_not_be_read_is_done_without(tmp_path, flat, monkeypatch
 
 
 def test_the_config_is_that_of_the_checkpoint_pointed_to(tmp_path, flat):
-    """Of several in one folder, as gpt-2-simple leaves them, the others do not count."""
+    """gpt-2-simple leaves several checkpoints in one folder. Only the named one is read."""
     half = {name: array.astype(ml_dtypes.bfloat16) for name, array in flat.items()}
     for step in (1000, 2000):
         forms.write_tensorflow(tmp_path, CONFIG, half, prefix=f"model-{step}")
@@ -224,5 +224,5 @@ def test_a_tree_of_shardings_must_be_whole(tmp_path, flat):
     import jax
 
     export(tmp_path / "model", flat)
-    with pytest.raises(ValueError, match=r"sharding must be a tree shaped as the params: h0/attn"):
+    with pytest.raises(ValueError, match=r"sharding must have the structure of the params: h0/attn"):
         gpt2_jax.load(tmp_path / "model", sharding={"wte": jax.devices()[0]})

@@ -1,4 +1,4 @@
-"""Servers that have a small release, which the downloader takes for OpenAI's."""
+"""Servers with a small release, which the downloader treats as OpenAI's."""
 
 import fake_release
 import misbehaving_server as server_that

@@ -1,4 +1,4 @@
-"""Fetching from servers that fail now and then: what is missing is asked for again, and the file ends right."""
+"""Fetching from servers that fail at times: missing bytes are requested again, and the file is right in the end."""
 
 import fake_release
 import misbehaving_server as server_that
@@ -36,7 +36,7 @@ def test_all_seven_files_arrive_right_several_at_once(tmp_path, server, monkeypa
     assert {asked.headers["Accept-Encoding"] for asked in server.requests} == {"identity"}
 
 
-# ---- what another attempt mends
+# ---- failures that another attempt repairs
 
 MENDED = {
     "500": [server_that.status(500)] * 2,
@@ -80,13 +80,13 @@ def test_and_where_only_the_server_knows_the_size(tmp_path, server, behaviours, 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.tuples(st.sampled_from(["cut", "reset"]), st.integers(1, len(BODY) // 2)), max_size=12))
 def test_any_number_of_cuts_anywhere_ends_right(tmp_path_factory, cuts):
-    """More cuts than attempts: each brought something, so none of them counts."""
+    """More cuts than attempts. Each attempt brought new bytes, so none counts."""
     directory = tmp_path_factory.mktemp("cuts")
     with server_that.Server(fake_release.served(RELEASE)) as server:
         server.script[path(DATA)] = [getattr(server_that, kind)(n) for kind, n in cuts]
         fetch(directory, server, attempts=2)
         assert right_names(directory, RELEASE) == {DATA}
-        if all(kind == "cut" for kind, _ in cuts):  # a reset may throw away what was on the way
+        if all(kind == "cut" for kind, _ in cuts):  # a reset may lose bytes in transit
             assert server.sent(path(DATA)) == len(BODY)
 
 

@@ -1,4 +1,4 @@
-"""What `fetch` is asked: sizes and their other names, addresses, numbers; what it knows of the release; its bars."""
+"""Arguments of `fetch` (sizes, addresses, numbers), what is known of the release, and the progress bars."""
 
 import hashlib
 import io
@@ -87,7 +87,7 @@ def test_the_released_vocabulary_is_known_and_the_hparams_are_those_of_the_size(
     assert known.is_index(embedded / INDEX) is None
 
 
-# ---- where to, and where from
+# ---- the directory and the addresses
 
 
 def test_the_default_directory_is_in_the_cache(tmp_path, server, monkeypatch):
@@ -103,7 +103,7 @@ def test_the_environment_names_one_or_several_addresses(tmp_path, server, monkey
     assert right_names(tmp_path, RELEASE) == {"checkpoint"}
     base = f"{server.url}/none"
     with pytest.raises(OSError, match="404"):
-        download.fetch("124M", tmp_path, ["vocab.bpe"], [base], progress=False)  # an argument goes before it
+        download.fetch("124M", tmp_path, ["vocab.bpe"], [base], progress=False)  # an argument takes precedence
 
 
 def test_without_any_the_mirrors_are_asked_in_turn(monkeypatch):
@@ -120,14 +120,14 @@ BAD = ["", "example.org", "ftp://example.org", "file:///tmp", "http://", "http:/
 
 @pytest.mark.parametrize("base", BAD)
 def test_what_is_no_address_is_refused(tmp_path, base):
-    with pytest.raises(ValueError, match="is no base address: it must look like https://"):
+    with pytest.raises(ValueError, match="is not a base address: it must look like https://"):
         fetch(tmp_path, base)
     assert list(tmp_path.iterdir()) == []
 
 
 @hypothesis.given(st.text(max_size=30) | st.text("htps:/ab@?#%[]1. ", max_size=9).map("http://".__add__))
 def test_any_text_is_an_address_or_refused_in_one_sentence(text):
-    """What is taken, urllib can make a request of."""
+    """urllib can build a request from every accepted address."""
     refusal = None
     try:
         (base,) = known.base_addresses([text])
@@ -136,7 +136,7 @@ def test_any_text_is_an_address_or_refused_in_one_sentence(text):
     if refusal is None:
         assert urllib.request.Request(f"{base}/124M/vocab.bpe").host
     else:
-        assert refusal.endswith("is no base address: it must look like https://example.org/models")
+        assert refusal.endswith("is not a base address: it must look like https://example.org/models")
         assert "\n" not in refusal
 
 
@@ -146,7 +146,7 @@ WRONG = [{"timeout": 0}, {"timeout": float("nan")}, {"timeout": float("inf")}, {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_numbers_and_files_that_cannot_be(tmp_path, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong)) if "files" not in wrong else "no file of the release"):
+    with pytest.raises(ValueError, match=next(iter(wrong)) if "files" not in wrong else "is not a file of the release"):
         fetch(tmp_path, "http://127.0.0.1:9", **wrong)
     with pytest.raises(ValueError, match="no base address"):
         fetch(tmp_path)

@@ -1,4 +1,4 @@
-"""The directory that files are fetched into: what is there already, a full disk, other processes, damaged weights."""
+"""The directory that files are fetched into: existing files, a full disk, other processes, damaged weights."""
 
 import _thread
 import errno
@@ -24,7 +24,7 @@ BODY = RELEASE[DATA]
 pytestmark = pytest.mark.usefixtures("small_release")
 
 
-# ---- what is there already
+# ---- existing files
 
 
 def test_nothing_touches_the_network_or_the_directory_when_all_is_right(tmp_path, monkeypatch):
@@ -46,9 +46,9 @@ DAMAGE = {
     "empty": lambda body: b"",
     "XML": lambda body: server_that.XML + b" " * (len(body) - len(server_that.XML)),
 }
-NOT_SEEN = {(name, "flipped") for name in (DATA, INDEX, "model.ckpt.meta")}  # the first two are `verify`'s affair
+NOT_SEEN = {(name, "flipped") for name in (DATA, INDEX, "model.ckpt.meta")}  # `verify` checks the first two
 UNKNOWN_NOT_SEEN = {("model.ckpt.meta", "cut"), ("model.ckpt.meta", "longer"), ("checkpoint", "longer")} | NOT_SEEN
-UNKNOWN_NOT_SEEN |= {("checkpoint", "cut"), ("hparams.json", "longer")}  # the newline at the end alone
+UNKNOWN_NOT_SEEN |= {("checkpoint", "cut"), ("hparams.json", "longer")}  # only the newline at the end
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -124,7 +124,7 @@ def test_a_disk_too_small_is_told_before_anything_is_fetched(tmp_path, server, m
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_up_is_told_and_keeps_what_arrived(tmp_path, server, monkeypatch, number):
-    """The disk takes part of a chunk, as real ones do, and then nothing."""
+    """The disk accepts part of a chunk, as real disks do, and then nothing."""
     real, room = transfer._writable, 10007
 
     class Nearly:
@@ -174,7 +174,7 @@ def test_a_directory_that_cannot_be_one(tmp_path, server):
         fetch(tmp_path, server)
 
 
-# ---- several processes, and being stopped
+# ---- several processes, and interrupts
 
 TWO = """
 import os, sys, fake_release
@@ -231,7 +231,7 @@ def test_ctrl_c_stops_at_once_and_frees_the_directory(tmp_path, server, monkeypa
     server.script[path(DATA)] = [lambda h, body: (server_that.cut(1009)(h, body), _thread.interrupt_main(),
                                                   h.owner.released.wait())]  # fmt: skip
     monkeypatch.setattr(parallel, "GRACE", 0.1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     try:
         with pytest.raises(KeyboardInterrupt):
             fetch(tmp_path, server, timeout=60)
@@ -246,7 +246,7 @@ def test_ctrl_c_stops_at_once_and_frees_the_directory(tmp_path, server, monkeypa
 
 @pytest.mark.parametrize("held", ["no answer yet", "no body yet", "no byte past the end"])
 def test_one_that_was_stopped_touches_nothing_any_more(tmp_path, server, held):
-    """Its thread may wake up long after, when another fetch has made progress."""
+    """A stopped thread may wake up later, when another fetch has made progress."""
     stop, asked, go_on, outcome = threading.Event(), threading.Event(), threading.Event(), []
 
     def late(handler, body):

@@ -1,4 +1,4 @@
-"""A downloader that is killed at random moments loses nothing, leaves nothing wrong, and ends with right files."""
+"""A downloader that is killed at random times loses no bytes, leaves no wrong file, and ends with right files."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from gpt2_jax.release.known import DATA, FILES
 
 KILLS = campaign(10, 50)
 DATA_BYTES = 600_011
-CHUNK, PAUSE = 1499, 0.001  # the data file alone takes some 400 pauses
+CHUNK, PAUSE = 1499, 0.001  # the data file takes about 400 pauses
 LONGEST = 0.06  # seconds from fork to kill
 
 
@@ -33,7 +33,7 @@ def test_killed_again_and_again(tmp_path):
             fetch = functools.partial(run, directory=str(directory), url=server.url)
             here = 0
             while kills < KILLS:
-                # At a random time, or once so much more of the data has come, however slow the machine is.
+                # Kill at a random time, or after a number of new bytes, which also works on slow machines.
                 by_time = rng.random() < 0.5
                 seconds, more = rng.uniform(0, LONGEST), rng.randrange(40_000)
                 if by_time:
@@ -47,7 +47,7 @@ def test_killed_again_and_again(tmp_path):
                 assert after >= here, "what had arrived is there still"
                 assert part_is_a_beginning(directory, release)
                 here = after
-                if len(there) == len(FILES):  # begin anew: there are kills left
+                if len(there) == len(FILES):  # start again, because there are kills left
                     completed += 1
                     here = 0
                     for name in FILES:

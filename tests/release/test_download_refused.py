@@ -1,4 +1,4 @@
-"""Fetching from servers that do not have the file: none under its final name, and the message says who did what."""
+"""Fetching from servers without the file: there is no file under the final name, and the message names each server."""
 
 import re
 import socket
@@ -102,12 +102,12 @@ def test_an_endless_file_of_unknown_size_is_given_up(tmp_path, server, unknown_s
     monkeypatch.setattr(transfer, "LARGEST_UNKNOWN", 1000)
     for behaviour in (server_that.right, server_that.chunked()):
         server.always[path(INDEX)] = behaviour
-        with pytest.raises(OSError, match=r"which it cannot be|sends more than the 1000 bytes"):
+        with pytest.raises(OSError, match=r"which is not a valid size|sends more than the 1000 bytes"):
             fetch(tmp_path, server, files=[INDEX])
         assert not (tmp_path / f"{INDEX}.part").exists()
 
 
-# ---- who is named, and which kind of error
+# ---- the named addresses, and the type of error
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_an_endless_file_of_unknown_size_is_given_up(tmp_path, server, unknown_s
         (server_that.reset(0), "reset|cut at byte 0"),
         (server_that.cut(0), f"cut at byte 0 of {len(BODY)}"),
         (server_that.stall(None), r"no answer within 0\.2 s"),
-        (server_that.stall(0), rf"stalled at byte 0 of {len(BODY)}: nothing came for 0\.2 s"),
+        (server_that.stall(0), rf"stalled at byte 0 of {len(BODY)}: no data for 0\.2 s"),
     ],
 )
 def test_an_address_that_keeps_failing_is_tried_so_often_and_named(tmp_path, server, behaviour, told):
@@ -161,7 +161,7 @@ def test_a_mirror_that_gives_a_wrong_file_is_followed_by_the_next(tmp_path, serv
 
 
 def test_what_was_there_before_is_no_mark_against_a_mirror(tmp_path, server):
-    """The .part was rubbish, so the whole is: the same address is asked once more, from the start."""
+    """A bad .part makes the file wrong, so the same address is asked once more, from the start."""
     (tmp_path / "encoder.json.part").write_bytes(b"?" * 100)
     fetch(tmp_path, server, files=["encoder.json"])
     assert server.starts(path("encoder.json")) == [100, None]

@@ -1,4 +1,4 @@
-"""TransformerLens's view of a model of ours: its bridge around the same weights in their dtype, none processed."""
+"""TransformerLens's bridge around the weights of one of our models, in the same dtype and unprocessed."""
 
 import jax
 import numpy as np
@@ -9,9 +9,9 @@ LEAVES = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe":
 
 
 def bridge_of(config, params, tokenizer=None):
-    """Return a TransformerBridge with these weights, compatibility mode off; skip the test where there is no library.
+    """Return a TransformerBridge with these weights and compatibility mode off. Skip the test without the library.
 
-    `tokenizer` is one of Hugging Face's. Without one the bridge would ask the hub: it gets one whose words are ids.
+    `tokenizer` is one of Hugging Face's. By default its words are ids, because the bridge would otherwise ask the hub.
     """
     pytest.importorskip("transformer_lens", reason=REASON)
     from transformer_lens.model_bridge import TransformerBridge
@@ -48,23 +48,23 @@ def torch_model(config, params):
 
 
 def by_torch_name(tree):
-    """Return the leaves of a params tree, or of one like it, by Hugging Face's names."""
+    """Return the leaves of a params tree, or of a similar tree, by Hugging Face's names."""
     return {_torch_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _torch_name(path):
-    """Return transformer.h.3.attn.c_attn.weight for h3/attn/c_attn/w: (in, out) in both."""
+    """Return transformer.h.3.attn.c_attn.weight for h3/attn/c_attn/w. Both are (in, out)."""
     *modules, leaf = (entry.key for entry in path)
     modules = [f"h.{name[1:]}" if name[0] == "h" else name for name in modules]
     return ".".join(["transformer", *modules, LEAVES[leaf]])
 
 
 def words_of_ids(n_vocab):
-    """Return a tokenizer of Hugging Face's that reads "7 3" as the ids 7 and 3."""
+    """Return a Hugging Face tokenizer that encodes "7 3" as the ids 7 and 3."""
     import tokenizers
     import transformers
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(n_vocab)}, unk_token="0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    # Without a bos_token, or the bridge would load the tokenizer anew from its files; an id of its own would be a 0.
+    # No bos_token: with one, the bridge would load the tokenizer again from its files. An unknown token has id 0.
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", unk_token="0")

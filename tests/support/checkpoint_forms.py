@@ -1,6 +1,6 @@
-"""Directories of every form that the loader understands, built without the package's own writers.
+"""Directories of every format that the loader reads, built without the package's own writers.
 
-A model here is `flat`: {"h0/attn/c_attn/w": numpy array}, (in, out), as OpenAI's variables without `model/` and the 1.
+A model is `flat`: {"h0/attn/c_attn/w": numpy array (in, out)}, like OpenAI's variables without `model/` and the 1.
 """
 
 import json
@@ -23,7 +23,7 @@ SAFETENSORS = "model.safetensors"
 
 
 def shapes(config) -> dict[str, tuple[int, ...]]:
-    """The release's variables (FACTS.md), written down anew so that a mistake in the package's own list shows."""
+    """The release's variables, listed a second time so that the tests find mistakes in the package's own list."""
     d = config.n_embd
     found = {"wte": (config.n_vocab, d), "wpe": (config.n_ctx, d), "ln_f/g": (d,), "ln_f/b": (d,)}
     dense = {"attn/c_attn": (d, 3 * d), "attn/c_proj": (d, d), "mlp/c_fc": (d, 4 * d), "mlp/c_proj": (4 * d, d)}
@@ -35,7 +35,7 @@ def shapes(config) -> dict[str, tuple[int, ...]]:
 
 
 def random_model(config=CONFIG, seed=5) -> dict[str, np.ndarray]:
-    """Ordinary finite values, no two arrays alike."""
+    """Ordinary finite values. No two arrays are equal."""
     rng = np.random.default_rng(seed)
     return {
         name: rng.normal(size=shape).astype(np.float32).astype(config.param_dtype)
@@ -44,14 +44,14 @@ def random_model(config=CONFIG, seed=5) -> dict[str, np.ndarray]:
 
 
 def random_bits(config, seed) -> dict[str, np.ndarray]:
-    """Every finite bit pattern may occur: denormals, the largest numbers, -0.0."""
+    """Random finite bit patterns, with denormals, the largest numbers and -0.0."""
     rng, dtype = np.random.default_rng(seed), np.dtype(config.param_dtype)
     words = np.dtype(f"uint{8 * dtype.itemsize}")
     special = np.array([0, 1, 1 << (8 * dtype.itemsize - 1)], words).view(dtype)  # 0, the least denormal, -0.0
 
     def draw(shape):
         values = rng.integers(0, np.iinfo(words).max, shape, words, endpoint=True).view(dtype)
-        with np.errstate(invalid="ignore"):  # a signalling NaN
+        with np.errstate(invalid="ignore"):  # a signaling NaN
             finite = np.isfinite(values)
         values = np.where(finite, values, rng.choice(special, shape)).astype(dtype)
         values.reshape(-1)[: special.size] = special[: values.size]
@@ -80,7 +80,7 @@ def leaves(params) -> dict[str, np.ndarray]:
 
 
 def difference(params, flat) -> str:
-    """What tells a loaded tree from a flat model, to the bit; empty when nothing does."""
+    """The differences between a loaded tree and a flat model, to the bit. Empty if there are none."""
     found = leaves(params)
     if found.keys() != flat.keys():
         return f"names: {sorted(found.keys() ^ flat.keys())}"
@@ -103,7 +103,7 @@ def assert_loads_as(directory, config, flat, **options):
 
 
 def is_clear(error: Exception) -> bool:
-    """One sentence of ours, perhaps with a list under it; not a parser's error that slipped through, nor its repr."""
+    """The message is one sentence of ours, with an optional list, not a parser's error or its repr."""
     ours = isinstance(error, ValueError | FileNotFoundError) and not isinstance(
         error, UnicodeError | json.JSONDecodeError
     )
@@ -111,11 +111,11 @@ def is_clear(error: Exception) -> bool:
     return ours and len(first) > 20 and "\n" not in first and "Error(" not in first
 
 
-# ---- OpenAI's TensorFlow form
+# ---- OpenAI's TensorFlow format
 
 
 def import_tensorflow():
-    """TensorFlow, with the warnings that are its own affair let through."""
+    """TensorFlow. Its own warnings are not errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import tensorflow as tf
@@ -146,7 +146,7 @@ def write_tensorflow(directory: Path, config, flat, prefix="model.ckpt", pointer
     return directory
 
 
-# ---- Hugging Face's form
+# ---- Hugging Face's format
 
 
 def hf_name(name: str) -> str:
@@ -160,7 +160,7 @@ def hf_tensors(flat, prefix="transformer."):
 
 
 def hf_config(config, **changes):
-    """What stands in the config.json of the hub's gpt2; None deletes nothing, `...` does."""
+    """The config.json of the hub's gpt2, with changes. `...` deletes a field; None is the value null."""
     content = {
         "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
         "bos_token_id": config.n_vocab - 1, "embd_pdrop": 0.1, "eos_token_id": config.n_vocab - 1,
@@ -175,7 +175,7 @@ def hf_config(config, **changes):
 
 
 def write_huggingface(directory: Path, config, tensors, shards=1, **changes) -> Path:
-    """A directory of the named tensors, in one file or spread over several with an index."""
+    """Write a directory with the named tensors, in one file or in several with an index."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(hf_config(config, **changes)), encoding="utf-8")
     if shards == 1:
@@ -210,7 +210,7 @@ def merges_of(source: Path) -> list[list[str]]:
 
 
 def write_tokenizer_json(path: Path, source: Path, pairs=False, **changes):
-    """The tokenizer.json that the hub's gpt2 has, merges as "a b" or, as newer ones have, ["a", "b"]."""
+    """A tokenizer.json like that of the hub's gpt2, with merges as "a b" or, as newer ones, ["a", "b"]."""
     ids = json.loads((source / "encoder.json").read_text(encoding="utf-8"))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

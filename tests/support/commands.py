@@ -1,4 +1,4 @@
-"""Running the commands: in this process, or as a user does, by their scripts."""
+"""Run the commands in this process, or as a user does, by their scripts."""
 
 import codecs
 import contextlib
@@ -6,7 +6,7 @@ import json
 import os
 import re
 import reprlib
-import select
+import selectors
 import subprocess
 import sys
 import textwrap
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 
 def caller(main, capfd):
-    """Return call(*args) -> Run in this process; what C++ writes is caught too, at the file descriptors."""
+    """Return call(*args) -> Run in this process. Output of C++ code is captured too, at the file descriptors."""
 
     def call(*args) -> Run:
         capfd.readouterr()
@@ -58,9 +58,9 @@ def in_a_process(name: str, *args, cwd: Path, python: tuple[str, ...] = (), **en
 
 
 class OnATerminal:
-    """scripts/NAME.py as a user has it before them: a process whose input, output and errors are a terminal.
+    """scripts/NAME.py in a process whose standard input, output and error are a terminal.
 
-    What it writes is gathered as it comes; `until` waits for something in what was not waited for yet.
+    Its output is collected as it arrives. `until` waits for a pattern in the output that was not matched yet.
     """
 
     def __init__(self, name: str, *args, cwd: Path, seconds: float = 120, **env: str):
@@ -68,8 +68,10 @@ class OnATerminal:
 
         self.terminal, theirs = pty.openpty()
         self.seconds, self.shown, self.n_seen = seconds, "", 0
+        self._selector = selectors.DefaultSelector()  # select.select takes no file descriptor above 1023
+        self._selector.register(self.terminal, selectors.EVENT_READ)
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        # A session's leader gets the first terminal it opens as its own, whose Ctrl-C is a SIGINT.
+        # The first terminal that a session leader opens becomes its controlling terminal, so Ctrl-C sends SIGINT.
         start = ["sh", "-c", f'exec "$0" "$@" <{os.ttyname(theirs)} >{os.ttyname(theirs)} 2>&1']
         self.process = subprocess.Popen(
             [*start, sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, args)],
@@ -77,7 +79,7 @@ class OnATerminal:
             env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8", "TERM": "xterm"} | env,
             start_new_session=True,
         )
-        self._theirs = theirs  # kept open: a terminal that nobody has open gives errors
+        self._theirs = theirs  # kept open: reads fail on a terminal that no process has open
 
     def __enter__(self):
         return self
@@ -86,6 +88,7 @@ class OnATerminal:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        self._selector.close()
         os.close(self.terminal)
         os.close(self._theirs)
 
@@ -93,15 +96,15 @@ class OnATerminal:
         os.write(self.terminal, text.encode())
 
     def more(self, seconds: float) -> str:
-        """Return what is shown next, and nothing if nothing comes for so long."""
-        if not select.select([self.terminal], [], [], seconds)[0]:
+        """Return the next output, or an empty string after the timeout."""
+        if not self._selector.select(seconds):
             return ""
         text = self._decoder.decode(os.read(self.terminal, 2**16)).replace("\r\n", "\n")
         self.shown += text
         return text
 
     def until(self, pattern: str) -> str:
-        """Wait until a regular expression matches what is new; return what is new up to its end."""
+        """Wait until a regular expression matches the new output. Return the new output up to the end of the match."""
         deadline = time.monotonic() + self.seconds
         while not (found := re.search(pattern, self.shown[self.n_seen :])):
             running = self.process.poll() is None
@@ -113,7 +116,7 @@ class OnATerminal:
         return new
 
     def until_idle(self) -> None:
-        """Wait until nothing is shown for a moment: a prompt stands there before the program listens for Ctrl-C."""
+        """Wait until there is no output for a moment: a prompt is shown before the program handles Ctrl-C."""
         while self.more(0.5):
             pass
 
@@ -127,7 +130,7 @@ class OnATerminal:
 
 @contextlib.contextmanager
 def config_of_jax_kept():
-    """Undo what `main` sets for the whole process, which is the command's in life, and here that of all tests."""
+    """Undo the process-wide settings of `main`, because all tests share this process."""
     names = [
         "jax_enable_compilation_cache",
         "jax_compilation_cache_dir",
@@ -145,7 +148,7 @@ def config_of_jax_kept():
 
 
 def on_eight_devices(code: str, *args) -> object:
-    """Run Python code in a process that has eight CPU devices, from the folder of the tests; read its last line."""
+    """Run Python code in a process with eight CPU devices, in the tests folder. Parse its last line of output."""
     flags = os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
@@ -156,4 +159,4 @@ def on_eight_devices(code: str, *args) -> object:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])  # jax 0.12 prints a line of its own before
+    return json.loads(done.stdout.splitlines()[-1])  # jax 0.12 prints its own line first

@@ -1,4 +1,4 @@
-"""Weights to edit in research tests, and what an edited model should give, in NumPy float64."""
+"""Weights to edit in research tests, and the expected results of an edited model, in NumPy float64."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ CONFIG = gpt2_jax.GPT2Config(n_vocab=29, n_ctx=13, n_embd=15, n_head=3, n_layer=
 
 @st.composite
 def models(draw):
-    """A config of odd sizes and float64 weights in which every parameter matters."""
+    """A config with odd sizes, and float64 weights in which every parameter affects the result."""
     heads, width = draw(st.sampled_from([(1, 1), (1, 7), (3, 5), (5, 1), (2, 3)]))
     config = gpt2_jax.GPT2Config(7, 5, heads * width, heads, draw(st.sampled_from([1, 2, 3, 11])))
     return config, weights(config, draw(st.integers(0, 99)), np.float64)
@@ -25,8 +25,8 @@ def weights(config=CONFIG, seed=3, dtype=np.float32, kind=np.asarray):
 
 
 def logits_by_hand(config, params, *, z=(), post=(), order=None):
-    """Logits [T, V] of tokens 0, 1, ..., with heads' z {(layer, head): [H]} and neurons {(layer, neuron): value} held
-    there, and the layers in another order."""
+    """Logits [T, V] of tokens 0, 1, ... with fixed heads' z {(layer, head): [H]}, fixed neurons {(layer, neuron):
+    value}, and the layers in another order."""
 
     def hold(name, x):
         for kind, held in (("attn/z", z), ("mlp/post", post)):
@@ -44,7 +44,7 @@ def logits(config, params):
     return numpy_reference.forward(params, np.arange(config.n_ctx)[None], config.n_head)[0]
 
 
-def assert_close(ours, theirs, bound=2e-13):  # measured in float64: 1e-14 at most, over all 2,000 models
+def assert_close(ours, theirs, bound=2e-13):  # measured in float64: at most 1e-14 over all 2,000 models
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound * np.abs(theirs).max())
 
 

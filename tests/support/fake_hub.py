@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 that speaks as much of the Hugging Face hub's API as fetching a repository takes."""
+"""A server on 127.0.0.1 with the part of the Hugging Face hub's API that fetching a repository needs."""
 
 import hashlib
 import http.server
@@ -10,7 +10,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """`repositories`: {"owner/name": {"config.json": bytes, ...}}. `requests` says what was asked for, in order."""
+    """`repositories`: {"owner/name": {"config.json": bytes, ...}}. `requests` lists the requests in order."""
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]):
         self.repositories = repositories
@@ -54,7 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         name = (api or file)[1] if api or file else ""
         files = self.owner.repositories.get(name)
-        if files is None:  # what the hub says of a private repository and of none alike
+        if files is None:  # the hub's answer for a private and for a missing repository
             self.send(401, b'{"error": "Invalid username or password."}', with_body, {"X-Error-Code": "RepoNotFound"})
         elif api:
             content = tree(files) if api[2] == "tree" else about(name, files)

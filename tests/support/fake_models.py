@@ -1,6 +1,6 @@
-"""Models rigged for tests of generation: one that says a given text, and one that counts how often it is run.
+"""Models for tests of generation: one that generates given ids, and one that counts its forward passes.
 
-Tests that share a config, a number of rows and N_SAID new tokens share what is compiled, which is all that takes time.
+Tests with the same config, number of rows and N_SAID new tokens share the compiled programs. Only compilation is slow.
 """
 
 import jax
@@ -10,7 +10,7 @@ import pytest
 
 import gpt2_jax
 
-# Over the embedded vocabulary, and wide enough for `speaker` to tell its 1,281 tokens apart.
+# With the embedded vocabulary, and wide enough for `speaker` to distinguish its 1,281 tokens.
 TEXT_CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=127, n_embd=64, n_head=2, n_layer=1)
 
 
@@ -18,14 +18,14 @@ N_SAID = 100
 
 
 def speaker(ids):
-    """Params for TEXT_CONFIG that say these ids: after a prompt of P tokens come ids[P - 1], ids[P], ... and then eot.
+    """Params for TEXT_CONFIG that generate these ids: after a prompt of P tokens, ids[P - 1], ids[P], ... and then eot.
 
-    The layers add nothing, and a position's embedding outweighs its token's: it points at the id that is to come. The
-    final gain makes every other token's probability next to nothing, so that sampled rows say the same.
+    The layers add nothing. The position embedding is larger than the token embedding, and points at the next id. The
+    final gain makes the probability of every other token almost 0, so sampled rows are the same.
     """
     rng = np.random.default_rng(17)
     code_VD = rng.standard_normal((TEXT_CONFIG.n_vocab, TEXT_CONFIG.n_embd)).astype(np.float32)
-    code_VD -= code_VD.mean(-1, keepdims=True)  # or the final norm would change it
+    code_VD -= code_VD.mean(-1, keepdims=True)  # otherwise the final norm would change it
     code_VD /= np.linalg.norm(code_VD, axis=-1, keepdims=True)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), gpt2_jax.abstract_params(TEXT_CONFIG))
     params["wte"] = jnp.asarray(code_VD)
@@ -39,7 +39,7 @@ RUNS = []
 
 
 class CountingGPT2(gpt2_jax.GPT2):
-    """The model, which notes the shape [B, T] of every run of `hidden`, also inside a compiled loop."""
+    """The model. It records the shape [B, T] of every call of `hidden`, also inside a compiled loop."""
 
     def hidden(self, tokens_BT, *args, **kwargs):
         shape = tokens_BT.shape
@@ -49,7 +49,7 @@ class CountingGPT2(gpt2_jax.GPT2):
 
 @pytest.fixture
 def decode_steps(monkeypatch):
-    """Make generate and stream count; calling the fixture gives the decode steps since it was last called."""
+    """Count the steps of generate and stream. Calling the fixture returns the decode steps since its last call."""
     monkeypatch.setattr("gpt2_jax.generation.decoding.GPT2", CountingGPT2)
     RUNS.clear()
 

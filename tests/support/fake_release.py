@@ -1,4 +1,4 @@
-"""A release of seven small files, what the downloader may know of them, and how the tests ask for it."""
+"""A release of seven small files, what the downloader knows of them, and how the tests fetch it."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ INDEX_END = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 
 
 def made_up(data_bytes: int = 4 * CONFIG.n_params) -> dict[str, bytes]:
-    """Seven files of odd sizes that hold no page and no zeros in a row; the weights are no checkpoint."""
+    """Seven files with odd sizes, without HTML and runs of zeros. The weights are not a real checkpoint."""
     rng = np.random.default_rng(7)
     return {
         "checkpoint": POINTER,
@@ -30,12 +30,12 @@ def made_up(data_bytes: int = 4 * CONFIG.n_params) -> dict[str, bytes]:
 
 
 def embedded() -> dict[str, bytes]:
-    """The embedded model's files: a checkpoint that TensorFlow reads."""
+    """The embedded model's files, with a checkpoint that TensorFlow can read."""
     return {name: (gpt2_jax.embedded_model() / name).read_bytes() for name in known.FILES}
 
 
 def expectations(files: dict[str, bytes], sizes: bool = True) -> dict[str, download.Expected]:
-    """What is known beforehand: as of 124M, or as of the sizes of which FACTS.md has no bytes for the small files."""
+    """What is known in advance: as for 124M, or as for the sizes whose small files have no known size."""
 
     def size(name: str) -> int | None:
         return len(files[name]) if sizes or name in ("encoder.json", "vocab.bpe", known.DATA) else None
@@ -52,7 +52,7 @@ def expectations(files: dict[str, bytes], sizes: bool = True) -> dict[str, downl
 
 
 def use(monkeypatch, files: dict[str, bytes]) -> None:
-    """Let the downloader take these files for the released ones, and ask a server on this machine for them."""
+    """Make the downloader treat these files as the released ones, and fetch them from a server on this machine."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(download, "expectations", lambda size: expectations(files))
 
@@ -68,7 +68,7 @@ def put(directory: Path, files: dict[str, bytes]) -> None:
 
 
 def right_names(directory: Path, files: dict[str, bytes]) -> set[str]:
-    """The names there; fails when one of the release holds anything but the right bytes."""
+    """The file names in the directory. Fail if a file of the release has wrong bytes."""
     there = set()
     for name, body in files.items():
         with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""Children that are killed: a process imports what they need once and forks one for each call; a test ends it anywhere.
+"""Child processes that tests kill at any point. One process imports the modules once and forks a child for each call.
 
 A module of this folder, killed_NAME.py, defines `work(say, **request)`, which a child runs, and calls `serve(work)`.
-A test starts it with `Forks("killed_NAME")`, and calls that. Nothing here imports JAX.
+A test starts it with `Forks("killed_NAME")`, and calls the result. This module does not import JAX.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ OPERATIONS = {"open", *(f"os.{name}" for name in CHANGES)}
 
 
 class Ended(NamedTuple):
-    """How a child ended: what it said; the seconds since it first did; if it was not killed, also the rest."""
+    """How a child ended: its messages, the seconds since the first one, and the rest if it was not killed."""
 
     killed: bool
     said: list
@@ -36,7 +36,7 @@ class Ended(NamedTuple):
 
 
 class Forks:
-    """The process that forks, a context manager; `arguments` are the module's, on its command line."""
+    """The process that forks, as a context manager. `arguments` is the module's command line."""
 
     def __init__(self, module: str, *arguments, **env: str):
         self.process = subprocess.Popen(
@@ -61,7 +61,7 @@ class Forks:
     def __exit__(self, *error) -> None:
         self.process.stdin.close()
         if error != (None, None, None):
-            self.process.kill()  # it may wait for a child that nobody kills any more
+            self.process.kill()  # it may wait for a child that is not killed any more
         self._reader.join()
         self.process.stdout.close()
         self.process.wait()
@@ -78,11 +78,11 @@ class Forks:
         """Fork a child with the request, and wait for its end.
 
         Args:
-          operation: kill it before this of its operations on files, counted from 0 at the first thing it says.
-          delay: kill it so many seconds after the first thing it says.
-          until: kill it once this is true of what it has said; asked each millisecond.
-          folder: to open a file is an operation if its path begins so; what else is done to files always is.
-          request: what `work` takes; JSON.
+          operation: kill it before this operation on files, counted from 0 at its first message.
+          delay: kill it this many seconds after its first message.
+          until: kill it when this function of its messages is true. It is called every millisecond.
+          folder: opening a file counts only if its path begins with this. Other operations always count.
+          request: the JSON arguments of `work`.
         """
         print(json.dumps([operation, str(folder), request]), file=self.process.stdin, flush=True)
         child = self._next(None)[1]
@@ -91,7 +91,7 @@ class Forks:
             now = time.perf_counter()
             left = None if delay is None or start is None else max(0, start + delay - now)
             if left == 0 or (until and until(said)):
-                with contextlib.suppress(ProcessLookupError):  # it ended this moment
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.kill(child, signal.SIGKILL)
                 delay = until = left = None
             told = self._next(0.001 if until else left)
@@ -107,7 +107,7 @@ class Forks:
                 return Ended(value, said, now - (start or now), *result)
 
     def _next(self, seconds: float | None):
-        """Return what is told next, or None if nothing is for so long."""
+        """Return the next message, or None after the timeout."""
         try:
             told = self._told.get(timeout=seconds)
         except queue.Empty:
@@ -120,12 +120,12 @@ class Forks:
 
 
 def serve(work: Callable, operations: Container[str] = OPERATIONS, lines_of: Container[str] = ()) -> None:
-    """Fork a child for each line on standard input, which runs `work(say, **request)`; `say` takes what JSON can hold.
+    """Fork a child for each line on standard input. It runs `work(say, **request)`. `say` takes JSON values.
 
-    What counts as operations are these of Python's audit events, and to reach a line of the files `lines_of`.
+    These audit events of Python count as operations, and also reaching a line of the files `lines_of`.
     """
     told = os.dup(1)
-    os.dup2(2, 1)  # what anything prints does not mix with what is told
+    os.dup2(2, 1)  # printed output must not mix with the messages
     for line in sys.stdin:
         operation, folder, request = json.loads(line)
         if not (child := os.fork()):
@@ -140,7 +140,7 @@ def _tell(pipe: int, kind: str, value) -> None:
 
 
 class _Child:
-    """Counts operations once something was said, and kills the process before number `last`."""
+    """Counts operations after the first message, and kills the process before number `last`."""
 
     def __init__(self, told, last: int | None, folder: str, operations: Container[str], lines_of: Container[str]):
         self.told, self.last, self.folder = told, last, folder
@@ -148,7 +148,7 @@ class _Child:
         self.n_operations, self.counts = 0, False
 
     def run(self, work: Callable, request: dict) -> None:
-        """Do the work; never returns."""
+        """Do the work. Never returns."""
         error, kinds = "", ()
         _tell(self.told, "forked", os.getpid())
         sys.addaudithook(self.hook)
@@ -162,7 +162,7 @@ class _Child:
         os._exit(0)
 
     def say(self, value=None) -> None:
-        """Tell the test; operations count, and its time runs, from the first call."""
+        """Send a message to the test. The first call starts the count of operations and the clock."""
         _tell(self.told, "said", value)
         if not self.counts and self.lines_of:
             sys.settrace(self.trace)

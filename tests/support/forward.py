@@ -1,4 +1,4 @@
-"""Forward passes at an odd size, the road of every model test."""
+"""Forward passes with odd sizes, used by every model test."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def cached_step(config, params, tokens_BT, mask_BT, cache):
 
 
 def logits_in_chunks(config, params, tokens_BT, mask_BT, chunks, slots):
-    """The logits of successive calls over chunks of the tokens, joined."""
+    """The joined logits of successive calls on chunks of the tokens."""
     cache, parts, start = gpt2_jax.init_cache(config, len(tokens_BT), slots), [], 0
     for chunk in chunks:
         span = slice(start, start + chunk)

@@ -13,7 +13,7 @@ from gpt2_jax.checkpoints import loading  # noqa: F401
 
 
 def work(say, name, functions, env, err):
-    """Say what each of the functions gave, and which heavy libraries were imported; warnings go to the file `err`."""
+    """Send the result of each function, and which heavy libraries were imported. Warnings go to the file `err`."""
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     assert "huggingface_hub" not in sys.modules
     for key in [key for key in os.environ if key.startswith(("HF_", "HUGGING"))]:

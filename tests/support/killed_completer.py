@@ -1,4 +1,4 @@
-"""Completes a file of prompts, for test_jsonl.py to kill it: also before each line of jsonl.py or files.py."""
+"""Completes a file of prompts. test_jsonl.py kills it, also before each line of jsonl.py or files.py."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ SETTINGS = {"temperature": 0.5, "stop": ("\n", "caf\xe9"), "model": "124M", "top
 
 
 def fake(log=os.devnull, rounds=1):
-    """What completes prompts: by the prompt and its index alone, in some time; `log` gets a line a call."""
+    """Completes prompts from only the prompt and its index, and takes some time. Each call adds a line to `log`."""
 
     def complete(prompts, first):
         with Path(log).open("a") as file:

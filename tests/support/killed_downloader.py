@@ -1,6 +1,6 @@
-"""Fetches a release from a server, for test_download_killed.py to kill it."""
+"""Fetches a release from a server. test_download_killed.py kills it."""
 
-import http.client  # noqa: F401  what a download imports, here once, not in each fork
+import http.client  # noqa: F401  a download needs these; imported once, not in each fork
 import ssl  # noqa: F401
 import sys
 import urllib.request  # noqa: F401

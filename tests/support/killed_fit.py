@@ -1,4 +1,4 @@
-"""Trains, for test_fit_killed.py to kill it; its arguments are the folders of tokens and of the compilation cache."""
+"""Trains a model. test_fit_killed.py kills it. The arguments are the folders of tokens and of the compilation cache."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ RECIPE = training_steps.recipe(
 
 
 def write_text(folder: Path) -> None:
-    """Tokens that can be learned, of some epochs in all: each is the double of the one before, but for some noise."""
+    """Tokens for a few epochs that a model can learn: each is twice the one before, with some noise."""
     folder.mkdir()
     rng = np.random.default_rng(5)
     for name, n_tokens in (("train", 307), ("val", 71)):
@@ -40,13 +40,13 @@ def write_text(folder: Path) -> None:
 
 
 def first_params():
-    """Random weights, without JAX: it must not begin before the forks."""
+    """Random weights without JAX, because JAX must not start before the forks."""
     rng, shapes = np.random.default_rng(7), flatten(gpt2_jax.abstract_params(CONFIG))
     return unflatten({name: rng.normal(0, 0.3, leaf.shape).astype(np.float32) for name, leaf in shapes.items()})
 
 
 def work(say, run):
-    """Train to the end, or go on where the newest checkpoint is; say each step that is over."""
+    """Train to the end, or resume from the newest checkpoint. Send a message after each step."""
     data, cache = sys.argv[1:]
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,4 +1,4 @@
-"""Prepares a text over what is there, for test_prepare.py to kill it."""
+"""Prepares a text over existing files. test_prepare.py kills it."""
 
 import forks
 

@@ -1,4 +1,4 @@
-"""Saves a random model, for test_save_killed.py to kill it; its argument is the format."""
+"""Saves a random model. test_save_killed.py kills it. The argument is the format."""
 
 import resource
 import sys
@@ -10,7 +10,7 @@ import gpt2_jax
 
 
 def work(say, directory, seed, form, limit=None):
-    """No file may have more than `limit` bytes, so that writing fails."""
+    """Limit files to `limit` bytes, so that writing fails."""
     params = forms.nested(forms.random_model(seed=seed))
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -1,4 +1,4 @@
-"""Saves state after state, for test_training_checkpoints.py to kill it; it says which step's save it knows complete."""
+"""Saves state after state, and sends the steps whose save is complete. test_training_checkpoints.py kills it."""
 
 import forks
 from orbax.checkpoint import v1  # noqa: F401  here, not in each fork
@@ -10,7 +10,7 @@ SHAPES = {f"h{i}/attn/c_attn/w": (101, 31) for i in range(7)}
 
 
 def work(say, run):
-    """Go on where the newest checkpoint is, for ever."""
+    """Resume from the newest checkpoint, and continue without end."""
     with Checkpoints(run) as checkpoints:
         step = checkpoints.latest() or 0
         if step:

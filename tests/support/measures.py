@@ -1,4 +1,4 @@
-"""What several tests count: compilations, and how well draws fit a distribution."""
+"""Measures for several tests: the number of compilations, and how well draws fit a distribution."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 
 def chi_square_p(counts, expected) -> float:
-    """p-value of the counts, cells with fewer than five expected put together; 0 where a forbidden cell was drawn."""
+    """The p-value of the counts, or 0 if a forbidden cell was drawn. Cells with fewer than five expected are merged."""
     if counts[expected == 0].any():
         return 0.0
     small = expected < 5

@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that misbehaves as each test scripts it, and keeps a record of what it was asked."""
+"""A web server on 127.0.0.1 that fails as each test scripts it, and records the requests."""
 
 import contextlib
 import gzip
@@ -19,7 +19,7 @@ HTML = b"\n  <!DOCTYPE html><html><body>Sign in to the network</body></html>"
 
 @dataclass
 class Asked:
-    """One request: its path, where its Range began (None without one), its headers, the bytes of body it was sent."""
+    """One request: its path, the start of its Range (or None), its headers, and the number of body bytes sent."""
 
     path: str
     start: int | None
@@ -28,9 +28,9 @@ class Asked:
 
 
 class Server:
-    """`files` by path ("/124M/vocab.bpe"); `script[path]` is what happens to the next requests, one behaviour each.
+    """`files` by path ("/124M/vocab.bpe"). `script[path]` lists the behaviors for the next requests, one for each.
 
-    Once a path's script is over, `always[path]` happens to it, and where there is none the file is served right.
+    After a path's script has ended, `always[path]` is used. Without it, the right file is sent.
     """
 
     def __init__(self, files: dict[str, bytes]):
@@ -38,7 +38,7 @@ class Server:
         self.script: dict[str, list[Behaviour]] = defaultdict(list)
         self.always: dict[str, Behaviour] = {}
         self.requests: list[Asked] = []
-        self.released = threading.Event()  # lets go of the sockets that stall
+        self.released = threading.Event()  # releases the sockets that stall
         self._lock = threading.Lock()
 
     def __enter__(self):
@@ -60,18 +60,18 @@ class Server:
         self._http.server_close()
 
     def receive(self, asked: Asked) -> "Behaviour":
-        """Take down a request, before anything of the answer is sent, and return what happens to it."""
+        """Record a request before any byte of the answer is sent, and return its behavior."""
         with self._lock:
             self.requests.append(asked)
             queue = self.script[asked.path]
             return queue.pop(0) if queue else self.always.get(asked.path, right)
 
     def sent(self, path: str) -> int:
-        """Bytes of body sent for a path, all requests together."""
+        """The number of body bytes sent for a path in all requests."""
         return sum(asked.sent for asked in self.requests if asked.path == path)
 
     def starts(self, path: str) -> list[int | None]:
-        """Where the Range of each request for a path began."""
+        """The start of the Range of each request for a path."""
         return [asked.start for asked in self.requests if asked.path == path]
 
 
@@ -80,7 +80,7 @@ class _Quiet(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request, client_address):
-        """Clients that hang up are what the tests are about."""
+        """Print nothing: the tests expect clients that hang up."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -99,7 +99,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             (status(404) if body is None else behaviour)(self, body)
 
     def log_message(self, *args):
-        """Say nothing."""
+        """Print nothing."""
 
     def head(self, code: int, length: int | None, **headers: str) -> None:
         self.send_response(code)
@@ -111,7 +111,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def right_head(self, body: bytes) -> bytes:
-        """Answer as a good server does; return the body to send."""
+        """Answer correctly. Return the body to send."""
         if self.start is None:
             self.head(200, len(body), Content_Type="application/octet-stream")
             return body
@@ -123,12 +123,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return rest
 
     def send(self, data: bytes) -> None:
-        self.asked.sent += len(data)  # before the client can have seen it
+        self.asked.sent += len(data)  # counted before the client can see it
         self.wfile.write(data)
 
 
 Behaviour = Callable[[Handler, bytes], None]
-"""What the server does with one request for a file of these bytes."""
+"""The server's behavior for one request for a file with these bytes."""
 
 
 def right(handler: Handler, body: bytes) -> None:
@@ -146,7 +146,7 @@ def status(code: int, **headers: str) -> Behaviour:
 
 
 def page(content: bytes = XML, content_type: str = "application/xml", code: int = 200) -> Behaviour:
-    """A page with a status that says all is well."""
+    """A page with a success status."""
 
     def behave(handler, body):
         handler.head(code, len(content), Content_Type=content_type)
@@ -176,11 +176,11 @@ def reset(n: int) -> Behaviour:
 
 
 def hang_up(handler: Handler, body: bytes) -> None:
-    """Close the connection without a word."""
+    """Close the connection without an answer."""
 
 
 def stall(n: int | None) -> Behaviour:
-    """Send n bytes of the body and then nothing, with the connection open; None: not even a status."""
+    """Send n bytes of the body and then nothing, with the connection open. None: do not even send a status."""
 
     def behave(handler, body):
         if n is not None:
@@ -191,7 +191,7 @@ def stall(n: int | None) -> Behaviour:
 
 
 def slow(chunk: int, seconds: float, until: int | None = None) -> Behaviour:
-    """Send the body a chunk at a time; what lies beyond `until` bytes all at once."""
+    """Send the body in chunks. Send the bytes after `until` all at once."""
 
     def behave(handler, body):
         rest = handler.right_head(body)
@@ -205,7 +205,7 @@ def slow(chunk: int, seconds: float, until: int | None = None) -> Behaviour:
 
 
 def wrong_length(delta: int) -> Behaviour:
-    """Say that the file is longer, or shorter, than it is."""
+    """Give a length for the file that is too long or too short."""
 
     def behave(handler, body):
         handler.head(200, len(body) + delta)
@@ -215,7 +215,7 @@ def wrong_length(delta: int) -> Behaviour:
 
 
 def ignores_range(n: int | None = None) -> Behaviour:
-    """Send the file from the start, whatever was asked for; its first n bytes alone."""
+    """Ignore the Range and send the file from the start, only its first n bytes."""
 
     def behave(handler, body):
         handler.start = None
@@ -225,7 +225,7 @@ def ignores_range(n: int | None = None) -> Behaviour:
 
 
 def wrong_range(first: int = 0, total: int | None = None, says_length: bool = True) -> Behaviour:
-    """Answer a Range with another one; a request without a Range is answered right."""
+    """Answer a Range with another one. Answer a request without a Range correctly."""
 
     def behave(handler, body):
         if handler.start is None:
@@ -239,14 +239,14 @@ def wrong_range(first: int = 0, total: int | None = None, says_length: bool = Tr
 
 
 def refuses_range(handler: Handler, body: bytes) -> None:
-    """416 to any Range, which also a server without that part of the file answers."""
+    """Answer 416 to any Range, like a server without that part of the file."""
     if handler.start is None:
         return right(handler, body)
     handler.head(416, 0, Content_Range=f"bytes */{len(body)}")
 
 
 def no_length(extra: bytes = b"") -> Behaviour:
-    """No Content-Length: the end of the connection is the end of the body."""
+    """Send no Content-Length. The body ends with the connection."""
 
     def behave(handler, body):
         handler.head(200, None)
@@ -256,7 +256,7 @@ def no_length(extra: bytes = b"") -> Behaviour:
 
 
 def chunked(n: int | None = None) -> Behaviour:
-    """Chunked encoding; with n, cut there before the last chunk."""
+    """Chunked encoding. With n, the body is cut there, before the last chunk."""
 
     def behave(handler, body):
         handler.head(200, None, Transfer_Encoding="chunked")
@@ -282,6 +282,6 @@ def gzipped(handler: Handler, body: bytes) -> None:
 
 
 def garbage(handler: Handler, body: bytes) -> None:
-    """Other bytes, as many."""
+    """The same number of other bytes."""
     flipped = bytes(byte ^ 0x55 for byte in body)
     handler.send(handler.right_head(flipped))

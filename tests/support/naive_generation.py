@@ -1,7 +1,7 @@
-"""What generate should give, the slow way: whole forward passes in NumPy float64, no cache, no padding, no batch.
+"""The expected results of generate: full forward passes in NumPy float64 without cache, padding or batch.
 
-Everything is teacher-forced: it says what the slow loop picks at each place after the tokens before it. A row that is
-picked everywhere is, by induction, the row of the slow loop.
+Everything is teacher-forced: the functions return what the slow loop picks at each place, given the tokens before it.
+By induction, a row that agrees at every place is the row of the slow loop.
 """
 
 import functools
@@ -24,8 +24,8 @@ PLAIN = {
 
 
 def windows(ids, n_ctx):
-    """What the model sees after each of the ids, as `overflow="slide"` is documented: they come one by one, and where
-    n_ctx are there already, the last n_ctx // 2 alone stay, the new one among them."""
+    """The tokens that the model sees after each id with `overflow="slide"`. When a new id would exceed n_ctx, only the
+    last n_ctx // 2 ids are kept, including the new one."""
     seen, all_seen = [], []
     for i in ids:
         seen = [*seen, i]
@@ -38,14 +38,14 @@ def windows(ids, n_ctx):
 def logits_before(config, params, prompt, row):
     """[n, V] float64: for each token of `row`, the logits after the prompt and the row's tokens before it."""
     params, ids = numpy_reference.as_float64(params), [*prompt, *row]
-    if len(ids) <= config.n_ctx:  # one pass has all positions: each sees only what is before it
+    if len(ids) <= config.n_ctx:  # one pass gives all positions: each sees only earlier ones
         return numpy_reference.row(params, ids[:-1], config.n_head)[len(prompt) - 1 :]
     seen = windows(ids[:-1], config.n_ctx)[len(prompt) - 1 :]
     return np.stack([numpy_reference.row(params, window, config.n_head)[-1] for window in seen])
 
 
 def penalised(logits_V, ids, penalty):
-    """CTRL's rule over what a row holds already."""
+    """CTRL's penalty for the tokens that a row already holds."""
     held = np.isin(np.arange(len(logits_V)), ids)
     return np.where(held, np.where(logits_V > 0, logits_V / penalty, logits_V * penalty), logits_V)
 
@@ -58,7 +58,7 @@ def greedy(config, params, prompt, row, penalty=1.0):
 
 
 def sampled(config, params, prompt, row, index, seed, **knobs):
-    """What row `index` of a call draws at each place of `row`, with keys of the seed, the index and the place alone."""
+    """The draws of row `index` of a call at each place of `row`. Keys depend only on seed, index and place."""
     n_rows = -(-len(row) // 32) * 32  # so that `pick` compiles once
     logits_nV = np.zeros((n_rows, config.n_vocab), np.float32)
     logits_nV[: len(row)] = logits_before(config, params, prompt, row)
@@ -93,7 +93,7 @@ def cut_at_ids(row, stop_ids):
 
 
 def cut_at_strings(tokenizer, row, stop_strings):
-    """The ids wholly before a stop string and the text up to it, decided at the first token that completes any."""
+    """The ids that end before a stop string, and the text before it. The first token that completes one decides."""
     stops = [stop.encode() for stop in stop_strings]
     for n in range(1, len(row) + 1):
         spoken = b"".join(map(tokenizer.token_bytes, row[:n]))

@@ -1,4 +1,4 @@
-"""GPT-2's activations by name, and edits of them, in plain NumPy float64: what research.forward should give.
+"""GPT-2's activations by name, and edits of them, in plain NumPy float64: the expected results of research.forward.
 
 B batch, T query, S key, D n_embd, N heads, H head width, F mlp width, V vocab."""
 
@@ -24,12 +24,12 @@ def names(n_layer):
 
 
 def edit(how, name, value, positions=None, heads=None):
-    """What `change` takes; `how` is "replace", "add" or "scale"."""
+    """The edit that `change` takes. `how` is "replace", "add" or "scale"."""
     return how, name, np.asarray(value, np.float64), positions, heads
 
 
 def change(edits, name, x, value_of):
-    """A row's activation with its edits made in turn, one place and one head at a time."""
+    """A row's activation after its edits in order, one place and one head at a time."""
     letters = PER_HEAD.get(name.split("/")[-1], "BT")[1:]
     for how, of, value, positions, heads in edits:
         if of != name:
@@ -43,7 +43,7 @@ def change(edits, name, x, value_of):
 
 
 def forward(config, params, tokens_BT, mask_BT=None, edits=()):
-    """Logits [B, T, V] and {name: activation}. A padded row is its real tokens run alone; padding holds 0."""
+    """Logits [B, T, V] and {name: activation}. Only the real tokens of a padded row are run. Padding holds 0."""
     params, seen, tokens_BT = numpy_reference.as_float64(params), {}, np.asarray(tokens_BT)
     mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else np.asarray(mask_BT)
     logits_BTV = np.zeros((*tokens_BT.shape, config.n_vocab))
@@ -62,12 +62,12 @@ def forward(config, params, tokens_BT, mask_BT=None, edits=()):
 
 
 def weights(config=CONFIG, seed=3):
-    """Weights in which every parameter matters."""
+    """Weights in which every parameter affects the result."""
     return numpy_reference.random_params(config, np.random.default_rng(seed))
 
 
 def real(name, x, mask_BT):
-    """The activation where queries, and keys of scores and patterns, are real tokens; 0 elsewhere."""
+    """The activation at real tokens (for scores and patterns: queries and keys), and 0 elsewhere."""
     letters = PER_HEAD.get(name.split("/")[-1], "BT")
     if letters != "BNT":
         return np.where(mask_BT.reshape(*mask_BT.shape, *[1] * (x.ndim - 2)), x, 0)
@@ -88,7 +88,7 @@ def shape_of(name, n_rows, n_tokens, config=CONFIG):
 
 
 def error(ours, theirs):
-    """The largest difference, relative to the largest value; masked scores count by their own size."""
+    """The largest difference relative to the largest value. Masked scores are compared relative to themselves."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     assert np.isfinite(theirs).all()
@@ -98,7 +98,7 @@ def error(ours, theirs):
 
 
 def assert_agrees(ours, params, tokens_BT, mask_BT=None, edits=(), *, config=CONFIG, bound):
-    """`ours` is what research.forward gave, logits and what it captured, for the edits that `edit` describes."""
+    """Check `ours`, the logits and captured activations that research.forward returned for these edits."""
     out, seen = ours
     logits_BTV, expected = forward(config, params, tokens_BT, mask_BT, edits)
     real_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT

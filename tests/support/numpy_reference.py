@@ -1,4 +1,4 @@
-"""GPT-2's forward pass in plain NumPy float64, sharing nothing with the package it checks.
+"""GPT-2's forward pass in plain NumPy float64. It shares no code with the package.
 
 B batch, T query, S key, D n_embd, N heads, H head width, F mlp width, V vocab."""
 
@@ -10,17 +10,17 @@ MASKED = -1e10
 
 
 def gelu_tanh(x):
-    """The form GPT-2 was trained with."""
+    """The GELU that GPT-2 was trained with."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def gelu_erf(x):
-    """The exact form: wrong for GPT-2's weights, here to show that the tests see the difference."""
+    """The exact GELU. It is wrong for GPT-2's weights, and shows that the tests detect the difference."""
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
 def unseen(name, x):
-    """What `see` is where nobody looks: each activation goes on as it is."""
+    """The default of `see`: return each activation unchanged."""
     return x
 
 
@@ -37,9 +37,9 @@ def attention(x_TD, p, n_head, see=unseen, name="attn"):
 
 
 def row(params, tokens_T, n_head, see=unseen, *, eps=1e-5, gelu=gelu_tanh, first_position=0, layers=None):
-    """Logits [T, V] of one text without padding. `see` gets each activation by name, and gives what goes on.
+    """Logits [T, V] of one text without padding. `see` gets each activation by name and returns its replacement.
 
-    `params` are float64. `eps`, `gelu`, `first_position` and `layers`, the order of blocks, exist to be set wrongly."""
+    `params` are float64. Tests set `eps`, `gelu`, `first_position` and `layers` (the block order) to wrong values."""
 
     def norm(name, x_TD, p):
         centred_TD = x_TD - x_TD.mean(-1, keepdims=True)
@@ -62,7 +62,7 @@ def row(params, tokens_T, n_head, see=unseen, *, eps=1e-5, gelu=gelu_tanh, first
 
 
 def forward(params, tokens_BT, n_head, mask_BT=None, **wrong):
-    """Logits [B, T, V] in float64. A padded row is its real tokens run alone; padded positions are NaN."""
+    """Logits [B, T, V] in float64. Only the real tokens of a padded row are run. Padded positions are NaN."""
     params = as_float64(params)
     mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else np.asarray(mask_BT)
     logits_BTV = np.full((*tokens_BT.shape, len(params["wte"])), np.nan)
@@ -78,7 +78,7 @@ def as_float64(tree):
 
 
 def random_params(config, rng):
-    """A tree of float32 arrays in which every parameter matters: gains are not 1, biases are not 0."""
+    """A tree of float32 arrays. Gains are not 1 and biases are not 0, so every parameter affects the result."""
     width = config.n_embd
 
     def normal(shape, scale, centre=0.0):

@@ -1,4 +1,4 @@
-"""Sampling knobs and keys for tests, and the filters' rules read plainly in float64."""
+"""Sampling knobs and keys for tests, and simple float64 implementations of the filters."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ def keys(n, seed=0):
 
 
 def reference_filter(logits_V, top_k=0, top_p=1.0, min_p=0.0, rule="original"):
-    """Which tokens of one row stay, from sorted logits and their cumulative sums in float64."""
+    """The tokens of one row that are kept, from sorted logits and their cumulative sums in float64."""
     logits_V = np.asarray(logits_V, np.float64)
     if top_k:
         logits_V = np.where(logits_V < np.sort(logits_V)[-min(top_k, len(logits_V))], -np.inf, logits_V)

@@ -1,4 +1,4 @@
-"""How much a test tries: by default what protects a change within minutes, and with `pytest --full` all of it."""
+"""How many cases a test runs: by default those that check a change within minutes, with `pytest --full` all."""
 
 from typing import TypeVar
 
@@ -9,13 +9,13 @@ FULL = False  # set by conftest.py before any test is imported
 
 
 def campaign(quick: T, full: T) -> T:
-    """Return the first by default, and the second with --full: how many kills, calls or examples, or which cases.
+    """Return the first by default, and the second with --full: the number of kills, calls or examples, or the cases.
 
-    The small campaign must fail, too, where what it is about is broken.
+    The small campaign must also fail if the tested property is broken.
     """
     return full if FULL else quick
 
 
 def full_only(what: str) -> pytest.MarkDecorator:
-    """Return a mark for a test that only --full runs; `what` names the test that holds the property by default."""
+    """Return a mark for a test that only --full runs. `what` names the test that checks the property by default."""
     return pytest.mark.skipif(not FULL, reason=f"--full alone: by default {what}")

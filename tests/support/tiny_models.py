@@ -1,4 +1,4 @@
-"""Models small enough to sample thousands of times, and still sensitive to every token they see."""
+"""Models that are small enough to sample thousands of times, and depend on every token in their context."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=41, n_embd=12, n_head=3, n_layer=
 
 
 def random_params(config, seed: int, scale: float = 0.6):
-    """Weights wide enough that the next token depends strongly on every token before it and on their order."""
+    """Large random weights: the next token depends strongly on every earlier token and on their order."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape_dtype):
@@ -21,7 +21,7 @@ def random_params(config, seed: int, scale: float = 0.6):
 
 
 def chosen_logits(logits):
-    """A model that always gives exactly these logits: the final norm's gain is 0, its bias picks wte[:, 0]."""
+    """A model that always gives exactly these logits. The final norm's gain is 0, and its bias selects wte[:, 0]."""
     config = gpt2_jax.GPT2Config(n_vocab=len(logits), n_ctx=7, n_embd=2, n_head=1, n_layer=1)
     params = random_params(config, 3)
     params["ln_f"] = {"g": jnp.zeros(2), "b": jnp.array([1.0, 0.0])}

@@ -1,4 +1,4 @@
-"""Text to prepare, and tokens to read, for the tests of what training reads."""
+"""Text to prepare and tokens to read, for the tests of training data."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def write_jsonl(path: Path, records) -> Path:
 
 
 def expected_ids(tokenizer, documents) -> list[int]:
-    """Each document's ids and the end-of-text after it."""
+    """The ids of each document, with an end-of-text after it."""
     return [i for document in documents for i in [*tokenizer.encode(document), tokenizer.eot]]
 
 
@@ -36,7 +36,7 @@ def snapshot(folder: Path) -> dict:
 
 
 def counting(path: Path, n_tokens: int, mask: np.ndarray | None = None) -> Tokens:
-    """Tokens whose ids are their places in the text."""
+    """Tokens whose ids are their positions in the text."""
     np.arange(n_tokens, dtype="<u2").tofile(path)
     if mask is not None:
         mask.astype(np.uint8).tofile(path.with_suffix(".mask"))

@@ -1,17 +1,17 @@
-"""A two-layer model, its weights written by hand, in which it is known what each head does.
+"""A two-layer model with hand-written weights. The function of each head is known.
 
-| layer | head | it looks at | it adds to the stream |
+| layer | head | attends to | adds to the residual stream |
 |---|---|---|---|
-| 0 | 1, PREVIOUS | the token before; the first token at itself | which token that is |
-| 1 | 2, INDUCTION | the token behind an earlier one equal to this one; the first if there is none | what comes next |
+| 0 | 1, PREVIOUS | the previous token; the first token: itself | which token that is |
+| 1 | 2, INDUCTION | the token after an earlier equal token; the first token if there is none | what comes next |
 
-All other heads have weights of zero: they look at all tokens alike and add nothing. The MLPs add nothing. So the model
-predicts, for a token that came before (once), the token that followed it then: "b" after "a b c a", and for a token
-that is new that same token again.
+All other heads have zero weights: they attend to all tokens equally and add nothing. The MLPs add nothing. For a token
+that occurred once before, the model predicts the token that followed it: "b" after "a b c a". For a new token, it
+predicts the same token again.
 
-The stream has one number for each token, one for each place, and one for each token again, as what stood before. They
-are 0 or SCALE, two or three of them not 0 in every token, so that LayerNorm is one multiplication and one addition,
-the same for all tokens; g and b make what it gives 0 or 1.
+The residual stream has one number for each token, one for each place, and one for each token as the previous token.
+They are 0 or SCALE, and two or three of them are not 0 at every place. So LayerNorm is one multiplication and one
+addition, the same for all tokens. g and b make its results 0 or 1.
 """
 
 import jax
@@ -23,7 +23,7 @@ import gpt2_jax
 PREVIOUS = (0, 1)
 INDUCTION = (1, 2)
 SCALE = 4.0
-SHARP = 30.0  # the score of what a head looks for; what it does not look for has half of that at most
+SHARP = 30.0  # the score of a match; other scores are at most half of it
 
 
 def induction_toy(n_vocab=19, n_ctx=17):
@@ -40,7 +40,7 @@ def induction_toy(n_vocab=19, n_ctx=17):
         params[f"h{layer}"]["ln_1"] = _ones_of(n_hot, config.n_embd)
 
     q, k, v, out = _head(config, params, *PREVIOUS)
-    q[place[1:], np.arange(n_ctx - 1)] = SHARP  # of place p: column p - 1
+    q[place[1:], np.arange(n_ctx - 1)] = SHARP  # place p looks for place p - 1
     q[place[0], 0] = SHARP
     k[place, np.arange(n_ctx)] = np.sqrt(width)
     v[token, token] = 1
@@ -49,15 +49,15 @@ def induction_toy(n_vocab=19, n_ctx=17):
     q, k, v, out = _head(config, params, *INDUCTION)
     q[token, token] = SHARP
     k[before, token] = np.sqrt(width)
-    k[token, token] = -np.sqrt(width)  # the first token, at which "before" is the token itself, is no match
-    k[place[0]] = np.sqrt(width) / 2  # but better than nothing
-    v[token, token], v[before, token] = 1, -1  # the token and not the one before it; nothing of the first
+    k[token, token] = -np.sqrt(width)  # the first token, whose previous token is itself, must not match
+    k[place[0]] = np.sqrt(width) / 2  # but it must win if nothing matches
+    v[token, token], v[before, token] = 1, -1  # the token minus its previous token; 0 for the first
     out[token, token] = SCALE
     return config, jax.tree.map(jnp.asarray, params)
 
 
 def _ones_of(n_hot, n_embd):
-    """The LayerNorm that makes ones of the `n_hot` numbers that are SCALE, and leaves the others 0."""
+    """The LayerNorm that turns the `n_hot` numbers equal to SCALE into 1, and the others into 0."""
     mean = n_hot / n_embd
     deviation = np.sqrt(SCALE**2 * mean * (1 - mean) + 1e-5) / SCALE
     return {"g": np.full(n_embd, deviation, np.float32), "b": np.full(n_embd, mean, np.float32)}

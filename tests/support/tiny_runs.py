@@ -1,0 +1,47 @@
+"""Training runs of a model with the embedded vocabulary that compiles in a second."""
+
+import contextlib
+from unittest import mock
+
+import commands
+import jax
+import numpy as np
+import numpy_reference
+import tiny_models
+from training_steps import recipe
+
+import gpt2_jax
+from gpt2_jax.training import loop
+
+CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=13, n_embd=6, n_head=3, n_layer=1)
+TEXT = "".join(f"The {i % 7} of {'thee' if i % 3 else 'thou'} and the {i * i % 11}.\n" for i in range(83))
+CURVE = loop.CURVE
+QUIET = {"evaluate_every": 0, "sample_every": 0, "tensorboard": False}
+SMALL = {"steps": 4, "batch_size": 3, "data": {"n_tokens": 11}, "optimizer": {"learning_rate": 0.01}, "monitor": QUIET}
+
+
+def small(**changes):
+    """A recipe of four steps without dropout, at a constant learning rate."""
+    return recipe(**(SMALL | changes))
+
+
+def params():
+    return tiny_models.random_params(CONFIG, 7, scale=0.3)
+
+
+def mean_nats(params, n_head, tokens, targets):
+    """Nats per token, by NumPy."""
+    logits = numpy_reference.forward(params, np.asarray(tokens), n_head)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1).mean()
+
+
+@contextlib.contextmanager
+def compiled_once(folder):
+    """Cache compiled programs, because each `fit` would compile them again. Do not plot the loss curve."""
+    with commands.config_of_jax_kept(), mock.patch.object(loop, "plot_curve"):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        yield
