@@ -1,4 +1,4 @@
-"""A model looked over before it is used: its files, counts, memory, every tensor and the vocabulary, as plain data."""
+"""Inspect a model before you use it: its files, counts, memory, every tensor and the vocabulary, as plain data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt2_jax.inspection.files import list_files
 from gpt2_jax.params import Params, flatten
 from gpt2_jax.tokenizer import Tokenizer
 
-CHUNK = 2**18  # values taken to float64 at a time: 2 MiB, which stays in a core's cache
+CHUNK = 2**18  # values converted to float64 at a time: 2 MiB, which fits a core's cache
 SHOWN = 5  # tokens and merges shown from either end
 EDGE = 3  # values of a row shown from either end
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
@@ -24,7 +24,7 @@ QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 MEANINGS = {
     "n_vocab": "token ids: rows of the token embedding wte",
     "n_ctx": "longest text in tokens: rows of the position embedding wpe",
-    "n_embd": "width of the residual stream: numbers that stand for one token",
+    "n_embd": "width of the residual stream: numbers for each token",
     "n_head": "attention heads in a block, each n_embd / n_head = {width} wide",
     "n_layer": "blocks (attention and MLP), one after another: h0, h1, ...",
 }
@@ -40,10 +40,10 @@ SYMBOLS = {"V": "n_vocab", "C": "n_ctx", "D": "n_embd", "L": "n_layer"}
 
 
 def inspect(source: str | os.PathLike, track: Callable[[list], Iterable] = iter) -> dict[str, Any]:
-    """Load a model and report on it: `report` of what `source` means to `load`.
+    """Load a model from any source that `load` takes, and return its `report`.
 
     Raises:
-      FileNotFoundError, ValueError: as `load`. A vocabulary that is absent or malformed is reported, not raised.
+      FileNotFoundError, ValueError: as `load`. A missing or malformed vocabulary does not raise: the report says so.
     """
     directory = checkpoints.locate(source)
     return report(directory, *checkpoints.load(source), track)
@@ -52,24 +52,24 @@ def inspect(source: str | os.PathLike, track: Callable[[list], Iterable] = iter)
 def report(
     directory: Path, config: GPT2Config, params: Params, track: Callable[[list], Iterable] = iter
 ) -> dict[str, Any]:
-    """Report on a loaded model and its directory, in plain data: `json.dumps(..., allow_nan=False)` takes it.
+    """Report on a loaded model and its directory as plain data, which `json.dumps(..., allow_nan=False)` accepts.
 
     Args:
-      directory: where it was loaded from.
-      config, params: what `load` gave.
-      track: wraps the list of (name, tensor) while they are gone through, to show progress.
+      directory: the directory that the model was loaded from.
+      config, params: the result of `load`.
+      track: wraps the iteration over the list of (name, tensor), to show progress.
 
     Returns:
       A dict with the keys
-        directory; form: "tensorflow", "huggingface", "orbax" or "checkpoint", one of a training run;
-        size: "124M", ..., or None for a shape not released;
-        files: of `list_files`; hyperparameters: n_vocab, n_ctx, n_embd, n_head, n_layer;
-        param_dtype: name; parameters: of `count_parameters`; memory: of `memory`, bytes;
-        tensors: for each, wte and wpe first and then by layer, its name and what `describe_tensor` gives;
-        finite: no tensor holds NaN or an infinite value; vocabulary: of `describe_vocabulary`.
+        directory; form: "tensorflow", "huggingface", "orbax", or "checkpoint" for a checkpoint of a training run;
+        size: "124M", ..., or None for a shape that was not released;
+        files: see `list_files`; hyperparameters: n_vocab, n_ctx, n_embd, n_head, n_layer;
+        param_dtype: its name; parameters: see `count_parameters`; memory: see `memory`, in bytes;
+        tensors: the name of each tensor and its `describe_tensor`: wte and wpe first, then by layer;
+        finite: True if no tensor holds NaN or an infinite value; vocabulary: see `describe_vocabulary`.
     """
     form = checkpoints.form_of(directory)
-    first = {"wte": 0, "wpe": 1}  # what a token meets first
+    first = {"wte": 0, "wpe": 1}  # the embeddings come first
     named = sorted(flatten(params).items(), key=lambda item: first.get(item[0], len(first)))
     tensors = [{"name": name} | describe_tensor(leaf) for name, leaf in track(named)]
     hparams = config.to_hparams()
@@ -89,15 +89,16 @@ def report(
 
 
 def count_parameters(config: GPT2Config, params: Params) -> dict[str, Any]:
-    """Count the parameters in the tensors of each part, beside the closed form.
+    """Count the parameters of each part in the tensors, and compute them from the config.
 
     Args:
-      config: the model's.
-      params: the tree; anything with a `size` will do for a leaf (`abstract_params`).
+      config: the model's config.
+      params: the tree. A leaf needs only a `size`, so the result of `abstract_params` works too.
 
     Returns:
-      parts: for "wte", "wpe", "attn", "mlp", "ln": part, holds, formula, counted (in the tensors), closed_form (from
-      the config); the same for all of them at the top; agree: they do, in every part; symbols: what V, C, D, L are.
+      A dict with the keys parts: a list with part, holds, formula, counted (in the tensors) and closed_form (from the
+      config) for "wte", "wpe", "attn", "mlp" and "ln"; formula, counted, closed_form: those of the whole model; agree:
+      True if both counts are equal in every part; symbols: the names and values of V, C, D and L.
     """
     counted = dict.fromkeys(FORMULAS, 0)
     for name, leaf in flatten(params).items():
@@ -119,12 +120,12 @@ def count_parameters(config: GPT2Config, params: Params) -> dict[str, Any]:
 
 
 def memory(config: GPT2Config) -> dict[str, dict[str, dict[str, int]]]:
-    """Compute the bytes that the model takes, activations and scratch space apart.
+    """Compute the bytes that the model needs, without activations and scratch space.
 
     Returns:
-      {"inference" | "training": {"float32" | "bfloat16": {...}}}. Inference: weights, cache (the keys and values of
-      one row of n_ctx tokens), total. Training with Adam, everything in that dtype: weights, gradients, moments (the
-      two of Adam), total: 16 bytes a parameter in float32, 8 in bfloat16.
+      {"inference" | "training": {"float32" | "bfloat16": {...}}}. Inference: weights, cache (the KV cache of one row
+      of n_ctx tokens), total. Training with Adam, everything in that dtype: weights, gradients, moments (both of
+      Adam), total: 16 bytes per parameter in float32, 8 in bfloat16.
     """
     inference, training = {}, {}
     for dtype in ("float32", "bfloat16"):
@@ -136,16 +137,16 @@ def memory(config: GPT2Config) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def describe_tensor(array: Any) -> dict[str, Any]:
-    """Describe an array by its finite values, computed in float64 a chunk at a time.
+    """Describe an array by statistics of its finite values, computed in float64 chunk by chunk.
 
     Returns:
-      shape, dtype (name), count (of all values), mean, std (of the population), min, max, norm (L2, of all values as
-      one vector), nan and infinite (how many). A statistic that no finite number gives is None.
+      shape, dtype (its name), count (of all values), mean, std (population), min, max, norm (L2, of all values as one
+      vector), nan and infinite (how many). A statistic without a finite result is None.
     """
     array = np.asarray(array)
     flat = array.reshape(-1)
     n, mean, squares, least, most, nan, infinite = 0, 0.0, 0.0, np.inf, -np.inf, 0, 0
-    with np.errstate(over="ignore", invalid="ignore"):  # float64 values beyond 1e154: their squares are infinite, None
+    with np.errstate(over="ignore", invalid="ignore"):  # squares of values beyond 1e154 overflow: None
         for start in range(0, flat.size, CHUNK):
             values = flat[start : start + CHUNK].astype(np.float64)
             finite = np.isfinite(values)
@@ -158,7 +159,7 @@ def describe_tensor(array: Any) -> dict[str, Any]:
             least, most = min(least, values.min()), max(most, values.max())
             own = values.mean()
             values -= own
-            # Two sets' means and sums of squared deviations into those of both (Chan, Golub and LeVeque 1979).
+            # Combine the means and sums of squared deviations of two sets (Chan, Golub and LeVeque 1979).
             squares += values @ values + (own - mean) ** 2 * n * values.size / (n + values.size)
             mean += (own - mean) * values.size / (n + values.size)
             n += values.size
@@ -169,15 +170,15 @@ def describe_tensor(array: Any) -> dict[str, Any]:
 
 
 def examine_tensor(params: Params, name: str) -> dict[str, Any]:
-    """Describe one tensor of a model closely.
+    """Describe one tensor of a model in detail.
 
     Returns:
-      name, what `describe_tensor` gives, quantiles {"0.5": median, ...} of the finite values, rows: {"first": {"first":
-      its first values, "last": its last}, "last": the same of the last row}, and for c_attn's w and b
-      thirds: {"q" | "k" | "v": of `describe_tensor`}, else None.
+      name; the entries of `describe_tensor`; quantiles: {"0.5": median, ...} of the finite values; rows: {"first":
+      {"first": the first values of the first row, "last": its last values}, "last": the same for the last row};
+      thirds: {"q" | "k" | "v": see `describe_tensor`} for c_attn's w and b, else None.
 
     Raises:
-      ValueError: no tensor has this name; the message gives the nearest.
+      ValueError: no tensor has this name. The message gives the nearest names.
     """
     flat = flatten(params)
     if name not in flat:
@@ -199,8 +200,8 @@ def examine_tensor(params: Params, name: str) -> dict[str, Any]:
 
 
 def _quantiles(array: np.ndarray) -> dict[str, float | None]:
-    """Return the quantiles of an array's finite values, linear between two values, as numpy's are."""
-    wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)  # numpy sorts those fast
+    """Return the quantiles of an array's finite values, with linear interpolation like NumPy's."""
+    wide = array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)  # NumPy sorts these fast
     values = wide[np.isfinite(wide)]
     if not values.size:
         return {str(q): None for q in QUANTILES}
@@ -217,9 +218,9 @@ def describe_vocabulary(directory: Path) -> dict[str, Any]:
     """Describe the vocabulary in a model's directory, if there is one.
 
     Returns:
-      missing: None, or why there is none; and, None each if so, n_ids, end_of_text (the id of `<|endoftext|>`),
-      first_tokens and last_tokens: {id, token (as in the file, where Ġ is a space), text}; n_merges, first_merges and
-      last_merges: pairs of tokens.
+      missing: None, or the reason why there is no vocabulary; then all other values are None. n_ids; end_of_text: the
+      id of `<|endoftext|>`; first_tokens and last_tokens: {id, token (as in the file, where Ġ is a space), text};
+      n_merges; first_merges and last_merges: pairs of tokens.
     """
     names = ("n_ids", "end_of_text", "first_tokens", "last_tokens", "n_merges", "first_merges", "last_merges")
     try:
@@ -246,7 +247,7 @@ def _tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number as JSON has it: no NaN, no infinity."""
+    """Return a number that JSON can hold: None for NaN and infinite values."""
     return float(value) if np.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""What each file of a model's directory is for, in plain words."""
+"""What each file of a model's directory is for."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 from gpt2_jax.tokenizer import MERGES, OPENAI_FILES, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCAB_JSON
 
-# For each form, and then for any, patterns of names and what such a file is for: the first that fits counts.
+# File name patterns and what the files are for, by form, and then for all forms. The first pattern that matches counts.
 WEIGHTS = {
     "tensorflow": {
         "checkpoint": "names the checkpoint to read; text",
         "hparams.json": "the five hyperparameters; text",
-        "*.index": "where each tensor lies in the data file: name, shape, dtype, offset, checksum",
+        "*.index": "where each tensor is in the data file: name, shape, dtype, offset, checksum",
         "*.data-*-of-*": "the weights, one tensor after another",
     },
     "huggingface": {
         "config.json": "the hyperparameters; text",
-        "model.safetensors": "the weights, one tensor after another behind a header with names and shapes",
+        "model.safetensors": "a header with names and shapes, then the weights, one tensor after another",
         "model.safetensors.index.json": "which file holds which tensor; text",
         "model-*-of-*.safetensors": "a part of the weights",
     },
@@ -31,21 +31,21 @@ WEIGHTS = {
     "checkpoint": {
         "checkpoint.json": "the names and shapes of all tensors and the sha256 of each file; text",
         "params/": "the weights, as Orbax writes them",
-        "lora/": "LoRA's small matrices, which are added to the weights",
+        "lora/": "LoRA's low-rank matrices, whose product is added to the weights",
     },
 }
 SHARDED = ("model.safetensors.index.json", "model-*-of-*.safetensors")
 IN_TWO = ("the vocabulary: token to id; text", "the merges of byte-pair encoding, in order; text")
-VOCABULARIES = (  # the first of which there is a file is read
+VOCABULARIES = (  # the first one with a file in the directory is read
     dict(zip(OPENAI_FILES, IN_TWO, strict=True)),
     dict(zip((VOCAB_JSON, MERGES), IN_TWO, strict=True)),
     {TOKENIZER_JSON: "the vocabulary and the merges of byte-pair encoding; text"},
 )
-PICKLED = "pickled weights; never opened, as a pickle can run code"
+PICKLED = "pickled weights; never opened: a pickle can run code"
 NOT_READ = {
     **dict.fromkeys((OPENAI_FILES[0], VOCAB_JSON, TOKENIZER_JSON), "the same vocabulary in another form"),
     **dict.fromkeys((OPENAI_FILES[1], MERGES), "the same merges in another form"),
-    "*.meta": "TensorFlow's graph of the computation; the weights need none",
+    "*.meta": "TensorFlow's computation graph; not needed to read the weights",
     "*.index": "another checkpoint's index",
     "*.data-*-of-*": "another checkpoint's weights",
     "model*.safetensors*": "the same weights in another form",
@@ -56,18 +56,18 @@ NOT_READ = {
     "generation_config.json": "Hugging Face's sampling defaults",
     TOKENIZER_CONFIG: "Hugging Face's tokenizer settings",
     "special_tokens_map.json": "Hugging Face's tokenizer settings",
-    "trainer/": "the optimizer's state, for training on",
-    **dict.fromkeys(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"), "Orbax's own notes"),
+    "trainer/": "the optimizer's state, to resume training",
+    **dict.fromkeys(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"), "Orbax's metadata"),
     "*.md": "a description",
     "*": "",
 }
 
 
 def list_files(directory: Path, form: str) -> list[dict[str, Any]]:
-    """List what lies in a model's directory, those files first that `load` and `load_tokenizer` read.
+    """List the files in a model's directory. Those that `load` and `load_tokenizer` read come first.
 
     Returns:
-      For each file or folder ("params/"): name, bytes (of all in it), used, purpose in plain words ("" if not known).
+      For each file or folder ("params/"): name, bytes (of all files in it), used, purpose ("" if it is not known).
     """
     paths = {path.name + "/" * path.is_dir(): path for path in sorted(directory.iterdir())}
     vocabulary = next((files for files in VOCABULARIES if files.keys() & paths.keys()), {})
@@ -75,7 +75,7 @@ def list_files(directory: Path, form: str) -> list[dict[str, Any]]:
     newest = _newest(directory) if form == "tensorflow" else None
     if newest:
         weights = {pattern.replace("*.", glob.escape(newest) + "."): text for pattern, text in weights.items()}
-    if "model.safetensors" in paths:  # read even where there is an index too
+    if "model.safetensors" in paths:  # it is read even if there is an index too
         weights = {pattern: text for pattern, text in weights.items() if pattern not in SHARDED}
     rows = []
     for name, path in paths.items():
@@ -91,7 +91,7 @@ def _purpose(name: str, purposes: dict[str, str]) -> str | None:
 
 
 def _newest(directory: Path) -> str | None:
-    """Return the name that a TensorFlow checkpoint's pointer gives, without the folder of the machine that wrote it."""
+    """Return the checkpoint name in TensorFlow's pointer file, without the folder of the machine that wrote it."""
     pointer = directory / "checkpoint"
     text = pointer.read_text("utf-8", errors="replace") if pointer.is_file() else ""
     match = re.search(r'^model_checkpoint_path: "(?:.*[/\\])?(.+)"', text, re.MULTILINE)

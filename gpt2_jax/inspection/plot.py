@@ -11,9 +11,9 @@ from gpt2_jax import figures
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params, flatten
 
-# matplotlib is imported inside the functions that draw: the package does without it otherwise.
+# matplotlib is imported when something is drawn: the rest of the package works without it.
 
-DENSE = {  # colour and line; dashed over solid shows both where two coincide
+DENSE = {  # color and line style; a dashed line over a solid one shows both where they coincide
     "attn/c_attn": ("#0072b2", "-"),
     "attn/c_proj": ("#56b4e9", "-"),
     "mlp/c_fc": ("#d55e00", "--"),
@@ -21,35 +21,35 @@ DENSE = {  # colour and line; dashed over solid shows both where two coincide
 }
 EMBEDDINGS = {"wte": ("#222222", "-"), "wpe": ("#009e73", "--")}
 NORMS = {"ln_1": ("#0072b2", "-"), "ln_2": ("#d55e00", "--")}
-CHUNK = 2**18  # values taken to float64 at a time
-BINS = 201  # an odd number: one is centred on zero
-WIDEST = 10  # the histograms end at so many root mean squares of the widest kind
-POSITIONS = 256  # rows of the similarity picture at most
+CHUNK = 2**18  # values converted to float64 at a time
+BINS = 201  # odd: so one bin is centered on zero
+WIDEST = 10  # the histograms end at this many root mean squares of the widest kind
+POSITIONS = 256  # at most this many rows in the similarity picture
 
 
 def plot(config: GPT2Config, params: Params, path: str | os.PathLike) -> None:
-    """Draw a model's weights into a file; the format follows the extension: .png, .svg or .pdf.
+    """Draw a model's weights into a file. Its extension gives the format: .png, .svg or .pdf.
 
-    Written beside under a temporary name and renamed.
+    The picture is written to a temporary file in the same folder, which is then renamed.
 
     Raises:
-      ValueError: another extension.
-      FileNotFoundError: the folder for the file is not there.
+      ValueError: the extension is not one of these.
+      FileNotFoundError: the folder for the file does not exist.
     """
     path = figures.check_path(path)
     figures.save(draw(config, params), path)
 
 
 def draw(config: GPT2Config, params: Params) -> Any:
-    """Return a matplotlib Figure of six panels; NaN and infinite values are left out.
+    """Return a matplotlib Figure of six panels. NaN and infinite values are left out.
 
-    Above distributions, sizes by layer, LayerNorm gains; below similarity of positions, sizes of wpe's and wte's rows.
+    Upper row: distributions, sizes by layer, LayerNorm gains. Lower row: similarity of positions, sizes of wpe's rows,
+    sizes of wte's rows.
     """
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     flat = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-    figure = Figure(figsize=(17, 9.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    figure = figures.Figure(figsize=(17, 9.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     axes = figure.subplots(2, 3)
     figure.suptitle(
         f"GPT-2, {config.n_params:,} parameters in {config.param_dtype.name}: {config.n_layer} layers of width "
@@ -82,22 +82,22 @@ def _draw_distributions(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]
         counts, total = _histogram(arrays, edges)
         outside = total - counts.sum()
         label = f"{kind}, RMS {sizes[kind]:.3f}" + (f", {outside:,} outside" if outside else "")
-        shares = np.where(counts > 0, counts / max(total, 1), np.nan)  # an empty bin is a gap: a log scale has no 0
+        shares = np.where(counts > 0, counts / max(total, 1), np.nan)  # an empty bin is a gap: log(0)
         colour, style = (DENSE | EMBEDDINGS)[kind]
         ax.stairs(shares, edges, baseline=None, color=colour, linestyle=style, linewidth=1.4, label=label)
     ax.set_yscale("log")
     ax.set(title="Distribution of the weights, all layers together", xlabel="value of a weight")
     ax.set_ylabel(f"share of the values in a bin of {edges[1] - edges[0]:.2g}")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside: above the colour bar there is room
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # there is room beside the panel
 
 
 def _draw_sizes(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> None:
-    """Draw the root mean square of each dense layer's w: its norm, made comparable between shapes."""
+    """Draw the root mean square of each dense layer's w: its norm, comparable between shapes."""
     layers = range(config.n_layer)
     for kind, (colour, style) in DENSE.items():
         sizes = [_rms([flat[f"h{i}/{kind}/w"]]) for i in layers]
         ax.plot(layers, sizes, marker="o", markersize=4, color=colour, linestyle=style, label=f"{kind}/w")
-    ax.axhline(0.02, color="grey", linestyle=":", label="0.02: OpenAI's before training")
+    ax.axhline(0.02, color="grey", linestyle=":", label="0.02: OpenAI's initial value")
     _from_zero(ax)
     ax.set(title="Size of the weights by layer", xlabel="layer", ylabel="root mean square (L2 norm / √count)")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -105,7 +105,7 @@ def _draw_sizes(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> Non
 
 
 def _draw_gains(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> None:
-    """Draw the median gain g of each LayerNorm and the band that holds 80 % of its channels; ln_f comes last."""
+    """Draw the median gain g of each LayerNorm, and the band with the middle 80 % of its channels. ln_f comes last."""
     layers = np.arange(config.n_layer)
     for norm, (colour, style) in NORMS.items():
         low, middle, high = np.transpose([_deciles(flat[f"h{i}/{norm}/g"]) for i in layers])
@@ -114,7 +114,7 @@ def _draw_gains(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> Non
     low, middle, high = _deciles(flat["ln_f/g"])
     bars = [[middle - low], [high - middle]]
     ax.errorbar([config.n_layer], [middle], bars, color="#222222", marker="s", markersize=5, capsize=3, label="ln_f/g")
-    ax.axhline(1, color="grey", linestyle=":", label="1: before training")
+    ax.axhline(1, color="grey", linestyle=":", label="1: initial value")
     _from_zero(ax)
     ax.set(title="LayerNorm gains by layer", xlabel="layer (ln_f: after the last)")
     ax.set_ylabel("gain g: median, and the middle 80 % of channels")
@@ -123,7 +123,7 @@ def _draw_gains(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> Non
 
 
 def _draw_similarity(ax: Any, figure: Any, wpe: np.ndarray) -> None:
-    """Draw the cosine between the embeddings of every two positions, of every so many where there are many."""
+    """Draw the cosine similarity of the embeddings of any two positions. With many positions it draws every n-th."""
     step = -(-len(wpe) // POSITIONS)
     rows = wpe[::step].astype(np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -138,7 +138,7 @@ def _draw_similarity(ax: Any, figure: Any, wpe: np.ndarray) -> None:
         interpolation="nearest",
     )
     label = "position" if step == 1 else f"position (one in {step} drawn)"
-    ax.set(title="How alike two positions are: rows of wpe", xlabel=label, ylabel=label)
+    ax.set(title="Similarity of positions: rows of wpe", xlabel=label, ylabel=label)
     figure.colorbar(image, cax=ax.inset_axes((1.04, 0, 0.05, 1)), label="cosine of the two embeddings")
 
 
@@ -150,7 +150,7 @@ def _draw_position_norms(ax: Any, wpe: np.ndarray) -> None:
 
 
 def _draw_token_norms(ax: Any, wte: np.ndarray) -> None:
-    """Draw the norm of each token's embedding, and the median of a hundredth of the ids at a time."""
+    """Draw the norm of each token's embedding, and the median of each hundredth of the ids."""
     norms = _row_norms(wte)
     groups = np.array_split(np.arange(len(norms)), min(100, len(norms)))
     ax.plot(norms, ".", color="#999999", markersize=2, alpha=0.35, rasterized=True, label="a token")
@@ -163,7 +163,7 @@ def _draw_token_norms(ax: Any, wte: np.ndarray) -> None:
 
 
 def _from_zero(ax: Any) -> None:
-    """Let the axis begin at zero, or below where values are negative, so that heights compare; leave room above."""
+    """Start the axis at zero, or lower for negative values, so that heights are comparable. Leave room above."""
     low, high = ax.dataLim.intervaly
     if np.isfinite([low, high]).all():
         ax.set_ylim(min(0, 1.08 * low), 1.08 * high if high > 0 else 1)
@@ -178,7 +178,7 @@ def _chunks(array: np.ndarray) -> Any:
 
 
 def _histogram(arrays: list[np.ndarray], edges: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the number of finite values in each bin, and of all of them."""
+    """Return the number of finite values in each bin, and the number of all finite values."""
     counts, total = np.zeros(len(edges) - 1, np.int64), 0
     for values in (values for array in arrays for values in _chunks(array)):
         counts += np.histogram(values, bins=len(edges) - 1, range=(edges[0], edges[-1]))[0]
@@ -205,7 +205,7 @@ def _deciles(array: np.ndarray) -> tuple[float, float, float]:
 
 
 def _row_norms(array: np.ndarray) -> np.ndarray:
-    """Return the L2 norm of each row, in float64; NaN for a row with a value that is not finite."""
+    """Return the L2 norm of each row in float64. It is NaN for a row with a value that is not finite."""
     step = max(1, CHUNK // array.shape[1])
     parts = [array[i : i + step].astype(np.float64) for i in range(0, len(array), step)]
     norms = np.concatenate([np.linalg.norm(part, axis=1) for part in parts])

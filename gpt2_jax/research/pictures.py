@@ -1,6 +1,7 @@
 """Pictures of what the other modules compute: heat maps, attention patterns, lenses and bars, labelled with tokens.
 
-Each function draws into a matplotlib Figure and returns it; `save(figure, path)` writes it into a file.
+Each function draws into a matplotlib Figure and returns it. A notebook shows it as the value of a cell, and
+`save(figure, path)` writes it into a file. matplotlib is imported when something is drawn.
 
 Shape letters: T query, S the token looked at, L layers, N heads.
 """
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt2_jax.figures import save as save  # for those who draw
+from gpt2_jax import figures
+from gpt2_jax.figures import save as save  # part of this module's interface
 from gpt2_jax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,18 +24,16 @@ if TYPE_CHECKING:
 
     from gpt2_jax.research.lens import Lens
 
-# matplotlib is imported inside the functions that draw: the package does without it otherwise.
-
 VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥"}
-CELL = 0.32  # inches, of a map that then is not larger than LARGEST
+CELL = 0.32  # inches per cell, in a map that is not larger than LARGEST
 LARGEST = 16  # inches
-LARGEST_OF_MANY = 5  # of the patterns beside each other
-MOST_LABELS = 64  # at an axis: of more, every second, third, ...
-COLUMNS = 4  # of attention patterns beside each other
+LARGEST_OF_MANY = 5  # inches, for one of several attention patterns
+MOST_LABELS = 64  # labels of one axis: with more, every second, third, ... label is drawn
+COLUMNS = 4  # attention patterns side by side
 
 
 def token_labels(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    r"""Return how each token is written at an axis: "·the", "⏎", "\xe2" for the first byte of a longer character."""
+    r"""Return the axis label of each token: "·the", "⏎", or "\xe2" for the first byte of a longer character."""
     return [_visible(tokenizer.token_bytes(int(i)).decode("utf-8", "backslashreplace")) for i in ids]
 
 
@@ -45,7 +45,7 @@ def _visible(text: str) -> str:
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    """Return the characters that matplotlib's own font has: it warns of others, and draws boxes."""
+    """Return the characters of matplotlib's default font. For others it warns and draws boxes."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     return frozenset(get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
@@ -62,22 +62,20 @@ def heat_map(
     value_name: str = "",
     signed: bool | None = None,
 ) -> Figure:
-    """Draw numbers [rows, columns] as colours: a patching grid, head scores.
+    """Draw numbers [rows, columns] as colors: a patching grid, or head scores.
 
     Args:
       values: the numbers; NaN stays white.
-      rows, columns: the labels of each, as `token_labels` gives them; None numbers them.
-      title: stands above.
-      row_name, column_name, value_name: of the axes, and of the colours.
-      signed: red above 0 and blue below; None does so where there are numbers of both signs.
+      rows, columns: the labels of the rows and columns, such as those of `token_labels`; None numbers them.
+      title: the title above the map.
+      row_name, column_name, value_name: the names of the two axes and of the color bar.
+      signed: True draws numbers above 0 in red and below 0 in blue. None does so if there are numbers of both signs.
 
     Raises:
-      ValueError: not two axes, or labels of another number.
+      ValueError: the values do not have two axes, or the number of labels is wrong.
     """
-    from matplotlib.figure import Figure
-
     values = _matrix(values, rows, columns)
-    figure = Figure(figsize=_size(values.shape), layout="constrained")
+    figure = figures.Figure(figsize=_size(values.shape), layout="constrained")
     square = figure.subplots()
     image = _draw_map(square, values, rows, columns, title, row_name, column_name, _limits(values, signed))
     figure.colorbar(image, ax=square, label=value_name, shrink=0.8)
@@ -85,64 +83,62 @@ def heat_map(
 
 
 def attention_patterns(pattern_NTS: Any, tokens: Sequence[Any], heads: Sequence[int] | None = None) -> Figure:
-    """Draw what heads look at, one square a head: the token that looks goes down, the one looked at across.
+    """Draw attention patterns, one square for each head: query tokens go down, key tokens go across.
 
     Args:
       pattern_NTS: "h3/attn/pattern" of one row, as `forward` captures it.
-      tokens: the row's tokens, as `token_labels` gives them.
-      heads: which heads these are; None means all, from 0.
+      tokens: the labels of the row's tokens, such as those of `token_labels`.
+      heads: the numbers of these heads; None numbers them from 0.
 
     Raises:
-      ValueError: another shape than [N, T, T], or labels of another number.
+      ValueError: the shape is not [N, T, T], or the number of labels is wrong.
     """
-    from matplotlib.figure import Figure
-
     pattern_NTS = np.asarray(pattern_NTS, np.float64)
     if pattern_NTS.ndim != 3:
-        raise ValueError(f"a pattern to draw is [N, T, S], of one row, not of shape {pattern_NTS.shape}")
+        raise ValueError(f"attention patterns must have the shape [N, T, T], of one row, not {pattern_NTS.shape}")
     heads = range(len(pattern_NTS)) if heads is None else heads
     if not len(heads) or len(heads) != len(pattern_NTS):
-        raise ValueError(f"there are {len(pattern_NTS)} patterns and {len(heads)} numbers of heads")
+        raise ValueError(f"there are {len(pattern_NTS)} patterns, but {len(heads)} head numbers")
     for pattern_TS in pattern_NTS:
         _matrix(pattern_TS, tokens, tokens)
     n_columns = min(COLUMNS, len(heads))
     n_rows = math.ceil(len(heads) / n_columns)
     width, height = _size(pattern_NTS.shape[1:], LARGEST_OF_MANY)
-    figure = Figure(figsize=(width * n_columns, height * n_rows), layout="constrained")
+    figure = figures.Figure(figsize=(width * n_columns, height * n_rows), layout="constrained")
     squares = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for square in squares[len(heads) :]:
         square.set_axis_off()
     images = []
     for square, head, pattern_TS in zip(squares, heads, pattern_NTS, strict=False):
         above = np.triu(np.ones(pattern_TS.shape, bool), 1)
-        shown = np.where(above & (pattern_TS == 0), np.nan, pattern_TS)  # what nobody may see stays white
-        images.append(_draw_map(square, shown, tokens, tokens, f"head {head}", "looks", "looked at", (0, 1)))
+        shown = np.where(above & (pattern_TS == 0), np.nan, pattern_TS)  # masked cells stay white
+        images.append(_draw_map(square, shown, tokens, tokens, f"head {head}", "query token", "key token", (0, 1)))
     figure.colorbar(images[-1], ax=squares, label="attention", shrink=0.6)
     return figure
 
 
 def lens_picture(lens: Lens, tokenizer: Tokenizer, tokens_T: Sequence[int], row: int = 0) -> Figure:
-    """Draw what each layer predicts at each token of one row: the likeliest token, coloured by its probability.
+    """Draw what each layer predicts at each token of one row: the most likely token, colored by its probability.
 
     Args:
-      lens: of `logit_lens`.
-      tokenizer: the model's.
-      tokens_T: the row's ids.
-      row: which row of the lens.
+      lens: the result of `logit_lens`.
+      tokenizer: the model's tokenizer.
+      tokens_T: the ids of the row.
+      row: the number of the row in `lens`.
 
     Raises:
-      ValueError: the row has another number of tokens.
+      ValueError: the row has a different number of tokens.
     """
     probability_LT = np.exp(np.asarray(lens.logprobs, np.float64)[:, row, :, 0])
     ids_LT = np.asarray(lens.ids)[:, row, :, 0]
-    order = slice(None, None, -1)  # the last layer on top, as the stream is drawn
+    order = slice(None, None, -1)  # the last layer is on top
     columns = token_labels(tokenizer, tokens_T)
     figure = heat_map(
         probability_LT[order],
         list(lens.names)[order],
         columns,
-        title="what each layer would say next",
-        value_name="probability of the likeliest token",
+        title="most likely next token after each layer",
+        value_name="probability of this token",
         signed=False,
     )
     figure.set_size_inches(2.5 + 0.72 * len(columns), 1.6 + CELL * len(lens.names))
@@ -155,25 +151,23 @@ def lens_picture(lens: Lens, tokenizer: Tokenizer, tokens_T: Sequence[int], row:
 
 
 def bars(labels: Sequence[str], values: Any, *, title: str = "", value_name: str = "", most: int = 20) -> Figure:
-    """Draw the numbers of largest size as bars, the largest first: an attribution.
+    """Draw the numbers with the largest absolute values as bars, the largest first: an attribution.
 
     Args:
-      labels: of each number.
+      labels: the label of each number.
       values: the numbers, [n].
-      title: stands above.
-      value_name: what they are, with their unit.
-      most: how many to draw at most.
+      title: the title above the bars.
+      value_name: what the numbers are, with their unit.
+      most: how many bars to draw at most.
 
     Raises:
-      ValueError: labels of another number.
+      ValueError: the number of labels is wrong.
     """
-    from matplotlib.figure import Figure
-
     values = np.asarray(values, np.float64)
     if values.shape != (len(labels),):
-        raise ValueError(f"there are {len(labels)} labels and values of shape {values.shape}")
+        raise ValueError(f"there are {len(labels)} labels, but values of shape {values.shape}")
     chosen = np.argsort(-abs(values), kind="stable")[:most]
-    figure = Figure(figsize=(7, 1.2 + 0.25 * len(chosen)), layout="constrained")
+    figure = figures.Figure(figsize=(7, 1.2 + 0.25 * len(chosen)), layout="constrained")
     axes = figure.subplots()
     axes.barh(np.arange(len(chosen)), values[chosen], color=["#d55e00" if values[i] > 0 else "#0072b2" for i in chosen])
     axes.set_yticks(np.arange(len(chosen)), [str(labels[i]) for i in chosen], fontsize=8, parse_math=False)
@@ -187,10 +181,10 @@ def bars(labels: Sequence[str], values: Any, *, title: str = "", value_name: str
 def _matrix(values: Any, rows: Sequence[Any] | None, columns: Sequence[Any] | None) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 2:
-        raise ValueError(f"a map is drawn of numbers [rows, columns], not of shape {values.shape}")
+        raise ValueError(f"a heat map needs numbers of shape [rows, columns], not {values.shape}")
     for what, labels, count in (("rows", rows, values.shape[0]), ("columns", columns, values.shape[1])):
         if labels is not None and len(labels) != count:
-            raise ValueError(f"there are {count} {what} and {len(labels)} labels for them")
+            raise ValueError(f"there are {count} {what}, but {len(labels)} labels for them")
     return values
 
 
@@ -200,7 +194,7 @@ def _size(shape: tuple[int, int], largest: float = LARGEST) -> tuple[float, floa
 
 
 def _limits(values: np.ndarray, signed: bool | None) -> tuple[float, float]:
-    """Return the numbers of the lightest and the darkest colour: 0 is white where there are both signs."""
+    """Return the numbers at the two ends of the color bar. 0 is white where there are both signs."""
     known = values[np.isfinite(values)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     signed = low < 0 < high if signed is None else signed

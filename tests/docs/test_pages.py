@@ -1,0 +1,124 @@
+"""What people read works: the Python of README and the guides runs, commands parse, links and pictures are there."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import commands
+import matplotlib.image
+import pytest
+import strength
+import tyro
+
+from gpt2_jax.commands import _command
+
+ROOT = commands.ROOT
+ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+README = ROOT / "README.md"
+FRONT = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md"]
+DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+PAGES = {str(path.relative_to(ROOT)): path for path in [*FRONT, *DOCS]}
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^    (.*(?:gpt2-|scripts/).*)$", re.MULTILINE)
+
+
+def blocks(name: str, language: str) -> list[str]:
+    text = PAGES[name].read_text(encoding="utf-8")
+    return [body for tag, body in FENCE.findall(text) if tag == language]
+
+
+def shell_lines(name: str) -> list[str]:
+    lines = "".join(blocks(name, "bash")).replace("\\\n", " ").splitlines()
+    return [*lines, *INDENTED.findall(FENCE.sub("", PAGES[name].read_text(encoding="utf-8")))]
+
+
+def called(line: str) -> list[list[str]]:
+    """Return the arguments of each command of this project in a line of shell, its name first."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
+    lexer.whitespace_split = True
+    words, found, current = list(lexer), [], None
+    for word in words:
+        if re.fullmatch(r"[|&;<>()]+", word):
+            current = None
+        elif current is not None:
+            current.append(word)
+        elif name := re.fullmatch(r"(?:.*/)?(gpt2-[a-z-]+)|.*?(scripts/\w+\.py)", word):
+            current = [name[1] or name[2]]
+            found.append(current)
+    return found
+
+
+PYTHON = [name for name in PAGES if blocks(name, "python")]
+BY_DEFAULT = {"README.md", "docs/index.md"}
+
+
+@pytest.mark.parametrize("name", strength.campaign([name for name in PYTHON if name in BY_DEFAULT], PYTHON))
+def test_python_of_a_page_runs(name, tmp_path):
+    """All of a page's blocks, in order, in one process, in a folder that has what a clone has."""
+    for entry in ("models", "configs", "examples"):
+        (tmp_path / entry).symlink_to(ROOT / entry)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(blocks(name, "python"))],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if any(map(called, shell_lines(name)))])
+def test_commands_of_a_page_parse(name, monkeypatch):
+    """Each option exists and takes such a value."""
+    parsed = []
+
+    def parse(prog, args_type, run, argv=None, *, start=None, text=False):
+        more = {} if start is None else {"default": start()}
+        parsed.append(tyro.cli(args_type, prog=prog, args=argv, **more))
+
+    monkeypatch.setattr(_command, "call", parse)
+    monkeypatch.chdir(ROOT)
+    n_called = 0
+    for line in shell_lines(name):
+        for command, *arguments in called(line):
+            n_called += 1
+            if "--help" in arguments:
+                parsed.append(line)
+                continue
+            main_of(command)(arguments)  # SystemExit: an option does not exist, or a value is wrong
+    assert len(parsed) == n_called > 0
+
+
+def main_of(command: str):
+    """Return the function that a command or a script runs."""
+    if command.startswith("scripts/"):
+        module, function = re.search(r"from (\S+) import (\w+)", (ROOT / command).read_text(encoding="utf-8")).groups()
+    else:
+        module, function = ENTRY_POINTS[command].split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_a_page_resolve(name):
+    """Links to files and pages of the repository; those into the built pages Sphinx checks."""
+    page = PAGES[name]
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?:|mailto:|#", target):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if "![" in PAGES[name].read_text(encoding="utf-8")])
+def test_pictures_of_a_page_show_something(name):
+    text = PAGES[name].read_text(encoding="utf-8")
+    for target in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text):
+        assert matplotlib.image.imread(PAGES[name].parent / target).std() > 0.01
+
+
+def test_the_readme_is_a_front_door():
+    assert len(README.read_text(encoding="utf-8").split()) <= 900
