@@ -1,4 +1,4 @@
-"""Find the heads that copy what followed a token before, and see what is lost without them. (Olsson et al. 2022.)
+"""Find induction heads, which copy what followed the same token earlier. Remove them. (Olsson et al. 2022.)
 
 COMMAND: python examples/induction_heads.py     (a minute on two CPU cores: trains a small model that has such heads)
          python examples/induction_heads.py --model 124M
@@ -23,7 +23,7 @@ def train(n_steps: int) -> tuple:
     def step(params, state, key):
         def loss(params):
             rows, period = jax.random.split(key)
-            period = jax.random.randint(period, (32, 1), 8, 25)  # not always one: it must look, not count
+            period = jax.random.randint(period, (32, 1), 8, 25)  # varies, so that positions do not help
             tokens = jax.random.randint(rows, (32, 24), 0, 61)[np.arange(32)[:, None], np.arange(48) % period]
             logits = gpt2_jax.GPT2(config).apply({"params": params}, tokens[:, :-1]).logits
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -38,7 +38,7 @@ def train(n_steps: int) -> tuple:
 
 
 def main(model: str = "", n_steps: int = 1500, output: str = "induction_heads.png") -> None:
-    """Print the loss on the second copy of random rows without this or that head; draw all induction scores."""
+    """Print the loss on the second copy of random rows without some heads, and draw all induction scores."""
     config, params = gpt2_jax.load(model) if model else train(n_steps)
     tokens = np.asarray(research.repeated_tokens(config, jax.random.key(0), 4, 24))
     found = jax.tree.map(np.asarray, research.head_scores(config, params, tokens))

@@ -1,4 +1,4 @@
-"""Read every layer's residual stream as if it were the last: when does the model know what comes next?
+"""Read every layer's residual stream like the last one: at which layer does the model know the next token?
 
 COMMAND: python examples/logit_lens.py     (10 s on two CPU cores)
          python examples/logit_lens.py --model 124M --text "The Eiffel Tower is in the city of"
@@ -26,7 +26,7 @@ def main(
 
     Args:
       model: a size, a folder or a hub id.
-      text: to read.
+      text: the text to read.
       output: the picture, .png, .svg or .pdf.
     """
     config, params = gpt2_jax.load(model)

@@ -1,4 +1,4 @@
-"""Fine-tune one model on two things apart, and merge the two: does the merged one know both? (Ilharco et al. 2022.)
+"""Fine-tune one model on two texts separately, and merge the results: does it know both? (Ilharco et al. 2022.)
 
 COMMAND: python examples/merge.py     (half a minute on two CPU cores)
 """
@@ -21,7 +21,7 @@ TEXTS = {
 
 
 def fine_tune(config: gpt2_jax.GPT2Config, params: dict, ids: list[int], n_steps: int) -> dict:
-    """Return params trained to go on with these ids."""
+    """Return params trained on these ids."""
     optimizer, tokens = optax.adam(1e-4), jnp.asarray([ids])
 
     @jax.jit
@@ -40,7 +40,7 @@ def fine_tune(config: gpt2_jax.GPT2Config, params: dict, ids: list[int], n_steps
 
 
 def main(model: str = "shakespeare", n_steps: int = 30, output: Path = Path("merge.png")) -> None:
-    """Print and draw the loss of every mixture of the two fine-tunes on both texts, nats a token."""
+    """Print and draw the loss of each mixture of the two fine-tuned models on both texts, in nats a token."""
     config, base = gpt2_jax.load(model)
     ids = [gpt2_jax.load_tokenizer(model).encode(text) for text in TEXTS.values()]
     tuned = [fine_tune(config, base, row, n_steps) for row in ids]

@@ -1,10 +1,10 @@
-"""Where does the model keep what it will need later? Patch one run with another's activations, place by place.
+"""Where does the model store a fact that it needs later? Patch a run with another run's activations, one at a time.
 
 COMMAND: python examples/patch_a_fact.py     (15 s on two CPU cores)
          python examples/patch_a_fact.py --model 124M --clean "The Eiffel Tower is in the city of" --corrupted \\
              "The Colosseum Tower is in the city of" --answer " Paris" --wrong " Rome"
 
-After "First Senator" the speaker that follows "Second" is a senator too; the two runs differ in that one word.
+After "First Senator", the next speaker is "Second Senator". The corrupted run has "First Murderer" instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(
     wrong: str = " M",
     output: Path = Path("patch_a_fact.png"),
 ) -> None:
-    """Draw how much of the clean run's answer each patched stream gives back: 0 none of it, 1 all."""
+    """Draw how much of the clean run's answer each patch restores: 0 is nothing, 1 is all of it."""
     config, params = gpt2_jax.load(model)
     tokenizer = gpt2_jax.load_tokenizer(model)
     clean_ids, corrupted_ids, answer_ids, wrong_ids = map(tokenizer.encode, (clean, corrupted, answer, wrong))
@@ -43,8 +43,8 @@ def main(
     ]
     best = grid.argmax(-1)
     for layer, position in enumerate(best):
-        print(f"h{layer}/resid_pre: most comes back at {columns[position]!r}, {grid[layer, position]:.2f}")
-    title = f"logit of {answer!r} less that of {wrong!r}, share that comes back"
+        print(f"h{layer}/resid_pre: most is restored at {columns[position]!r}, {grid[layer, position]:.2f}")
+    title = f"logit of {answer!r} minus logit of {wrong!r}: share that a patch restores"
     names = {"title": title, "row_name": "layer", "column_name": "corrupted ← clean token", "value_name": "share"}
     rows = [f"h{i}" for i in range(config.n_layer)]
     research.pictures.save(research.pictures.heat_map(grid, rows, columns, **names), output)

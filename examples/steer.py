@@ -1,4 +1,4 @@
-"""Steer a sample: add the difference of two thoughts to the residual stream while the model writes.
+"""Steer a sample: add the difference of two texts' activations to the residual stream during generation.
 
 COMMAND: python examples/steer.py     (20 s on two CPU cores)
          python examples/steer.py --model 124M --layer 6 --prompt "I think that" --toward "Love" --away "Hate"
@@ -26,7 +26,7 @@ def main(
     max_new_tokens: int = 48,
     seed: int = 1,
 ) -> None:
-    """Print samples of the same seed with the direction from `away` to `toward` added with several strengths."""
+    """Print samples with the same seed. The direction from `away` to `toward` is added at several strengths."""
     config, params = gpt2_jax.load(model)
     tokenizer = gpt2_jax.load_tokenizer(model)
     name = f"h{layer}/resid_pre"
@@ -35,7 +35,7 @@ def main(
         _, seen = research.forward(config, params, [tokenizer.encode(text)], capture=f"^{name}$")
         means.append(seen[name][0].mean(0))
     direction = means[0] - means[1]
-    table = Table("strength", "sample", "log-probability of it, unsteered", title=f"{name} + strength * direction")
+    table = Table("strength", "sample", "its log-probability without steering", title=f"{name} + strength * direction")
     ids = tokenizer.encode(prompt)
     for strength in strengths:  # compiled once: the value is traced
         edit = research.add(name, strength * direction)

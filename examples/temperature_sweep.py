@@ -1,4 +1,4 @@
-"""The books' temperature sweep: the same next token at several temperatures, as probabilities and as draws.
+"""The temperature sweep of the build-an-LLM books: the next token's probabilities and draws at several temperatures.
 
 COMMAND: python examples/temperature_sweep.py     (10 s on two CPU cores)
          python examples/temperature_sweep.py --model 124M --prompt "Every effort moves you"
@@ -25,7 +25,7 @@ def main(
     k: int = 8,
     output: Path = Path("temperature_sweep.png"),
 ) -> None:
-    """Print how often each of the k likeliest tokens is drawn, beside its probability, and draw the probabilities."""
+    """Print how often each of the k most likely tokens is drawn and its probability. Plot the probabilities."""
     config, params = gpt2_jax.load(model)
     tokenizer = gpt2_jax.load_tokenizer(model)
     ids = tokenizer.encode(prompt)
@@ -33,7 +33,7 @@ def main(
     logits = np.asarray(out.logits[0, -1], np.float64)
     top = np.argsort(-logits)[:k]
     labels = research.pictures.token_labels(tokenizer, top)
-    rows, table = [], Table("T", *labels, title=f"after {prompt!r}: share of {n_draws} draws, and probability")
+    rows, table = [], Table("T", *labels, title=f"after {prompt!r}: share of {n_draws} draws, probability")
     for temperature in temperatures:
         weights = np.exp((logits - logits.max()) / temperature)
         rows.append((weights / weights.sum())[top])

@@ -1,4 +1,4 @@
-"""What tying the head means: one array at both ends of the model, and a gradient from both.
+"""What a tied head means: one array at both ends of the model, with a gradient from both ends.
 
 COMMAND: python examples/tied_head.py [--model 124M]     (10 s on two CPU cores)
 """
@@ -16,11 +16,11 @@ import gpt2_jax
 
 
 def main(model: str = "shakespeare", text: str = "To be, or not to be, that is the question.") -> None:
-    """Print the gradient of the loss with respect to wte, from the embedding, from the head, and from both.
+    """Print the gradient of the loss with respect to wte: from the embedding, from the head, and from both.
 
     Args:
       model: a size, a folder or a hub id.
-      text: whose loss it is.
+      text: the text of the loss.
     """
     config, params = gpt2_jax.load(model)
     ids = jnp.asarray([gpt2_jax.load_tokenizer(model).encode(text)])
@@ -37,14 +37,14 @@ def main(model: str = "shakespeare", text: str = "To be, or not to be, that is t
     table = Table(
         "gradient from", "norm", "rows that are not 0", title=f"wte of {model}, {wte.shape}: one array, two uses"
     )
-    for name, gradient in {**ends, "both, as it is trained": tied}.items():
+    for name, gradient in {**ends, "both, as in training": tied}.items():
         n_rows = int((gradient != 0).any(-1).sum())
         table.add_row(name, f"{jnp.linalg.norm(gradient):.4f}", f"{n_rows:,} of {len(wte):,}")
     Console().print(table, markup=False)
     apart = abs(tied - ends["embedding"] - ends["head"]).max() / abs(tied).max()
     share = wte.size / config.n_params
-    print(f"the two ends add up to it: {apart:.0e} of its largest number is left")
-    print(f"a head of its own would be {wte.size:,} parameters more, {share:.0%} of the {config.n_params:,} there are")
+    print(f"the two gradients add up to it: {apart:.0e} of its largest value is left")
+    print(f"a separate head would add {wte.size:,} parameters, {share:.0%} of the model's {config.n_params:,}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Transpose one matrix of every block, as a loader with the wrong orientation would: who notices?
+"""Transpose one matrix of every block, as a loader with the wrong orientation would: which mistakes are detected?
 
 COMMAND: python examples/transplant.py [--model 124M]     (10 s on two CPU cores)
 
-Three of a block's four matrices are not square, and refuse. attn/c_proj is: nothing fails, and what the model says is
-no longer about anything.
+Three of a block's four matrices are not square: there the shapes are refused. attn/c_proj is square: nothing fails, and
+the model's text makes no sense.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def main(model: str = "shakespeare", text: str = TEXT, max_new_tokens: int = 24)
 
     Args:
       model: a size, a folder or a hub id.
-      text: whose perplexity is measured, and which is continued.
-      max_new_tokens: of the continuation.
+      text: the text whose perplexity is measured, and which the model continues.
+      max_new_tokens: how many tokens the model adds.
     """
     config, params = gpt2_jax.load(model)
     tokenizer = gpt2_jax.load_tokenizer(model)
     ids = tokenizer.encode(text)
-    table = Table("transposed", "shape", "perplexity", "what it says next", title=f"{model}: one matrix of every block")
+    table = Table("transposed", "shape", "perplexity", "continuation", title=f"{model}: one matrix of every block")
     for name in ("nothing", *MATRICES):
         edited, shape = params, ""
         if name in MATRICES:
@@ -41,7 +41,7 @@ def main(model: str = "shakespeare", text: str = TEXT, max_new_tokens: int = 24)
         try:
             perplexity = f"{gpt2_jax.score(config, edited, [ids])[0].perplexity:.1f}"
             said = repr(tokenizer.decode(gpt2_jax.generate(config, edited, [ids], max_new_tokens, temperature=0)[0]))
-        except ValueError as error:  # the shapes are checked before anything is computed
+        except ValueError as error:  # shapes are checked before anything is computed
             perplexity, said = "refused", str(error).splitlines()[1].strip()
         table.add_row(name, shape, perplexity, said)
     Console().print(table, markup=False)

@@ -1,4 +1,4 @@
-"""Fetch OpenAI's GPT-2. `python scripts/download.py --help` shows the options."""
+"""Download OpenAI's GPT-2. `python scripts/download.py --help` shows the options."""
 
 from gpt2_jax.commands.download import main
 

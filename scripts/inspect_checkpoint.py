@@ -1,4 +1,4 @@
-"""Look at a model's files before using them. `python scripts/inspect_checkpoint.py --help` shows the options."""
+"""Inspect a model before you use it. `python scripts/inspect_checkpoint.py --help` shows the options."""
 
 from gpt2_jax.commands.inspect import main
 

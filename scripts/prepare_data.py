@@ -1,4 +1,4 @@
-"""Turn text into token files to train on. `python scripts/prepare_data.py --help` shows the options."""
+"""Turn text into token files for training. `python scripts/prepare_data.py --help` shows the options."""
 
 from gpt2_jax.commands.prepare import main
 

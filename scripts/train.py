@@ -1,4 +1,4 @@
-"""Train or fine-tune a model by a recipe. `python scripts/train.py --help` shows the options."""
+"""Train or fine-tune a model with a recipe. `python scripts/train.py --help` shows the options."""
 
 from gpt2_jax.commands.train import main
 

@@ -1,4 +1,4 @@
-"""Train a vocabulary for a new corpus. `python scripts/train_tokenizer.py --help` shows the options."""
+"""Train a vocabulary on a new corpus. `python scripts/train_tokenizer.py --help` shows the options."""
 
 from gpt2_jax.commands.train_tokenizer import main
 

@@ -1,4 +1,4 @@
-"""Fixtures every test may use: the embedded model, its tokenizer, and what the original code computed with it."""
+"""Fixtures for all tests: the embedded model, its tokenizer, and results of the original code with that model."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ import strength
 
 import gpt2_jax
 
-NUMBERS = {"core", "evaluate", "generation", "parity", "research", "training"}  # rooms whose tests compare numbers
+NUMBERS = {"core", "evaluate", "generation", "parity", "research", "training"}  # folders of tests that compare numbers
 
 
 def pytest_addoption(parser):
@@ -30,7 +30,7 @@ def pytest_configure(config):
     if not strength.FULL and jax.version.__version_info__ < (0, 11):  # jax 0.12: XLA aborts on this flag
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    examples = strength.campaign(12, 100)
+    examples = strength.campaign(12, 60)
     hypothesis.settings.register_profile("gpt2_jax", deadline=None, max_examples=examples)  # a first call compiles
     hypothesis.settings.load_profile("gpt2_jax")
 
@@ -49,9 +49,9 @@ def _own_cache_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _float32_products():
-    """Keep float32 products in float32: by default GPUs round them to TF32 and TPUs to bfloat16, and CPUs do not.
+    """Compute float32 products in float32. By default GPUs round them to TF32 and TPUs to bfloat16; CPUs do not.
 
-    So tests on a CPU run at the default precision, as users do. "highest" would make the model sum in blocks there.
+    So on a CPU, tests run at the default precision, as users do. There, "highest" would make the model sum in blocks.
     """
     if jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -59,10 +59,10 @@ def _float32_products():
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_file(request):
-    """Let XLA compile without optimisation, here and in the processes that tests start: compiling takes the most time.
+    """Let XLA compile without optimization, here and in processes that tests start: compilation takes the most time.
 
-    Such programs are slower and round differently. With --full, tests of the rooms NUMBERS run what users run.
-    A file's programs are freed at its end: those of all files take gigabytes.
+    Such programs are slower and round differently. With --full, the tests in NUMBERS run the programs of users.
+    The programs of a file are freed at its end: those of all files take gigabytes.
     """
     quickly = not strength.FULL or request.path.parent.name not in NUMBERS
     jax.config.update("jax_disable_most_optimizations", quickly)
@@ -102,7 +102,7 @@ def params():
 
 @pytest.fixture(scope="module", params=["shakespeare", "gpt2"])
 def vocabulary(request, model_dir):
-    """The embedded vocabulary and GPT-2's own, in turn."""
+    """Return the embedded vocabulary, then GPT-2's own."""
     import vocabularies  # needs Hugging Face tokenizers, which no other test does
 
     own = request.param == "shakespeare"

@@ -1,4 +1,4 @@
-"""The rooms of the package and the one direction its imports go."""
+"""The packages of gpt2_jax ("rooms"), and the one direction of their imports."""
 
 import ast
 import importlib
@@ -14,7 +14,7 @@ import gpt2_jax
 PACKAGE = Path(gpt2_jax.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-# A module imports modules of lower levels, or of its own room, alone.
+# A module imports only modules of lower levels or of its own room.
 LEVELS = [
     {"_lazy", "checks", "files", "progress"},
     {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
@@ -69,7 +69,7 @@ def may_import(room, name):
     """Say whether a module of this room may import this name of the package."""
     _, *rest = name.split(".")
     target = rest[0] if rest and rest[0] in LEVEL else None
-    if target is None:  # the package's front, through which everything is reached: for those on top of it
+    if target is None:  # the package itself, which gives access to everything: only for rooms above it
         return room == "commands" or room in LEVELS[-1]
     if room == "model" and target == "tokenizer":
         return False
@@ -103,18 +103,18 @@ def test_heavy_libraries_are_imported_inside_functions_alone():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inside = {name for node in ast.walk(tree) if runs_later(node) for name in imported(node)}
         is_command = path.parent == PACKAGE / "commands"
-        heavy = LAZY - {"tyro"} | {"jax", "flax", "optax"} if is_command else LAZY  # --help waits for tyro alone
+        heavy = LAZY - {"tyro"} | {"jax", "flax", "optax"} if is_command else LAZY  # --help needs only tyro
         for name in set(imported(tree)) - inside:
             assert name.split(".")[0] not in heavy, f"{path} imports {name} on being imported"
 
 
 def runs_later(node):
-    """Say whether the imports below a node are not those of importing the file: in a function, or for types alone."""
+    """Say whether the imports below a node do not run when the file is imported: in a function, or only for types."""
     return isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
 
 
 def modules_after(code):
-    """Return the names of all modules that a process has imported after the code."""
+    """Return the names of all modules that a process has imported after it ran the code."""
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys; print(sorted(sys.modules))"],
         capture_output=True,
@@ -131,7 +131,7 @@ def test_importing_the_package_imports_no_other_framework():
 
 
 def test_importing_the_package_imports_nothing_of_it():
-    """Names are imported when they are used: what needs no JAX does not wait for it."""
+    """Names are imported when they are used. Code that does not need JAX does not import it."""
     modules = modules_after("import gpt2_jax; import gpt2_jax.recipe, gpt2_jax.files; dir(gpt2_jax)")
     assert not modules & {"jax", "flax", "numpy", "gpt2_jax.model", "gpt2_jax.checkpoints"}
     modules = modules_after("from gpt2_jax import GPT2Config")
@@ -150,7 +150,7 @@ def test_the_public_names_are_few_and_there():
 
 @pytest.mark.parametrize("package", [gpt2_jax, gpt2_jax.generation])
 def test_type_checkers_see_what_is_there(package):
-    """The imports that they read name the public names, and each is what is imported when it is used."""
+    """The imports for type checkers are the public names, and each is the object that is imported on use."""
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and runs_later(node)]
     names = {alias.name: node.module for node in block.body for alias in node.names}
@@ -160,7 +160,7 @@ def test_type_checkers_see_what_is_there(package):
 
 
 def test_no_name_of_a_package_hides_one_of_its_modules():
-    """`import gpt2_jax.evaluate.files` means the module, in whatever order things are imported."""
+    """`import gpt2_jax.evaluate.files` gives the module, in any order of imports."""
     modules = [module.name for module in pkgutil.walk_packages([PACKAGE], "gpt2_jax.")]
     assert "gpt2_jax.evaluate._perplexity" in modules
     for name in modules:
@@ -172,7 +172,7 @@ def test_no_name_of_a_package_hides_one_of_its_modules():
 
 
 def test_modules_are_attributes_and_no_public_name_hides_one():
-    """`gpt2_jax.research.forward` after `import gpt2_jax` alone; `gpt2_jax.generate` is a function in any order."""
+    """`import gpt2_jax` is enough for `gpt2_jax.research.forward`. `gpt2_jax.generate` is always a function."""
     rooms = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     rooms -= {"__init__"}
     assert not rooms & set(gpt2_jax.__all__)

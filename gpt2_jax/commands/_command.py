@@ -1,4 +1,4 @@
-"""What every command does around its own work: parse the arguments, run, turn an error into a line and a status."""
+"""What every command does: parse the arguments, run, and turn an error into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def call(
     start: Callable[[], A] | None = None,
     text: bool = False,
 ) -> None:
-    """Parse a command's arguments and run it; the process ends where its exit status is not 0.
+    """Parse a command's arguments and run it. If its exit status is not 0, the process ends with that status.
 
-    The status is 2 for ValueError and OSError, whose sentence goes to standard error as "PROG: SENTENCE", 130 for
-    Ctrl-C, and otherwise what `run` returns.
+    ValueError and OSError give status 2, and their message goes to standard error as "PROG: MESSAGE". Ctrl-C gives 130.
+    Otherwise the status is what `run` returns; None means 0.
 
     Args:
       prog: the command's name.
-      args_type: the dataclass of its arguments, whose docstring describes the command.
-      run: the command.
-      argv: the arguments; None is those of the process.
-      start: gives the arguments that the options change; None is the defaults of `args_type`.
-      text: standard output is for reading: a character that it cannot show becomes "?", and a reader who leaves, as
-        `| head` does, ends the command with status 0. False is for the names of files, which are written as they are.
+      args_type: the dataclass of its arguments; its docstring describes the command.
+      run: does the work of the command.
+      argv: the arguments; None means those of the process.
+      start: returns the arguments that the options change; None means the defaults of `args_type`.
+      text: True if standard output is text to read: a character that it cannot show becomes "?", and a closed pipe, as
+        after `| head`, ends the command with status 0. False if it is file names, which are written unchanged.
     """
     args = None
     try:
@@ -44,15 +44,15 @@ def call(
         if text and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         status = run(args)
-        if sys.stdout is not None:  # None where it was closed: `gpt2-generate >&-`
+        if sys.stdout is not None:  # None if it was closed: `gpt2-generate >&-`
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except SystemExit:  # the parser's
+    except SystemExit:  # from the parser
         _drop_output()
         raise
     except (ValueError, OSError) as error:
-        reader_left = isinstance(error, BrokenPipeError) and (text or args is None)  # --help is for reading too
+        reader_left = isinstance(error, BrokenPipeError) and (text or args is None)  # --help is text, too
         status = 0 if reader_left else 2
         if status:
             report(prog, error)
@@ -62,12 +62,12 @@ def call(
 
 
 def report(prog: str, error: Exception) -> None:
-    """Write an error to standard error, in one line."""
+    """Write an error to standard error, as one line."""
     print(f"{prog}: {error}", file=sys.stderr)
 
 
 def _drop_output() -> None:
-    """Let go of what standard output does not take, at which the interpreter would fail once more when it ends."""
+    """Discard output that standard output does not accept. The interpreter would fail on it again when it exits."""
     if sys.stdout is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What `gpt2-inspect` prints: tables of a report, and of one tensor."""
+"""Prints the tables of `gpt2-inspect`: a report on a model, or one tensor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-NARROW = 96  # columns; with fewer there is none for the dtype, which the title says
+NARROW = 96  # columns; a narrower terminal gets no dtype column, because the title has the dtype
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """Print what `inspection.report` gives, section by section."""
-    size = f", the shape of {report['size']}" if report["size"] else ""
-    console.print(f"{report['directory']}: {report['form']} form{size}", style="bold", soft_wrap=True)
+    """Print a result of `inspection.report`, section by section."""
+    size = f", shape of {report['size']}" if report["size"] else ""
+    console.print(f"{report['directory']}: {report['form']} format{size}", style="bold", soft_wrap=True)
     for section in (_files, _hyperparameters, _parameters, _memory, _tensors, _vocabulary):
         console.print()
         for part in section(report, console):
@@ -25,16 +25,16 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 
 def print_tensor(found: dict[str, Any], console: Console) -> None:
-    """Print what `inspection.examine_tensor` gives."""
+    """Print a result of `inspection.examine_tensor`."""
     whole = {found["name"]: found} | {f"  {part}": third for part, third in (found["thirds"] or {}).items()}
     table = plain_table("name", ">shape", ">count", "dtype")
     for name, values in whole.items():
         table.add_row(name, _shape(values), f"{values['count']:,}", values["dtype"])
     console.print(_title("The tensor" + (" and its thirds" if found["thirds"] else "")), table, "", sep="\n")
     keys = ("mean", "std", "min", "max", "norm")
-    table = plain_table("of", *(">L2 norm" if key == "norm" else f">{key}" for key in keys))
+    table = plain_table("part", *(">L2 norm" if key == "norm" else f">{key}" for key in keys))
     for name, values in whole.items():
-        table.add_row("the whole" if values is found else name, *(_number(values[key], 6) for key in keys))
+        table.add_row("whole tensor" if values is found else name, *(_number(values[key], 6) for key in keys))
     console.print(
         _title("Statistics"), table, f"not finite: {found['nan']:,} NaN, {found['infinite']:,} infinite", "", sep="\n"
     )
@@ -51,7 +51,7 @@ def print_tensor(found: dict[str, Any], console: Console) -> None:
 
 
 def _files(report: dict[str, Any], console: Console) -> Iterable[Any]:
-    table = plain_table("name", ">bytes", "what for")
+    table = plain_table("name", ">bytes", "purpose")
     for file in report["files"]:
         unused = "not used" + (f": {file['purpose']}" if file["purpose"] else "")
         table.add_row(file["name"], f"{file['bytes']:,}", file["purpose"] if file["used"] else unused)
@@ -66,7 +66,7 @@ def _hyperparameters(report: dict[str, Any], console: Console) -> Iterable[Any]:
     hparams = report["hyperparameters"]
     width = hparams["n_embd"] // hparams["n_head"]
     book = {ours: word for word, ours in BOOK_WORDS.items()}
-    table = plain_table("name", ">value", "in the books", "what it is")
+    table = plain_table("name", ">value", "in the books", "meaning")
     for name, value in hparams.items():
         table.add_row(name, f"{value:,}", book[name], MEANINGS[name].format(width=width))
     yield _title("Hyperparameters")
@@ -90,9 +90,9 @@ def _parameters(report: dict[str, Any], console: Console) -> Iterable[Any]:
 
 def _memory(report: dict[str, Any], console: Console) -> Iterable[Any]:
     context = report["hyperparameters"]["n_ctx"]
-    labels = {"weights": "  weights", "cache": f"  cache, {context:,} tokens", "gradients": "  gradients"}
-    labels |= {"moments": "  Adam's two moments", "total": "  together"}
-    heads = {"inference": "inference, one row", "training": "training with Adam"}
+    labels = {"weights": "  weights", "cache": f"  KV cache, {context:,} tokens", "gradients": "  gradients"}
+    labels |= {"moments": "  Adam's two moments", "total": "  total"}
+    heads = {"inference": "inference, one text", "training": "training with Adam"}
     table = plain_table("", ">float32, bytes", "", ">bfloat16, bytes", "")
     for use, sizes in report["memory"].items():
         table.add_row(heads[use])
@@ -102,9 +102,9 @@ def _memory(report: dict[str, Any], console: Console) -> Iterable[Any]:
     yield _title("Memory")
     yield table
     yield (
-        "The cache holds a key and a value of n_embd numbers for each token and layer. Training counts 16 bytes a "
-        "parameter in float32, and 8 in bfloat16, where all four are bfloat16 (float32 moments, or a float32 copy of "
-        "the weights, add to that). Activations come on top, in both."
+        "The KV cache has a key and a value of n_embd numbers each, per token and layer. Training needs 16 bytes per "
+        "parameter in float32, and 8 if weights, gradients and both moments are bfloat16. Float32 moments, or a "
+        "float32 copy of the weights, need more. Activations need more memory, and are not counted here."
     )
 
 
@@ -123,7 +123,7 @@ def _tensors(report: dict[str, Any], console: Console) -> Iterable[Any]:
     for tensor in tensors:
         if tensor["nan"] or tensor["infinite"]:
             bad = f"{tensor['nan']:,} NaN and {tensor['infinite']:,} infinite values"
-            yield f"NOT FINITE: {tensor['name']} holds {bad}; its statistics are those of the others."
+            yield f"NOT FINITE: {tensor['name']} holds {bad}; its statistics leave them out."
 
 
 def _vocabulary(report: dict[str, Any], console: Console) -> Iterable[Any]:
@@ -138,8 +138,8 @@ def _vocabulary(report: dict[str, Any], console: Console) -> Iterable[Any]:
     yield table
     yield ""
     n_merges = vocabulary["n_merges"]
-    yield _title(f"Merges: {n_merges:,} (Ġ stands for a space)")
-    table = plain_table(">number", "left", "right", "become")
+    yield _title(f"Merges: {n_merges:,} (Ġ means a space)")
+    table = plain_table(">number", "left", "right", "result")
     first, last = vocabulary["first_merges"], vocabulary["last_merges"]
     for number, pair in enumerate(first, start=1):
         table.add_row(f"{number:,}", *pair, "".join(pair))
@@ -164,5 +164,5 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _binary(n_bytes: int) -> str:
-    """Return a size as 474.7 MiB or 1.85 GiB."""
+    """Return a size in MiB or GiB, such as 474.7 MiB or 1.85 GiB."""
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

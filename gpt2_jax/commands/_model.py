@@ -1,4 +1,4 @@
-"""The model that a command is told: the option, its name in messages, its weights, and its compiled programs."""
+"""The model of a command: the option, its name in messages, its weights, and its compiled programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gpt2_jax import GPT2Config
     from gpt2_jax.params import Params
 
-LARGEST = 2**30  # bytes of compiled programs that are kept; those not used for longest go first
+LARGEST = 2**30  # bytes of compiled programs that are kept; the least recently used are deleted first
 EMBEDDED = "the embedded Shakespeare model"
 
 ModelOption = Annotated[
@@ -23,7 +23,7 @@ ModelOption = Annotated[
     tyro.conf.arg(
         metavar="MODEL",
         help_behavior_hint="(default: embedded)",
-        help="A size, 124M, 355M, 774M or 1558M (fetched if it is not there yet); an id of the Hugging Face hub "
+        help="A size: 124M, 355M, 774M or 1558M (downloaded if it is not in the cache); a Hugging Face hub id "
         "(\"owner/name\"); or a directory with OpenAI's TensorFlow checkpoint, with Hugging Face's files, or saved by "
         "gpt2_jax.",
     ),
@@ -35,17 +35,17 @@ DtypeOption = Annotated[
 
 
 def source(model: str | None) -> str | Path:
-    """Return what `gpt2_jax.load` takes for an option's model; None is the embedded one."""
+    """Return the model of the option, for `gpt2_jax.load`; None means the embedded one."""
     return gpt2_jax.embedded_model() if model is None else model
 
 
 def title(model: str | None) -> str:
-    """Return what messages call it."""
+    """Return the model's name in messages."""
     return EMBEDDED if model is None else model
 
 
 def load(model: str | None, dtype: str | None) -> tuple[GPT2Config, Params]:
-    """Return config and params, both computing and stored in `dtype`; None leaves the checkpoint's.
+    """Return config and params, with `dtype` for storage and computation; None keeps the checkpoint's dtype.
 
     Raises:
       as `gpt2_jax.load`.
@@ -55,11 +55,11 @@ def load(model: str | None, dtype: str | None) -> tuple[GPT2Config, Params]:
 
 
 def keep_compiled() -> None:
-    """Keep every program that is compiled from here on in the cache folder, and use what is there.
+    """Keep every program that is compiled from now on in the cache folder, and use the programs that are there.
 
-    To be called before anything is compiled. JAX_COMPILATION_CACHE_DIR names another folder, and
-    JAX_ENABLE_COMPILATION_CACHE=false turns it off. Where nothing can be written, nothing is kept: JAX would warn of
-    every program.
+    Call this before anything is compiled. JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false turns it off. If the cache folder cannot be written, nothing is kept, because JAX
+    would warn about every program.
     """
     import jax
 

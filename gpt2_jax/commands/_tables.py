@@ -1,4 +1,4 @@
-"""Tables on standard output: as wide as the terminal, and plain, with nothing cut or wrapped, where there is none."""
+"""Tables on standard output: as wide as the terminal. Without a terminal they are plain; nothing is cut or wrapped."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-UNBOUNDED = 10_000  # the width where no terminal sets one
+UNBOUNDED = 10_000  # the width without a terminal
 
 
 def console() -> Console:
-    """Return standard output as rich sees it."""
+    """Return a rich console for standard output."""
     from rich.console import Console
 
     class Output(Console):
         def on_broken_pipe(self) -> None:
-            raise  # the error that is being handled: what a reader who leaves means, `call` decides
+            raise  # the BrokenPipeError that is being handled: `call` decides the exit status
 
     terminal = sys.stdout.isatty()
     width = None if terminal else UNBOUNDED
@@ -26,7 +26,7 @@ def console() -> Console:
 
 
 def plain_table(*columns: str, gap: int = 1) -> Table:
-    """Return a plain table, 1 + gap spaces between columns; > before a name aligns to the right. No cell is cut."""
+    """Return a plain table with 1 + gap spaces between columns. A name with > in front aligns right. No cell is cut."""
     from rich import box
     from rich.table import Table
 

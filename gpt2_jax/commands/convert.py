@@ -1,4 +1,4 @@
-"""`gpt2-convert`: a model from one format to another."""
+"""`gpt2-convert`: convert a model from one format to another."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from gpt2_jax.files import expanded
 
 @dataclasses.dataclass
 class Args:
-    """Convert a model: the folder written goes to standard output, all else to standard error."""
+    """Convert a model to another format. The new folder's path goes to standard output, messages to standard error."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A directory with a TensorFlow checkpoint in OpenAI's layout, with Hugging Face's config.json and safetensors, or
-    saved by gpt2_jax; a size, 124M, 355M, 774M or 1558M (fetched if it is not there yet); or an id of the Hugging Face
-    hub, such as distilbert/distilgpt2."""
+    """A directory with OpenAI's TensorFlow checkpoint, with config.json and safetensors, or saved by gpt2_jax.
+    Or a size: 124M, 355M, 774M or 1558M (downloaded if it is not in the cache).
+    Or a Hugging Face hub id, for example distilbert/distilgpt2."""
     dest: Annotated[Path, tyro.conf.Positional]
     """The folder to write."""
     format: Annotated[Literal["tensorflow", "huggingface", "orbax"], tyro.conf.arg(aliases=["-f"])]
-    """What to write: OpenAI's own files; Hugging Face's, which GPT2LMHeadModel.from_pretrained opens; or Orbax."""
+    """The format to write: OpenAI's files, files for GPT2LMHeadModel.from_pretrained, or an Orbax checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Cast the weights to this; by default they stay as they are stored."""
+    """Cast the weights to this dtype; by default they keep the dtype in which they are stored."""
     tokenizer: bool = True
-    """Carry the vocabulary over, if there is one."""
+    """Also write the vocabulary, if the source has one."""
     overwrite: bool = False
-    """Replace the folder if it holds a model that was written by this command."""
+    """Replace the folder, if it contains only a saved model."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,9 +45,9 @@ def run(args: Args) -> None:
     dest = expanded(args.dest)
     from gpt2_jax.checkpoints import check_replaceable
 
-    check_replaceable(dest, with_vocabulary=True, overwrite=args.overwrite)  # before a vocabulary is fetched
+    check_replaceable(dest, with_vocabulary=True, overwrite=args.overwrite)  # before downloads
     tokenizer = _tokenizer(args.source) if args.tokenizer else None
-    check_replaceable(dest, with_vocabulary=tokenizer is not None)  # before the weights: those can take long
+    check_replaceable(dest, with_vocabulary=tokenizer is not None)  # before weights are loaded: that can take long
     config, params = gpt2_jax.load(args.source, dtype=args.dtype)
     gpt2_jax.save(dest, config, params, args.format, tokenizer)
     print(
@@ -59,7 +59,7 @@ def run(args: Args) -> None:
 
 
 def _tokenizer(source: str):
-    """Return the source's tokenizer, None if it has no vocabulary."""
+    """Return the source's tokenizer, or None if it has no vocabulary."""
     from gpt2_jax.checkpoints import has_vocabulary
 
     return gpt2_jax.load_tokenizer(source) if has_vocabulary(source) else None

@@ -1,4 +1,4 @@
-"""`gpt2-download`: OpenAI's GPT-2, what is absent or wrong of it."""
+"""`gpt2-download`: download OpenAI's GPT-2, but only the files that are missing or wrong."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ SIZES = "124M, 355M, 774M, 1558M"
 
 @dataclasses.dataclass
 class Args:
-    """Fetch OpenAI's GPT-2, what is absent or wrong of it; each size's directory goes to standard output on a line."""
+    """Download OpenAI's GPT-2, but only the files that are missing or wrong. Prints the directory of each size."""
 
     sizes: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SIZE...", help_behavior_hint="")]
-    """One or more of 124M, 355M, 774M and 1558M, also under their other names: 117M, 345M, 762M, 1542M; gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl."""
+    """One or more of 124M, 355M, 774M and 1558M.
+    Their other names work too: 117M, 345M, 762M, 1542M; gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
     models_dir: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the cache)")] = None
-    """Put the files into DIR/SIZE, as the books do. The cache folder is $GPT2_JAX_CACHE, or else gpt2-jax in
-    $XDG_CACHE_HOME or ~/.cache; `gpt2_jax.load("124M")` looks there."""
+    """Put the files into DIR/SIZE, as the books do. By default they go to the cache, where gpt2_jax.load finds them.
+    The cache is the folder $GPT2_JAX_CACHE, or else gpt2-jax in $XDG_CACHE_HOME or ~/.cache."""
     base_url: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(metavar="URL", help_behavior_hint="(repeatable; default: OpenAI's, then a mirror)"),
     ] = ()
-    """Where to fetch from: the files lie at URL/SIZE/FILE. Several are tried in turn. The environment variable
-    GPT2_JAX_BASE_URL does the same, with commas between them."""
+    """Address to download from: the files are at URL/SIZE/FILE. Several addresses are tried in order.
+    The environment variable GPT2_JAX_BASE_URL does the same, with commas between addresses."""
     jobs: Annotated[int, tyro.conf.arg(metavar="N")] = 4
-    """Files to fetch at once, 1 or more."""
+    """Number of files to download at the same time, 1 or more."""
     verify: bool = True
-    """Read every tensor afterwards, so that TensorFlow checks their checksums; damaged ones are fetched again."""
+    """Read every tensor afterwards, so that TensorFlow checks the checksums. Damaged files are downloaded again."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Fetch each size, and print its directory once it is there."""
+    """Download each size, and print its directory when it is complete."""
     if not args.sizes:
         raise ValueError(f"name one size or more: {SIZES}")
     from gpt2_jax.checkpoints import released

@@ -1,4 +1,4 @@
-"""`gpt2-evaluate`: how good a model is."""
+"""`gpt2-evaluate`: measure how good a model is."""
 
 from __future__ import annotations
 
@@ -26,36 +26,38 @@ PERPLEXITY_ALONE = ("stride", "per", "bos")
 
 @dataclasses.dataclass
 class Args:
-    """Measure how good a model is: a table of numbers, each with its convention, goes to standard output."""
+    """Measure how good a model is. Prints a table of numbers, each with its convention."""
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
-    """UTF-8. perplexity: a text, or .jsonl with a document a line, {"text": "..."}. lambada: .jsonl with a passage a
-    line, {"text": "..."}, its last word included. cloze: .jsonl with a question a line, an object of "context",
-    "question" (XXXXX is its blank), "candidates" (a list) and "answer", or the Children's Book Test's own layout."""
+    """A UTF-8 file. perplexity: a text, or .jsonl with one document per line, {"text": "..."}.
+    lambada: .jsonl with one passage per line, {"text": "..."}, the last word included.
+    cloze: .jsonl with one question per line, or the layout of the Children's Book Test. A line is an object with
+    "context", "question" (XXXXX marks the blank), "candidates" (a list) and "answer"."""
     task: Annotated[Literal["perplexity", "lambada", "cloze"], tyro.conf.arg(aliases=["-t"])]
-    """perplexity of text; lambada: accuracy of passages' last words, with and without a filter of stop words, and their
-    perplexity; cloze: accuracy of filling a blank with one of several candidates."""
+    """perplexity: perplexity of text.
+    lambada: accuracy on the last word of passages, with and without a stop-word filter, and its perplexity.
+    cloze: accuracy in filling a blank with one of several candidates."""
     model: _model.ModelOption = None
     stride: Annotated[
         int | None, tyro.conf.arg(metavar="TOKENS", help_behavior_hint="(default: half of the model's n_ctx)")
     ] = None
-    """perplexity: tokens from one window of a long text to the next, 1 to n_ctx; a token follows n_ctx - stride tokens
-    or more, and the time grows as n_ctx / stride."""
+    """perplexity: tokens between the starts of two windows of a long text, 1 to n_ctx.
+    After the first window, a token has at least n_ctx - stride tokens of context. The time grows as n_ctx / stride."""
     detokenizer: Literal["none", "wikitext", "ptb"] = "none"
-    """perplexity, cloze: undo what a benchmark did to its text, as GPT-2's paper does: WikiText's or the Penn
-    Treebank's spaces between words and punctuation. The Children's Book Test is cut as ptb is."""
+    """perplexity, cloze: undo the word splitting of a benchmark's text, as GPT-2's paper does.
+    wikitext is for WikiText, ptb for the Penn Treebank and the Children's Book Test."""
     per: Literal["token", "word", "byte"] = "token"
-    """perplexity: what its exponent is divided by; words, which white space separates, and bytes are those of the file,
-    before any detokenizer."""
+    """perplexity: measure it per token, per word or per byte.
+    Words (separated by white space) and bytes are those of the file, before any detokenizer."""
     bos: bool = False
-    """perplexity: put <|endoftext|> before each document, so that its first token is scored too. Hugging Face's
-    documentation does not."""
+    """perplexity: put <|endoftext|> before each document, so that its first token is scored too.
+    The documentation of Hugging Face does not do this."""
     dtype: _model.DtypeOption = None
-    """Dtype of weights and matrix products; bfloat16 takes half the memory, and on a CPU more time."""
+    """Dtype of weights and matrix products. bfloat16 needs half the memory, but more time on a CPU."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
-    """Take the first N documents, passages or questions alone, 1 or more."""
+    """Use only the first N documents, passages or questions, 1 or more."""
     json: bool = False
-    """Write one JSON object instead of the table; gpt2_jax.evaluate documents its keys."""
+    """Write one JSON object instead of the table. gpt2_jax.evaluate documents its keys."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,9 +71,9 @@ def run(args: Args) -> None:
     from gpt2_jax.evaluate import files
 
     readers = {"perplexity": files.read_documents, "lambada": files.read_passages, "cloze": files.read_questions}
-    items = readers[args.task](expanded(args.file))  # before the weights: those can take long
+    items = readers[args.task](expanded(args.file))  # before weights are loaded: that can take long
     if args.limit is not None and args.task == "perplexity" and args.file.suffix != ".jsonl":
-        raise ValueError(f"--limit counts documents, and {args.file} is one: cut it, or give a .jsonl")
+        raise ValueError(f"--limit counts documents, and {args.file} is only one: shorten it, or give a .jsonl file")
     items = items[: args.limit]
     _model.keep_compiled()
     tokenizer = gpt2_jax.load_tokenizer(_model.source(args.model))
@@ -87,14 +89,14 @@ def run(args: Args) -> None:
 
 
 def _check(args: Args) -> None:
-    """Refuse options that do not go together."""
+    """Reject options that do not work together."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be 1 or more, not {args.limit}")
     for name in PERPLEXITY_ALONE:
         if args.task != "perplexity" and getattr(args, name) != getattr(Args, name):
             raise ValueError(f"--{name} is for --task perplexity, not {args.task}")
     if args.task == "lambada" and args.detokenizer != "none":
-        raise ValueError("--detokenizer is for --task perplexity or cloze: lambada takes its passages as they are")
+        raise ValueError("--detokenizer is for --task perplexity or cloze: lambada does not change its passages")
 
 
 def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenizer, items: list) -> Any:
@@ -111,7 +113,7 @@ def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenize
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    """Print what is measured and counted, each with its convention."""
+    """Print each measure and each count with its convention."""
     table = _tables.plain_table("measure", ">value", "how")
     table.columns[0].no_wrap = True
     for key, how in result["conventions"].items():
@@ -120,12 +122,12 @@ def _print_table(result: dict[str, Any]) -> None:
 
 
 def _text(key: str, value: float) -> str:
-    """Return a count as 1,234, a share as 12.34 %, anything else with six digits."""
+    """Return a count as 1,234, a share as 12.34 %, and any other number with six digits."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{100 * value:.2f} %" if key.startswith("accuracy") else f"{value:.6g}"
 
 
 def _finite(value: Any) -> Any:
-    """Return null, which JSON has, for what it has not: the infinite."""
+    """Return None for a number that is not finite, because JSON cannot hold it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""`gpt2-generate`: prompts continued."""
+"""`gpt2-generate`: continue prompts."""
 
 from __future__ import annotations
 
@@ -27,60 +27,63 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Options(Settings):
-    """Settings whose defaults are the command's; what is not described here says what `Settings` says."""
+    """Settings with the defaults of the command. Fields without a description have that of `Settings`."""
 
     max_new_tokens: int = 128
-    """Most tokens to add, 0 or more; the prompt and they must fit in the model's n_ctx tokens, but for --overflow."""
+    """Most new tokens per sample, 0 or more; a stop may end a sample earlier.
+    Prompt and new tokens must fit in the model's n_ctx tokens, unless --overflow is slide."""
     top_k: int = 40
     top_p_rule: TopPRule = "original"
-    """original leaves out the token that crosses p, as OpenAI's code; common keeps it, as most libraries."""
+    """original leaves out the token that crosses p, like OpenAI's code; common keeps it, like most libraries."""
     stop_ids: tyro.conf.Suppress[Sequence[int]] = ()
     stop_strings: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="stop")] = ()
-    """End a sample before this string; a shell writes a blank line as $'\\n\\n'."""
+    """End a sample before this string. In a shell, a blank line is $'\\n\\n'."""
     stop_at_eot: bool = True
-    """End a sample where the model ends its text, with <|endoftext|>."""
+    """End a sample when the model ends its text with <|endoftext|>."""
     overflow: Overflow = "error"
-    """When a text outgrows the model's n_ctx tokens: refuse, or let the model see the last tokens alone."""
+    """If a text becomes longer than n_ctx: error rejects it; slide lets the model read only the last tokens."""
     logprobs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    """Write a table after each sample: every token's log-probability (base e) and this many alternatives, 0 or more."""
+    """Write the log-probability (base e) of each token, and of this many most likely ones, 0 or more.
+    They are a table after each sample, or in the samples of --output."""
 
     def settings(self, tokenizer: Tokenizer) -> Settings:
-        """Return them as the library takes them."""
+        """Return the settings for the library."""
         return Settings.among(vars(self) | {"stop_ids": (tokenizer.eot,) if self.stop_at_eot else ()})
 
 
 @dataclasses.dataclass
 class Args:
-    """Continue prompts with GPT-2: prompt and continuation go to standard output, all else to standard error."""
+    """Continue prompts with GPT-2. Prompts and continuations go to standard output, messages to standard error."""
 
     model: _model.ModelOption = None
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A text to continue (--prompt=-x if it begins with a dash); the empty one lets the model begin a text of its own.
-    Without any, standard input is the prompt if it is a pipe or a file."""
+    """A text to continue; write --prompt=-x if it begins with a dash. If it is empty, the model starts a new text.
+    Without a prompt, standard input is the prompt if it is a pipe or a file. Otherwise the prompt is empty."""
     prompt_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A UTF-8 file whose whole text, but for one newline at its end, is a prompt; - is standard input."""
+    """A UTF-8 file with one prompt: its whole text, without one newline at the end. - means standard input."""
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """Prompts by the thousand: a file of JSON lines, each {"prompt": "..."} or a string; needs --output."""
+    """A file with many prompts: JSON lines, each {"prompt": "..."} or a string. Needs --output."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """Where the samples of --input go: JSON lines in the same order, with "samples" beside what the input's line had.
-    Killed, the same command goes on where it was."""
+    """The file for the samples of --input: JSON lines in order, with the input's fields, "samples" and "index".
+    If the process is killed, run the same command again: it resumes."""
     interactive: bool = False
-    """Read prompts from the terminal, with a history; Ctrl-C stops a sample, Ctrl-D ends."""
+    """Read prompts from the terminal, with a history. Ctrl-C stops a sample, Ctrl-D ends the program."""
     num_samples: int = 1
-    """Continuations of each prompt to write, 1 or more, each different."""
+    """Continuations of each prompt, 1 or more, each with its own random draws."""
     dtype: _model.DtypeOption = None
-    """Dtype of weights and matrix products; bfloat16 takes half the memory."""
+    """Dtype of weights and matrix products. bfloat16 needs half the memory, but more time on a CPU."""
     echo: bool = True
     """Write the prompt before its continuation."""
     batch_size: int = 16
-    """Samples to compute at a time, 1 or more: more are faster in all and take more memory; the text is the same."""
+    """Samples to compute at the same time, 1 or more.
+    A larger batch takes less time in total and more memory. The text is the same."""
     sampling: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    gc.set_threshold(10**6)  # tracing a model makes objects by the hundred thousand, next to none of them garbage:
-    atexit.register(gc.freeze)  # looking for it, on the way and at the end, took a quarter of a short run
+    gc.set_threshold(10**6)  # tracing a model makes hundreds of thousands of objects, and almost none become garbage
+    atexit.register(gc.freeze)  # without these two lines, collecting garbage takes a quarter of a short run
     _command.call("gpt2-generate", Args, run, argv, text=True)
 
 
@@ -94,7 +97,7 @@ def run(args: Args) -> None:
     directory = _model.source(args.model)
     config, tokenizer = gpt2_jax.load_config(directory), gpt2_jax.load_tokenizer(directory)
     settings = args.sampling.settings(tokenizer).check(config, tokenizer)
-    if texts:  # before the weights: those can take long
+    if texts:  # before weights are loaded: that can take long
         check_prompts(config, [encode(tokenizer, text) for text in texts], settings)
     model = Model(args.model, args.dtype, tokenizer, settings, args.batch_size)
     if args.interactive:
@@ -106,7 +109,7 @@ def run(args: Args) -> None:
 
 
 def _check(args: Args) -> None:
-    """Refuse options that do not go together."""
+    """Reject options that do not work together."""
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
@@ -118,15 +121,15 @@ def _check(args: Args) -> None:
     if args.input and len(given) > 1:
         raise ValueError(f"--input has its own prompts and cannot be given with {given[0]}")
     if [str(path) for path in args.prompt_file].count("-") > 1:
-        raise ValueError("--prompt-file - reads all of standard input: it can be given once")
+        raise ValueError("--prompt-file - reads all of standard input: it can be given only once")
     if sys.stdin is None and (args.interactive or "-" in map(str, args.prompt_file)):
-        raise ValueError("standard input is closed: there is nothing to read prompts from")
+        raise ValueError("standard input is closed: prompts cannot be read from it")
     if (args.input is None) != (args.output is None):
-        raise ValueError("--input and --output go together: prompts from one file, samples to the other")
+        raise ValueError("--input and --output need each other: prompts come from one, samples go to the other")
 
 
 def _prompts(prompts: Sequence[str], files: Sequence[Path]) -> Iterator[str]:
-    """Yield the prompts given, then the files' texts; without any, standard input if it is a pipe or a file, or ""."""
+    """Yield the prompts, then the files' texts. Without any: standard input if it is a pipe or a file, else ""."""
     yield from prompts
     for path in files:
         if str(path) == "-":
@@ -148,14 +151,14 @@ def _decode(data: bytes, name: str) -> str:
 def _stdin_has_text() -> bool:
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # there is no standard input
+    except (AttributeError, OSError, ValueError):  # no standard input
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
-    """Print all samples; a single one as it comes, if someone is watching."""
-    _ = model.weights  # not part of the time
+    """Print all samples. A single sample is streamed if standard output is a terminal."""
+    _ = model.weights  # loaded before the time is taken
     start, n_new = time.perf_counter(), 0
     watched = sys.stdout is not None and sys.stdout.isatty()
     if len(texts) * args.num_samples == 1 and args.sampling.logprobs is None and watched:
@@ -170,11 +173,11 @@ def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
         if args.sampling.logprobs is not None:
             print(logprob_table(completion, model.tokenizer), flush=True)
         n_new += len(completion.ids)
-    print(f"{n_new} tokens in {time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
+    print(f"{n_new} tokens in {time.perf_counter() - start:.1f} s, with compilation", file=sys.stderr)
 
 
 def _complete_file(model: Model, args: Args, config: GPT2Config, source: Path, target: Path) -> None:
-    """Complete the prompts of a file into another."""
+    """Complete the prompts of one file, and write them to another."""
     from gpt2_jax.generation.jsonl import complete_file, read_prompts
     from gpt2_jax.generation.prompts import check_fits
 
@@ -194,7 +197,7 @@ def _complete_file(model: Model, args: Args, config: GPT2Config, source: Path, t
     settings |= {"model": name, "dtype": args.dtype}
     start = time.perf_counter()
     batch_size = max(1, args.batch_size // args.num_samples)
-    if source.is_file() and not target.exists():  # a pipe can be read but once: there each batch is checked in its turn
+    if source.is_file() and not target.exists():  # a pipe can be read only once: its batches are checked later
         check([record["prompt"] for record in read_prompts(source.read_bytes(), source)])
     n_done = complete_file(source, target, complete, settings, batch_size)
-    print(f"{n_done} prompts in {time.perf_counter() - start:.1f} s, loading and compilation included", file=sys.stderr)
+    print(f"{n_done} prompts in {time.perf_counter() - start:.1f} s, with loading and compilation", file=sys.stderr)

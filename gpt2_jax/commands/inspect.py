@@ -1,4 +1,4 @@
-"""`gpt2-inspect`: a model's files looked at before they are used."""
+"""`gpt2-inspect`: inspect a model before you use it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import tyro
 from gpt2_jax import progress
 from gpt2_jax.commands import _command, _inspect_report, _model, _tables
 
-LARGE = 300_000_000  # parameters from which going through the tensors takes long enough for a progress bar
+LARGE = 300_000_000  # parameters: from here on, the tensors take long enough for a progress bar
 
 
 @dataclasses.dataclass
 class Args:
-    """Look at a model's files before using them: what each is for, what they hold, whether the numbers are sane."""
+    """Inspect a model before you use it: files, hyperparameters, parameters, memory, tensors and vocabulary."""
 
     source: Annotated[
         str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="(default: embedded)")
     ] = None
-    """A directory that holds a model, a size ("124M", fetched if absent) or a hub id ("owner/name")."""
+    """A directory with a model, a size ("124M", downloaded if it is not in the cache), or a hub id ("owner/name")."""
     tensor: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
-    """Look at one tensor closely instead of the whole: h0/attn/c_attn/w, say."""
+    """Show only one tensor, in detail. For example: h0/attn/c_attn/w."""
     json: bool = False
-    """Write the same as one JSON object, for programs; gpt2_jax.inspection documents its keys."""
+    """Write one JSON object instead of tables. gpt2_jax.inspection documents its keys."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """Also draw the weights of the whole model into this file: .png, .svg or .pdf."""
+    """Also draw the weights of the whole model to this file: .png, .svg or .pdf."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> None:
-    """Load the model, look, print."""
+    """Load the model, inspect it, print."""
     from gpt2_jax import checkpoints, figures, inspection
     from gpt2_jax.inspection import plot
 
@@ -49,7 +49,7 @@ def run(args: Args) -> None:
     source = _model.source(args.source)
     directory = checkpoints.locate(source)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of values that are not finite: the report says where they are
+        warnings.simplefilter("ignore", UserWarning)  # about non-finite values: the report says where they are
         config, params = checkpoints.load(source)
     if args.tensor is None:
         track = progress.tracked("tensors", shown=None if config.n_params >= LARGE else False)

@@ -1,4 +1,4 @@
-"""`gpt2-prepare`: text to token files to train on."""
+"""`gpt2-prepare`: turn text into token files for training."""
 
 from __future__ import annotations
 
@@ -20,37 +20,42 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Args:
-    """Turn text into token files to train on: the folder written goes to standard output, all else to standard error.
+    """Turn text into token files for training. The folder's path goes to standard output, messages to standard error.
 
-    It holds train.bin and val.bin (ids as uint16, nanoGPT's layout) and tokens.json, which says what they are.
+    The folder has train.bin and val.bin (nanoGPT's layout: token ids as uint16, or as uint32 if the vocabulary has more
+    than 65,535 ids) and tokens.json, which describes them.
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")]
-    """What to read, in this order: .txt files, each a document; .jsonl, a document a line; .csv, a document a row, the
-    first row naming the columns; .bin, ids already; folders, all such files in them; - for standard input, a text."""
+    """What to read, in order. A .txt file is one document. A .jsonl file has one document per line.
+    A .csv file has one per row, and its first row names the columns. A .bin file has token ids.
+    A folder means all such files in it. Standard input (-) is one document."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
     """The folder to write."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: embedded)")] = None
-    """The model to train, whose vocabulary is used: a size, 124M, 355M, 774M or 1558M (its vocabulary is fetched if it
-    is not there yet); an id of the Hugging Face hub; or a directory with a model or with encoder.json and vocab.bpe."""
+    """The model that you will train; its vocabulary is used.
+    A size: 124M, 355M, 774M or 1558M (the vocabulary is downloaded if it is not in the cache); a Hugging Face hub id;
+    or a directory with a model, or with encoder.json and vocab.bpe."""
     field: str = "text"
-    """Where the text is: the field of a .jsonl file's objects, and the column of a .csv file. A lone column needs no
-    name."""
+    """Name of the .jsonl field or .csv column that contains the text.
+    If a .csv file has only one column, its name does not matter."""
     prompt_field: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
-    """With --completion-field: documents are pairs, of which the completion alone, and the end-of-text after it, counts
-    in the loss."""
+    """Field of the prompts, together with --completion-field: each document is a pair.
+    Only the completion, and the end-of-text id after it, count in the loss."""
     completion_field: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
-    """The other half of a pair. It follows its prompt as it is: begin it with the space between them."""
+    """Field of the completions.
+    Nothing is inserted between prompt and completion: begin the completion with a space if the text needs one."""
     val_fraction: float = 0.1
-    """Share that is kept for validation, 0 to less than 1."""
+    """Fraction of the text that is kept for validation; 0 or more, less than 1."""
     split: Literal["auto", "documents", "tail"] = "auto"
-    """Which share: documents drawn by the seed; the tail of the tokens; or documents where there are enough of them."""
+    """How the validation part is chosen: "documents" draws whole documents with the seed, "tail" takes the last tokens.
+    The default, "auto", uses documents, or the tail if there are too few documents."""
     seed: int = 0
-    """Seed of that draw, 0 to 4294967295."""
+    """Seed of the draws, 0 to 4294967295."""
     processes: int = 0
-    """How many processes encode; 0 is as many as there are cores, where there is enough text."""
+    """Number of processes that encode; 0 uses one per core if there is enough text, else one."""
     overwrite: bool = False
-    """Replace the folder if it holds prepared text and nothing else."""
+    """Replace the folder, if it contains only prepared text."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +68,7 @@ def run(args: Args) -> None:
     from gpt2_jax.data._prepare import check_replaceable, prepare
 
     folder = expanded(args.output)
-    check_replaceable(folder, args.overwrite)  # before a vocabulary is fetched
+    check_replaceable(folder, args.overwrite)  # before a vocabulary is downloaded
     prepared = prepare(
         args.sources,
         folder,
@@ -82,7 +87,7 @@ def run(args: Args) -> None:
 
 
 def _report(prepared: Prepared, tokenizer: str | None) -> str:
-    """Return a table of what was written, and what may be other than was meant."""
+    """Return a table of what was written, and notes on the result."""
     manifest = prepared.manifest or {}
     masked = "targets" in manifest["train"]
     rows: list[tuple[str, ...]] = [("", "tokens", "documents", *(["targets"] if masked else []))]
@@ -96,12 +101,12 @@ def _report(prepared: Prepared, tokenizer: str | None) -> str:
 def _notes(manifest: dict[str, Any], tokenizer: str | None) -> list[str]:
     how = {
         "documents": "drawn by document",
-        "tail": "the tail of the tokens; the document that it cuts counts where it begins",
+        "tail": "the last tokens; a document that is cut counts where it begins",
     }
     n_tokens = sum(manifest[split]["tokens"] for split in ("train", "val"))
     notes = [
         f"text: {manifest['characters']:,} characters in {_several(manifest['files'], 'file')}, "
-        f"{manifest['characters'] / n_tokens:.2f} a token",
+        f"{manifest['characters'] / n_tokens:.2f} per token",
         f"vocabulary: {manifest['n_vocab']:,} ids, of {_model.title(tokenizer)}",
         f"validation: {how[manifest['split']]}" if manifest["val_fraction"] else "validation: none",
     ]
@@ -109,8 +114,8 @@ def _notes(manifest: dict[str, Any], tokenizer: str | None) -> list[str]:
         notes.append(f"left out: {_several(manifest['empty_documents'], 'document')} without text")
     if manifest["end_of_text_as_text"]:
         notes.append(
-            f"note: the characters <|endoftext|> stand in the text {_several(manifest['end_of_text_as_text'], 'time')} "
-            "and were taken as text; a document ends with its file, line or row"
+            f"note: the text has the characters <|endoftext|> {_several(manifest['end_of_text_as_text'], 'time')}; "
+            "they stay ordinary text, because a document ends with its file, line or row"
         )
     return notes
 

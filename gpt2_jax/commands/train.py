@@ -1,4 +1,4 @@
-"""`gpt2-train`, and `gpt2-finetune`, its older name: a model trained or fine-tuned by a recipe."""
+"""`gpt2-train`, and `gpt2-finetune`, its older name: train or fine-tune a model with a recipe."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from gpt2_jax.recipe import Recipe
 
 @dataclasses.dataclass
 class Args:
-    """Train or fine-tune a model by a recipe, and print the run's folder. The same command goes on where it ended.
+    """Train or fine-tune a model with a recipe, and print the run's folder. The same command resumes a stopped run.
 
-    Every part of the recipe is an option too: --optimizer.learning-rate 1e-3.
+    Every recipe field is also an option, for example --optimizer.learning-rate 1e-3.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """The recipe, a TOML file: configs/finetune_shakespeare.toml. Without one, defaults."""
+    """The recipe, a TOML file, for example configs/finetune_shakespeare.toml. Without it, all fields have defaults."""
     run: Annotated[
         Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/NAME of the recipe)")
     ] = None
-    """The run's folder: checkpoints, the best model, metrics, samples, the loss curve. generate.py --model takes it."""
+    """The run's folder: checkpoints, best model, metrics, samples and loss curve. gpt2-generate --model takes it."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gpt2-train") -> None:
@@ -45,7 +45,7 @@ def finetune(argv: Sequence[str] | None = None) -> None:
 
 
 def _start(argv: Sequence[str] | None, prog: str) -> Args:
-    """Return the recipe that --config names, which the other options change."""
+    """Return the arguments with the recipe of --config. The other options change them."""
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
@@ -53,7 +53,7 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
 
 
 def run(args: Args) -> int:
-    """Train, and print the run's folder; return the exit status: 0, 1 where the loss ended the run, or the signal's."""
+    """Train, and print the run's folder. Return the exit status: 0, 1 if the loss ended it, or 128 + the signal."""
     from gpt2_jax.training import fit, start_data, start_model
 
     _model.keep_compiled()
@@ -64,14 +64,14 @@ def run(args: Args) -> int:
     if data.manifest is not None:
         split, share = data.manifest["split"], data.manifest["val_fraction"]
         if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
-            print(f"the text was split when it was prepared, by {split} at {share:g}: that holds", file=sys.stderr)
+            print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)
     n_val = data.val.n_tokens if data.val else 0
     print(
-        f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} tokens to train, {n_val:,} to validate on",
+        f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens",
         file=sys.stderr,
     )
     fitted = fit(plan, params, data, folder, tokenizer)
-    print(f"hear it: python scripts/generate.py --model {shlex.quote(str(folder))}", file=sys.stderr)
+    print(f"to generate text: gpt2-generate --model {shlex.quote(str(folder))}", file=sys.stderr)
     print(folder)
     if fitted.signal:
         return 128 + signal.Signals[fitted.signal].value

@@ -1,4 +1,4 @@
-"""`gpt2-train-tokenizer`: a byte-level BPE vocabulary for a new corpus."""
+"""`gpt2-train-tokenizer`: train a byte-level BPE vocabulary on a new corpus."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from gpt2_jax.files import expanded
 
 @dataclasses.dataclass
 class Args:
-    """Train a byte-level BPE vocabulary: the folder written goes to standard output, all else to standard error.
+    """Train a byte-level BPE vocabulary. The folder's path goes to standard output, messages to standard error.
 
-    It holds encoder.json and vocab.bpe in OpenAI's format.
+    The folder has encoder.json and vocab.bpe in OpenAI's format.
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")]
     """What to read: .txt, .jsonl and .csv files, folders of such files, or - for standard input."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """The folder to write; --tokenizer of gpt2-prepare takes it."""
+    """The folder to write. gpt2-prepare --tokenizer takes it."""
     merges: int = 50_000
-    """Most merges to learn, 0 or more; the vocabulary has 257 ids more, the bytes and <|endoftext|>. 50,000 is GPT-2's;
-    a small corpus needs less: the embedded model has 1,024."""
+    """Most merges to learn, 0 or more. The vocabulary has 257 more ids: the 256 bytes and <|endoftext|>.
+    GPT-2 has 50,000 merges. A small corpus needs fewer: the embedded model has 1,024."""
     field: str = "text"
-    """Where the text is: the field of a .jsonl file's objects, and the column of a .csv file."""
+    """Name of the .jsonl field or .csv column that contains the text."""
     overwrite: bool = False
-    """Replace the folder if it holds a vocabulary and nothing else."""
+    """Replace the folder, if it contains only a vocabulary."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,6 +51,6 @@ def run(args: Args) -> None:
     n_merges = len(tokenizer.merges)
     counted = f"{n_merges:,} merge{'' if n_merges == 1 else 's'}"
     if n_merges < args.merges:
-        counted += f", as no other pair occurs twice ({args.merges:,} were allowed)"
+        counted += f", because no other pair occurs twice ({args.merges:,} were allowed)"
     print(f"vocabulary: {tokenizer.n_vocab:,} ids: 256 bytes, {counted}, <|endoftext|>", file=sys.stderr)
     print(folder)

@@ -1,8 +1,7 @@
-"""How good a model is: perplexity of text, last words (LAMBADA), blanks to fill, each by a convention it states.
+"""How good a model is: perplexity, last words (LAMBADA), and cloze questions. Each result states its convention.
 
-Here belong measures that others report too, the files they are computed on, and lm-evaluation-harness on our models.
-The log-probabilities themselves (`gpt2_jax.generation`) and questions about the inside of a model
-(`gpt2_jax.research`) do not.
+This package has measures that others report too, the files that they are computed on, and lm-evaluation-harness for our
+models. Log-probabilities are in `gpt2_jax.generation`, and analyses of a model's activations in `gpt2_jax.research`.
 """
 
 from gpt2_jax.evaluate._cloze import Cloze, Question, cloze

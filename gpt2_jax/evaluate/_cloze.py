@@ -1,4 +1,4 @@
-"""Cloze questions with given choices, as in the Children's Book Test: which one fits the blank?"""
+"""Cloze questions with given choices, as in the Children's Book Test: which choice fits the blank?"""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BLANK = "XXXXX"
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A sentence with a blank, what stands before it, and what may fill it.
+    """A sentence with a blank, the text before it, and the candidates for the blank.
 
     Attributes:
-      context: the sentences before; may be empty.
-      question: the sentence, with "XXXXX" once where the word is missing.
-      candidates: two choices or more.
-      answer: the right one of them.
+      context: the sentences before the question; may be empty.
+      question: the sentence, with "XXXXX" exactly once, where the word is missing.
+      candidates: two or more choices.
+      answer: the correct candidate.
     """
 
     context: str
@@ -40,12 +40,12 @@ class Cloze:
     """How well a model fills blanks.
 
     Attributes:
-      accuracy: share of questions whose answer the model finds most likely, 0 to 1.
-      accuracy_by_chance: what guessing would give in the mean.
-      questions: how many.
-      cut: questions with a context of which the model could not read the beginning.
+      accuracy: share of questions for which the model finds the answer most likely, 0 to 1.
+      accuracy_by_chance: the expected accuracy of guessing, 0 to 1.
+      questions: number of questions.
+      cut: number of questions that were too long for the model, so that it did not read the start of the context.
       detokenizer: "none", "wikitext" or "ptb".
-      conventions: for each of these but the last, by name, how it is measured or counted.
+      conventions: {name: how it is measured or counted} for the attributes above, except `detokenizer`.
     """
 
     accuracy: float
@@ -68,20 +68,23 @@ def cloze(
 ) -> Cloze:
     """Choose among the candidates of each question (GPT-2's paper, section 3.2).
 
-    The choice is the candidate for which it and the rest of the sentence are most likely, given the context and the
-    beginning of the sentence: the sum of their tokens' log-probabilities. Every candidate is a pass over the context.
+    The model chooses the candidate for which the candidate and the rest of the sentence have the largest sum of
+    log-probabilities, given the context and the start of the sentence. Each candidate needs its own pass over the
+    context.
 
     Args:
       config: the model's hyperparameters.
-      params: its parameters, as `load` gives them.
-      tokenizer: its vocabulary.
+      params: the model's parameters, from `load`.
+      tokenizer: the model's tokenizer.
       questions: the questions.
-      detokenizer: "none", or the cutting into words to undo first; the Children's Book Test is cut as "ptb" is.
-      edits: of activations, as `score` takes them.
-      track: takes the list of batches and gives them one by one, rich.progress.track say.
+      detokenizer: undoes the word splitting of a benchmark first: "wikitext", "ptb" (also for the Children's Book
+        Test), or "none".
+      edits: activation edits, as in `score`.
+      track: takes the list of batches and yields them one by one, such as rich.progress.track.
 
     Raises:
-      ValueError: no questions, or one without a blank, without a word before it, or whose answer is no candidate.
+      ValueError: there are no questions; or a question has not exactly one blank, no text before its blank, fewer than
+        two candidates, an empty candidate, or an answer that is not a candidate.
     """
     choice("detokenizer", detokenizer, DETOKENIZERS)
     if not len(questions):
@@ -109,10 +112,10 @@ def cloze(
 
 
 def check_question(name: str, question: Question) -> None:
-    """Check that a question can be asked.
+    """Check a question.
 
     Raises:
-      ValueError: it cannot; the message calls it `name`.
+      ValueError: the question is not valid; the message calls it `name`.
     """
     if question.question.count(BLANK) != 1:
         raise ValueError(f"{name} must have {BLANK} once, where the word is missing, not {question.question[:80]!r}")
@@ -121,27 +124,27 @@ def check_question(name: str, question: Question) -> None:
     if len(question.candidates) < 2 or not all(question.candidates):
         raise ValueError(f"{name} must have two candidates or more, none of them empty")
     if question.answer not in question.candidates:
-        raise ValueError(f"{name} has the answer {question.answer!r}, which is none of its candidates")
+        raise ValueError(f"{name} has the answer {question.answer!r}, which is not one of its candidates")
 
 
 def _pairs(
     tokenizer: Tokenizer, question: Question, detokenize: Callable[[str], str]
 ) -> list[tuple[list[int], list[int]]]:
-    """Return, for each candidate, the tokens before the blank and those from it on; the space before it is a part."""
+    """Return for each candidate the tokens before the blank, and the tokens from the space before the blank on."""
     text = detokenize(f"{question.context.rstrip()} {question.question.lstrip()}".strip())
-    before, _, after = text.rpartition(BLANK)  # the question's, whatever stands in the context
+    before, _, after = text.rpartition(BLANK)  # the last blank: the context may contain XXXXX too
     space = " " if before.endswith(" ") else ""
     context = tokenizer.encode(before.removesuffix(" "))
     return [(context, tokenizer.encode(f"{space}{candidate}{after}")) for candidate in question.candidates]
 
 
 def _conventions(config: GPT2Config, detokenizer: str) -> dict[str, str]:
-    text = "the text as it is" if detokenizer == "none" else f"the {detokenizer} detokenizer's text"
+    text = "text unchanged" if detokenizer == "none" else f"text after the {detokenizer} detokenizer"
     return {
         "accuracy": (
-            f"share of questions whose answer has, with the rest of its sentence, the largest sum of ln p; {text}"
+            f"share of questions where the answer and the rest of the sentence have the largest sum of ln p; {text}"
         ),
-        "accuracy_by_chance": "mean of 1 / candidates",
-        "questions": "each scored on its own, nothing put before it",
-        "cut": f"questions beyond the model's {config.n_ctx} tokens, of which it read the last",
+        "accuracy_by_chance": "mean of 1 / number of candidates",
+        "questions": "each scored on its own, nothing added before it",
+        "cut": f"questions longer than the model's {config.n_ctx} tokens: it read only the last ones",
     }

@@ -1,4 +1,4 @@
-"""LAMBADA: is the last word of a passage the one that the model finds most likely?"""
+"""LAMBADA: does the model predict the last word of a passage?"""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gpt2_jax.generation.scoring import Score
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
 
-# Words that can go on a passage but hardly end one. The paper does not list its own. The last ones are what the
-# tokenizer leaves of contractions: "didn't" is " didn" and "'t".
+# Words that can continue a passage but rarely end one. The paper does not publish its list. The last line is for
+# contractions, which the tokenizer splits: "didn't" is " didn" and "'t".
 _STOP_WORDS = """
 a an the this that these those each every either neither some any no all both few many more most much other another
 such own same several
@@ -38,16 +38,16 @@ class Lambada:
     """How well a model predicts the last words of passages.
 
     Attributes:
-      accuracy: share of passages whose last word greedy decoding gives, 0 to 1.
-      accuracy_with_stop_word_filter: the same where stop words are passed over.
+      accuracy: share of passages for which greedy decoding gives the last word, 0 to 1.
+      accuracy_with_stop_word_filter: the same, if the first decoding step cannot choose stop words.
       perplexity_per_word: exp(nats / passages).
       perplexity_per_token: exp(nats / tokens).
-      nats: the sum of -ln p of the last words.
-      passages: how many.
-      tokens: of all last words.
-      stop_words: passages whose last word is itself a stop word.
-      cut: passages of which the model could not read the beginning.
-      conventions: for each of these, by name, how it is measured or counted.
+      nats: sum of -ln p of the last words.
+      passages: number of passages.
+      tokens: number of tokens of all last words.
+      stop_words: number of passages whose last word is a stop word.
+      cut: number of passages that were too long for the model, so that it did not read their start.
+      conventions: {name: how it is measured or counted} for the attributes above.
     """
 
     accuracy: float
@@ -72,29 +72,29 @@ def lambada(
     edits: Edit | Sequence[Edit] = (),
     track: Callable[[list], Iterable] = iter,
 ) -> Lambada:
-    """Predict the last word of each passage from what stands before it (GPT-2's paper, section 3.3).
+    """Predict the last word of each passage from the text before it (GPT-2's paper, section 3.3).
 
-    The last word is what follows the last space; its tokens are those of " word", as the tokenizer would have cut the
-    whole passage. A passage is right if each of them is the most likely one given the passage up to it. That is what
-    greedy decoding would give: as long as it agrees with the word, both have read the same, and at the first token
-    where it does not, the passage is wrong in any case. So one pass over the passage decides.
+    The last word is the text after the last space. Its tokens are those of " word", the same as in the tokens of the
+    whole passage. A passage is correct if each of these tokens is the most likely one, given the tokens before it. That
+    is the result of greedy decoding: while decoding agrees with the word, both read the same tokens, and the first
+    difference makes the passage wrong. So one forward pass over the passage is enough.
 
-    The paper adds a filter of stop words, as many predictions would go on with the sentence but not end it. Its code
-    is not public; here, with the filter, greedy decoding passes over stop words: at its first step the tokens that are
-    whole stop words (" the", " The") are left out, unless the last word goes on from one (" over" of "overalls"). So a
-    passage that ends in a stop word is wrong.
+    The paper adds a stop-word filter, because many predictions continue the sentence and do not end it. The paper's
+    code is not public. Here, the filter changes the first step of greedy decoding: it cannot choose a token that is a
+    whole stop word (" the", " The"). One exception: a longer last word can begin with such a token (" over" in
+    "overalls"). So a passage that ends in a stop word is wrong.
 
     Args:
       config: the model's hyperparameters.
-      params: its parameters, as `load` gives them.
-      tokenizer: its vocabulary.
-      passages: texts, each with its last word. White space at their end is dropped.
-      stop_words: in lower case.
-      edits: of activations, as `score` takes them.
-      track: takes the list of batches and gives them one by one, rich.progress.track say.
+      params: the model's parameters, from `load`.
+      tokenizer: the model's tokenizer.
+      passages: texts, each with its last word. White space at the end is dropped.
+      stop_words: the stop words, in lower case.
+      edits: activation edits, as in `score`.
+      track: takes the list of batches and yields them one by one, such as rich.progress.track.
 
     Raises:
-      ValueError: no passages, or one without a space before its last word.
+      ValueError: there are no passages, or a passage has no space before its last word.
     """
     stop_words = frozenset(stop_words)
     parts = [_split(i, passage) for i, passage in enumerate(passages)]
@@ -108,7 +108,7 @@ def lambada(
     n_tokens = sum(len(one.logprobs) for one in scores)
     right = sum(bool(one.greedy.all()) for one in scores)
     right_with_filter = sum(_right_with_filter(one) for one, stop in zip(scores, is_stop_word, strict=True) if not stop)
-    with np.errstate(over="ignore"):  # beyond float64 it is inf
+    with np.errstate(over="ignore"):  # inf if it is too large for float64
         per_word, per_token = (float(np.exp(nats / n)) for n in (len(parts), n_tokens))
     return Lambada(
         accuracy=right / len(parts),
@@ -125,7 +125,7 @@ def lambada(
 
 
 def _split(i: int, passage: str) -> tuple[str, str]:
-    """Return a passage without its last word, and that."""
+    """Return a passage without its last word, and the last word."""
     if not isinstance(passage, str):
         raise ValueError(f"passages[{i}] must be a str, not {type(passage).__name__}")
     context, _, word = passage.rstrip().rpartition(" ")
@@ -135,26 +135,26 @@ def _split(i: int, passage: str) -> tuple[str, str]:
 
 
 def _stop_ids(tokenizer: Tokenizer, stop_words: Iterable[str]) -> list[int]:
-    """Return the tokens that are a space and a stop word, in lower case or capitalized."""
+    """Return the tokens that are a space and a stop word. The word may be capitalized."""
     forms = sorted({form for word in stop_words for form in (word, word.capitalize())})
     encoded = [tokenizer.encode(f" {form}") for form in forms]
     return [ids[0] for ids in encoded if len(ids) == 1]
 
 
 def _right_with_filter(one: Score) -> bool:
-    first = one.greedy if one.greedy_aside is None else one.greedy_aside  # no stop word is a token of this vocabulary
+    first = one.greedy if one.greedy_aside is None else one.greedy_aside  # None: no stop word is a token
     return bool(first[0] and one.greedy[1:].all())
 
 
 def _conventions(config: GPT2Config, n_stop_words: int) -> dict[str, str]:
     return {
-        "accuracy": "share of passages whose last word, by the last space, greedy decoding gives token by token",
-        "accuracy_with_stop_word_filter": f"the same, {n_stop_words} stop words left out of the first step's choice",
-        "perplexity_per_word": "exp(nats / passages), all tokens of a last word together",
+        "accuracy": "share of passages where greedy decoding gives the last word (all after the last space)",
+        "accuracy_with_stop_word_filter": f"the same, but its first step cannot choose {n_stop_words} stop words",
+        "perplexity_per_word": "exp(nats / passages): all tokens of a last word together",
         "perplexity_per_token": "exp(nats / tokens)",
         "nats": "sum of -ln p of the last words' tokens, each given the passage before it",
-        "passages": "each scored on its own, nothing put before it",
-        "tokens": "of the last words, with the space before them",
-        "stop_words": "passages that end in one, which the filter makes wrong",
-        "cut": f"passages beyond the model's {config.n_ctx} tokens, of which it read the last",
+        "passages": "each scored on its own, nothing added before it",
+        "tokens": "of the last words, including the space before them",
+        "stop_words": "passages that end in a stop word; the filter makes them wrong",
+        "cut": f"passages longer than the model's {config.n_ctx} tokens: it read only the last ones",
     }

@@ -1,4 +1,4 @@
-"""Perplexity of a text, in the unit and by the convention that are asked for, which the result states in words."""
+"""Perplexity of a text. The caller chooses the unit and the convention, and the result states them in words."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Perplexity:
     """How well a model predicts a text.
 
     Attributes:
-      perplexity: exp(nats / units), the units being tokens, words or bytes, as `per` says.
+      perplexity: exp(nats / units); `per` is the unit.
       bits_per_byte: nats / ln 2 / bytes.
-      nats: the sum of -ln p over all tokens that are scored.
-      documents: texts, each scored on its own.
-      tokens: those that are scored.
-      words: of the original text, before any detokenizer: what white space separates.
-      lines: newlines of the original text.
-      bytes: of the original text in UTF-8.
+      nats: sum of -ln p over all scored tokens.
+      documents: number of texts; each is scored on its own.
+      tokens: number of scored tokens.
+      words: number of words of the original text, before any detokenizer; white space separates words.
+      lines: number of newlines of the original text.
+      bytes: size of the original text in UTF-8.
       per: "token", "word" or "byte".
-      stride: tokens from the beginning of one window to that of the next.
-      bos: whether <|endoftext|> stood before each document.
+      stride: tokens from the start of one window to the start of the next.
+      bos: whether `<|endoftext|>` was put before each document.
       detokenizer: "none", "wikitext" or "ptb".
-      conventions: for the attributes that are measured or counted, by name, how that is done.
+      conventions: {name: how it is measured or counted} for the attributes from perplexity to bytes, and stride.
     """
 
     perplexity: float
@@ -67,27 +67,27 @@ def perplexity(
     edits: Edit | Sequence[Edit] = (),
     track: Callable[[list], Iterable] = iter,
 ) -> Perplexity:
-    """Measure the perplexity of a text, or of several that have nothing to do with each other.
+    """Measure the perplexity of a text, or of several independent texts.
 
-    Texts beyond n_ctx are read in overlapping windows, as `score` describes. By default it is what Hugging Face's
-    documentation computes: per token, nothing put before the text, so that its first token has no probability and is
-    left out. GPT-2's paper (section 3.1) divides by the words of the original text where a benchmark is one of words,
-    and undoes the benchmark's cutting into words: per="word" with a detokenizer.
+    Texts longer than n_ctx are read in overlapping windows; `score` describes them. The default is the convention of
+    Hugging Face's documentation: the perplexity is per token, and nothing is added before the text. So its first token
+    has no probability and is left out. GPT-2's paper (section 3.1) divides by the words of the original text for
+    word-level benchmarks, and undoes the benchmark's word splitting. That is per="word" with a detokenizer.
 
     Args:
       config: the model's hyperparameters.
-      params: its parameters, as `load` gives them.
-      tokenizer: its vocabulary.
+      params: the model's parameters, from `load`.
+      tokenizer: the model's tokenizer.
       documents: a text, or a list of texts.
-      stride: from 1 to n_ctx; None means n_ctx // 2. Smaller ones give more context, and take longer.
-      detokenizer: "none", or the cutting into words to undo before tokens are made: "wikitext" or "ptb".
-      per: the unit, "token", "word" or "byte"; words and bytes are those of the text before the detokenizer.
-      bos: put <|endoftext|> before each document, so that its first token is scored too.
-      edits: of activations, as `score` takes them.
-      track: takes the list of batches and gives them one by one, rich.progress.track say.
+      stride: from 1 to n_ctx; None means n_ctx // 2. A smaller stride gives more context and takes longer.
+      detokenizer: undoes the word splitting of a benchmark before tokenization: "wikitext", "ptb" or "none".
+      per: the unit: "token", "word" or "byte". Words and bytes are those of the text before the detokenizer.
+      bos: put `<|endoftext|>` before each document, so that its first token is scored too.
+      edits: activation edits, as in `score`.
+      track: takes the list of batches and yields them one by one, such as rich.progress.track.
 
     Raises:
-      ValueError: a bad argument, or a document too short to score.
+      ValueError: an argument is invalid, or a document is too short to score.
     """
     documents = [documents] if isinstance(documents, str) else list(documents)
     choice("detokenizer", detokenizer, DETOKENIZERS)
@@ -104,7 +104,7 @@ def perplexity(
         "bytes": sum(len(text.encode(errors="replace")) for text in documents),
     }
     if not counts[f"{per}s"]:
-        raise ValueError(f"the text has no {per}s to divide by: it is white space alone")
+        raise ValueError(f"the text has no {per}s to divide by: it is only white space")
     return Perplexity(
         perplexity=_exp(nats / counts[f"{per}s"]),
         bits_per_byte=nats / math.log(2) / counts["bytes"],
@@ -128,7 +128,7 @@ def _rows(tokenizer: Tokenizer, documents: list[str], detokenizer: str, bos: boo
             raise ValueError(f"documents[{i}] must be a str, not {type(text).__name__}")
         row = [tokenizer.eot] * bos + tokenizer.encode(DETOKENIZERS[detokenizer](text))
         if len(row) < 2:
-            help = "give a longer one" if bos or not row else "give a longer one, or bos, which scores the first too"
+            help = "give a longer one" if bos or not row else "give a longer one, or set bos to score the first token"
             n_tokens = len(row) - bos
             raise ValueError(
                 f"documents[{i}] (from 0) is too short to score, with {n_tokens} token{'s' * (n_tokens != 1)}: {help}"
@@ -141,25 +141,25 @@ def _conventions(
     config: GPT2Config, per: str, stride: int, bos: bool, detokenizer: str, nats: float, counts: dict[str, int]
 ) -> dict[str, str]:
     before = "<|endoftext|>" if bos else "nothing"
-    text = "the text as it is" if detokenizer == "none" else f"the {detokenizer} detokenizer's text"
+    text = "text unchanged" if detokenizer == "none" else f"text after the {detokenizer} detokenizer"
     original = "" if detokenizer == "none" else " before the detokenizer"
-    # What is divided by counts the first token's word and bytes, which without bos have no nats.
-    unscored = "" if bos else ", of which the first token of each document has no nats"
+    # Words and bytes include the first token. Without bos, that token has no nats.
+    unscored = "" if bos else " (the first token of each document has no nats)"
     with_lines = _exp(nats / (counts["words"] + counts["lines"]))
-    counted = f"; counted as words too, as models of words do, {with_lines:.6g}" if per == "word" else ""
+    counted = f"; perplexity if they count as words, as in word models: {with_lines:.6g}" if per == "word" else ""
     return {
         "perplexity": (
             f"per {per}: exp(nats / {per}s){'' if per == 'token' else unscored}; {text}; "
-            f"{before} put before it; stride {stride} of {config.n_ctx}"
+            f"{before} added before it; stride {stride} of {config.n_ctx}"
         ),
         "bits_per_byte": f"nats / ln 2 / bytes{unscored}",
-        "nats": "sum of -ln p of the tokens scored",
+        "nats": "sum of -ln p of the scored tokens",
         "stride": (
-            f"tokens from one window of {config.n_ctx} to the next: beyond the first, a token is given the "
-            f"{max(1, config.n_ctx - stride)} before it or more"
+            f"tokens from one window of {config.n_ctx} to the next: after the first window, a token has at least "
+            f"{max(1, config.n_ctx - stride)} tokens of context"
         ),
         "documents": "each scored on its own",
-        "tokens": "those scored, all" if bos else "those scored, all but the first of each document",
+        "tokens": "scored tokens: all" if bos else "scored tokens: all except the first of each document",
         "words": f"of the text{original}, separated by white space",
         "lines": f"newlines of the text{original}{counted}",
         "bytes": f"of the text{original} in UTF-8",
@@ -167,5 +167,5 @@ def _conventions(
 
 
 def _exp(nats: float) -> float:
-    with np.errstate(over="ignore"):  # beyond float64 it is inf
+    with np.errstate(over="ignore"):  # inf if it is too large for float64
         return float(np.exp(nats))

@@ -1,4 +1,4 @@
-"""The probability of what follows a context: what tests of last words and of choices are made of."""
+"""The probability of a continuation, given its context. The LAMBADA and cloze measures are built on it."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ def score_continuations(
 ) -> tuple[list[Score], int]:
     """Score the continuation of each pair, given its context.
 
-    The model reads n_ctx tokens at most. Of a longer context it reads the last, as many as leave room for the
-    continuation but for its last token, which need not be read.
+    The model reads at most n_ctx tokens. It need not read the last token of the continuation. If the context is too
+    long, only its last tokens are read, as many as fit.
 
     Args:
       config: the model's hyperparameters.
-      params: its parameters, as `load` gives them.
-      pairs: the ids of a context, one or more, and of what follows it, from 1 to n_ctx.
-      aside: ids for `Score.greedy_aside`.
-      edits: of activations, as `score` takes them.
-      track: takes the list of batches and gives them one by one.
+      params: the model's parameters, from `load`.
+      pairs: (context, continuation) pairs of token ids. A context has 1 or more ids, a continuation from 1 to n_ctx.
+      aside: ids that `Score.greedy_aside` ignores.
+      edits: activation edits, as in `score`.
+      track: takes the list of batches and yields them one by one, such as rich.progress.track.
 
     Returns:
-      The Score of each continuation, token by token, and how many contexts were cut.
+      A Score for each continuation, token by token, and the number of contexts that were cut.
 
     Raises:
-      ValueError: an empty context or continuation, or a continuation that does not fit.
+      ValueError: a context or continuation is empty, or a continuation has more than n_ctx tokens.
     """
     rows, first = [], []
     for i, (context, continuation) in enumerate(pairs):
         if not len(context) or not 1 <= len(continuation) <= config.n_ctx:
             raise ValueError(
-                f"pairs[{i}] has {len(context)} tokens and {len(continuation)} that follow: there must be one of each "
-                f"or more, and no more that follow than the model's n_ctx, {config.n_ctx}"
+                f"pairs[{i}] has {len(context)} context tokens and {len(continuation)} continuation tokens: a context "
+                f"needs 1 or more, and a continuation needs from 1 to n_ctx, {config.n_ctx}"
             )
         rows.append([*context, *continuation][-config.n_ctx - 1 :])
         first.append(len(rows[-1]) - len(continuation))

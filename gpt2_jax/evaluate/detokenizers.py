@@ -1,8 +1,8 @@
-"""Text as it was before a benchmark cut it into words: the spaces that the cutting put in are taken out again.
+"""Detokenizers: they undo the word splitting of a benchmark's text, and remove the spaces that the splitting added.
 
-WikiText and the Penn Treebank are stored as words with a space between any two, so that a full stop stands alone. GPT-2
-has never seen text like that, and its paper (section 3.1) undoes it. What is lost for good stays as it is: "<unk>" for
-rare words, and the Treebank's "N" for numbers.
+WikiText and the Penn Treebank are stored as words with a space between each two words, also before a full stop. GPT-2
+was not trained on such text, so its paper (section 3.1) undoes the splitting. Two changes cannot be undone and stay:
+"<unk>" for rare words, and the Treebank's "N" for numbers.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-ENDINGS = frozenset({"'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "n't"})  # of contractions: cut off as words
+ENDINGS = frozenset({"'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "n't"})  # ends of contractions, stored as words
 CLOSING = frozenset({",", ".", ";", ":", "!", "?", "%", ")", "]", "}"})
 OPENING = frozenset({"(", "[", "{", "$", "£", "€", "¥", "#"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Where a benchmark's text loses a space.
+    """Which spaces are removed from a benchmark's text.
 
     Attributes:
       before: words with no space before them.
-      after: words with none behind them.
-      around: words with neither.
-      between_numbers: words with neither if numbers stand on both sides.
-      pairs: two words that were one.
-      spelt: what stands for a word that the benchmark spells in its own way.
+      after: words with no space after them.
+      around: words with no space before or after them.
+      between_numbers: words with no space before or after them, if both neighbors are numbers.
+      pairs: pairs of words that were one word.
+      spelt: {word of the benchmark: normal spelling}.
     """
 
     before: frozenset[str] = CLOSING | ENDINGS
@@ -55,20 +55,21 @@ PTB = Rules(
 
 
 def wikitext(text: str) -> str:
-    """Undo WikiText's cutting into words, line by line.
+    """Undo the word splitting of WikiText, line by line.
 
-    " @-@ ", " @,@ " and " @.@ " become "-", "," and "." within a word or a number; "= = Career = =" becomes
-    "== Career =="; punctuation, brackets, quotes, "'s" and signs of currency go where English has them. Nothing but
-    white space, and the "@"s, goes.
+    " @-@ ", " @,@ " and " @.@ " become "-", "," and "." inside a word or a number. "= = Career = =" becomes
+    "== Career ==". Punctuation, brackets, quotes, "'s" and currency signs are spaced as in normal English. Only white
+    space and the "@" signs are removed.
     """
     return _joined(text, WIKITEXT)
 
 
 def ptb(text: str) -> str:
-    r"""Undo the Penn Treebank's cutting into words, line by line: WSJ text in its own spelling or in lower case.
+    """Undo the word splitting of the Penn Treebank, line by line: WSJ text, as it is stored or in lower case.
 
-    "``" and "''" become quotes, "-lrb-" and the like brackets, "\/" a slash and "\*" a star; "n't", "'s", "can not",
-    "gon na", punctuation and "$" are joined to their words. "<unk>" and "N" stay.
+    Pairs of backticks or apostrophes become double quotes, and "-lrb-" and similar words become brackets. Slashes and
+    asterisks lose the backslash before them. "n't", "'s", "can not", "gon na", punctuation and "$" are joined to their
+    words. "<unk>" and "N" stay.
     """
     return _joined(text.replace("\\/", "/").replace("\\*", "*"), PTB)
 
@@ -94,7 +95,7 @@ def _join_line(words: Sequence[str], rules: Rules) -> str:
 
 
 def _joins(words: Sequence[str], i: int, rules: Rules, is_open: dict[str, bool]) -> tuple[bool, bool]:
-    """Say whether words[i] has no space before it, and whether it has none behind it; note quotes in `is_open`."""
+    """Return whether words[i] has no space before it, and whether it has none after it. Updates `is_open` (quotes)."""
     previous, word, following = (words[j] if 0 <= j < len(words) else "" for j in (i - 1, i, i + 1))
     is_between_numbers = previous[-1:].isdigit() and following[:1].isdigit()
     if word in rules.around or (word in rules.between_numbers and is_between_numbers):
@@ -107,6 +108,6 @@ def _joins(words: Sequence[str], i: int, rules: Rules, is_open: dict[str, bool])
         is_open[word] = False
         return True, False
     if word == "'" and (previous.endswith("s") or word not in words[i + 1 :]):
-        return previous.endswith("s"), False  # the ships ' armour; or feet, or a year, or left over
+        return previous.endswith("s"), False  # "the ships ' armour"; or feet, a year, or an unmatched quote
     is_open[word] = True
     return False, True

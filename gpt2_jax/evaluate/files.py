@@ -1,4 +1,4 @@
-"""Files to evaluate on: text, JSON lines, and the Children's Book Test's own layout."""
+"""Reads files to evaluate on: text, JSON lines, and the layout of the Children's Book Test."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ CLOZE_FIELDS = '{"context": "...", "question": "... XXXXX ...", "candidates": ["
 
 
 def read_documents(path: Path) -> list[str]:
-    """Return the texts of a file: of .jsonl one a line, of any other the whole.
+    """Return the texts of a file. A .jsonl file has one per line; any other file is one text.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is not UTF-8, or empty, or a line that is not {"text": "..."}.
+      ValueError: the file is not UTF-8, or is empty, or a line is not {"text": "..."}.
     """
     return read_passages(path) if path.suffix == ".jsonl" else [_read(path)]
 
 
 def read_passages(path: Path) -> list[str]:
-    """Return the texts of a file of JSON lines, each {"text": "..."}; blank lines are skipped.
+    """Return the texts of a JSON lines file, each line {"text": "..."}. Blank lines are skipped.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is not UTF-8, or holds no line, or one that is something else.
+      ValueError: the file is not UTF-8, or is empty, or a line is not {"text": "..."}.
     """
 
     def text_of(name: str, record: dict[str, Any]) -> str:
         if not isinstance(record.get("text"), str):
-            raise ValueError(f'{name} must be an object with a text named "text": {{"text": "..."}}')
+            raise ValueError(f'{name} must be an object with a string "text": {{"text": "..."}}')
         return record["text"]
 
     return _read_jsonl(path, text_of)
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Return the questions of a file of JSON lines with Question's fields, or in the Children's Book Test's own layout.
+    """Return the questions of a JSON lines file with the fields of Question, or of the Children's Book Test.
 
-    That is, a block a question, blank lines between: sentences numbered from 1, of which the last has the blank, a tab,
-    the answer, tabs, and the candidates between bars. A file is taken to be so if its first line begins with "1 ".
+    In the layout of the Children's Book Test, each question is a block, with blank lines between blocks. The sentences
+    of a block are numbered from 1. The last sentence has the blank. Then come a tab, the answer, tabs, and the
+    candidates with `|` between them. A file has this layout if its first line begins with "1 ".
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is not UTF-8, or holds no question, or one that is something else.
+      ValueError: the file is not UTF-8, or is empty, or a question is not valid.
     """
 
     def question_of(name: str, record: dict[str, Any]) -> Question:
@@ -70,23 +71,23 @@ def _read_cbt(text: str, path: Path) -> list[Question]:
         name = f"{path}, line {number}"
         index, _, rest = line.strip().partition(" ")
         if index != str(len(sentences) + 1):
-            raise ValueError(f"{name} must begin with {len(sentences) + 1}, the number of its sentence: {line[:60]!r}")
+            raise ValueError(f"{name} must begin with {len(sentences) + 1}, its sentence number: {line[:60]!r}")
         if "\t" not in rest:
             sentences.append(rest)
             continue
         sentence, *fields = (field for field in rest.split("\t") if field)
         if len(fields) != 2:
-            raise ValueError(f"{name} must have the answer and the candidates, cat|dog|..., after tabs: {line[:60]!r}")
+            raise ValueError(f"{name} must have the answer and the candidates (cat|dog|...) after tabs: {line[:60]!r}")
         questions.append(Question(" ".join(sentences), sentence, tuple(fields[1].split("|")), fields[0]))
         check_question(name, questions[-1])
         sentences = []
     if sentences:
-        raise ValueError(f"{path} ends with sentences that no question follows")
+        raise ValueError(f"{path} ends with sentences that have no question after them")
     return questions
 
 
 def _read_jsonl(path: Path, read: Callable[[str, dict[str, Any]], Any]) -> list[Any]:
-    """Return what `read` makes of each line's name, for messages, and object."""
+    """Return `read(name, object)` for each line; messages call the line `name`."""
     records = []
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on our models: what its `simple_evaluate` takes for a model.
+"""An adapter that gives our models to EleutherAI's lm-evaluation-harness. Its `simple_evaluate` takes them like this::
 
     import gpt2_jax, lm_eval
     from gpt2_jax.evaluate.harness import language_model
@@ -8,8 +8,8 @@
     results = lm_eval.simple_evaluate(model, tasks=["lambada_openai", "wikitext"])
     print(lm_eval.utils.make_table(results))
 
-Texts become tokens, and long ones are cut and read in windows, as by the harness's own adapter for Hugging Face models
-(HFLM, in lm_eval/models/huggingface.py), so that the numbers compare. Needs the `lm-eval` package, 0.4.13 or later.
+Tokens, windows and cuts are those of the harness's own adapter for Hugging Face models (HFLM, in
+lm_eval/models/huggingface.py), so the numbers are comparable. Needs the `lm-eval` package, 0.4.13 or later.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
 
-REQUESTS_A_CALL = 256  # of `score`, which divides them further: the progress bar moves, and a cache fills, this often
-# What a task may ask of the generation beside when to end it, under generate's names, which are Hugging Face's too.
+REQUESTS_A_CALL = 256  # requests per call of `score`: after each call, the progress bar moves and the cache is filled
+# The filters that a task may set for generation. `generate` and Hugging Face use the same names.
 FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -46,19 +46,20 @@ def language_model(
     seed: int = 0,
     edits: Edit | Sequence[Edit] = (),
 ) -> TemplateLM:
-    """Return the model as the harness's `simple_evaluate` and `evaluate` take one.
+    """Return the model for the harness's `simple_evaluate` and `evaluate`.
 
     Args:
       config: the model's hyperparameters.
-      params: its parameters, as `load` gives them.
-      tokenizer: the model's, as `load_tokenizer` gives it.
-      batch_size: texts that are generated at a time; each needs a cache of n_ctx tokens at most.
-      max_gen_toks: most new tokens of a text, where the task does not say; at least 1, less than n_ctx where used.
-      seed: of the draws, where a task samples; in [0, 2**32).
-      edits: of activations, as `gpt2_jax.research` makes them, in every forward pass; each value is one for all tokens.
+      params: the model's parameters, from `load`.
+      tokenizer: the model's tokenizer, from `load_tokenizer`.
+      batch_size: texts to generate at the same time; each needs a KV cache of at most n_ctx tokens.
+      max_gen_toks: most new tokens of a text, if the task does not set it; 1 or more, and less than n_ctx when used.
+      seed: seed of the draws, if a task samples; in [0, 2**32).
+      edits: activation edits from `gpt2_jax.research`, applied in every forward pass. A value is the same for all
+        tokens.
 
     Raises:
-      ValueError: batch_size or max_gen_toks is not a whole number of at least 1.
+      ValueError: batch_size or max_gen_toks is not a whole number, 1 or more.
       ModuleNotFoundError: the harness is not installed.
     """
     from lm_eval.api.model import TemplateLM
@@ -69,13 +70,13 @@ def language_model(
 
 
 class _Answers:
-    """Answers to the three kinds of request; TemplateLM, which comes behind it, has `loglikelihood` itself.
+    """Answers the three kinds of request. The second base class, TemplateLM, has the method `loglikelihood`.
 
-    That one encodes each context with its continuation (spaces at the end of the context go to the continuation, and
-    <|endoftext|> stands for an empty context) and has the tokens scored by `_loglikelihood_tokens`.
+    `loglikelihood` encodes each context with its continuation, and calls `_loglikelihood_tokens`. Spaces at the end of
+    a context become part of the continuation. An empty context becomes `<|endoftext|>`.
     """
 
-    cache_hook: Any  # these two are of TemplateLM
+    cache_hook: Any  # these two belong to TemplateLM
     prefix_token_id: Any
 
     def __init__(
@@ -94,11 +95,11 @@ class _Answers:
 
     @property
     def eot_token_id(self) -> int:
-        """The id of <|endoftext|>, which stands before a text."""
+        """The id of `<|endoftext|>`, which is put before a text."""
         return self.tokenizer.eot
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a text; <|endoftext|> in it is the special id, and none is added."""
+        """Return the ids of a text. `<|endoftext|>` in it becomes the special id. No special id is added."""
         return self.tokenizer.encode(string, allow_special=True)
 
     def _loglikelihood_tokens(
@@ -106,14 +107,14 @@ class _Answers:
     ) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation, and whether each of its tokens was the most likely.
 
-        Of a context and continuation of more than n_ctx + 1 tokens the last n_ctx + 1 count.
+        If a context and its continuation have more than n_ctx + 1 tokens, only the last n_ctx + 1 are used.
 
         Args:
-          requests: (context, continuation) as the texts that were encoded, or None; their tokens.
+          requests: tuples of the texts (context, continuation) or None, the context's ids, and the continuation's ids.
           disable_tqdm: show no progress bar.
 
         Raises:
-          ValueError: a continuation has no token of its own, or more than n_ctx.
+          ValueError: a continuation has no tokens, or more than n_ctx.
         """
         from tqdm import tqdm
 
@@ -124,7 +125,7 @@ class _Answers:
             for block in _longest_first(rows, REQUESTS_A_CALL):
                 some = [rows[i] for i in block]
                 first = [len(rows[i]) - len(requests[i][2]) for i in block]
-                # With windows that do not overlap, n_ctx + 1 tokens are one: the last of them is only predicted.
+                # A stride of n_ctx makes n_ctx + 1 tokens one window: its last token is only predicted, never read.
                 scores = score(self.config, self.params, some, stride=self.config.n_ctx, first=first, edits=self.edits)
                 for i, scored in zip(block, scores, strict=True):
                     answers[i] = (scored.sum, bool(scored.greedy.all()))
@@ -138,20 +139,19 @@ class _Answers:
         n_ctx = self.config.n_ctx
         if not 1 <= len(continuation) <= n_ctx:
             raise ValueError(
-                f"a continuation must have 1 to {n_ctx} (n_ctx) tokens of its own, not {len(continuation)}: "
-                f"{texts!r:.200}"
+                f"a continuation must have from 1 to {n_ctx} (n_ctx) tokens, not {len(continuation)}: {texts!r:.200}"
             )
-        row = (context or [self.prefix_token_id]) + continuation  # a context of spaces alone leaves none
+        row = (context or [self.prefix_token_id]) + continuation  # a context of only spaces has no tokens left
         return row[-(n_ctx + 1) :]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text.
 
-        The first window is <|endoftext|> and as many tokens as fit; each following one reads n_ctx tokens, and predicts
-        those that no other did: all after the first token it reads, but in the last window.
+        The first window is `<|endoftext|>` and as many tokens as fit. Each later window reads n_ctx tokens, and
+        predicts the tokens that no earlier window predicted. If few are left, the last window has more context.
 
         Args:
-          requests: of one text each.
+          requests: requests with one text each.
           disable_tqdm: show no progress bar.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -170,19 +170,19 @@ class _Answers:
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuation of each context, up to a stop string, <|endoftext|> or the most tokens.
+        """Return the continuation of each context. It ends before a stop string or `<|endoftext|>`, or at max_gen_toks.
 
-        Of a context that does not fit in n_ctx together with the most new tokens, the last tokens are read.
+        If a context and max_gen_toks new tokens do not fit in n_ctx, only the last tokens of the context are read.
 
         Args:
-          requests: of a context and the task's generation kwargs each: until (a stop string or a list of them);
-            max_gen_toks, or one of its other names; do_sample; temperature, by default 0, which is greedy; top_k,
-            top_p, min_p and repetition_penalty, by default none of them (HFLM draws from the 50 most likely). top_p
-            keeps the token that crosses it.
+          requests: requests with a context and the task's generation kwargs each. The kwargs are until (a stop string
+            or a list of them); max_gen_toks, or one of its other names; do_sample; temperature, by default 0 (greedy);
+            top_k, top_p, min_p and repetition_penalty, by default off (HFLM draws from the 50 most likely). top_p also
+            keeps the token that crosses p.
           disable_tqdm: show no progress bar.
 
         Raises:
-          ValueError: a generation kwarg that is unknown or out of range, before anything is generated.
+          ValueError: a generation kwarg is unknown or out of range; raised before anything is generated.
         """
         from tqdm import tqdm
 
@@ -208,31 +208,31 @@ class _Answers:
         return texts
 
     def _settings(self, kwargs: Mapping[str, Any]) -> Settings:
-        """Return what a task's generation kwargs ask for."""
+        """Return the settings for a task's generation kwargs."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
         asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(kwargs), self.max_gen_toks))
         stop_strings = handle_stop_sequences(asked.pop("until"), eos=END_OF_TEXT)
         n_new, samples, temperature = asked.pop("max_gen_toks"), asked.pop("do_sample"), asked.pop("temperature", 0)
-        if asked.get("num_beams") == 1:  # many tasks say so: no beam search
+        if asked.get("num_beams") == 1:  # many tasks set it: no beam search
             del asked["num_beams"]
         if unknown := asked.keys() - set(FILTERS):
             known = ", ".join(("until", "max_gen_toks", "do_sample", "temperature", *FILTERS))
             wrong = ", ".join(f"{name}={asked[name]!r}" for name in sorted(unknown))
-            raise ValueError(f"a task asks for a generation with {wrong}, and none but these can be given: {known}")
+            raise ValueError(f"a task sets {wrong}, which is not supported; these are supported: {known}")
         if samples and temperature == 0:
-            raise ValueError("a task asks for do_sample at a temperature of 0: set its temperature above 0")
+            raise ValueError("a task sets do_sample at a temperature of 0: set its temperature above 0")
         if n_new >= self.config.n_ctx:
             raise ValueError(
                 f"a task asks for up to max_gen_toks={n_new} new tokens, which leaves no room for a context in the "
-                f"model's n_ctx, {self.config.n_ctx}: set fewer, by simple_evaluate's gen_kwargs say"
+                f"model's n_ctx, {self.config.n_ctx}: set fewer, for example with gen_kwargs of simple_evaluate"
             )
         settings = Settings(n_new, temperature, seed=self.seed, top_p_rule="common", stop_strings=stop_strings, **asked)
         return settings.check(self.config, self.tokenizer)
 
 
 def _longest_first(rows: Sequence[Sequence[int]], n_rows: int) -> list[list[int]]:
-    """Return the places of all rows, `n_rows` at a time; the first of them show whether the memory suffices."""
+    """Return the indices of all rows, `n_rows` at a time, longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     return [order[start : start + n_rows] for start in range(0, len(order), n_rows)]
 
@@ -240,6 +240,6 @@ def _longest_first(rows: Sequence[Sequence[int]], n_rows: int) -> list[list[int]
 def _warn_of_cuts(n_cut: int, n: int) -> None:
     if n_cut:
         logging.getLogger(__name__).warning(
-            f"{n_cut} of {n} contexts do not fit in the model's n_ctx together with what follows them: only their last "
-            "tokens are read"
+            f"{n_cut} of {n} contexts do not fit in the model's n_ctx together with the tokens after them: only their "
+            "last tokens are read"
         )

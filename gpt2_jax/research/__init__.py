@@ -1,9 +1,8 @@
-"""Look inside GPT-2 and change it: activations, edits of a pass, edits of weights, and what researchers ask of them.
+"""Look inside GPT-2 and change it: read activations, edit a forward pass, edit weights, and analyze what they do.
 
-Here belong published methods on one model's activations and weights, with their sources, and pictures of what they
-give. The names of activations and the edits themselves are the model's own (`gpt2_jax.activations`,
-`gpt2_jax.edits`), since generation and evaluation take edits too. How good a model is (`gpt2_jax.evaluate`) does not
-belong here.
+This package holds published methods that work on one model's activations and weights, with their sources, and
+functions that draw the results. The activation names and the edits are part of the model (`gpt2_jax.activations`,
+`gpt2_jax.edits`), because generation and evaluation take edits too. `gpt2_jax.evaluate` measures how good a model is.
 """
 
 from gpt2_jax.activations import AXES, activation_names

@@ -1,4 +1,4 @@
-"""The forward pass with eyes and hands: activations out by name, edits in."""
+"""The forward pass that captures activations by name and applies edits."""
 
 from __future__ import annotations
 
@@ -31,45 +31,45 @@ def forward(
     edits: Edit | Sequence[Edit] = (),
     cache: KVCache | None = None,
 ) -> tuple[Output, dict[str, jax.Array]]:
-    r"""Run the model, and return the activations asked for: `forward(config, params, tokens, capture="resid_post$")`.
+    r"""Run the model and return the requested activations: `forward(config, params, tokens, capture="resid_post$")`.
 
-    Compiled once for each config, shape, choice of names and kinds of edits: other values, positions and heads compile
-    nothing. Of the activations, what is not asked for is in no program. It may be called under `jit`, `vmap` and `grad`
-    too; a `jit` of yours that drops the logits [B, T, V] drops all that only they need.
+    It compiles once for each config, shape, set of captured names and kinds of edits. Other values, positions and heads
+    compile nothing. The program does not keep activations that you did not request. You can also call it under `jit`,
+    `vmap` and `grad`. If your own `jit` drops the logits [B, T, V], XLA does not compute what only they need.
 
-    An edit that changes nothing gives the very same bits in float32 and float64, but for one of attn/scores where
-    sqrt(head width) is no power of two (it is 8 in all released sizes): there XLA may leave a rounding out where nobody
-    looks, and in bfloat16 it may keep whole sums in float32.
+    An edit that changes nothing gives bit-identical results in float32 and float64. There is one exception: an edit of
+    attn/scores if sqrt(head width) is not a power of two (it is 8 in all released sizes). Then XLA may skip a rounding
+    in the run without the edit. In bfloat16 the bits may differ too, because XLA may keep whole sums in float32.
 
     Args:
-      config: the model's hyperparameters.
-      params: its parameters, as `load` gives them; nothing is folded, centred or renamed.
+      config: the model's config.
+      params: the model's params, as `load` returns them. Nothing is folded, centered or renamed.
       tokens_BT: token ids.
-      mask_BT: bool, True for real tokens, wherever the padding stands; None means all.
-      capture: a regular expression, or several; activations in whose names one is found are returned, as they are
-        behind the edits. ".*" is all of them, which is much memory: [B, N, T, T] twice a layer.
-      edits: what to change on the way: `replace`, `add`, `scale`, `patch`. Those of one activation are made in turn.
-      cache: what came before, as GPT2 takes it.
+      mask_BT: bool, True for real tokens. Padding may be anywhere in a row. None means that all tokens are real.
+      capture: one regular expression or several. Activations whose names match one are returned, with their values
+        after the edits. ".*" returns all of them, which takes much memory: [B, N, T, T] twice per layer.
+      edits: made with `replace`, `add`, `scale` or `patch`. Several edits of one activation apply in order.
+      cache: the KV cache of the tokens before, as GPT2 takes it.
 
     Returns:
-      Output with the logits [B, T, V], and {name: activation} in the order of computation; `gpt2_jax.activations.AXES`
-      says what each is, and its axes.
+      Output with the logits [B, T, V], and {name: activation} in the order of computation. See
+      `gpt2_jax.activations.AXES` for the meaning and the axes of each activation.
 
     Raises:
-      ValueError: as GPT2, a pattern that is found in no name, or an edit that does not fit.
+      ValueError: as GPT2; a pattern matches no activation name; or an edit does not fit.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     names = tuple(select(config, capture)) if capture else ()
     edits = check_edits(config, edits)
     out, captured = _forward(GPT2(config), names, params, tokens_BT, mask_BT, cache, edits)
-    return out, {name: captured[name] for name in names}  # a program gives them by the alphabet
+    return out, {name: captured[name] for name in names}  # jit sorts a dict by its keys
 
 
 def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]) -> jax.Array:
-    """Return token ids as an array [B, T]; of lists and NumPy arrays each id is checked, in a program none can be.
+    """Return token ids as an array [B, T]. Ids in lists and NumPy arrays are checked; ids in a JAX array are not.
 
     Raises:
-      ValueError: not rows of ids of the vocabulary, or rows of several lengths.
+      ValueError: not rows of ids of the vocabulary, or rows of different lengths.
     """
     if isinstance(tokens_BT, jax.Array):
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
@@ -82,15 +82,15 @@ def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]
     rows = [check_prompt(config, f"tokens[{b}]", row) for b, row in enumerate(tokens_BT)]
     if len({len(row) for row in rows}) > 1:
         lengths = ", ".join(str(len(row)) for row in rows)
-        raise ValueError(f"the rows of tokens have {lengths} ids: pad them to one length, and say where in mask_BT")
-    return cast(jax.Array, np.stack(rows).astype(np.int32))  # programs take NumPy's arrays as they are
+        raise ValueError(f"the rows of tokens have {lengths} ids: pad them to one length, and pass mask_BT")
+    return cast(jax.Array, np.stack(rows).astype(np.int32))  # jit takes NumPy arrays
 
 
 def as_params(config: GPT2Config, params: Params) -> Params:
-    """Return the params of this config, on devices unless they are being traced.
+    """Check the params against the config, and return them on devices, or as they are if they are traced.
 
     Raises:
-      ValueError: they are not those of this config.
+      ValueError: params do not match the config.
     """
     check_params(config, params, dtypes=False)
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
@@ -98,23 +98,23 @@ def as_params(config: GPT2Config, params: Params) -> Params:
 
 
 def places(mask_BT: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    """Return the place of each token in its row, [B, T], padding left out: 0, 1, ...; -1 at padding.
+    """Return each token's position in its row, [B, T], without padding: 0, 1, ...; -1 at padding.
 
     Raises:
-      ValueError: a mask of another shape than the tokens'.
+      ValueError: the mask does not have the tokens' shape.
     """
     mask_BT = jnp.ones(shape, bool) if mask_BT is None else jnp.asarray(mask_BT).astype(bool)
     if mask_BT.shape != shape:
-        raise ValueError(f"mask must be bool{shape}, as the tokens, not of shape {mask_BT.shape}")
+        raise ValueError(f"mask must be bool{shape}, like the tokens, not of shape {mask_BT.shape}")
     return jnp.where(mask_BT, jnp.cumsum(mask_BT, axis=-1) - 1, -1)
 
 
 def slots(place_BT: jax.Array, at_BP: jax.Array) -> jax.Array:
-    """Return the slot t at which each row has a place, [B, P]; T, which is none, where it has no token there.
+    """Return the index t of each requested position, [B, P]. The index is T where the row has no such position.
 
     Args:
-      place_BT: of `places`.
-      at_BP: the places to find; a negative one is nowhere.
+      place_BT: the result of `places`.
+      at_BP: the positions to find. No row has a negative one.
     """
     here_BPT = (place_BT[:, None] == at_BP[..., None]) & (at_BP[..., None] >= 0)
     return jnp.where(here_BPT.any(-1), here_BPT.argmax(-1), place_BT.shape[1])
@@ -138,7 +138,7 @@ def _forward(
 
 
 def _keep(captured: dict[str, jax.Array], name: str, tap: Tap | None) -> Tap:
-    """Return a tap that notes what goes on."""
+    """Return a tap that stores the activation after the edits."""
 
     def keep(value: jax.Array, position_BT: jax.Array) -> jax.Array:
         captured[name] = value if tap is None else tap(value, position_BT)

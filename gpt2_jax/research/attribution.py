@@ -1,14 +1,14 @@
-"""Direct logit attribution: which part of the model gives a token its logit.
+"""Direct logit attribution: how much each part of the model contributes to a token's logit.
 
-The residual stream is a sum, of the embeddings and what each layer adds, and the last step to a logit,
+The residual stream is the sum of the embeddings and of what each layer adds. The last step to a logit,
 
     ((x - mean(x)) / scale * g + b) @ wte[token],
 
-is linear in x once ln_f's scale is held at what it was. So the logit is a sum too: each part p of the stream gives
-((p - mean(p)) / scale * g) @ wte[token], and b @ wte[token] is nobody's. (Elhage et al. 2021, "A Mathematical Framework
-for Transformer Circuits"; Wang et al. 2022, "Interpretability in the Wild", section 3.1.)
+is linear in x if ln_f's scale is held at its value in the run. So the logit is a sum too: each part p of the stream
+contributes ((p - mean(p)) / scale * g) @ wte[token], and ln_f's bias contributes b @ wte[token]. (Elhage et al. 2021,
+"A Mathematical Framework for Transformer Circuits"; Wang et al. 2022, "Interpretability in the Wild", section 3.1.)
 
-Shape letters: B batch, T query, P places asked for, L layers, D n_embd, N heads, H head width, F mlp width.
+Shape letters: B batch, T query, P positions asked for, L layers, D n_embd, N heads, H head width, F mlp width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gpt2_jax.research._forward import as_params, as_tokens, forward, places, sl
 By = Literal["component", "head", "neuron"]
 
 STREAM = r"resid_|^ln_f/"
-# For each way to divide the model: what is captured, and what an edit may not change, as the parts would not add up.
+# For each way to split: the captured activations, and those that an edit may not change, or the parts do not add up.
 DIVISIONS = {
     "component": (("attn/out", "mlp/out"), STREAM),
     "head": (("attn/z", "mlp/out"), rf"{STREAM}|attn/out"),
@@ -45,14 +45,14 @@ ORDER = ("attn/out", "attn/z", "attn/c_proj/b", "mlp/out", "mlp/post", "mlp/c_pr
 
 @struct.dataclass
 class Attribution:
-    """The logits of B x P tokens, or differences of two, and the parts that they are the sums of.
+    """The logits of B x P tokens, or differences of two logits, and the parts that sum to them.
 
     Attributes:
-      parts: {"embed": [B, P], "pos_embed": [B, P], ..., "ln_f/b": [B, P]}, and between them those that each layer has,
-        [L, B, P], each head, [L, N, B, P], or each neuron, [L, F, B, P]. By component these are "attn/out" and
-        "mlp/out"; by head "attn/z" by head, "attn/c_proj/b" and "mlp/out"; by neuron "attn/out", "mlp/post" by neuron
-        and "mlp/c_proj/b".
-      logits: [B, P], the model's; float32 at least. NaN at a place where the row has no token.
+      parts: {"embed": [B, P], "pos_embed": [B, P], ..., "ln_f/b": [B, P]}. Between them are the parts with a value for
+        each layer, [L, B, P], each head, [L, N, B, P], or each neuron, [L, F, B, P]. By component: "attn/out" and
+        "mlp/out". By head: "attn/z" for each head, "attn/c_proj/b" and "mlp/out". By neuron: "attn/out", "mlp/post"
+        for each neuron, and "mlp/c_proj/b".
+      logits: [B, P], the model's logits, at least float32. NaN at a position where the row has no token.
     """
 
     parts: dict[str, jax.Array]
@@ -61,7 +61,7 @@ class Attribution:
     def flat(self) -> tuple[list[str], jax.Array]:
         """Return the parts one by one: labels, "h3/attn/z/7" for head 7 of layer 3, and values [parts, B, P].
 
-        In the order of computation; ln_f/b is the last.
+        They are in the order of computation. ln_f/b is the last.
         """
         whole = self.logits.ndim
         layered = {name: part for name, part in self.parts.items() if part.ndim > whole}
@@ -86,24 +86,24 @@ def logit_attribution(
     by: By = "component",
     edits: Edit | Sequence[Edit] = (),
 ) -> Attribution:
-    """Divide the logits of some tokens into what each part of the model gives to them; the parts sum to the logits.
+    """Split the logits of some tokens into the contributions of the model's parts. The parts sum to the logits.
 
-    Computed in float32 at least, from activations of `compute_dtype`: in bfloat16 the parts sum to the logits up to
-    bfloat16's rounding of the stream.
+    It computes in at least float32, from activations of `compute_dtype`. If that is bfloat16, the parts sum to the
+    logits only up to the bfloat16 rounding of the residual stream.
 
     Args:
       config, params: the model.
       tokens_BT, mask_BT: as `forward` takes them.
-      answers: the tokens whose logits are divided, ids: one, several [P], or [B, P]; one for each row is [B, 1].
-      against: the tokens whose logits are subtracted, alike; None means none.
-      positions: the places at whose output to look, alike. They count a row's tokens from 0, padding left out. None
-        means the last token of each row. The three broadcast to one shape, [B, P].
-      by: what to divide into: "component", "head" or "neuron".
-      edits: as `forward` takes them, but of nothing that is itself a sum of parts.
+      answers: ids of the tokens whose logits are split: one id, several [P], or [B, P]. One for each row is [B, 1].
+      against: ids of the tokens whose logits are subtracted, in the same forms. None subtracts nothing.
+      positions: the positions whose logits are split, in the same forms. They count a row's tokens from 0, without
+        padding. None means the last token of each row. The three arguments broadcast to one shape, [B, P].
+      by: what the parts are: "component", "head" or "neuron".
+      edits: as `forward` takes them, but not of an activation that is a sum of parts.
 
     Raises:
-      ValueError: as `forward`, a bad argument, ids or places that are out of range (where their values are known), or
-        an edit of the residual stream, of ln_f, or of what is divided further.
+      ValueError: as `forward`; a bad argument; ids or positions out of range (where their values are known); or an edit
+        of the residual stream, of ln_f, or of an activation that is split further.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     edits = _check_edits(config, edits, DIVISIONS[choice("by", by, DIVISIONS)][1])
@@ -128,16 +128,16 @@ def residual_parts(
     layer: int | None = None,
     edits: Edit | Sequence[Edit] = (),
 ) -> dict[str, jax.Array]:
-    """Return the parts that the residual stream before a layer is the sum of: {"embed", ..., "h1/mlp/out"}, [B, T, D].
+    """Return the parts that sum to the residual stream before a layer: {"embed", ..., "h1/mlp/out"}, each [B, T, D].
 
     Args:
       config, params: the model.
       tokens_BT, mask_BT: as `forward` takes them.
-      layer: the parts sum to its resid_pre; None, or n_layer, means behind the last one.
+      layer: the parts sum to this layer's resid_pre. None, or n_layer, means the stream after the last layer.
       edits: as `forward` takes them, but not of the residual stream itself.
 
     Raises:
-      ValueError: as `forward`, a layer out of range, or an edit of the stream.
+      ValueError: as `forward`; the layer is out of range; or an edit of the residual stream.
     """
     n_layers = config.n_layer if layer is None else whole_number("layer", layer, 0, config.n_layer)
     edits = _check_edits(config, edits, "resid_")
@@ -168,14 +168,14 @@ def _attribute(
         x = captured[name].astype(wide)
         return jax.vmap(lambda row, slots: row.at[slots].get(mode="fill", fill_value=jnp.nan))(x, slots_BP)
 
-    # As the model rounds them, all but ln_f's.
+    # Rounded as the model rounds them, except those of ln_f.
     rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(config.compute_dtype).astype(wide), params)
     params = rounded | {"ln_f": jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), params["ln_f"])}
     with jax.default_matmul_precision("highest"):
         unembed_BPD = _rows(params["wte"], asked["answers"])
         if asked["against"] is not None:
             unembed_BPD = unembed_BPD - _rows(params["wte"], asked["against"])
-        # (p - mean(p)) @ u = p @ (u - mean(u)): the part stays as it is, and what it is multiplied with is centred.
+        # (p - mean(p)) @ u = p @ (u - mean(u)): so the vector that multiplies the part is centered, not the part.
         read_BPD = unembed_BPD * params["ln_f"]["g"]
         read_BPD = (read_BPD - read_BPD.mean(-1, keepdims=True)) / at("ln_f/scale")
         parts = {name: jnp.einsum("BPD,BPD->BP", at(name), read_BPD) for name in ("embed", "pos_embed")}
@@ -188,12 +188,12 @@ def _attribute(
 
 
 def _part(config: GPT2Config, name: str, block: Params, value: jax.Array, read_BPD: jax.Array) -> dict[str, jax.Array]:
-    """Return what a layer's activation gives along `read`: as a whole [B, P], or by head or neuron, and the bias's."""
+    """Return a layer's contribution along `read`: one value [B, P], or one per head or neuron, and the bias's."""
     if name.endswith("/out"):
         return {name: jnp.einsum("BPD,BPD->BP", value, read_BPD)}
     room = name.split("/")[0]
     c_proj = block[room]["c_proj"]
-    along = jnp.einsum("BPD,KD->BPK", read_BPD, c_proj["w"])  # of each row of c_proj: K is N * H, or F
+    along = jnp.einsum("BPD,KD->BPK", read_BPD, c_proj["w"])  # for each row of c_proj: K is N * H, or F
     units = value.reshape(along.shape) * along
     if name == "attn/z":
         units = units.reshape(*units.shape[:2], config.n_head, config.head_dim).sum(-1)
@@ -212,7 +212,7 @@ def _alike(n_rows: int, **values: Any) -> dict[str, Any]:
         shape = ()
     if len(shape) != 2 or shape[0] != n_rows:
         shapes = ", ".join(f"{name} {list(jnp.shape(x))}" for name, x in values.items() if x is not None)
-        raise ValueError(f"{shapes} must broadcast to [B, P], with B = {n_rows} rows: one for each row is [B, 1]")
+        raise ValueError(f"{shapes} must broadcast to [B, P], with B = {n_rows} rows: pass one per row as [B, 1]")
     return {name: x if x is None else jnp.broadcast_to(x, shape) for name, x in values.items()}
 
 
@@ -231,5 +231,5 @@ def _check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], refused: str)
     edits = check_edits(config, edits)
     for edit in edits:
         if re.search(refused, edit.name):
-            raise ValueError(f"with {edit.name} edited the parts do not add up: edit the parts instead")
+            raise ValueError(f"the parts do not add up if {edit.name} is edited: edit the parts instead")
     return edits

@@ -1,13 +1,13 @@
-"""What a head does, read from its weights: the QK and OV circuits, their SVD, and how heads are composed.
+"""What a head does, read from its weights: the QK and OV circuits, their SVD, and how heads compose.
 
-A head's weights are products of a [D, H] and an [H, D] matrix and are kept so: nothing here makes a [D, D] matrix, let
-alone a [V, V] one. Vectors are rows, as in the params: x @ W.
+A head's circuit is the product of a [D, H] and an [H, D] matrix, and is kept as these two factors. Nothing here makes a
+[V, V] matrix. Vectors are rows, as in the params: x @ W.
 
-- OV, W_V @ W_O: a token with the stream x that a head looks at adds x @ OV where the head looks from.
-- QK, W_Q @ W_K.T: a token with the stream x looks at one with y by x @ QK @ y / sqrt(H), before the softmax.
+- OV, W_V @ W_O: a head that attends to a token with stream x adds x @ OV to the stream of the query token.
+- QK, W_Q @ W_K.T: the score of a query token with stream x for a key token with stream y is x @ QK @ y / sqrt(H).
 
-x and y are what the head reads, the stream behind ln_1. The weights are taken as they are, without their biases; those
-of `fold_layer_norm(config, params)` have ln_1's g in them.
+x and y are what the head reads: the stream after ln_1. The score is the input of the softmax. The weights are used as
+they are, without their biases. The weights of `fold_layer_norm(config, params)` include ln_1's g.
 (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".)
 
 Shape letters: D n_embd, N heads, H head width, V vocab, L layers, K tokens kept.
@@ -32,10 +32,10 @@ from gpt2_jax.research.units import split_heads
 
 @struct.dataclass
 class LowRank:
-    """A [D, D] matrix of rank H as two factors, left @ right; leading axes are several matrices.
+    """A [D, D] matrix of rank H as two factors, left @ right. Leading axes hold several matrices.
 
     Attributes:
-      left: [..., D, H], float32 at least.
+      left: [..., D, H], at least float32.
       right: [..., H, D].
     """
 
@@ -47,9 +47,9 @@ class LowRank:
         return product(self.left, self.right)
 
     def svd(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return its singular value decomposition: u_DH, s_H, the largest first, v_HD; u * s @ v is the matrix.
+        """Return the singular value decomposition: u_DH, s_H (the largest first), v_HD. The matrix is u * s @ v.
 
-        Of the factors' QR decompositions the small triangles are multiplied, and the SVD is of that [H, H] matrix.
+        It multiplies the triangles of the factors' QR decompositions, and takes the SVD of that [H, H] matrix.
         """
         q_left, r_left = jnp.linalg.qr(self.left)
         q_right, r_right = jnp.linalg.qr(self.right.mT)
@@ -62,10 +62,10 @@ class LowRank:
 
 
 def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> LowRank:
-    """Return W_Q @ W_K.T of a head: the rows belong to the token that looks, the columns to the one looked at.
+    """Return W_Q @ W_K.T of a head: rows belong to the query token, columns to the key token.
 
     Raises:
-      ValueError: params that are not the config's, or a layer or head out of range.
+      ValueError: params do not match the config, or a layer or head is out of range.
     """
     weights = _weights(config, params, layer)
     head = whole_number("head", head, 0, config.n_head - 1)
@@ -73,7 +73,7 @@ def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
 
 
 def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> LowRank:
-    """Return W_V @ W_O of a head: the rows belong to what is read, the columns to what is written.
+    """Return W_V @ W_O of a head: rows belong to what the head reads, columns to what it writes.
 
     Raises:
       ValueError: as `qk_circuit`.
@@ -86,74 +86,74 @@ def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
 def top_tokens(
     config: GPT2Config, params: Params, vectors: Any, k: int = 10, *, ln_f: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the tokens whose embeddings lie furthest along vectors of the stream: ids and values, [..., K].
+    """Return the tokens whose embeddings have the largest dot products with vectors: ids and values, [..., K].
 
-    A singular vector's sign is arbitrary: look at -vector too.
+    A singular vector's sign is arbitrary: try -vector too.
 
     Args:
       config, params: the model.
-      vectors: [..., D]: a row of `svd()`'s v, what an OV circuit writes, or a column of its u, what it reads.
-      k: how many.
-      ln_f: False: wte @ vector, which tokens a vector looks like on entering. True: through ln_f, its g and the mean
-        taken off, not divided by its scale: which tokens' logits a vector raises on leaving.
+      vectors: [..., D]: a row of v from `svd()`, which an OV circuit writes, or a column of u, which it reads.
+      k: how many tokens to return for each vector.
+      ln_f: False computes wte @ vector: the tokens whose embeddings are most like the vector. True also applies ln_f's
+        g and subtracts the mean, without division by the scale: the tokens whose logits the vector raises most.
 
     Raises:
-      ValueError: params that are not the config's, vectors of another width, or k that is not from 1 to n_vocab.
+      ValueError: params do not match the config, vectors are not n_embd wide, or k is not from 1 to n_vocab.
     """
     params = as_params(config, params)
     k = whole_number("k", k, 1, config.n_vocab)
     vectors = jnp.asarray(vectors)
     if vectors.shape[-1:] != (config.n_embd,):
-        raise ValueError(f"vectors must be [..., {config.n_embd}], as n_embd, not {list(vectors.shape)}")
+        raise ValueError(f"vectors must have the shape [..., {config.n_embd}] (n_embd), not {list(vectors.shape)}")
     values, ids = jax.lax.top_k(product(vectors, _unembedding(params, ln_f).T), k)
     return ids, values
 
 
 def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k", "v"]) -> jax.Array:
-    """Return how much of what each head writes each later head reads: [L, N, L, N], the writer first.
+    """Return how strongly each later head reads what each head writes: [L, N, L, N], the writer first.
 
-    The score is |A @ B| / (|A| |B|) in Frobenius norms, A being the writer's OV and B the reader's QK (kind "q": what
-    is written goes into its queries), QK.T ("k": its keys) or OV ("v": its values); 0 where the reader is in no later
-    layer, or a head's weights are. Random matrices score about 1 / sqrt(D).
+    The score is `|A @ B| / (|A| |B|)` in Frobenius norms. A is the writer's OV. B is the reader's QK (kind "q": the
+    queries read what is written), QK.T ("k": the keys) or OV ("v": the values). The score is 0 where the reader is not
+    in a later layer, or where a head's weights are all 0. Random matrices score about 1 / sqrt(D).
     (Elhage et al. 2021, "Path Expansion of Attention Scores": Q-, K- and V-composition.)
 
     Raises:
-      ValueError: params that are not the config's, or `kind` is no letter of the three.
+      ValueError: params do not match the config, or `kind` is not "q", "k" or "v".
     """
     return _composition(config, as_params(config, params), choice("kind", kind, ("q", "k", "v")))
 
 
 def copying_scores(config: GPT2Config, params: Params, *, ln_f: bool = False) -> jax.Array:
-    """Return for each head, [L, N], whether looking at a token raises that token's own logit: 1 copies, -1 suppresses.
+    """Return for each head, [L, N], whether attending to a token raises that token's logit: 1 copies, -1 suppresses.
 
-    Of the eigenvalues of the full OV circuit, wte @ OV @ wte.T, their sum over the sum of their sizes. Those which are
-    not 0 are the eigenvalues of the [H, H] matrix W_O @ wte.T @ wte @ W_V. NaN where all are 0.
-    (Elhage et al. 2021, "Summarizing OV/QK Matrices".)
+    The score is the sum of the eigenvalues of the full OV circuit, wte @ OV @ wte.T, divided by the sum of their
+    absolute values. The eigenvalues that are not 0 are those of the [H, H] matrix W_O @ wte.T @ wte @ W_V. The score is
+    NaN where all are 0. (Elhage et al. 2021, "Summarizing OV/QK Matrices".)
 
     Args:
       config, params: the model.
-      ln_f: whether what is written goes through ln_f, its g and the mean taken off, to the logits.
+      ln_f: True applies ln_f's g to what the head writes, and subtracts its mean, before the logits.
 
     Raises:
-      ValueError: params that are not the config's.
-      NotImplementedError: JAX has no eigenvalues of such matrices on the device at hand: move the params to a CPU.
+      ValueError: params do not match the config.
+      NotImplementedError: JAX cannot compute these eigenvalues on this device. Move the params to a CPU.
     """
     return _copying(config, ln_f, as_params(config, params))
 
 
 def _weights(config: GPT2Config, params: Params, layer: int) -> dict[str, jax.Array]:
-    """Return the weights of a layer's heads, float32 at least: q, k, v [N, D, H], out [N, H, D]."""
+    """Return the weights of a layer's heads in at least float32: q, k, v [N, D, H], out [N, H, D]."""
     heads = {name: wide(jnp.asarray(part["w"])) for name, part in split_heads(config, params, layer).items()}
     return {name: w if name == "out" else w.swapaxes(0, 1) for name, w in heads.items()}
 
 
 def _triangle(a: jax.Array) -> jax.Array:
-    """Return the triangle R of a matrix [..., D, H]: |a @ x| is |R @ x|, for any x."""
+    """Return the triangle R of a matrix [..., D, H]: `|a @ x|` equals `|R @ x|` for any x."""
     return jnp.linalg.qr(a, mode="r")
 
 
 def _unembedding(params: Params, ln_f: bool) -> jax.Array:
-    """Return [V, D]: the rows of wte, or, through ln_f, what a vector of the stream is multiplied with for a logit."""
+    """Return [V, D]: the rows of wte, or, with `ln_f`, the vectors that turn the stream into logits."""
     wte_VD = wide(jnp.asarray(params["wte"]))
     if not ln_f:
         return wte_VD

@@ -1,13 +1,13 @@
-"""LayerNorm's parameters folded away and the output head centred: other weights, the same model.
+"""Fold LayerNorm's parameters into other weights, and center the output head: other weights, the same model.
 
-Nothing in the package does this on its own. Each function gives the params of a plain GPT-2 again, and rounds the new
-weights to the dtype of the old: fold float32 weights, and cast after.
+Nothing in the package does this on its own. Each function returns the params of a plain GPT-2, and rounds the new
+weights to the dtype of the old ones. So fold float32 weights, and cast afterwards.
 
-The output head is tied, `wte` being the embedding too, and so two things that are done to untied models are not here:
+The output head is tied: `wte` is also the embedding. So two changes that are common for untied models are missing here:
 
 - ln_f's g and b stay. Multiplying the head's columns by g would multiply the embedding by it.
-- What is written to the residual stream is not centred over D. Every LayerNorm takes the mean off again, but the rows
-  of `wte` are also what ln_f's output, whose sum over D is not 0, is multiplied with.
+- What is written to the residual stream is not centered over D. Every LayerNorm subtracts the mean, but the rows of
+  `wte` are also multiplied with ln_f's output, whose sum over D is not 0.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.research.trees import flat_of, module_of, product, wide
 
-READERS = {"ln_1": "attn/c_attn", "ln_2": "mlp/c_fc"}  # each norm's output goes to this layer alone
+READERS = {"ln_1": "attn/c_attn", "ln_2": "mlp/c_fc"}  # only this layer reads the norm's output
 
 
 def fold_layer_norm(config: GPT2Config, params: Params) -> Params:
-    """Move g and b of every ln_1 and ln_2 into the weights that read them: the logits are the same, up to rounding.
+    """Move g and b of every ln_1 and ln_2 into the weights that read them. Logits are the same, up to rounding.
 
-    Of (n * g + b) @ w + c, with n the normalised stream, it makes n @ (g[:, None] * w) + (b @ w + c): g becomes 1 and
-    b becomes 0. ln_f stays as it is: see the module.
+    With the normalized stream n, (n * g + b) @ w + c becomes n @ (g[:, None] * w) + (b @ w + c). Then g is 1 and b is
+    0. ln_f does not change: the text at the top of the module says why.
 
     Raises:
-      ValueError: params are not those of the config, or the config's qkv_bias is False: then c_attn has no bias that
-        could take in ln_1's b.
+      ValueError: params do not match the config, or the config's qkv_bias is False. Then the model holds c_attn's bias
+        at 0, so ln_1's b cannot move there.
     """
     if not config.qkv_bias:
-        raise ValueError("ln_1's b goes into the bias of c_attn: pass config.replace(qkv_bias=True), and use it after")
+        raise ValueError("ln_1's b moves to the bias of c_attn: pass config.replace(qkv_bias=True), and keep using it")
     flat = flat_of(config, params)
     for layer in range(config.n_layer):
         for norm, reader in READERS.items():
@@ -44,13 +44,13 @@ def fold_layer_norm(config: GPT2Config, params: Params) -> Params:
 
 
 def center_unembed(params: Params) -> Params:
-    """Take the mean over the vocabulary off each column of `wte`, and add it to each row of `wpe`.
+    """Subtract the mean over the vocabulary from each column of `wte`, and add it to each row of `wpe`.
 
-    The sum of a token's and a position's embedding stays, so the stream is the same; all logits of a position become
-    less by one number, their mean, and probabilities are the same, up to rounding.
+    The sum of a token's and a position's embedding does not change, so the stream is the same. All logits of a position
+    decrease by the same number, their mean. Probabilities are the same, up to rounding.
 
     Raises:
-      ValueError: there is no `wte` or `wpe`.
+      ValueError: `wte` or `wpe` is missing.
     """
     flat = flatten(params)
     if missing := [name for name in ("wte", "wpe") if name not in flat]:

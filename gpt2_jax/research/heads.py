@@ -1,6 +1,6 @@
-"""What attention heads look at: scores that find induction heads and the heads they are made of.
+"""What attention heads attend to: scores that find induction heads and the heads that these build on.
 
-Shape letters: B batch, T query, S the token looked at, L layers, N heads.
+Shape letters: B batch, T query token, S key token, L layers, N heads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from gpt2_jax.research._forward import as_params, as_tokens, forward, places
 
 @struct.dataclass
 class HeadScores:
-    """How much of its attention each head gives to certain tokens: [L, N], 0 to 1, means over the tokens that have one.
+    """How much of its attention each head gives to certain tokens: [L, N], 0 to 1.
 
-    NaN where no token has one. Olsson et al. 2022, "In-context Learning and Induction Heads".
+    A score is the mean over the query tokens that have such a token before them. It is NaN where none has. See Olsson
+    et al. 2022, "In-context Learning and Induction Heads".
 
     Attributes:
-      previous: to the token before; of all tokens but the first of a row.
-      duplicate: to earlier tokens equal to the one that looks; of the tokens that came before.
-      induction: to tokens that stand behind earlier ones equal to the one that looks; of the tokens that came before.
+      previous: attention to the token before the query token.
+      duplicate: attention to earlier tokens that are equal to the query token.
+      induction: attention to tokens that directly follow an earlier token equal to the query token.
     """
 
     previous: jax.Array
@@ -47,12 +48,12 @@ def head_scores(
 ) -> HeadScores:
     """Score every head as a previous-token, duplicate-token and induction head, in one pass.
 
-    On the rows of `repeated_tokens` each token of the second copy has one equal before it, and the scores are those
-    that are usually given; on a text, attention to several such tokens is added up.
+    In the rows of `repeated_tokens`, each token of the second copy has one equal token before it. There the scores are
+    the usual ones. In ordinary text, a token's attention to several such tokens is summed.
 
     Args:
       config, params: the model.
-      tokens_BT, mask_BT, edits: as `forward` takes them. Padding counts for nothing.
+      tokens_BT, mask_BT, edits: as `forward` takes them. Padding is ignored.
 
     Raises:
       ValueError: as `forward`.
@@ -70,21 +71,21 @@ def mean_attention(
     to: Mapping[str, Any],
     edits: Edit | Sequence[Edit] = (),
 ) -> dict[str, jax.Array]:
-    """Return {name: [L, N]}, how much of its attention each head gives to tokens of your choice.
+    """Return {name: [L, N]}: how much of its attention each head gives to tokens that you choose.
 
-    The patterns of one layer exist at a time: each is reduced as soon as it is there.
+    The patterns of only one layer are in memory at a time.
 
     Args:
       config, params: the model.
       tokens_BT, mask_BT, edits: as `forward` takes them.
-      to: {name: bool [B, T, S], or without B}, True where token s is one to look at for token t.
+      to: {name: bool [B, T, S] or [T, S]}, True where query token t counts its attention to key token s.
 
     Returns:
-      For each name, the attention of a token to its chosen ones, added up, and the mean of that over all tokens which
-      have one to choose that they can see, neither being padding; NaN where no token has.
+      For each name, the mean over query tokens of the summed attention to their chosen key tokens. Only query tokens
+      with a chosen key token that they can see count. Padding is ignored. NaN where no query token counts.
 
     Raises:
-      ValueError: as `forward`, or a choice of another shape or dtype.
+      ValueError: as `forward`, or an array of `to` has another shape or dtype.
     """
     tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
     shape = (*jnp.shape(tokens_BT), jnp.shape(tokens_BT)[1])
@@ -99,25 +100,27 @@ def mean_attention(
 def repeated_tokens(
     config: GPT2Config, key: jax.Array, n_rows: int, n_tokens: int, first: int | None = None
 ) -> jax.Array:
-    """Return rows of random tokens, each followed by itself: int32 [n_rows, 2 n_tokens], in which no text helps.
+    """Return rows of random tokens, each row written twice: int32 [n_rows, 2 n_tokens].
+
+    Only the first copy helps to predict the second: knowledge of ordinary text does not.
 
     Args:
-      config: the model's.
+      config: the model's config.
       key: `jax.random.key(seed)`.
-      n_rows: rows.
-      n_tokens: tokens of one copy, all different from one another and from `first`.
-      first: a token to stand before both copies, one column more: the end-of-text token, which starts the texts of
-        released models.
+      n_rows: how many rows.
+      n_tokens: how many tokens in one copy. They all differ from one another and from `first`.
+      first: a token id to put before both copies, in one more column. For released models use the end-of-text token,
+        which starts their texts.
 
     Raises:
-      ValueError: fewer ids than tokens, more tokens than n_ctx, or a number or a key that is none.
+      ValueError: the vocabulary or n_ctx is too small, or an argument is not a valid number or key.
     """
     n_rows, n_tokens = whole_number("n_rows", n_rows, 1), whole_number("n_tokens", n_tokens, 1)
     start = [] if first is None else [whole_number("first", first, 0, config.n_vocab - 1)]
     if n_tokens + len(start) > config.n_vocab or 2 * n_tokens + len(start) > config.n_ctx:
         raise ValueError(
-            f"{n_tokens} different tokens twice do not fit the model's n_vocab of {config.n_vocab} and n_ctx of "
-            f"{config.n_ctx}: ask for fewer"
+            f"two copies of {n_tokens} different tokens do not fit the model's n_vocab of {config.n_vocab} and n_ctx "
+            f"of {config.n_ctx}: ask for fewer tokens"
         )
     try:
         keys = jax.random.split(key, n_rows)
@@ -153,7 +156,7 @@ def _mean_attention(
     to: dict[str, jax.Array],
     edits: tuple[Edit, ...],
 ) -> dict[str, jax.Array]:
-    # One program with the reductions, so that each pattern's memory is the next one's.
+    # The reductions are in the same program, so the next layer's pattern can use the same memory.
     _, captured = forward(config, params, tokens_BT, mask_BT, capture="attn/pattern$", edits=edits)
     place_BT = places(mask_BT, tokens_BT.shape)
     seen_BTS = (place_BT[:, None, :] >= 0) & (place_BT[:, None, :] <= place_BT[:, :, None])
@@ -170,9 +173,9 @@ def _mean_attention(
 
 
 def _tokens_before(tokens_BT: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
-    """Return the real token before each one in its row; -1, which no real token is, where there is none."""
+    """Return the real token before each one in its row, or -1, which is not a token id, where there is none."""
     n_tokens = tokens_BT.shape[1]
     slot_BT = jnp.where(places(mask_BT, tokens_BT.shape) < 0, -1, jnp.arange(n_tokens))
     before_BT = jnp.pad(jax.lax.cummax(slot_BT, axis=1)[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
-    before_BT = jnp.where(before_BT < 0, n_tokens, before_BT)  # beyond the row, where a negative one would wrap
+    before_BT = jnp.where(before_BT < 0, n_tokens, before_BT)  # past the row: a negative index would wrap
     return jnp.take_along_axis(tokens_BT, before_BT, axis=1, mode="fill", fill_value=-1)

@@ -1,6 +1,6 @@
-"""The logit lens: what each layer's residual stream predicts when it is read as the last one is.
+"""The logit lens: what each layer's residual stream predicts if it is read like the last one.
 
-The stream behind each layer goes through ln_f and `wte`, as if no layer came after (nostalgebraist 2020,
+The stream after each layer goes through ln_f and `wte`, as if no layer followed (nostalgebraist 2020,
 "interpreting GPT: the logit lens").
 
 Shape letters: B batch, T query, D n_embd, V vocab, L activations read, K tokens kept.
@@ -24,7 +24,7 @@ from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params, as_tokens, forward, places
 
 STREAM = ("^h0/resid_pre$", "/resid_post$")
-CHUNK = 256  # positions whose logits are held at a time: 51 MB of float32 for 50,257 tokens
+CHUNK = 256  # positions whose logits are in memory at a time: 51 MB of float32 for 50,257 tokens
 
 
 @struct.dataclass
@@ -32,12 +32,12 @@ class Lens:
     """What each activation predicts at each position.
 
     Attributes:
-      names: of the L activations, in the order of computation.
-      ids: int32 [L, B, T, K], the likeliest tokens, the likeliest first.
-      logprobs: [L, B, T, K], their log-probabilities, base e; float32 at least.
-      next_logprobs: [L, B, T], that of the token that stands next in the row; NaN where none does, and at padding.
-      next_ranks: int32 [L, B, T], how many tokens are likelier than that one, 0 where it is the prediction; -1 where
-        there is none.
+      names: the names of the L activations, in the order of computation.
+      ids: int32 [L, B, T, K], the most likely tokens, the most likely first.
+      logprobs: [L, B, T, K], their log-probabilities, base e, at least float32.
+      next_logprobs: [L, B, T], the log-probability of the next token of the row; NaN at the last token and at padding.
+      next_ranks: int32 [L, B, T], how many tokens are more likely than the next token of the row: 0 means that it is
+        the prediction. -1 at the last token and at padding.
     """
 
     names: tuple[str, ...] = struct.field(pytree_node=False)
@@ -57,21 +57,21 @@ def logit_lens(
     k: int = 5,
     edits: Edit | Sequence[Edit] = (),
 ) -> Lens:
-    """Read the residual stream of every layer as a prediction of the next token: the k likeliest, and the true one.
+    """Read the residual stream of every layer as a prediction: the k most likely next tokens, and the true one.
 
-    One compiled program, in which the logits of `CHUNK` positions exist at a time; `stream_logits` gives all the logits
-    of one activation.
+    One compiled program does it, with the logits of `CHUNK` positions in memory at a time. `stream_logits` returns all
+    logits of one activation.
 
     Args:
       config, params: the model.
       tokens_BT, mask_BT: as `forward` takes them.
-      names: regular expressions, as `forward`'s `capture`, of what to read: activations [B, T, D]. By default
-        h0/resid_pre, which is the embeddings, and each layer's resid_post, of which the last gives the model's output.
-      k: tokens to keep.
-      edits: as `forward` takes them; the reading itself is not edited.
+      names: regular expressions, like `capture` of `forward`, of the activations [B, T, D] to read. The default is
+        h0/resid_pre, which is the embeddings, and each layer's resid_post. The last one gives the model's output.
+      k: how many tokens to keep.
+      edits: as `forward` takes them. They do not change ln_f and `wte` where an activation is read.
 
     Raises:
-      ValueError: as `forward`, an activation that is not [B, T, D], or k that is not from 1 to n_vocab.
+      ValueError: as `forward`; an activation is not [B, T, D]; or k is not from 1 to n_vocab.
     """
     tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
     k = whole_number("k", k, 1, config.n_vocab)
@@ -83,18 +83,18 @@ def logit_lens(
 
 
 def stream_logits(config: GPT2Config, params: Params, stream_BTD: jax.Array) -> jax.Array:
-    """Return the logits [B, T, V] of a residual stream, read through ln_f and `wte` as the model reads its last.
+    """Return the logits [B, T, V] of a residual stream, read through ln_f and `wte` like the model's last one.
 
     Args:
       config, params: the model.
-      stream_BTD: an activation that `forward` captured, or anything else [..., D].
+      stream_BTD: an activation that `forward` captured, or any other array [..., D].
 
     Raises:
-      ValueError: params that are not the config's, or another width than n_embd.
+      ValueError: params do not match the config, or the stream is not n_embd wide.
     """
     params = as_params(config, params)
     if jnp.shape(stream_BTD)[-1:] != (config.n_embd,):
-        raise ValueError(f"the stream must be [..., {config.n_embd}], as n_embd, not {jnp.shape(stream_BTD)}")
+        raise ValueError(f"the stream must have the shape [..., {config.n_embd}] (n_embd), not {jnp.shape(stream_BTD)}")
     return _logits(config, params, stream_BTD)
 
 
@@ -134,7 +134,7 @@ def _read(
 
 
 def _next_tokens(tokens_BT: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
-    """Return the real token behind each one in its row, int32; -1 where there is none, and at padding."""
+    """Return the real token after each one in its row, int32; -1 where there is none, and at padding."""
     n_tokens = tokens_BT.shape[1]
     mask_BT = places(mask_BT, tokens_BT.shape) >= 0
     nearest_BT = jax.lax.cummin(jnp.where(mask_BT, jnp.arange(n_tokens), n_tokens), axis=1, reverse=True)

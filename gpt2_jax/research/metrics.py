@@ -1,4 +1,4 @@
-"""Metrics: what a run is judged by, a number made of its logits, and the logits at the places that it looks at.
+"""Metrics: functions of a run's logits that return a number, and the logits at the positions that they read.
 
 Shape letters: B batch, T query, D n_embd, V vocab.
 """
@@ -20,43 +20,43 @@ from gpt2_jax.params import Params
 from gpt2_jax.research._forward import places, slots
 
 Metric = Callable[[jax.Array], jax.Array]
-"""Takes logits, [B, V] at one place of each row or [B, T, V] at all, and gives a number."""
+"""A function that takes logits, [B, V] at one position of each row or [B, T, V] at all, and returns a number."""
 
 
 def logit_difference(answer: Any, wrong: Any) -> Metric:
-    """Return the metric that gives the logit of `answer` less that of `wrong`, the mean over rows, at one place.
+    """Return a metric: the logit of `answer` minus the logit of `wrong` at one position, averaged over rows.
 
-    It is `jax.tree_util.Partial(function, answer, wrong)` of a function (answer, wrong, logits_BV): other ids compile
-    nothing. Metrics of your own that take numbers are best made like it.
+    It is `jax.tree_util.Partial(function, answer, wrong)` with a function of (answer, wrong, logits_BV). So other ids
+    compile nothing. Make your own metrics that hold numbers in the same way.
 
     Args:
-      answer, wrong: token ids, one for all rows or one for each, [B]. One outside the vocabulary gives NaN.
+      answer, wrong: token ids, one for all rows or one for each row, [B]. An id outside the vocabulary gives NaN.
     """
     for name, ids in (("answer", answer), ("wrong", wrong)):
         dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype
         if not jnp.issubdtype(dtype, jnp.integer):
-            raise ValueError(f"{name} must be a token id or one for each row, not {ids!r}")
+            raise ValueError(f"{name} must be a token id, or one for each row, not {ids!r}")
     return Partial(_logit_difference, jnp.asarray(answer, jnp.int32), jnp.asarray(wrong, jnp.int32))
 
 
 def _logit_difference(answer: jax.Array, wrong: jax.Array, logits_BV: jax.Array) -> jax.Array:
     if logits_BV.ndim != 2:
-        raise ValueError(f"logit_difference takes logits [B, V], so `at` one place, not {logits_BV.shape}")
+        raise ValueError(f"logit_difference takes logits [B, V], at one position, not {logits_BV.shape}: set `at`")
     known = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
     rows = jnp.arange(len(logits_BV))
     return (logits_BV.at[rows, answer].get(**known) - logits_BV.at[rows, wrong].get(**known)).mean()
 
 
 def traceable(metric: Metric) -> Metric:
-    """Return a metric as a pytree: the function is static, numbers that a Partial holds are traced."""
+    """Return a metric as a pytree. The function is static; numbers that a Partial holds are traced."""
     return metric if isinstance(metric, Partial) else Partial(metric)
 
 
 def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:
-    """Return the place of each row [B] of tokens [B, T], -1 for the last; None stands for all.
+    """Return the position in each row, [B], for tokens [B, T]. -1 is the last. None stays None and means all.
 
     Raises:
-      ValueError: not a whole number, or one for each row, or outside the rows.
+      ValueError: `at` is not a whole number or one for each row, or is out of range.
     """
     if at is None:
         return None
@@ -64,7 +64,9 @@ def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:
     place = np.asarray(at)
     fits = place.shape in ((), (n_rows,)) and np.issubdtype(place.dtype, np.integer)
     if not fits or not ((place >= -n_tokens) & (place < n_tokens)).all():
-        raise ValueError(f"at must be a place in rows of {n_tokens} tokens, or one for each of {n_rows}, not {at!r}")
+        raise ValueError(
+            f"at must be a position in rows of {n_tokens} tokens, or one for each of {n_rows} rows, not {at!r}"
+        )
     return jnp.broadcast_to(jnp.asarray(place, jnp.int32), (n_rows,))
 
 
@@ -76,9 +78,9 @@ def logits_at(
     at_B: jax.Array | None,
     taps: Mapping[str, Tap],
 ) -> jax.Array:
-    """Return the logits [B, V] at one place of each row, and no others; [B, T, V] where `at_B` is None.
+    """Compute only the logits [B, V] at one position of each row, or all, [B, T, V], if `at_B` is None.
 
-    Places count real tokens, from the end where they are negative; where a row has no such place it gets NaN.
+    Positions count real tokens. Negative positions count from the end. A row without this position gets NaN.
     """
     h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, taps=taps, method="hidden")
     if at_B is not None:

@@ -1,15 +1,16 @@
-"""Activation patching: what a run gives when some activations of it are those of another run.
+"""Activation patching: what a run outputs if some of its activations come from another run.
 
-`activation_patching` tries every place of a grid, layer by position or by head, in one compiled call;
-`attribution_patching` estimates all of them from one gradient.
+`activation_patching` patches every cell of a grid, layers by positions or by heads, in one compiled call.
+`attribution_patching` estimates the effect of all these patches from one gradient.
 
-Two runs of as many tokens: "The Eiffel Tower is in" and "The Colosseum is in". Denoising patches the corrupted run with
-activations of the clean one, and asks what suffices to get the answer back; noising patches the clean run with those of
-the corrupted one, and asks what is needed for it. They are the same function with the runs swapped: here `tokens_BT` is
-always the run that is patched, and `source` the one that activations are taken from (Heimersheim and Nanda 2024, "How
-to use and interpret activation patching").
+The two runs have the same number of tokens: "The Eiffel Tower is in" and "The Colosseum is in". Denoising patches the
+corrupted run with activations of the clean run. It shows what is enough to restore the answer. Noising patches the
+clean run with activations of the corrupted run. It shows what the answer needs. Both are the same function with the
+runs swapped: `tokens_BT` is always the run that is patched, and `source` is the run that activations are taken from
+(Heimersheim and Nanda 2024, "How to use and interpret activation patching").
 
-Shape letters: B batch, T query, N heads, V vocab; L layers patched, P patches of a layer, K places of a patch.
+Shape letters: B batch, T query, N heads, V vocab; L layers patched, P patches of a layer, K positions or heads of a
+patch.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from gpt2_jax.research.metrics import Metric, as_place, logits_at, traceable
 
 Axis = Literal["head", "position"]
 
-# Tokens of the patched runs that go together. At the 124M shape on two CPU cores 512 go at 88 % of the rate of matrix
-# products alone, and 32 at half of it. Elsewhere nothing was measured: memory bounds it.
+# Tokens of the patched runs that are computed together. At the 124M shape on two CPU cores, 512 tokens run at 88 % of
+# the speed of matrix products only, and 32 tokens at half of it. Other devices were not measured: memory limits them.
 TOKENS_TOGETHER = {"cpu": 512}
 TOKENS_TOGETHER_ELSEWHERE = 8192
 
@@ -59,37 +60,39 @@ def activation_patching(
 ) -> jax.Array:
     """Return the metric of a run under each of many patches, [layers, heads, positions], in one compiled call.
 
-    By default each layer's residual stream at each position. With "attn/z" and each="head" the output of each head at
-    all positions; with each=("head", "position") at one position at a time; with each=() a whole layer.
+    The default patches each layer's residual stream at each position. With "attn/z" and each="head", a patch is the
+    output of one head at all positions. With each=("head", "position"), it is one head at one position. With each=(),
+    it is a whole layer.
 
-    A patched run begins where its patch is: what is below costs nothing. Other tokens, activations, places (as many of
-    them) and numbers in `metric` compile nothing.
+    A patched run starts at its patch: the layers below are not computed again. Other tokens, source activations,
+    positions and heads (the same number of them), and numbers in `metric` compile nothing.
 
     Args:
       config, params: the model.
-      tokens_BT: the run that is patched: the corrupted one to denoise, the clean one to noise.
-      source: the run that activations are taken from: its tokens, of the same shape, or its activations, as `forward`
-        captures them or what broadcasts to them (their means over a text, say).
-      metric: logits [B, V] -> a number, or an array whose axes then come last. A function is compiled once if it is
-        defined once; `logit_difference` makes one.
-      activation: one of a block's, without its "h3/": "resid_pre", "attn/out", "mlp/out", "attn/z", "attn/q", ...
-        `gpt2_jax.activations.BLOCK` has them all. The position of scores and pattern is the query's.
-      each: the axes to patch place by place: "position", "head" or both.
-      layers: which, place by place; None means all.
-      positions, heads: which; None means all. Those that `each` does not name are patched together.
-      at: the place in each row, one for all or one for each, whose logits the metric takes, -1 for the last; None gives
-        it [B, T, V]. No others are computed.
-      mask_BT: bool, True for real tokens, of both runs; places count these alone.
-      together: how many patched runs to compute at once, each of all rows. None chooses by the device; memory grows
+      tokens_BT: the run that is patched: the corrupted run for denoising, the clean run for noising.
+      source: the run that activations are taken from: its tokens, of the same shape, or its activations. Pass them as
+        `forward` captures them, or as arrays that broadcast to them, such as means over a text.
+      metric: a function of the logits [B, V] that returns a number or an array. The axes of an array come last in the
+        result. Define the function once, and it compiles once. `logit_difference` makes one.
+      activation: an activation of a block, without its "h3/": "resid_pre", "attn/out", "mlp/out", "attn/z", "attn/q",
+        ... `gpt2_jax.activations.BLOCK` lists them all. The position of scores and pattern is the query's.
+      each: the axes with one patch for each index: "position", "head" or both.
+      layers: the layers to patch, one at a time; None means all.
+      positions, heads: the positions and heads to patch; None means all. An axis that is not in `each` is patched at
+        all its chosen indices together.
+      at: the position whose logits the metric takes, one for all rows or one for each row; -1 is the last. Other logits
+        are not computed. None passes all logits, [B, T, V].
+      mask_BT: bool, True for real tokens, for both runs. Positions count only real tokens.
+      together: how many patched runs to compute at once; each has all rows. None chooses by the device. Memory grows
         with it.
 
     Raises:
-      ValueError: as `forward`, runs of two shapes, an activation that was not captured or is no block's, heads where it
-        has none, or places out of range.
+      ValueError: as `forward`; the runs have different shapes; an activation was not captured or is not of a block;
+        `heads` for an activation without heads; or a layer, position or head out of range.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     if activation not in BLOCK:
-        raise ValueError(f"{activation!r} is no activation of a block: there are {', '.join(BLOCK)}")
+        raise ValueError(f"{activation!r} is not an activation of a block: choose from {', '.join(BLOCK)}")
     each = (each,) if isinstance(each, str) else tuple(each)
     layers = tuple(_places("layers", layers, config.n_layer).tolist())
     chosen = _chosen(config, activation, each, heads, positions, tokens_BT.shape[1])
@@ -143,9 +146,10 @@ def _patched_runs(
 
 
 def _kept(activation: str) -> list[str]:
-    """Return activations of the block from before a patch, of which all that comes behind follows.
+    """Return the block's activations before a patch that determine everything after it.
 
-    Put in place they make all before them dead code, which XLA drops: the layers below, and products of their own.
+    A patched run gets their stored values. Then all code before them is dead, and XLA drops it: the layers below, and
+    the matrix products that compute them.
     """
     before = list(BLOCK)[: list(BLOCK).index(activation)]
     return [name for name in ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid") if name in before]
@@ -165,26 +169,27 @@ def attribution_patching(
     at: Where = -1,
     mask_BT: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Estimate how much patches change the metric, at every place of many activations, from one backward pass.
+    """Estimate how much patches change the metric, for many activations at every index, from one backward pass.
 
-    To first order a patch changes it by (a in the source - a in the patched run) . (d metric / d a in the patched run).
-    That is exact where all that follows `a` is linear, and poor where LayerNorm or a softmax bend much, as for the
-    whole stream of an early layer (Nanda 2023, "Attribution patching: activation patching at industrial scale"; Syed
-    et al. 2023, "Attribution patching outperforms automated circuit discovery").
+    To first order, a patch of an activation a changes the metric by
+    (a in the source - a in the patched run) . (d metric / d a in the patched run).
+    This is exact where everything after a is linear. It is poor where LayerNorm or a softmax is far from linear, as for
+    the whole stream of an early layer (Nanda 2023, "Attribution patching: activation patching at industrial scale";
+    Syed et al. 2023, "Attribution patching outperforms automated circuit discovery").
 
     Args:
       config, params, tokens_BT, source, at, mask_BT: as `activation_patching` takes them.
-      metric: logits -> a number.
-      names: regular expressions, as `forward`'s `capture`, of the activations to estimate; by default all, or all that
-        are in `source`. Four arrays of each are held: of attn/scores and attn/pattern [B, N, T, T] a layer, which is
-        5.8 GB for a row of 1,024 tokens at the 124M shape, and 1.6 GB with "resid_pre" alone.
+      metric: a function of the logits that returns a number.
+      names: regular expressions, like `capture` of `forward`, of the activations to estimate. The default is all, or
+        all that are in `source`. Four arrays of each are in memory; for attn/scores and attn/pattern they are
+        [B, N, T, T] in each layer. At the 124M shape, a row of 1,024 tokens takes 5.8 GB, or 1.6 GB with "resid_pre".
 
     Returns:
-      {name: [T], or [N, T] where there are heads}: the change by a patch at each slot, in all rows, to compare with
-      `activation_patching` less the metric without a patch. To first order the changes of several patches add up.
+      {name: [T], or [N, T] where there are heads}: the change if this index is patched in all rows. Compare it with the
+      result of `activation_patching` minus the metric without a patch. To first order, several changes add up.
 
     Raises:
-      ValueError: as `activation_patching`, or a pattern is found in no name.
+      ValueError: as `activation_patching`, or a pattern matches no activation name.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     chosen = select(config, names)
@@ -193,7 +198,7 @@ def attribution_patching(
     source = _source(config, tokens_BT, source, chosen)
     args = (params, tokens_BT, mask_BT, source, traceable(metric), as_place(at, tokens_BT.shape))
     estimates = _estimates(GPT2(config), tuple(chosen), *args)
-    return {name: estimates[name] for name in chosen}  # a program gives them by the alphabet
+    return {name: estimates[name] for name in chosen}  # jit sorts a dict by its keys
 
 
 @functools.partial(jax.jit, static_argnames=("model", "names"))
@@ -217,7 +222,7 @@ def _estimates(
         taps = {name: functools.partial(see, name) for name in names}
         judged = metric(logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
         if jnp.shape(judged) != ():
-            raise ValueError(f"the metric must give one number to take a gradient of, not {jnp.shape(judged)}")
+            raise ValueError(f"the metric must return one number, not an array of shape {jnp.shape(judged)}")
         return judged, seen
 
     if not isinstance(source, dict):
@@ -237,21 +242,23 @@ def _estimates(
 def _source(
     config: GPT2Config, tokens_BT: jax.Array, source: jax.Array | Mapping[str, jax.Array], names: Sequence[str]
 ) -> jax.Array | dict[str, jax.Array]:
-    """Return the tokens of the run that activations are taken from, or those of its activations that are needed."""
+    """Return the tokens of the source run, or the activations of it that are needed."""
     if isinstance(source, Mapping):
         if missing := [name for name in names if name not in source]:
-            raise ValueError(f"{missing[0]} was not captured in the run to patch from: there are {', '.join(source)}")
+            raise ValueError(
+                f"{missing[0]} was not captured in the run to patch from: that run has {', '.join(source)}"
+            )
         return {name: source[name] for name in names}
     source_BT = as_tokens(config, source)
     if source_BT.shape != tokens_BT.shape:
-        raise ValueError(f"the runs must have tokens of one shape, not {tokens_BT.shape} and {source_BT.shape}")
+        raise ValueError(f"the tokens of both runs must have one shape, not {tokens_BT.shape} and {source_BT.shape}")
     return source_BT
 
 
 def _chosen(
     config: GPT2Config, activation: str, each: tuple[str, ...], heads: Where, positions: Where | slice, n_tokens: int
 ) -> dict[str, np.ndarray]:
-    """Return the heads and positions to patch, in this order; without those that are all, and not in `each`."""
+    """Return the heads and positions to patch, in this order. An axis that is patched as a whole is left out."""
     if wrong := set(each) - {"head", "position"}:
         raise ValueError(f'each must be "position", "head" or both, not {wrong.pop()!r}')
     if "N" not in BLOCK[activation] and ("head" in each or heads is not None):
@@ -267,21 +274,21 @@ def _places(what: str, places: Where | slice, count: int) -> np.ndarray:
     else:
         array = np.atleast_1d(np.asarray(places))
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{what} must be whole numbers, one at least, not {places!r}")
+        raise ValueError(f"{what} must be one or more whole numbers, not {places!r}")
     if not ((array >= 0) & (array < count)).all():
         raise ValueError(f"{what} must be from 0 to {count - 1}, not {places!r}")
     return array.astype(np.int32)
 
 
 def _grid(chosen: dict[str, np.ndarray], each: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Return the heads and positions of each patch, [P, K]: one of those in `each`, all of the others."""
+    """Return the heads and positions of each patch, [P, K]: one index of an axis in `each`, all of another axis."""
     options = [places[:, None] if axis in each else places[None] for axis, places in chosen.items()]
     patches = list(itertools.product(*options))
     return {axis: np.stack([places[i] for places in patches]) for i, axis in enumerate(chosen)}
 
 
 def _groups(n_patches: int, together: int | None, n_tokens: int) -> np.ndarray:
-    """Return the patches [groups, in a group] that go together: groups of one size, the last repeating some patches."""
+    """Return the patches that are computed together, [groups, size]. The last group repeats patches to be full."""
     if together is None:
         together = max(1, TOKENS_TOGETHER.get(jax.default_backend(), TOKENS_TOGETHER_ELSEWHERE) // n_tokens)
     together = whole_number("together", together, 1)

@@ -3,7 +3,7 @@
 Each function draws into a matplotlib Figure and returns it. A notebook shows it as the value of a cell, and
 `save(figure, path)` writes it into a file. matplotlib is imported when something is drawn.
 
-Shape letters: T query, S the token looked at, L layers, N heads.
+Shape letters: T query token, S key token, L layers, N heads.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Edits of weights, params -> params: what comes out is again a whole GPT-2 that everything else takes.
+"""Edits of weights, params -> params: the result is a complete GPT-2 that all other functions take.
 
-Nothing is changed in place: an array that an edit leaves alone is the same array in the new tree, one that it changes
-is a copy. NumPy arrays stay NumPy's and JAX's stay JAX's, dtypes are kept, and sums are made in float32 at least.
-Layers, heads, neurons, names and ranks are Python values, static under `jit`; weights and means may be traced.
-Edits that take whole trees are those of `gpt2_jax.research.trees`, and can be had from here too.
+Nothing is changed in place. An array that an edit does not change is the same array in the new tree. One that it
+changes is a copy. NumPy arrays stay NumPy arrays, and JAX arrays stay JAX arrays. Dtypes are kept, and sums are
+computed in at least float32. Layers, heads, neurons, names and ranks are Python values, static under `jit`. Weights and
+means may be traced. The functions on whole trees come from `gpt2_jax.research.trees` and are available here too.
 """
 
 from __future__ import annotations
@@ -62,28 +62,28 @@ __all__ = [
 
 
 def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> tuple[GPT2Config, Params]:
-    """Return (config, params) of the model whose layers are the old ones in this order.
+    """Return (config, params) of a model with the old layers in this order.
 
     Args:
       config, params: the model.
-      order: old numbers; [0, 2, 2, 1] drops those from h3 on, has h2 twice and swaps it with h1. What is there twice is
-        the same array twice, and takes memory once; a program that donates params wants copies,
-        jax.tree.map(jnp.copy, params).
+      order: numbers of old layers. [0, 2, 2, 1] drops the layers from h3 on, uses h2 twice, and moves h1 after it. A
+        layer that is used twice takes memory once: both are the same arrays. A program that donates params needs
+        copies, `jax.tree.map(jnp.copy, params)`.
 
     Raises:
-      ValueError: a layer is out of range, or there is none.
+      ValueError: a layer is out of range, or `order` is empty.
     """
     flat_of(config, params)
     old = [whole_number("layer", layer, 0, config.n_layer - 1) for layer in _listed(order)]
     if not old:
-        raise ValueError("no layer is left: a GPT-2 has one at least")
+        raise ValueError("no layer is left: a GPT-2 needs at least one")
     tree = {name: params[name] for name in ("wte", "wpe", "ln_f")}
     tree |= {f"h{new}": params[f"h{i}"] for new, i in enumerate(old)}
-    return config.replace(n_layer=len(old)), unflatten(flatten(tree))  # dicts of its own, whose arrays are the old
+    return config.replace(n_layer=len(old)), unflatten(flatten(tree))  # new dicts, old arrays
 
 
 def drop_layers(config: GPT2Config, params: Params, layers: Iterable[int]) -> tuple[GPT2Config, Params]:
-    """Return (config, params) without these layers; ValueError as `arrange_layers`."""
+    """Return (config, params) without these layers. Raises ValueError as `arrange_layers` does."""
     dropped = {whole_number("layer", layer, 0, config.n_layer - 1) for layer in _listed(layers)}
     return arrange_layers(config, params, [layer for layer in range(config.n_layer) if layer not in dropped])
 
@@ -91,7 +91,7 @@ def drop_layers(config: GPT2Config, params: Params, layers: Iterable[int]) -> tu
 def repeat_layers(
     config: GPT2Config, params: Params, layers: Iterable[int], times: int = 2
 ) -> tuple[GPT2Config, Params]:
-    """Return (config, params) with each of these layers `times` times in a row; ValueError as `arrange_layers`."""
+    """Return (config, params) with each of these layers `times` times in a row. Raises as `arrange_layers` does."""
     times = whole_number("times", times, 1)
     repeated = {whole_number("layer", layer, 0, config.n_layer - 1) for layer in _listed(layers)}
     counts = [times if layer in repeated else 1 for layer in range(config.n_layer)]
@@ -99,7 +99,7 @@ def repeat_layers(
 
 
 def swap_layers(config: GPT2Config, params: Params, one: int, other: int) -> tuple[GPT2Config, Params]:
-    """Return (config, params) with two layers in each other's place; ValueError as `arrange_layers`."""
+    """Return (config, params) with two layers swapped. Raises ValueError as `arrange_layers` does."""
     places = {one: other, other: one}
     for layer in places:
         whole_number("layer", layer, 0, config.n_layer - 1)
@@ -110,25 +110,25 @@ def _listed(layers: Iterable[int]) -> list[int]:
     try:
         return list(layers)
     except TypeError:
-        raise ValueError(f"layers must be a list of their numbers, not {layers!r}") from None
+        raise ValueError(f"layers must be a list of layer numbers, not {layers!r}") from None
 
 
 # ---- matrices
 
 
 def low_rank(params: Params, name: str, rank: int) -> Params:
-    """Return params with a matrix replaced by the nearest of a lower rank, its truncated singular value decomposition.
+    """Return params with one matrix replaced by the nearest matrix of a lower rank, its truncated SVD.
 
-    Nearest by the sum of squares (Eckart and Young 1936). It is made in float64 by NumPy, in float32 under `jit`; the
-    matrix keeps its shape, so it takes as much memory as before.
+    Nearest means the smallest sum of squared differences (Eckart and Young 1936). NumPy computes it in float64; under
+    `jit` it is computed in float32. The matrix keeps its shape, so it takes as much memory as before.
 
     Args:
       params: the tree.
-      name: a matrix, "h3/mlp/c_fc/w".
-      rank: how many singular values stay; `kept_energy(params, name)[rank - 1]` is their share.
+      name: the name of a matrix, such as "h3/mlp/c_fc/w".
+      rank: how many singular values stay. `kept_energy(params, name)[rank - 1]` is their share of the sum of squares.
 
     Raises:
-      ValueError: no tensor has this name, it is no matrix, or the rank is not from 1 to its shorter side.
+      ValueError: no tensor has this name, it is not a matrix, or the rank is not from 1 to its shorter side.
     """
     flat, w = flatten(params), _matrix(params, name)
     rank = whole_number(f"the rank of {name}", rank, 1, min(w.shape))
@@ -138,10 +138,10 @@ def low_rank(params: Params, name: str, rank: int) -> Params:
 
 
 def kept_energy(params: Params, name: str) -> Any:
-    """Return the share of a matrix's sum of squares that ranks 1, 2, ... keep: [shorter side], rising to 1.
+    """Return the share of a matrix's sum of squares that each rank 1, 2, ... keeps: [shorter side], rising to 1.
 
     Raises:
-      ValueError: no tensor has this name, or it is no matrix.
+      ValueError: no tensor has this name, or it is not a matrix.
     """
     _, s, _ = _svd(_matrix(params, name))
     return (s**2).cumsum() / (s**2).sum()

@@ -1,7 +1,7 @@
-"""Whole trees of weights: chosen, changed and compared by name, and several of them made into one.
+"""Functions on whole trees of weights: select, change and compare tensors by name, and combine several trees.
 
-Nothing is changed in place. NumPy arrays stay NumPy's and JAX's stay JAX's; sums are made in float32 at least. Names
-and patterns are static under `jit`; weights, and numbers like `t`, may be traced everywhere but in `diff`.
+Nothing is changed in place. NumPy arrays stay NumPy arrays, and JAX arrays stay JAX arrays. Sums are computed in at
+least float32. Names and patterns are static under `jit`. Weights and numbers like `t` may be traced, except in `diff`.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ from gpt2_jax.params import Params, differences, flatten, unflatten
 
 
 def select(params: Params, patterns: str | Sequence[str]) -> dict[str, Any]:
-    """Return {"h0/attn/c_attn/w": array, ...} of the names in which a pattern is found by `re.search`, in their order.
+    """Return {"h0/attn/c_attn/w": array, ...}: the tensors whose names match a pattern (`re.search`), in tree order.
 
     Raises:
-      ValueError: a pattern is found in no name.
+      ValueError: a pattern matches no name.
     """
     patterns, flat = [patterns] if isinstance(patterns, str) else list(patterns), _flat("params", params)
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in flat):
             raise ValueError(
-                f"{pattern!r} is found in no name of the params: they are {', '.join(list(flat)[:3])}, ..."
+                f"{pattern!r} matches no name of the params: the names are {', '.join(list(flat)[:3])}, ..."
             )
     return {name: leaf for name, leaf in flat.items() if any(re.search(pattern, name) for pattern in patterns)}
 
 
 def map_params(fn: Callable[[str, Any], Any], params: Params, pattern: str | Sequence[str] = ".*") -> Params:
-    """Return params with fn(name, array) in place of each array that `select` gives for the pattern.
+    """Return params in which fn(name, array) replaces each array that `select` returns for the pattern.
 
     Raises:
-      ValueError: the pattern is found in no name, or fn gave an array of another shape or dtype.
+      ValueError: the pattern matches no name, or fn returned an array of another shape or dtype.
     """
     old = select(params, pattern)
     new = {name: fn(name, leaf) for name, leaf in old.items()}
     if odd := [name for name, leaf in new.items() if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype")]:
-        raise ValueError(f"the function must give an array for {odd[0]}, not {reprlib.repr(new[odd[0]])}")
-    require_alike("what the function gave does not fit the params", new, old)
+        raise ValueError(f"the function must return an array for {odd[0]}, not {reprlib.repr(new[odd[0]])}")
+    require_alike("what the function returned does not fit the params", new, old)
     return unflatten(flatten(params) | new)
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How one array differs between two trees; printed, a line of a table.
+    """How one array differs between two trees. Its `str()` is a line of a table.
 
     Attributes:
-      name: "h0/attn/c_attn/w".
-      max_abs: the largest |a - b|.
-      relative: the norm of a - b over that of b (L2, of all values as one vector); infinite where b is all 0.
+      name: the array's name, such as "h0/attn/c_attn/w".
+      max_abs: the largest absolute difference, `|a - b|`.
+      relative: the norm of a - b divided by the norm of b (L2, of all values as one vector). Infinite if b is all 0.
     """
 
     name: str
@@ -74,22 +74,22 @@ class Difference:
 
 
 def diff(a: Params, b: Params, by: Literal["name", "size"] = "name") -> list[Difference]:
-    """Compare two trees of the same names and shapes, of any dtypes, in float64 on the host.
+    r"""Compare two trees of the same names and shapes in float64 on the host. Their dtypes may differ.
 
     Args:
-      a, b: the trees; NaN equals NaN.
-      by: the order of the rows: "name", that of the tree, or "size", the largest `relative` first.
+      a, b: the trees. NaN equals NaN.
+      by: the order of the rows: "name" is the order of the tree; "size" puts the largest `relative` first.
 
     Returns:
-      A row for each array of which a value differs: `print(*diff(a, b), sep="\n")` is a table.
+      A row for each array with a value that differs. `print(*diff(a, b), sep="\n")` prints a table.
 
     Raises:
-      ValueError: a name is in one of the trees alone, a shape differs, or `by` is another word.
+      ValueError: a name is in only one of the trees, a shape differs, or `by` is not "name" or "size".
     """
     choice("by", by, ("name", "size"))
     flat_a, flat_b = alike([a, b], dtypes=False)
     rows = [row for name in flat_a if (row := _difference(name, flat_a[name], flat_b[name]))]
-    if by == "size":  # NaN before all numbers: it is what to look at first
+    if by == "size":  # NaN comes first, before all numbers
         rows.sort(key=lambda row: -np.nan_to_num(row.relative, nan=np.inf))
     return rows
 
@@ -100,7 +100,7 @@ def _difference(name: str, a: Any, b: Any) -> Difference | None:
     if not differs.any():
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
-        delta = np.subtract(a, b, where=differs, out=np.zeros_like(a))  # not inf - inf where both are
+        delta = np.subtract(a, b, where=differs, out=np.zeros_like(a))  # no inf - inf
         relative = np.linalg.norm(delta.reshape(-1)) / np.linalg.norm(b.reshape(-1))
     return Difference(name, float(np.abs(delta).max()), float(relative))
 
@@ -109,11 +109,11 @@ def _difference(name: str, a: Any, b: Any) -> Difference | None:
 
 
 def interpolate(a: Params, b: Params, t: Any) -> Params:
-    """Return (1 - t) a + t b: a at t = 0 and b at t = 1, to the bit; outside [0, 1] it goes on along the line.
+    """Return (1 - t) a + t b: exactly a at t = 0, exactly b at t = 1. Outside [0, 1] it extrapolates.
 
     Args:
       a, b: trees of the same names, shapes and dtypes.
-      t: a number; it may be traced, so that `vmap` over it gives the loss along the line.
+      t: a number. It may be traced: `vmap` over t gives the loss along the line.
 
     Raises:
       ValueError: the trees differ in a name, shape or dtype.
@@ -125,27 +125,29 @@ def average(trees: Sequence[Params], weights: Any = None) -> Params:
     """Return the mean of several trees, a "model soup" (Wortsman et al. 2022, section 2).
 
     Args:
-      trees: of the same names, shapes and dtypes.
-      weights: a number for each, which are divided by their sum; they may be traced. None: all the same.
+      trees: trees of the same names, shapes and dtypes.
+      weights: a number for each tree; they are divided by their sum. They may be traced. None weights all equally.
 
     Raises:
-      ValueError: there is no tree, the trees differ in a name, shape or dtype, or weights are of another number or
-        their sum is 0.
+      ValueError: there is no tree; the trees differ in a name, shape or dtype; the number of weights is wrong; or the
+        sum of the weights is 0 or not finite.
     """
     weights = np.ones(len(trees)) if weights is None else weights
     if not trees or len(weights) != len(trees):
-        raise ValueError(f"an average takes a weight for each tree: there are {len(trees)} and {len(weights)} weights")
+        raise ValueError(
+            f"an average takes one weight for each tree: there are {len(trees)} trees and {len(weights)} weights"
+        )
     total = sum(weights)
     if not isinstance(total, Tracer) and (total == 0 or not np.isfinite(total)):
-        raise ValueError(f"the weights of an average must have a sum that is finite and not 0, not {total}")
+        raise ValueError(f"the sum of an average's weights must be finite and not 0: it is {total}")
     return _combine(trees, lambda *leaves: sum(w / total * leaf for w, leaf in zip(weights, leaves, strict=True)))
 
 
 def task_vector(a: Params, b: Params) -> Params:
-    """Return a - b, what a fine-tune `a` learned beyond its base `b` (Ilharco et al. 2022, section 2).
+    """Return a - b: what a fine-tuned model a learned beyond its base model b (Ilharco et al. 2022, section 2).
 
-    Its dtypes are float32 at least, so that nothing of a difference of bfloat16 weights is lost: applied to b it gives
-    a again, up to a rounding. It adds, scales and averages like params, and is saved as them.
+    The result is at least float32, so differences of bfloat16 weights lose nothing. Applied to b, it gives a again, up
+    to rounding. You can add, scale, average and save it like params.
 
     Raises:
       ValueError: the trees differ in a name, shape or dtype.
@@ -155,16 +157,16 @@ def task_vector(a: Params, b: Params) -> Params:
 
 
 def apply_task_vector(params: Params, vector: Params, scale: Any = 1.0) -> Params:
-    """Return params + scale * vector, in the dtypes of params; a negative scale unlearns (Ilharco et al. 2022).
+    """Return params + scale * vector, in the dtypes of params. A negative scale unlearns (Ilharco et al. 2022).
 
     Raises:
-      ValueError: the vector is not of the params' names and shapes.
+      ValueError: the vector does not have the params' names and shapes.
     """
     return _combine([params, vector], lambda leaf, change: leaf + scale * change, dtypes=False)
 
 
 def _combine(trees: Sequence[Params], fn: Callable[..., Any], dtypes: bool = True) -> Params:
-    """Return the tree of fn(leaf of each tree), computed in float32 at least, in the dtypes of the first."""
+    """Return the tree of fn(leaf of each tree), computed in at least float32, in the dtypes of the first tree."""
     first, *others = alike(trees, dtypes)
     combined = {}
     for name, leaf in first.items():
@@ -173,11 +175,11 @@ def _combine(trees: Sequence[Params], fn: Callable[..., Any], dtypes: bool = Tru
     return unflatten(combined)
 
 
-# ---- what edits of weights have in common
+# ---- shared by edits of weights
 
 
 def alike(trees: Sequence[Params], dtypes: bool = True) -> list[dict[str, Any]]:
-    """Return trees as flat dicts; ValueError, with all that differs, where one is not shaped as the first."""
+    """Return trees as flat dicts. Raise ValueError with all differences if one does not match the first."""
     flats = [_flat(f"tree {i}", tree) for i, tree in enumerate(trees)]
     for i, flat in enumerate(flats):
         require_alike(f"tree {i} does not fit tree 0", flat, flats[0], dtypes)
@@ -185,34 +187,34 @@ def alike(trees: Sequence[Params], dtypes: bool = True) -> list[dict[str, Any]]:
 
 
 def require_alike(told: str, found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> None:
-    """Raise ValueError, `told` and all that differs, unless two flat trees have the same names, shapes and dtypes."""
+    """Raise ValueError(`told` and all differences) unless two flat trees have the same names, shapes and dtypes."""
     if lines := differences(found, expected, dtypes):
         raise ValueError(told + ":\n  " + "\n  ".join(lines))
 
 
 def wide(array: Any) -> Any:
-    """Return an array in float32 at least."""
+    """Return an array in at least float32."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32), copy=False)
 
 
 def module_of(*arrays: Any) -> ModuleType:
-    """Return jax.numpy if one of the arrays is JAX's, else numpy."""
+    """Return jax.numpy if one of the arrays is a JAX array, else numpy."""
     return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
 
 
 def product(x: Any, w: Any) -> Any:
-    """Return x @ w in float32 at least, also where a device's own products are coarser."""
+    """Return x @ w in at least float32, also on devices whose default products are less precise."""
     with jax.default_matmul_precision("highest"):
         return wide(x) @ wide(w)
 
 
 def flat_of(config: GPT2Config, params: Params) -> dict[str, Any]:
-    """Return the params of this config as a flat dict; ValueError where they are another's."""
+    """Return the params as a flat dict. Raise ValueError if they do not match the config."""
     check_params(config, params, dtypes=False)
     return flatten(params)
 
 
 def _flat(what: str, tree: Params) -> dict[str, Any]:
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{what} must be params, nested dicts of arrays, not {reprlib.repr(tree)}")
+        raise ValueError(f"{what} must be nested dicts of arrays, not {reprlib.repr(tree)}")
     return flatten(tree)

@@ -1,4 +1,4 @@
-"""Heads and neurons: taken out of the weights, and looked at one by one.
+"""Heads and neurons: remove them from the weights, and view a layer's attention weights by head.
 
 Shape letters: D n_embd, N heads, H head width.
 """
@@ -21,49 +21,50 @@ Heads = dict[str, dict[str, Any]]
 
 
 def ablate_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = None) -> Params:
-    """Take from the residual stream what some heads add to it: their rows of attn/c_proj/w become 0.
+    """Remove what some heads add to the residual stream: their rows of attn/c_proj/w become 0.
 
-    The bias attn/c_proj/b is the layer's, not a head's, and stays; so do the heads' queries, keys and values.
+    The bias attn/c_proj/b belongs to the layer, and does not change. The weights of the heads' queries, keys and values
+    do not change either.
 
     Args:
       config, params: the model.
       heads: pairs (layer, head).
-      mean: [len(heads), H], values that each head's z is held at in place of 0: what c_proj makes of them goes into
-        attn/c_proj/b. The mean of `h3/attn/z` over a text, say.
+      mean: [len(heads), H], the values at which each head's z is held instead of 0, such as the mean of `h3/attn/z`
+        over a text. What c_proj computes from them is added to attn/c_proj/b.
 
     Raises:
-      ValueError: a layer or head is out of range or named twice, or `mean` is of another shape.
+      ValueError: a layer or head is out of range or named twice, or `mean` has another shape.
     """
     return _ablate(config, params, "attn", heads, mean)
 
 
 def prune_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = None) -> Params:
-    """Empty some heads: as `ablate_heads`, and their columns of attn/c_attn/w and b become 0 too.
+    """Set all weights of some heads to 0: as `ablate_heads`, and their columns of attn/c_attn/w and b become 0 too.
 
-    No array gets smaller. A GPT-2 has n_head heads of width n_embd / n_head in every layer, so a tree with a head less
-    would be no GPT-2; of this one nothing is left but zeros, and the logits are those of `ablate_heads`.
+    No array gets smaller. A GPT-2 has n_head heads of width n_embd / n_head in every layer, so a tree without a head
+    would not be a GPT-2. The logits are those of `ablate_heads`.
     """
     return _prune(config, params, "attn", heads, mean)
 
 
 def ablate_neurons(config: GPT2Config, params: Params, neurons: Places, mean: Any = None) -> Params:
-    """Take from the residual stream what some neurons of MLPs add to it: their rows of mlp/c_proj/w become 0.
+    """Remove what some MLP neurons add to the residual stream: their rows of mlp/c_proj/w become 0.
 
-    The bias mlp/c_proj/b is the layer's and stays.
+    The bias mlp/c_proj/b belongs to the layer, and does not change.
 
     Args:
       config, params: the model.
       neurons: pairs (layer, neuron), neurons 0 to 4 D - 1.
-      mean: [len(neurons)], values that each neuron (`h3/mlp/post`) is held at in place of 0, as in `ablate_heads`.
+      mean: [len(neurons)], the values at which each neuron (`h3/mlp/post`) is held instead of 0, as in `ablate_heads`.
 
     Raises:
-      ValueError: a layer or neuron is out of range or named twice, or `mean` is of another shape.
+      ValueError: a layer or neuron is out of range or named twice, or `mean` has another shape.
     """
     return _ablate(config, params, "mlp", neurons, mean)
 
 
 def prune_neurons(config: GPT2Config, params: Params, neurons: Places, mean: Any = None) -> Params:
-    """Empty some neurons: as `ablate_neurons`, and their columns of mlp/c_fc/w and b become 0 too.
+    """Set all weights of some neurons to 0: as `ablate_neurons`, and their columns of mlp/c_fc/w and b become 0 too.
 
     No array gets smaller: the MLP of a GPT-2 is 4 n_embd wide in every layer.
     """
@@ -76,7 +77,7 @@ def _ablate(config: GPT2Config, params: Params, part: str, places: Places, mean:
     if mean is not None:
         shape = (len(places), width)[: 2 if part == "attn" else 1]
         if np.shape(mean) != shape:
-            raise ValueError(f"mean must have the shape {shape}, not {np.shape(mean)}: a value for each place")
+            raise ValueError(f"mean must have the shape {shape}, not {np.shape(mean)}: one entry for each pair")
         mean = module_of(*jax.tree.leaves(mean)).asarray(mean).reshape(len(places), width)
     for layer, (which, rows) in _rows(config, part, places).items():
         w_name, b_name = f"h{layer}/{part}/c_proj/w", f"h{layer}/{part}/c_proj/b"
@@ -101,13 +102,13 @@ def _prune(config: GPT2Config, params: Params, part: str, places: Places, mean: 
 
 
 def _rows(config: GPT2Config, part: str, places: list[tuple[int, int]]) -> dict[int, tuple[list[int], np.ndarray]]:
-    """Return {layer: (which of the places are in it, their rows of c_proj)}."""
+    """Return {layer: (the indices of its places, their rows of c_proj)}."""
     what = {"attn": "head", "mlp": "neuron"}[part]
     count, width = _units(config, part)
     found: dict[int, dict[int, int]] = {}
     for i, place in enumerate(places):
         if np.shape(place) != (2,):
-            raise ValueError(f"{what}s are named by pairs, [(layer, {what}), ...], not by {place!r}")
+            raise ValueError(f"{what}s must be pairs, [(layer, {what}), ...], not {place!r}")
         layer, number = place
         numbers = found.setdefault(whole_number("layer", layer, 0, config.n_layer - 1), {})
         if numbers.setdefault(whole_number(what, number, 0, count - 1), i) != i:
@@ -119,12 +120,12 @@ def _rows(config: GPT2Config, part: str, places: list[tuple[int, int]]) -> dict[
 
 
 def _units(config: GPT2Config, part: str) -> tuple[int, int]:
-    """Return how many heads or neurons a layer has, and how many rows of c_proj each."""
+    """Return how many heads or neurons a layer has, and how many rows of c_proj each one has."""
     return (config.n_head, config.head_dim) if part == "attn" else (4 * config.n_embd, 1)
 
 
 def _zeroed(array: Any, index: Any) -> Any:
-    """Return a copy of an array that is 0 at an index."""
+    """Return a copy of an array with zeros at an index."""
     if isinstance(array, jax.Array):
         return array.at[index].set(0)
     array = array.copy()
@@ -136,11 +137,11 @@ def _zeroed(array: Any, index: Any) -> Any:
 
 
 def split_heads(config: GPT2Config, params: Params, layer: int) -> Heads:
-    """Return the attention of a layer by head.
+    """Return the attention weights of a layer by head.
 
     Returns:
-      {"q": {"w": [D, N, H], "b": [N, H]}, "k": alike, "v": alike, "out": {"w": [N, H, D], "b": [D]}}: head n computes
-      q = x @ w[:, n] + b[n] and adds z @ out_w[n] to the stream. NumPy arrays are views of the params' own memory.
+      {"q": {"w": [D, N, H], "b": [N, H]}, "k": the same, "v": the same, "out": {"w": [N, H, D], "b": [D]}}. Head n
+      computes q = x @ w[:, n] + b[n] and adds z @ out_w[n] to the stream. NumPy arrays are views of the params' memory.
 
     Raises:
       ValueError: the layer is out of range.
@@ -154,10 +155,10 @@ def split_heads(config: GPT2Config, params: Params, layer: int) -> Heads:
 
 
 def join_heads(config: GPT2Config, params: Params, layer: int, heads: Heads) -> Params:
-    """Return params with the attention of a layer as `heads` say: the inverse of `split_heads`, to the bit.
+    """Return params with `heads` as the attention weights of a layer. It is the exact inverse of `split_heads`.
 
     Raises:
-      ValueError: the layer is out of range, or `heads` have other names, shapes or dtypes than `split_heads` gives.
+      ValueError: the layer is out of range, or `heads` have other names, shapes or dtypes than `split_heads` returns.
     """
     expected = flatten(split_heads(config, params, layer))
     require_alike("heads do not fit the layer", flatten(heads), expected)

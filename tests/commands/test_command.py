@@ -1,4 +1,4 @@
-"""What all commands share: how they start and end, and that `--help` and a typo answer before JAX is imported."""
+"""What all commands share: how they start and end, and that `--help` answers without importing JAX."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ HEAVY |= {"huggingface_hub", "tokenizers", "tiktoken", "grain"}
 
 
 def test_a_script_a_command():
-    """Each installed command has its script in the clone, and the other way round; both are the same function."""
+    """Each installed command has a script, and each script has a command. Both call the same function."""
     assert {path.stem for path in commands.SCRIPTS.glob("*.py")} == SCRIPTS.keys()
     assert ENTRY_POINTS.keys() == set(SCRIPTS.values())
     for script, command in SCRIPTS.items():
@@ -54,7 +54,7 @@ def test_help_imports_nothing_heavy(tmp_path, script):
 class Args:
     """Do what a test says.
 
-    And more.
+    More text.
     """
 
     number: int = 3
@@ -63,7 +63,7 @@ class Args:
 
 @pytest.fixture
 def run(capfd):
-    """run(function, ...) -> what the command gpt2-test does whose `run` is the function."""
+    """run(function, *args) -> the result of a command gpt2-test whose `run` is the function."""
 
     def call(function, *args, **more):
         return commands.caller(lambda argv: _command.call("gpt2-test", Args, function, argv, **more), capfd)(*args)
@@ -94,7 +94,7 @@ def test_an_error_is_a_line_and_a_status(run, text):
     for error in (ValueError("wrong"), FileNotFoundError("wrong"), UnicodeDecodeError("utf-8", b"", 0, 1, "wrong")):
         assert run(raising(error), text=text) == (2, "begun\n", f"gpt2-test: {error}\n")
     assert run(raising(KeyboardInterrupt()), text=text) == (130, "begun\n", "")
-    with pytest.raises(RuntimeError):  # a mistake of ours is no mistake of the user's
+    with pytest.raises(RuntimeError):  # an error in our code is not reported as the user's
         run(raising(RuntimeError("wrong")), text=text)
 
 
@@ -106,7 +106,7 @@ def test_a_start_that_fails_is_an_error_too(run):
 
 
 def test_a_reader_who_leaves_ends_a_text_alone(run):
-    """Where a file's name is written, a pipe that breaks is one within, say to a process that encodes: a failure."""
+    """A command that prints file names fails on a broken pipe: it may be a pipe to one of its own processes."""
     error = BrokenPipeError("broken pipe")
     assert run(raising(error), text=True) == (0, "begun\n", "")
     assert run(raising(error)) == (2, "begun\n", "gpt2-test: broken pipe\n")
@@ -114,7 +114,7 @@ def test_a_reader_who_leaves_ends_a_text_alone(run):
 
 @pytest.mark.parametrize("script", ["download", "generate"])
 def test_a_reader_who_leaves_help(script):
-    """`--help | head -1`, of a command that writes names too: no complaint, also when the interpreter ends."""
+    """`--help | head -1`: no error message, also when the interpreter exits, and also if the command prints names."""
     command = [sys.executable, str(commands.SCRIPTS / f"{script}.py"), "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
@@ -123,7 +123,7 @@ def test_a_reader_who_leaves_help(script):
 
 
 def test_a_character_that_cannot_be_shown(monkeypatch):
-    """In a text it becomes a question mark; the name of a file must not become another."""
+    """In text it becomes a question mark. A file name must not change: the command fails."""
     for text, shown in ((True, b"caf?\n"), (False, b"")):
         out = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
@@ -134,7 +134,7 @@ def test_a_character_that_cannot_be_shown(monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /dev/full")
 def test_a_full_disk_is_said_once():
-    """Not a second time when the interpreter ends, with a status of its own."""
+    """The interpreter does not report it again when it exits, and does not change the status."""
     code = "from gpt2_jax.commands import download; download.run = lambda args: print('x' * {}); download.main(['1'])"
     for size in (10, 100_000):
         with open("/dev/full", "w") as full:  # noqa: PTH123

@@ -1,4 +1,4 @@
-"""scripts/convert.py: every form to every form, the folder alone on stdout, one clear sentence for any mistake."""
+"""scripts/convert.py: every format to every format, only the folder on stdout, one clear message for any mistake."""
 
 import json
 import re
@@ -18,7 +18,7 @@ CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer
 
 @pytest.fixture
 def run(capfd, tmp_path, monkeypatch):
-    """Call the entry point in this process; what C++ writes is caught too."""
+    """Call the entry point in this process. Output of C++ code is captured too."""
     forms.import_tensorflow()
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
 
@@ -42,14 +42,14 @@ def assert_refused(done: commands.Run, culprit: str) -> None:
 
 
 def assert_one_line(done: commands.Run) -> None:
-    """One sentence, perhaps with an indented list under it."""
+    """stderr is one message, which may have an indented list below it."""
     lines = [line for line in done.err.splitlines() if not re.match(r"  |[IWE]\d{4} |WARNING: All log", line)]
     assert len(lines) == 1, done.err
     assert lines[0].startswith("gpt2-convert: ")
 
 
 def test_round_trip_through_every_form(run, source, tmp_path, model_dir):
-    """Bits, config and vocabulary come back; stdout is the destination and nothing else."""
+    """Weights (bit for bit), config and vocabulary are the same again. stdout is only the destination."""
     at = source
     for i, form in enumerate([*FORMATS, *reversed(FORMATS)]):
         done = run(at, tmp_path / f"{i}", "--format", form)
@@ -95,7 +95,7 @@ def test_hugging_faces_own_layout_is_a_source(run, tmp_path, model_dir):
 
 
 def test_a_destination_that_exists(run, source, tmp_path):
-    """Refused without --overwrite; with it a model is replaced, and anything else still refused."""
+    """It is rejected without --overwrite. With it, a model is replaced, and anything else is still rejected."""
     out = tmp_path / "out"
     gpt2_jax.save(out, CONFIG, forms.nested(forms.random_model(CONFIG, seed=1)), format="orbax")
     done = run(source, out, "--format", "huggingface")
@@ -113,7 +113,7 @@ def test_a_destination_that_exists(run, source, tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_onto_itself(run, source, form):
-    """The source is read whole before it is replaced."""
+    """The source is read completely before it is replaced."""
     done = run(source, source, "--format", form, "--overwrite")
     if done.code == 0:
         forms.assert_loads_as(source, CONFIG, forms.random_model(CONFIG))
@@ -155,9 +155,9 @@ def test_help_names_every_option(run):
     assert [option for option in ("--format", "--dtype", "--overwrite") if option not in plain] == []
 
 
-@full_only("the tests above have it in this process")
+@full_only("the tests above do it in this process")
 def test_in_a_process(tmp_path, source):
-    """From another directory, with relative paths: stdout and stderr as promised."""
+    """From another directory, with relative paths."""
     done = commands.in_a_process("convert", "source", "out", "--format", "huggingface", cwd=tmp_path)
     assert (done.code, done.out) == (0, "out\n"), done.err
     assert len(done.err.splitlines()) <= 3, done.err

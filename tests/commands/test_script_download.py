@@ -1,4 +1,4 @@
-"""scripts/download.py: the directories on stdout and nothing else there, one sentence and exit code 2 for a failure."""
+"""scripts/download.py: only the directories on stdout; one message and exit status 2 for a failure."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ OPTIONS = ["--models-dir", "--base-url", "--jobs", "--verify", "--no-verify"]
 
 @pytest.fixture(scope="module", autouse=True)
 def _tensorflow():
-    """Import TensorFlow once, with the warnings that are its own affair let through."""
+    """Import TensorFlow once, and let its own warnings pass."""
     forms.import_tensorflow()
 
 
@@ -42,7 +42,7 @@ def server(model, monkeypatch):
 
 @pytest.fixture
 def run(capfd, monkeypatch, tmp_path):
-    """Call the entry point in this process, in an empty folder; all that is written is caught."""
+    """Call the entry point in this process, in an empty folder. All output is captured."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
 
@@ -50,7 +50,7 @@ def run(capfd, monkeypatch, tmp_path):
 
 
 def in_a_process(*args: object, code: str = "", **env: str) -> commands.Run:
-    """The command as a user types it; `code` runs first, in the same process."""
+    """Run the command in a process of its own. `code` runs first, in the same process."""
     start = f"import runpy, sys; sys.argv = sys.argv[1:]\n{code}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", start, str(SCRIPT), *map(str, args)],
@@ -114,7 +114,7 @@ def test_a_failure_is_one_sentence_with_the_address_and_exit_2(run, server, mode
 BAD = {
     "no size": ((), "gpt2-download: name one size or more: 124M, 355M, 774M, 1558M\n"),
     "unknown": (("124M", "125M"), "gpt2-download: no released GPT-2 is called '125M': the sizes are 124M, "),
-    "address": (("124M", "--base-url", "example.org"), "gpt2-download: 'example.org' is no base address: "),
+    "address": (("124M", "--base-url", "example.org"), "gpt2-download: 'example.org' is not a base address: "),
     "jobs": (("124M", "--jobs", "0"), "gpt2-download: jobs must be a whole number, 1 or more, not 0\n"),
     "jobs in words": (("124M", "--jobs", "two"), ""),
     "file": (("124M", "--models-dir", str(SCRIPT)), f"gpt2-download: cannot write {SCRIPT}/124M: "),
@@ -147,7 +147,7 @@ def test_help_says_everything_without_importing_jax():
     assert all(word in done.out for word in [*OPTIONS, "SIZE", "124M", "1558M", "gpt2-xl", "GPT2_JAX_BASE_URL"])
 
 
-@full_only("the tests above have it in this process")
+@full_only("the tests above do it in this process")
 def test_as_a_process_of_its_own(server, model, tmp_path):
     inject = f"sys.path.insert(0, {str(commands.ROOT / 'tests' / 'support')!r})"
     inject += "; import fake_release; files = fake_release.embedded()"

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: a table or one JSON object on stdout, one clear sentence and exit code 2 for any mistake."""
+"""scripts/evaluate.py: a table or one JSON object on stdout; one clear message and exit status 2 for any mistake."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def main():
 
 @pytest.fixture
 def run(main, capfd, tmp_path, monkeypatch):
-    """Call the entry point in this process, from the folder of the files."""
+    """Call the entry point in this process, in the folder of the files."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "verse.txt").write_text(VERSE)
     for name, lines in (
@@ -47,14 +47,14 @@ def run(main, capfd, tmp_path, monkeypatch):
 
 
 def table(out: str) -> dict[str, tuple[str, str]]:
-    """The table's rows: measure -> (value, how)."""
+    """Return the table's rows: measure -> (value, how)."""
     rows = [re.fullmatch(r"(\S+(?: \S+)*) {2,}(\S+(?: %)?)  (\S.*?) *", line) for line in out.splitlines()[2:]]
     assert all(rows), out
     return {row[1]: (row[2], row[3]) for row in rows}
 
 
 def close(values: dict) -> dict:
-    """The same to rounding."""
+    """Return the same values, to compare up to rounding."""
     return {name: pytest.approx(of, rel=1e-6) if isinstance(of, float) else of for name, of in values.items()}
 
 
@@ -70,7 +70,7 @@ def assert_refused(done: commands.Run, culprit: str) -> None:
 
 
 def test_perplexity(run, shakespeare, tokenizer):
-    """The library's numbers, each with its convention; the model on stderr."""
+    """stdout has the library's numbers, each with its convention. stderr names the model."""
     done = run("--task", "perplexity", "verse.txt")
     assert done.code == 0, done.err
     expected = evaluate.perplexity(*shakespeare, tokenizer, VERSE)
@@ -78,12 +78,12 @@ def test_perplexity(run, shakespeare, tokenizer):
         "perplexity": (f"{expected.perplexity:.6g}", expected.conventions["perplexity"]),
         "bits per byte": (
             f"{expected.bits_per_byte:.6g}",
-            "nats / ln 2 / bytes, of which the first token of each document has no nats",
+            "nats / ln 2 / bytes (the first token of each document has no nats)",
         ),
-        "nats": (f"{expected.nats:.6g}", "sum of -ln p of the tokens scored"),
+        "nats": (f"{expected.nats:.6g}", "sum of -ln p of the scored tokens"),
         "stride": ("128", expected.conventions["stride"]),
         "documents": ("1", "each scored on its own"),
-        "tokens": (str(expected.tokens), "those scored, all but the first of each document"),
+        "tokens": (str(expected.tokens), "scored tokens: all except the first of each document"),
         "words": ("15", "of the text, separated by white space"),
         "lines": ("2", "newlines of the text"),
         "bytes": (str(len(VERSE)), "of the text in UTF-8"),
@@ -152,14 +152,14 @@ def test_bfloat16(run, shakespeare, tokenizer):
         (("perplexity", "latin1.txt"), "latin1.txt is not UTF-8"),
         (("lambada", "verse.txt"), "verse.txt, line 1 is not JSON"),
         (("lambada", "broken.jsonl"), "broken.jsonl, line 3 is not JSON"),
-        (("lambada", "questions.jsonl"), r'questions.jsonl, line 1 must be an object with a text named "text"'),
-        (("lambada", "strings.jsonl"), r'strings.jsonl, line 2 must be an object with a text named "text"'),
+        (("lambada", "questions.jsonl"), r'questions.jsonl, line 1 must be an object with a string "text"'),
+        (("lambada", "strings.jsonl"), r'strings.jsonl, line 2 must be an object with a string "text"'),
         (("lambada", "word.jsonl"), r"passages\[0\] \(from 0\) has no space before its last word"),
         (("cloze", "passages.jsonl"), r'passages.jsonl, line 1 must be {"context": "...", "question": "... XXXXX'),
-        (("cloze", "answer.jsonl"), r"answer.jsonl, line 1 has the answer 'c', which is none of its candidates"),
-        (("cloze", "number.txt"), r"number.txt, line 2 must begin with 2, the number of its sentence"),
+        (("cloze", "answer.jsonl"), r"answer.jsonl, line 1 has the answer 'c', which is not one of its candidates"),
+        (("cloze", "number.txt"), r"number.txt, line 2 must begin with 2, its sentence number"),
         (("cloze", "fields.txt"), r"fields.txt, line 2 must have the answer and the candidates"),
-        (("cloze", "end.txt"), r"end.txt ends with sentences that no question follows"),
+        (("cloze", "end.txt"), r"end.txt ends with sentences that have no question after them"),
         (("perplexity", "verse.txt", "--stride", 257), "stride must be a whole number, from 1 to 256, not 257"),
         (("perplexity", "verse.txt", "--limit", 0), "--limit must be 1 or more, not 0"),
         (("lambada", "passages.jsonl", "--stride", 5), "--stride is for --task perplexity, not lambada"),
@@ -213,7 +213,7 @@ def test_help_names_every_option(run):
 
 
 def test_on_a_terminal_a_bar_comes_and_goes(tmp_path):
-    """And the table keeps to the terminal's width, with nothing left out."""
+    """The table then fits in the terminal's width, and nothing is cut."""
     pytest.importorskip("pty", reason="no such terminals here")
     (tmp_path / "verse.txt").write_text(VERSE)
     args = ("--task", "perplexity", "verse.txt")

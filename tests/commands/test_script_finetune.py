@@ -1,4 +1,4 @@
-"""scripts/finetune.py: from a text to a run that speaks; stopped, gone on with; one clear message for any mistake."""
+"""scripts/finetune.py: from a text to a run that generates text; stop and resume; one clear message per mistake."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from gpt2_jax.commands import generate, train
 from gpt2_jax.training.report import Report
 
 TEXT = "".join(f"Then came the {i % 7}th of the {'lords' if i % 3 else 'ladies'}, and spoke.\n" for i in range(61))
-# A model that is compiled in no time, with the embedded vocabulary.
+# A model that compiles quickly, with the embedded vocabulary.
 TINY = ["--model.source", "", "--model.tokenizer", "shakespeare", "--model.n-layer", 1, "--model.n-embd", 8]
 TINY += ["--model.n-head", 1, "--model.n-ctx", 31, "--batch-size", 2]
 QUIET = ["--monitor.sample-every", 0, "--monitor.no-tensorboard"]
@@ -25,7 +25,7 @@ QUIET = ["--monitor.sample-every", 0, "--monitor.no-tensorboard"]
 
 @pytest.fixture
 def run(capfd, tmp_path, monkeypatch):
-    """Call the entry point in this process, where text.txt is."""
+    """Call the entry point in this process, in the folder of text.txt."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     with commands.config_of_jax_kept():
@@ -45,7 +45,7 @@ def assert_refused(done, message):
 
 
 def test_from_a_text_to_a_model_that_speaks(run, tmp_path, capfd):
-    """The embedded model, in windows of 31 tokens; `generate.py --model RUN` takes what comes of it."""
+    """The embedded model, in windows of 31 tokens. `generate.py --model RUN` takes the result."""
     (tmp_path / "verdict.toml").write_text(
         "steps = 9\nbatch_size = 1\n[data]\nn_tokens = 7\n[monitor]\nevaluate_every = 2\n"
     )
@@ -58,7 +58,7 @@ def test_from_a_text_to_a_model_that_speaks(run, tmp_path, capfd):
     told = json.loads((folder / "run.json").read_text())["recipe"]
     assert (told["steps"], told["batch_size"], told["data"]["n_tokens"]) == (2, 1, 31)
     assert told["optimizer"]["learning_rate"] == 1e-3
-    assert "python scripts/generate.py --model runs/verdict" in done.err
+    assert "to generate text: gpt2-generate --model runs/verdict\n" in done.err
     again = run(*options)
     assert (again.code, again.out) == (0, "runs/verdict\n"), again.err
     assert "all 2 steps are done" in again.err
@@ -83,14 +83,14 @@ def test_a_signal_is_the_status_and_the_same_command_goes_on(run, tmp_path, monk
     for status, n_resumed in ((143, 0), (130, 1), (0, 1)):
         done = run(*options)
         assert (done.code, done.out) == (status, "a b\n"), done.err
-        assert done.err.count("going on after step ") == n_resumed
+        assert done.err.count("resuming after step ") == n_resumed
     assert steps == list(range(1, 8))
 
 
-@full_only("the test above has them in one process")
+@full_only("the test above does it in one process")
 def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path):
-    """SIGTERM and Ctrl-C to the process itself: statuses 143 and 130, as a shell has them."""
-    options = ["--data.path", "text.txt", "--run", "a b", "--steps", 10**9, *TINY, *QUIET]  # no end in sight
+    """SIGTERM and Ctrl-C go to the process itself. The statuses are 143 and 130, as in a shell."""
+    options = ["--data.path", "text.txt", "--run", "a b", "--steps", 10**9, *TINY, *QUIET]  # it does not end by itself
     options += ["--monitor.evaluate-every", 0, "--monitor.save-every", 0]
     done = [0]
     for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -108,16 +108,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path):
         assert (process.returncode, out) == (status, "a b\n"), err + rest
         assert "Traceback" not in err + rest
         assert "--model 'a b'" in rest
-        found = re.search(rf"stopped after step ([\d,]+), which is saved: {number.name} came", rest)
+        found = re.search(rf"stopped after step ([\d,]+) \(checkpoint saved\): received {number.name}", rest)
         done.append(int(found[1].replace(",", "")))
-        assert (f"going on after step {done[-2]:,}" in err) == (done[-2] > 0)
+        assert (f"resuming after step {done[-2]:,}" in err) == (done[-2] > 0)
         assert [path.name for path in (tmp_path / "a b" / "checkpoints").glob("[0-9]*")] == [str(done[-1])]
         assert last_step(tmp_path / "a b") == done[-1]
     assert 0 < done[1] < done[2]
     options[options.index("--steps") + 1] = done[2] + 2
     ended = run(*options)
     assert ended.code == 0, ended.err
-    assert f"going on after step {done[2]:,}" in ended.err
+    assert f"resuming after step {done[2]:,}" in ended.err
     assert last_step(tmp_path / "a b") == done[2] + 2
     assert gpt2_jax.load(tmp_path / "a b")[0].n_embd == 8
 
@@ -127,12 +127,13 @@ def test_another_text_is_never_taken_for_the_one_that_was_begun_with(run, tmp_pa
     run("--data.path", "text.txt", "--run", "begun", *options)
     (tmp_path / "other.txt").write_text(TEXT.replace("spoke", "wept"))
     assert_refused(
-        run("--data.path", "other.txt", "--run", "begun", *options), "begun holds a run on another text than other.txt"
+        run("--data.path", "other.txt", "--run", "begun", *options),
+        "begun has a run on a different text from other.txt",
     )
     (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
     assert run("--data.path", "moved.txt", "--run", "begun", *options).code == 0
     assert run("--data.path", "begun/data", "--run", "begun", *options).code == 0
-    # A run that was killed before it began: its tokens are made anew.
+    # A run that was killed before its first step: its tokens are made again.
     (tmp_path / "killed").mkdir()
     shutil.copytree(tmp_path / "begun" / "data", tmp_path / "killed" / "data")
     for changes in (["--data.path", "other.txt"], ["--data.path", "other.txt", "--data.val-fraction", 0.3]):
@@ -146,10 +147,10 @@ def test_another_text_is_never_taken_for_the_one_that_was_begun_with(run, tmp_pa
 REFUSED = {
     "no text named": ([], "data.path must name text"),
     "no such text": (["--data.path", "no.txt"], "no such file or folder: no.txt"),
-    "a text of another kind": (["--data.path", "text.pdf"], "text.pdf is none of .txt, .jsonl"),
+    "a text of another kind": (["--data.path", "text.pdf"], "text.pdf is not a file of type .txt, .jsonl"),
     "no recipe": (["--config", "no.toml"], "no.toml"),
     "--config of nothing": (["--config"], "gpt2-finetune: error: argument --config"),
-    "a field that is none": (["--config", "field.toml"], "field.toml: optimizer.learning_rat is no part of a recipe"),
+    "a field that is none": (["--config", "field.toml"], "field.toml: optimizer.learning_rat is not a recipe field"),
     "a value of another type": (["--config", "type.toml"], "type.toml: steps must be a whole number, not 'many'"),
     "not TOML": (["--config", "broken.toml"], "broken.toml: .*line 1"),
     "a value out of range": (["--optimizer.learning-rate", -1], "learning_rate must be a number, 0 or more, not -1"),
@@ -160,9 +161,12 @@ REFUSED = {
     "windows too long": (["--data.path", "text.txt", "--data.n-tokens", 257], "must not be more than .* n_ctx, 256"),
     "too little memory": (
         ["--data.path", "text.txt", "--batch-size", 1000000],
-        "about .* GB on each device, which has .* parameters .* activations .* takes less: a larger accumulate",
+        "about .* GB on each device, which has .* parameters .* activations .* use less: a larger accumulate",
     ),
-    "a folder of other things": (["--data.path", "text.txt", "--run", "other"], "other holds other things than a run"),
+    "a folder of other things": (
+        ["--data.path", "text.txt", "--run", "other"],
+        "other contains files that are not part of a run",
+    ),
     "a file": (["--data.path", "text.txt", "--run", "text.txt"], "text.txt is a file"),
 }
 
@@ -184,7 +188,7 @@ def test_a_mistake_is_one_clear_message(run, tmp_path, mistake):
 def test_another_recipe_for_a_run_is_refused(run):
     options = ["--data.path", "text.txt", "--run", "begun", "--steps", 1, *TINY, *QUIET]
     assert run(*options).code == 0
-    assert_refused(run(*options, "--seed", 3), "begun otherwise: recipe.seed was 0 and is 3")
+    assert_refused(run(*options, "--seed", 3), "other settings: recipe.seed was 0 and is 3")
 
 
 def test_help_says_units_and_defaults(run):
@@ -193,9 +197,10 @@ def test_help_says_units_and_defaults(run):
     plain = re.sub(r"\x1b\[[0-9;]*m|[│\n ]+", " ", done.out)
     for text in (
         "--config FILE", "--run FOLDER", "(default: runs/NAME of the recipe)",
-        "optimizer steps of the whole run, which the schedule spans.", "the peak. (default: 0.0001)",
-        "tokens of one window; 0 is the model's n_ctx. (default: 0)",
-        "share of the tokens that is kept for validation, in [0, 1). (default: 0.1)",
+        "optimizer steps of the whole run, which the learning rate schedule spans.",
+        "peak learning rate, 0 or more. (default: 0.0001)",
+        "tokens per window, which is one training sequence; 0 means the model's n_ctx. (default: 0)",
+        "fraction of the tokens that is kept for validation; 0 or more, less than 1. (default: 0.1)",
     ):  # fmt: skip
         assert text in plain, plain
 

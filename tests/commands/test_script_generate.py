@@ -1,4 +1,4 @@
-"""scripts/generate.py: text on stdout and nothing else there, one clear sentence and exit code 2 for any mistake."""
+"""scripts/generate.py: only text on stdout; one clear message and exit status 2 for any mistake."""
 
 import json
 import re
@@ -20,21 +20,21 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def main():
-    """The entry point, whose changes of JAX's config are undone."""
+    """Return the entry point. Its changes of JAX's config are undone."""
     with commands.config_of_jax_kept():
         yield generate.main
 
 
 @pytest.fixture
 def run(main, capfd):
-    """Call the entry point in this process; what it and TensorFlow's C++ write is caught at the file descriptors."""
+    """Call the entry point in this process. Its output, also that of C++ code, is captured at the file descriptors."""
 
     return commands.caller(main, capfd)
 
 
 @pytest.fixture(scope="module")
 def expected(shakespeare, tokenizer):
-    """expected(prompt, ...) -> the continuations the library gives."""
+    """expected(prompt, ...) -> the continuations from the library."""
 
     def continuations(prompt: str, *, num_samples: int = 1, **knobs) -> list[str]:
         ids = tokenizer.encode(prompt) or [tokenizer.eot]
@@ -44,7 +44,7 @@ def expected(shakespeare, tokenizer):
 
 
 def model_lines(err: str) -> list[str]:
-    """The lines that name the embedded model and say how to get the real ones."""
+    """Return the lines that name the embedded model and say how to get GPT-2."""
     lines = [line for line in err.splitlines() if "shakespeare" in line.lower()]
     return [line for line in lines if re.search("124M|download|README", line)]
 
@@ -53,7 +53,7 @@ def model_lines(err: str) -> list[str]:
 
 
 def test_the_first_command_of_a_newcomer(tmp_path):
-    """No arguments, another directory: text on stdout; on stderr one line with the model and the way to real ones."""
+    """No arguments, another directory. stdout has text. stderr has one line: the model, and how to get GPT-2."""
     done = commands.in_a_process("generate", cwd=tmp_path)
     assert done.code == 0, done.err
     assert len(done.out.strip()) > 20
@@ -63,7 +63,7 @@ def test_the_first_command_of_a_newcomer(tmp_path):
 
 
 def test_greedy_output_is_prompt_and_continuation(tmp_path, run, expected):
-    """Byte for byte what the library gives, as a process and in this one, whether the model is named or the default."""
+    """The bytes are those of the library: in a process and in this one, with the model named and by default."""
     args = ["--prompt", "ROMEO:\nWhat light", "--max-new-tokens", "29", "--temperature", "0"]
     text = "ROMEO:\nWhat light" + expected("ROMEO:\nWhat light", max_new_tokens=29, temperature=0)[0] + "\n"
     done = commands.in_a_process("generate", *args, cwd=tmp_path)
@@ -74,7 +74,7 @@ def test_greedy_output_is_prompt_and_continuation(tmp_path, run, expected):
 
 
 def test_sampled_output_follows_the_options(run, expected):
-    """Each option reaches the library; a seed repeats itself, another seed does not."""
+    """Each option reaches the library. The same seed gives the same text, another seed gives another."""
     knobs = {"max_new_tokens": 23, "temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 5}
 
     def sample(**changes) -> str:
@@ -92,7 +92,7 @@ def test_sampled_output_follows_the_options(run, expected):
 
 
 def test_several_samples(run, expected):
-    """Three samples in order, each after its prompt, with nothing but white space between them."""
+    """Three samples in order, each after its prompt, with only white space between them."""
     options = ["--temperature", 1.25, "--top-k", 0, "--top-p", 1, "--max-new-tokens", 19, "--seed", 7]
     done = run("--prompt", "KING:", "--num-samples", 3, *options)
     samples = expected("KING:", num_samples=3, temperature=1.25, top_k=0, top_p=1.0, max_new_tokens=19, seed=7)
@@ -107,14 +107,14 @@ def test_several_samples(run, expected):
 
 
 def test_empty_prompt_is_end_of_text(run, expected):
-    """Text from nothing starts after `<|endoftext|>`, as the original's unconditional samples do."""
+    """A text without a prompt starts after `<|endoftext|>`, like the unconditional samples of OpenAI's code."""
     done = run("--prompt", "", "--max-new-tokens", 31, "--temperature", 0)
     assert done.code == 0
     assert done.out.removeprefix("<|endoftext|>") == expected("", max_new_tokens=31, temperature=0)[0] + "\n"
 
 
 def test_end_of_text_in_a_prompt_is_text(run, expected):
-    """A prompt that quotes the marker is neither an error nor a new document."""
+    """A prompt that contains these characters is not an error, and does not start a new document."""
     done = run("--prompt", "a<|endoftext|>b", "--max-new-tokens", 3, "--temperature", 0)
     continuation = expected("a<|endoftext|>b", max_new_tokens=3, temperature=0)[0]
     assert (done.code, done.out) == (0, "a<|endoftext|>b" + continuation + "\n")
@@ -133,7 +133,7 @@ def test_help_names_every_option(run):
 
 
 def test_wrong_argument_in_a_process(tmp_path):
-    """What the calls below check in this process also holds for the real one: exit code, empty stdout, no traceback."""
+    """A process of its own, like the calls below in this one: exit status 2, empty stdout, no traceback."""
     done = commands.in_a_process("generate", "--top-p", "0", "--prompt", "x", cwd=tmp_path)
     assert (done.code, done.out) == (2, "")
     assert "Traceback" not in done.err
@@ -180,7 +180,7 @@ BAD_OPTIONS = [
 
 @pytest.mark.parametrize(("options", "culprit"), BAD_OPTIONS, ids=lambda x: str(x)[:40])
 def test_bad_options(run, options, culprit):
-    """Each wrong value is named, before a model is read or after, and never as a traceback."""
+    """The message names each wrong value, and there is never a traceback."""
     args = options if "--prompt" in options else ["--prompt", "ROMEO:", *options]
     assert_refused(run(*args), culprit)
 
@@ -191,7 +191,7 @@ INDEX = "model.ckpt.index"
 
 @pytest.fixture
 def broken(model_dir, tmp_path):
-    """A copy of the embedded model that a test may break."""
+    """Return a copy of the embedded model that a test may break."""
     directory = tmp_path / "broken-model"
     directory.mkdir()
     for path in model_dir.iterdir():
@@ -201,7 +201,7 @@ def broken(model_dir, tmp_path):
 
 
 def edit_json(path: Path, **changes) -> None:
-    """Change, add, or with None delete entries of a JSON object."""
+    """Change or add entries of a JSON object. None deletes an entry."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), encoding="utf-8")
 
@@ -218,7 +218,7 @@ def flip_a_bit(path: Path, at: int) -> None:
 
 
 def fewer_tokens(directory: Path) -> None:
-    """A vocabulary sound in itself that is one merge too small for the embedding."""
+    """Make the vocabulary one merge too small for the embedding, but consistent in itself."""
     path = directory / "encoder.json"
     ids = json.loads(path.read_text(encoding="utf-8"))
     last = max(ids, key=ids.get)
@@ -261,12 +261,12 @@ BREAKAGES = {
 
 @pytest.mark.parametrize(("breakage", "culprit"), BREAKAGES.values(), ids=BREAKAGES)
 def test_broken_models(run, broken, breakage, culprit):
-    """One thing broken in a copy of the model: the sentence on stderr names it."""
+    """One thing is broken in a copy of the model. The message on stderr names it."""
     breakage(broken)
     assert_refused(run("--model", broken, "--prompt", "ROMEO:", "--max-new-tokens", 3), culprit)
 
 
 def test_a_copy_of_the_model_is_a_model(run, broken, expected):
-    """The copy that the tests above break works unbroken, without the graph file."""
+    """The copy that the tests above break works before it is broken, without the graph file."""
     done = run("--model", broken, "--prompt", "ROMEO:", "--max-new-tokens", 3, "--temperature", 0)
     assert (done.code, done.out) == (0, "ROMEO:" + expected("ROMEO:", max_new_tokens=3, temperature=0)[0] + "\n")

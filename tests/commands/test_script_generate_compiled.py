@@ -1,4 +1,4 @@
-"""scripts/generate.py keeps what it compiled: the second run of a command compiles nothing, and says nothing of it."""
+"""scripts/generate.py keeps compiled programs: the second run of a command compiles nothing."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from gpt2_jax.commands._model import keep_compiled
 
 FOLDER = "jax_compilation_cache_dir"
 
-# Runs the script with each line of arguments, and tells how many programs were asked for, and how many were found.
+# Runs the script with each line of arguments, and prints how many programs were needed and how many were in the cache.
 COUNTING = """
     import collections, runpy, sys
     import jax
@@ -34,7 +34,7 @@ COUNTING = """
 
 @pytest.fixture
 def count(tmp_path):
-    """count(*lines) -> (programs asked for, programs found, stderr but for that)."""
+    """count(*lines) -> (programs needed, programs in the cache, other lines of stderr)."""
 
     def run(*lines, **env):
         done = subprocess.run(
@@ -54,7 +54,7 @@ def count(tmp_path):
 
 
 def test_the_second_run_compiles_nothing(count, tmp_path):
-    """Nor does another prompt of about the length, nor other settings; and nothing else is said than the first time."""
+    """Another prompt of similar length and other settings compile nothing either. The messages are the same."""
     cache = {"GPT2_JAX_CACHE": str(tmp_path / "cache")}
     command = "--prompt|ROMEO:|--max-new-tokens|20"
     asked, found, said = count(command, **cache)
@@ -74,9 +74,9 @@ def test_the_second_run_compiles_nothing(count, tmp_path):
     assert sorted(path.name for path in (tmp_path / "cache" / "compiled").glob("*-cache")) == kept
 
 
-@full_only("test_it_does_without_a_folder has it in this process")
+@full_only("test_it_does_without_a_folder does it in this process")
 def test_a_folder_that_cannot_be_written(count, tmp_path):
-    """It is no reason to fail, nor to complain of every program."""
+    """The command works, and there is no warning for each program."""
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     unwritable = {"GPT2_JAX_CACHE": str(tmp_path / "file" / "cache"), "GPT2_JAX_KEEP_COPY": "0"}
     _, found, said = count("--prompt|ROMEO:|--max-new-tokens|1", **unwritable)
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_written(count, tmp_path):
 @pytest.fixture
 def _none_yet():
     with commands.config_of_jax_kept():
-        reset_cache()  # or JAX goes by what it found when it first compiled
+        reset_cache()  # without it, JAX uses the settings of its first compilation
         jax.config.update(FOLDER, None)
         yield
 
@@ -105,7 +105,7 @@ def test_it_takes_the_cache_folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_none_yet")
 @pytest.mark.parametrize("enabled", [True, False])
 def test_what_jax_was_told_counts(tmp_path, monkeypatch, enabled):
-    """JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE, which JAX reads into these when it is imported."""
+    """JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE; JAX reads them into these options at import."""
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
     jax.config.update(FOLDER, str(tmp_path / "mine"))
     jax.config.update("jax_enable_compilation_cache", enabled)
@@ -118,7 +118,7 @@ def test_what_jax_was_told_counts(tmp_path, monkeypatch, enabled):
 
 @pytest.mark.usefixtures("_none_yet")
 def test_it_does_without_a_folder(tmp_path, monkeypatch):
-    """A home folder that is not there, and one that is read-only."""
+    """There is no home folder, or the cache folder is read-only."""
     monkeypatch.setattr("gpt2_jax.commands._model.os.access", lambda path, mode: False)
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path))
     keep_compiled()
@@ -136,7 +136,7 @@ def test_it_does_without_a_folder(tmp_path, monkeypatch):
 
 
 def test_calling_the_script_here_changes_nothing_for_others():
-    """What `config_of_jax_kept` is for."""
+    """This is the purpose of `config_of_jax_kept`."""
     before = {name: value for name, value in jax.config.values.items() if "cache" in name}
     with commands.config_of_jax_kept():
         keep_compiled()

@@ -1,4 +1,4 @@
-"""scripts/generate.py --input --output: what the library gives, row by row, whatever happens on the way."""
+"""scripts/generate.py --input --output: the library's texts, row by row, also after interruptions."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def run(main, capfd):
 
 @pytest.fixture
 def source(tmp_path):
-    """An object with other fields, a string, a blank line."""
+    """Return a file with objects that have other fields, strings, and blank lines."""
     lines = [
         json.dumps({"id": i, "prompt": prompt, "clé": None}) if i % 2 == 0 else json.dumps(prompt)
         for i, prompt in enumerate(PROMPTS)
@@ -46,7 +46,7 @@ def source(tmp_path):
 
 @pytest.fixture(scope="module")
 def samples(shakespeare, tokenizer):
-    """The texts of the two samples of each of PROMPTS, as OPTIONS ask for, in parts that are not the script's."""
+    """Return the texts of the two samples of each of PROMPTS, with OPTIONS, in other batches than the script's."""
     rows = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in PROMPTS for _ in range(2)]
     texts = []
     for first in range(0, len(rows), 3):
@@ -61,8 +61,8 @@ def read(path: Path) -> list[dict]:
 
 
 def test_a_line_a_prompt(run, source, samples, tmp_path):
-    """In order, with the fields of the input; the samples are the library's; nothing goes to stdout, and no bar to a
-    stderr that is no terminal."""
+    """The lines are in order, with the fields of the input and the library's samples. stdout is empty, and stderr has
+    no progress bar, because it is not a terminal."""
     done = run("--input", source, "--output", tmp_path / "out.jsonl", *OPTIONS)
     assert (done.code, done.out) == (0, "")
     records = read(tmp_path / "out.jsonl")
@@ -77,7 +77,7 @@ def test_a_line_a_prompt(run, source, samples, tmp_path):
 
 
 def test_stops_and_log_probabilities(run, shakespeare, tokenizer, tmp_path):
-    """Why a sample ended, and of each of its tokens what --logprobs asks for."""
+    """A sample has the reason for its end, and for each token the values of --logprobs."""
     ids, (given,) = gpt2_jax.generate(*shakespeare, [tokenizer.encode("ROMEO:")], 11, temperature=0, logprobs=3)
     text = tokenizer.decode(ids[0])
     (tmp_path / "in").write_text('"ROMEO:"\n"To be"', encoding="utf-8")
@@ -96,7 +96,7 @@ def test_stops_and_log_probabilities(run, shakespeare, tokenizer, tmp_path):
 
 
 def test_names_with_a_home(run, tmp_path, monkeypatch):
-    """`~` is the home folder also where the shell leaves it as it is."""
+    """`~` means the home folder, also where the shell does not replace it."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "in").write_text('"a"', encoding="utf-8")
     assert run("--input=~/in", "--output=~/out", "--max-new-tokens", 0).code == 0
@@ -104,7 +104,8 @@ def test_names_with_a_home(run, tmp_path, monkeypatch):
 
 
 def test_interrupted_and_gone_on_with(run, source, tmp_path, monkeypatch):
-    """Other settings are refused and named, the same ones, with another batch size, finish the work: byte for byte."""
+    """Other settings are rejected and named. The same settings, with another batch size, finish the work: the bytes
+    are those of an uninterrupted run."""
     assert run("--input", source, "--output", tmp_path / "whole", *OPTIONS).code == 0
     complete = generate.Model.complete
 
@@ -154,7 +155,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("data", "output", "culprit"), REFUSED.values(), ids=REFUSED)
 def test_refused_before_the_weights_are_read(run, tmp_path, monkeypatch, data, output, culprit):
-    """Also what would come up only after hours: a prompt that does not fit."""
+    """Also an error that would otherwise appear only after hours: a prompt that does not fit."""
     monkeypatch.setattr(gpt2_jax, "load", None)
     (tmp_path / "in").write_text(data, encoding="utf-8")
     (tmp_path / "done").write_text("three weeks of work", encoding="utf-8")
@@ -175,7 +176,7 @@ def test_long_prompts_may_slide(run, tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL") or not hasattr(os, "openpty"), reason="kills, and needs a terminal")
 @full_only("test_jsonl.py kills the same code")
 def test_killed_at_random_moments(run, tmp_path):
-    """The real process, again and again; the last, on a terminal, goes on, and shows how far it is from there."""
+    """The real process is killed several times. The last one, on a terminal, resumes and shows its progress."""
     rng = random.Random(3)
     source, target, part = tmp_path / "in", tmp_path / "out", tmp_path / "out.part"
     source.write_text("\n".join(json.dumps(f"{prompt} {i}") for i in range(30) for prompt in PROMPTS), encoding="utf-8")

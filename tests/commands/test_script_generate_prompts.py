@@ -1,4 +1,4 @@
-"""scripts/generate.py: where prompts come from, what is printed for each, and that every option reaches the library."""
+"""scripts/generate.py: where prompts come from, and what is printed for each. Every option reaches the library."""
 
 import io
 import math
@@ -32,7 +32,7 @@ def run(main, capfd):
 
 @pytest.fixture(scope="module")
 def texts(shakespeare, tokenizer):
-    """texts([prompt, ...], n_new, ...) -> the texts that the library gives for these rows, with the script's top_k."""
+    """texts([prompt, ...], n_new, ...) -> the library's texts for these rows, with the script's top_k."""
 
     def given(prompts, max_new_tokens, **settings):
         rows = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
@@ -45,7 +45,7 @@ def texts(shakespeare, tokenizer):
 
 @pytest.fixture(scope="module")
 def speaking(tokenizer, tmp_path_factory):
-    """A model that says SAID after a prompt of one token, and then ends the text again and again."""
+    """Return options of a model that generates SAID after a prompt of one token, and then only `<|endoftext|>`."""
     directory = tmp_path_factory.mktemp("speaking") / "model"
     params = speaker(tokenizer.encode(SAID))
     gpt2_jax.save(directory, TEXT_CONFIG, params, format="huggingface", tokenizer=tokenizer)
@@ -53,7 +53,7 @@ def speaking(tokenizer, tmp_path_factory):
 
 
 def assert_refused(done, culprit):
-    """One line that names what is wrong, and nothing else."""
+    """There is only one line, and it names what is wrong."""
     assert (done.code, done.out) == (2, ""), done
     assert done.err.count("\n") == 1, done.err
     assert done.err.startswith("gpt2-generate: ")
@@ -64,7 +64,7 @@ def assert_refused(done, culprit):
 
 
 def test_prompts_and_then_files(run, tmp_path):
-    """Each in the order given; what is what goes to stderr."""
+    """They are in the given order. The titles go to stderr."""
     (tmp_path / "a").write_text("KING:\n", encoding="utf-8")
     (tmp_path / "b").write_text("To be", encoding="utf-8")
     files = ["--prompt-file", tmp_path / "a", "--prompt-file", tmp_path / "b"]
@@ -74,7 +74,7 @@ def test_prompts_and_then_files(run, tmp_path):
 
 
 def test_samples_of_prompts(run, texts):
-    """A prompt's samples, then the next one's; each row draws for itself."""
+    """All samples of a prompt come before those of the next prompt. Each row has its own draws."""
     options = ["--prompt", "ROMEO:", "--prompt=", "--num-samples", 2, "--max-new-tokens", 11, "--seed", 3]
     rows = ["ROMEO:", "ROMEO:", "", ""]
     samples = texts(rows, 11, seed=3)
@@ -87,7 +87,7 @@ def test_samples_of_prompts(run, texts):
 
 
 def test_the_batch_size_changes_nothing(run, texts):
-    """Four rows one at a time, with a remainder, and all at once."""
+    """Four rows: one at a time, in batches with a remainder, and all at once."""
     options = ["--prompt", "ROMEO:", "--prompt", "My lord, ", "--num-samples", 2, "--no-echo", "--max-new-tokens", 11]
     rows = ["ROMEO:"] * 2 + ["My lord, "] * 2
     assert [run(*options, "--batch-size", size).out for size in (1, 3, 100)] == [
@@ -123,7 +123,7 @@ def test_a_prompt_file_in_the_home_folder(run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def stdin(monkeypatch, tmp_path):
-    """stdin(data, kind) puts a pipe or a file in the place of standard input."""
+    """stdin(data, kind) replaces standard input by a pipe or a file."""
     opened = []
 
     def put(data: bytes, kind: str) -> None:
@@ -144,7 +144,7 @@ def stdin(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "file"])
 def test_standard_input(run, stdin, kind):
-    """It is the prompt when there is no other, and when - asks for it."""
+    """It is the prompt if there is no other prompt, or if - is given."""
     for options, prompt in [([], "To be"), (["--prompt-file", "-"], "To be"), (["--prompt", "x"], "x")]:
         stdin("\ufeffTo be\n".encode(), kind)
         assert run(*options, "--max-new-tokens", 0).out == f"{prompt}\n"
@@ -155,7 +155,7 @@ def test_standard_input(run, stdin, kind):
 
 
 def test_no_standard_input(run, monkeypatch):
-    """/dev/null and none at all are no prompt; who asks for it is told."""
+    """/dev/null and a closed standard input are not prompts. A command that needs standard input reports an error."""
     with Path(os.devnull).open() as null:
         monkeypatch.setattr(sys, "stdin", null)
         assert run("--max-new-tokens", 0).out == "\n"
@@ -166,7 +166,7 @@ def test_no_standard_input(run, monkeypatch):
 
 
 def test_no_standard_output(main, monkeypatch, capfd):
-    """`>&-`: nobody reads, and that is no error."""
+    """`>&-` is not an error."""
     monkeypatch.setattr(sys, "stdout", None)
     main(["--prompt", "x", "--max-new-tokens", "0"])
     assert "0 tokens" in capfd.readouterr().err
@@ -193,7 +193,7 @@ def test_the_end_of_a_text_ends_a_sample(run, speaking):
     ],
 )
 def test_stop_strings(run, speaking, stops, text):
-    """They begin and end anywhere in a token; the earliest counts; what is not said stops nothing."""
+    """They may begin and end inside a token. The earliest one counts. A string that does not appear has no effect."""
     options = [word for stop in stops for word in ("--stop", stop)]
     done = run(*speaking, *options, "--temperature", 0)
     assert (done.code, done.out) == (0, text + "\n")
@@ -217,7 +217,7 @@ SAMPLING = {
 
 @pytest.mark.parametrize("settings", SAMPLING.values(), ids=SAMPLING)
 def test_sampling(run, texts, settings):
-    """Each gives what the library gives, and something else than without it."""
+    """With each setting, the text is the library's, and differs from the text without the setting."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     done = run("--prompt", "ROMEO:", "--max-new-tokens", 23, "--no-echo", *options)
     assert done.out == texts(["ROMEO:"], 23, **settings)[0] + "\n"
@@ -232,7 +232,7 @@ def test_sliding_beyond_the_context(run, texts):
 
 @pytest.mark.parametrize(("options", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")])
 def test_dtypes(run, monkeypatch, options, dtype):
-    """Of the weights, and of products."""
+    """The dtype of the weights, and of products."""
     seen = []
 
     def completed(config, params, rows, *args):
@@ -245,7 +245,7 @@ def test_dtypes(run, monkeypatch, options, dtype):
 
 
 def test_the_table_of_log_probabilities(run, shakespeare, tokenizer):
-    """A line a token after each sample: its own, and the alternatives, as `generate` gives them."""
+    """After each sample, one line per token: its own value and the alternatives, as in `generate`."""
     done = run("--prompt", "ROMEO:", "--max-new-tokens", 11, "--logprobs", 3, "--num-samples", 2, "--batch-size", 1)
     knobs = {"top_k": 40, "stop_ids": [tokenizer.eot], "logprobs": 3}
     parts = [
@@ -275,7 +275,7 @@ def test_the_table_of_log_probabilities(run, shakespeare, tokenizer):
 
 
 def test_the_same_text_with_log_probabilities_and_without(run):
-    """Also when nothing is to be generated."""
+    """Also without new tokens."""
     options = ["--prompt", "ROMEO:", "--max-new-tokens", 11]
     assert run(*options, "--logprobs", 3).out.startswith(run(*options).out)
     title, *rest = run("--prompt", "x", "--max-new-tokens", 0, "--logprobs", 0).out.removeprefix("x\n").split("\n")
@@ -284,7 +284,7 @@ def test_the_same_text_with_log_probabilities_and_without(run):
 
 
 def test_a_terminal_that_cannot_show_a_character(main, speaking, monkeypatch):
-    """It shows a question mark."""
+    """It becomes a question mark."""
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
     main([str(word) for word in speaking])
@@ -337,7 +337,7 @@ def test_refused_before_the_weights_are_read(run, options, culprit, tmp_path, mo
 
 @pytest.mark.parametrize("option", ["--overflow=wrap", "--top-p-rule=mine", "--dtype=float16", "--logprobs=x"])
 def test_words_that_are_none(run, option):
-    """What the parser of the command line refuses, it names in a box."""
+    """The parser of the command line rejects these, and names them in a box."""
     done = run("--prompt", "x", option)
     assert (done.code, done.out) == (2, "")
     assert "Traceback" not in done.err

@@ -1,4 +1,4 @@
-"""scripts/generate.py on a terminal: text as it comes, a conversation, and Ctrl-C; and what a pipe gets instead."""
+"""scripts/generate.py on a terminal: streamed text, the interactive mode and Ctrl-C; and what a pipe gets instead."""
 
 import os
 import re
@@ -16,17 +16,17 @@ ENDLESS = ["--overflow", "slide", "--max-new-tokens", 1_000_000]
 
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory):
-    """What the command goes on with after ROMEO:, beyond the context; all of these tests use what it compiles."""
+    """Return the command's continuation of ROMEO:, longer than n_ctx. All these tests use its compiled programs."""
     options = ["--prompt", "ROMEO:", "--temperature", 0, "--overflow", "slide", "--max-new-tokens", 300]
     done = commands.in_a_process("generate", *options, cwd=tmp_path_factory.mktemp("greedy"))
     return done.out.removeprefix("ROMEO:").removesuffix("\n")
 
 
 def test_a_conversation(tmp_path, greedy):
-    """Text comes in pieces; Ctrl-C stops a sample and not the program, Ctrl-D ends it; the arrow keys bring back what
-    was typed, also the next time."""
+    """Text comes in pieces. Ctrl-C stops a sample and not the program; Ctrl-D ends the program. The arrow keys recall
+    earlier prompts, also in the next run."""
     with commands.OnATerminal("generate", "--interactive", "--temperature", 0, *ENDLESS, cwd=tmp_path) as user:
-        user.until("Ctrl-D ends.\n> ")
+        user.until("Ctrl-D ends the program.\n> ")
         user.type("ROMEO:\n")
         user.until("ROMEO:\nROMEO:")
         text = user.until(re.escape(greedy[:150]))
@@ -46,7 +46,7 @@ def test_a_conversation(tmp_path, greedy):
         user.until(r"\[stopped\]\n> ")
         user.until_idle()
         user.type("no\x03")
-        user.until("Ctrl-D ends.\n> ")
+        user.until("Ctrl-D ends the program.\n> ")
         user.type("\x04")
         assert user.end() == 0
         assert "Traceback" not in user.shown
@@ -56,7 +56,7 @@ def test_a_conversation(tmp_path, greedy):
         "ROMEO:",
     ]
     with commands.OnATerminal("generate", "--interactive", "--max-new-tokens", 3, cwd=tmp_path) as user:
-        user.until("Ctrl-D ends.\n> ")
+        user.until("Ctrl-D ends the program.\n> ")
         user.type("\x1b[A\x1b[A")
         user.until("To be$")
         user.type(" " + "x " * 300 + "\n")
@@ -66,7 +66,7 @@ def test_a_conversation(tmp_path, greedy):
 
 
 def test_a_conversation_from_a_pipe(tmp_path):
-    """A prompt a line, no prompt signs, and the end of the input ends it; each draws with a seed of its own."""
+    """One prompt per line, no prompt signs. The end of the input ends the program. Each prompt has its own seed."""
     options = ["--interactive", "--max-new-tokens", "60", "--seed", "3"]
     done = subprocess.run(
         [sys.executable, str(commands.SCRIPTS / "generate.py"), *options],
@@ -85,7 +85,7 @@ def test_a_conversation_from_a_pipe(tmp_path):
 
 
 def test_a_text_comes_as_it_is_made(tmp_path, greedy):
-    """Nothing is read from a terminal that nobody asked to type at; Ctrl-C ends the command, with its status."""
+    """The command does not read the terminal without --interactive. Ctrl-C ends it with status 130."""
     with commands.OnATerminal("generate", "--prompt", "ROMEO:", "--temperature", 0, *ENDLESS, cwd=tmp_path) as user:
         user.until("ROMEO:")
         pieces = [user.more(60) for _ in range(3)]
@@ -103,7 +103,7 @@ def test_a_text_comes_as_it_is_made(tmp_path, greedy):
 
 @pytest.fixture
 def started(tmp_path):
-    """started(*args) -> the process of the command, whose output is a pipe."""
+    """started(*args) -> the process of the command; its output is a pipe."""
     processes = []
 
     def start(*args):
@@ -127,7 +127,7 @@ def test_a_pipe_gets_a_text_whole(started, greedy):
 
 
 def test_a_reader_that_leaves(started):
-    """`| head -1` ends it quietly, long before all is written."""
+    """`| head -1` ends it without a message, long before all text is written."""
     process = started("--num-samples", 100_000, "--batch-size", 1, "--max-new-tokens", 250)
     assert process.stdout.read(1)
     process.stdout.close()

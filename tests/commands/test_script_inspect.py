@@ -1,4 +1,4 @@
-"""scripts/inspect_checkpoint.py: the report alone on stdout, whole at any width; one sentence and exit 2 for errors."""
+"""scripts/inspect_checkpoint.py: only the report on stdout, complete at any width; one message and exit status 2."""
 
 import io
 import json
@@ -26,14 +26,14 @@ ESCAPE = "\x1b"
 
 @pytest.fixture
 def run(capfd):
-    """Call the entry point in this process; what it and TensorFlow's C++ write is caught at the file descriptors."""
+    """Call the entry point in this process. Its output, also that of C++ code, is captured at the file descriptors."""
 
     return commands.caller(command.main, capfd)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A model small enough to save and load in no time, without a vocabulary; its name is markup to some."""
+    """Return the folder of a very small model without a vocabulary. Its name contains markup of rich."""
     directory = tmp_path_factory.mktemp("models") / "[b]tiny :key:"
     gpt2_jax.save(directory, CONFIG, tiny_models.random_params(CONFIG, 29), "huggingface")
     return directory
@@ -41,7 +41,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def embedded(model_dir):
-    """The library's report on the embedded model."""
+    """Return the library's report on the embedded model."""
     return inspection.inspect(model_dir)
 
 
@@ -54,7 +54,7 @@ def words(text: str) -> list[list[str]]:
 
 
 def printed(found, width: int) -> str:
-    """What print_report shows on a terminal of this width, without its colours."""
+    """Return the output of print_report on a terminal of this width, without colors."""
     out = io.StringIO()
     console = rich.console.Console(file=out, width=width, force_terminal=True, markup=False, highlight=False)
     print_report(found, console)
@@ -63,7 +63,7 @@ def printed(found, width: int) -> str:
 
 
 def assert_report(lines: list[list[str]], found: dict, digits: int) -> None:
-    """Every tensor and every count of a report stands in its table."""
+    """Every tensor and every count of a report is in its table."""
     table = [line for line in lines if len(line) > 1 and line[1].startswith("(") and line[-1][-1].isdigit()]
     for tensor, line in zip(found["tensors"], table, strict=True):
         assert line[0] == tensor["name"]
@@ -86,7 +86,7 @@ def assert_report(lines: list[list[str]], found: dict, digits: int) -> None:
 
 
 def test_the_report_in_a_pipe(tmp_path, embedded):
-    """As a user types it, from elsewhere: plain, nothing cut or wrapped, every number that the library gives."""
+    """From another folder: plain text, nothing cut or wrapped, every number of the library's report."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         cwd=tmp_path,
@@ -110,7 +110,7 @@ def test_the_report_in_a_pipe(tmp_path, embedded):
 
 @pytest.mark.parametrize(("width", "digits"), [(80, 3), (100, 4), (160, 4)])
 def test_the_report_on_a_terminal(embedded, width, digits):
-    """It fits, and no name or number of a table is cut."""
+    """It fits in the width, and no name or number of a table is cut."""
     text = printed(embedded, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -118,7 +118,7 @@ def test_the_report_on_a_terminal(embedded, width, digits):
 
 
 def test_the_largest_release_fits_on_80_columns():
-    """The longest names and counts there are, and statistics as wide as they get."""
+    """It has the longest names and counts, with the widest possible statistics."""
     config = gpt2_jax.SIZES["1558M"]
     widest = {"mean": -1.23e-05, "std": 0.000123, "min": -0.0123, "max": 0.0123, "norm": 1.0, "nan": 0, "infinite": 0}
     flat = gpt2_jax.params.flatten(gpt2_jax.abstract_params(config))
@@ -136,18 +136,18 @@ def test_the_largest_release_fits_on_80_columns():
     text = printed(found, 80)
     assert max(map(len, text.splitlines())) <= 80
     assert_report(words(text), found, digits=3)
-    assert ["together", "24,921,779,200", "23.21", "GiB", "12,460,889,600", "11.61", "GiB"] in words(text)
+    assert ["total", "24,921,779,200", "23.21", "GiB", "12,460,889,600", "11.61", "GiB"] in words(text)
 
 
 def test_a_model_without_a_vocabulary(run, tiny):
     done = run(tiny)
     assert (done.code, done.err) == (0, "")
     assert "No vocabulary" in done.out
-    assert done.out.startswith(f"{tiny}: huggingface form\n")
+    assert done.out.startswith(f"{tiny}: huggingface format\n")
 
 
 def test_values_that_are_not_finite_are_said(run, tmp_path):
-    """In the report, not as a warning with a line of source; the statistics are those of the others."""
+    """They are in the report, and there is no warning with a source line. The statistics leave them out."""
     params = tiny_models.random_params(CONFIG, 31)
     params["h1"]["mlp"]["c_fc"]["b"] = params["h1"]["mlp"]["c_fc"]["b"].at[:2].set(jnp.nan).at[3].set(jnp.inf)
     params["wpe"] = jnp.full((41, 12), jnp.nan)
@@ -169,7 +169,7 @@ def test_a_count_that_does_not_agree_is_said(embedded):
 
 
 def test_json_is_the_librarys_report(run, model_dir, embedded, tiny):
-    """One strict JSON object and nothing else on stdout."""
+    """stdout is only one strict JSON object."""
     for source, found in ((model_dir, embedded), (tiny, inspection.inspect(tiny))):
         done = run(source, "--json")
         assert (done.code, done.err) == (0, "")
@@ -177,13 +177,13 @@ def test_json_is_the_librarys_report(run, model_dir, embedded, tiny):
 
 
 def test_one_tensor(run, model_dir, shakespeare):
-    """The whole and its thirds, quantiles and corners; the same as JSON."""
+    """The whole tensor and its thirds, quantiles and corners; JSON has the same."""
     found = inspection.examine_tensor(shakespeare[1], "h0/attn/c_attn/w")
     done = run(model_dir, "--tensor", "h0/attn/c_attn/w")
     assert (done.code, done.err) == (0, "")
     lines = words(done.out)
     names = ("mean", "std", "min", "max", "norm")
-    assert ["the", "whole", *(f"{found[name]:.6g}" for name in names)] in lines
+    assert ["whole", "tensor", *(f"{found[name]:.6g}" for name in names)] in lines
     for part, third in found["thirds"].items():
         assert [part, *(f"{third[name]:.6g}" for name in names)] in lines
         assert [part, "(256,", "256)", "65,536", "float32"] in lines
@@ -195,7 +195,7 @@ def test_one_tensor(run, model_dir, shakespeare):
 
 
 def test_a_picture_beside_the_report(run, tiny, tmp_path):
-    """Its name goes to stderr, so that stdout stays the report."""
+    """Its name goes to stderr, so stdout has only the report."""
     done = run(tiny, "--json", "--plot", tmp_path / "weights.png")
     assert done.code == 0
     assert strict(done.out) == inspection.inspect(tiny)
@@ -204,7 +204,7 @@ def test_a_picture_beside_the_report(run, tiny, tmp_path):
 
 
 def test_an_ascii_terminal(tiny):
-    """What it cannot show becomes a question mark."""
+    """A character that it cannot show becomes a question mark."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tiny)],
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
@@ -217,7 +217,7 @@ def test_an_ascii_terminal(tiny):
 
 @pytest.mark.parametrize("option", [[], ["--json"]])
 def test_a_reader_who_has_seen_enough(tiny, option):
-    """`| head -1`: no traceback, no complaint."""
+    """`| head -1`: no traceback and no message."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), str(tiny), *option], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -239,7 +239,7 @@ def assert_refused(done: commands.Run, culprit: str) -> None:
 
 
 def test_bad_input(run, tiny, tmp_path):
-    """One sentence that names what was wrong; nothing on stdout."""
+    """One message names what was wrong. stdout is empty."""
     assert_refused(run(tmp_path / "nowhere"), "nowhere")
     assert_refused(run(tmp_path), re.escape(str(tmp_path)))
     assert_refused(run(tiny, "--tensor", "h0/attn/c_atn/w"), "h0/attn/c_attn/w")
@@ -265,7 +265,7 @@ def test_interruption(run, monkeypatch):
 
 
 def test_progress_only_for_large_models_on_a_terminal(run, tiny, monkeypatch):
-    """A pipe stays clean, and a small model is done before a bar could be read."""
+    """A pipe gets no progress bar, and neither does a small model, which is done at once."""
     for terminal, large, shown in ((False, 0, False), (True, command.LARGE, False), (True, 0, True)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
         monkeypatch.setattr(command, "LARGE", large)

@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py: the folder alone on stdout, a table of counts on stderr, one sentence for any mistake."""
+"""scripts/prepare_data.py: only the folder on stdout, a table of counts on stderr, one message for any mistake."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_text_to_a_folder(run, tmp_path, tokenizer):
         assert table(done.err)[title] == [f"{counts[name]['tokens']:,}", f"{counts[name]['documents']:,}"]
     assert "validation: drawn by document" in done.err
     assert "1,281 ids, of the embedded Shakespeare model" in done.err
-    assert "note: the characters <|endoftext|> stand in the text 40 times" in done.err
+    assert "note: the text has the characters <|endoftext|> 40 times" in done.err
     n_tokens = prepared.train.n_tokens + prepared.val.n_tokens
     assert n_tokens == len(expected_ids(tokenizer, documents))
     assert (prepared.manifest["seed"], prepared.manifest["val_fraction"]) == (3, 0.25)
@@ -55,7 +55,7 @@ def test_pairs_show_their_targets(run, tmp_path):
 
 
 def test_another_models_vocabulary(run, tmp_path, tokenizer):
-    """A folder with a vocabulary alone will do."""
+    """A folder that has only a vocabulary works too."""
     (tmp_path / "model").mkdir()
     tokens = {token: i for i, token in enumerate([token for token in tokenizer.tokens if len(token) == 1])}
     (tmp_path / "model" / "encoder.json").write_text(json.dumps(tokens | {"<|endoftext|>": len(tokens)}))
@@ -102,7 +102,7 @@ def test_a_mistake_is_a_sentence(run, tmp_path, monkeypatch, args, culprit):
 
 
 def test_as_a_user_runs_it_with_text_from_a_pipe(tmp_path, tokenizer):
-    """In a process of its own, from another folder, with a tilde, and processes that encode."""
+    """In a process of its own, from another folder, with a tilde, and with several processes that encode."""
     text = "The quality of mercy is not strain'd.\n" * 99
     done = subprocess.run(
         [sys.executable, str(commands.SCRIPTS / "prepare_data.py"), "-", "-o", "~/tokens", "--processes", "2"],

@@ -135,7 +135,7 @@ def test_fewer_merges_than_allowed_are_told(run, tmp_path):
     (tmp_path / "a.txt").write_text("abab cd")
     done = run(tmp_path / "a.txt", "-o", tmp_path / "v")
     assert done.code == 0
-    assert "1 merge, as no other pair occurs twice (50,000 were allowed)" in done.err
+    assert "1 merge, because no other pair occurs twice (50,000 were allowed)" in done.err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Perplexity: the number, what it is divided by, and the convention it states."""
+"""Perplexity: the number, its unit, and the convention that the result states."""
 
 import functools
 import math
@@ -17,13 +17,13 @@ VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more 
 
 @pytest.fixture(scope="module")
 def uniform(tokenizer):
-    """A model that finds every token of the embedded vocabulary equally likely, and reads seven at a time."""
+    """Return a model with n_ctx 7 that finds every token of the embedded vocabulary equally likely."""
     return chosen_logits(np.zeros(tokenizer.n_vocab))
 
 
 @pytest.fixture(scope="module")
 def tiny(tokenizer):
-    """A model that depends strongly on all of the last 41 tokens."""
+    """Return a model with n_ctx 41 whose logits depend strongly on all tokens."""
     config = CONFIG.replace(n_vocab=tokenizer.n_vocab)
     return config, random_params(config, 0, scale=0.3)
 
@@ -69,13 +69,13 @@ def test_end_of_text_before_it_scores_the_first_token(measure, tokenizer):
     got = measure(TEXT, bos=True)
     assert got.tokens == len(tokenizer.encode(TEXT))
     assert got.bos
-    assert "<|endoftext|> put before it" in got.conventions["perplexity"]
-    assert "nothing put before it" in measure(TEXT).conventions["perplexity"]
-    assert measure("K", bos=True).tokens == 1  # nothing else could be scored of it
+    assert "<|endoftext|> added before it" in got.conventions["perplexity"]
+    assert "nothing added before it" in measure(TEXT).conventions["perplexity"]
+    assert measure("K", bos=True).tokens == 1  # without bos, no token could be scored
 
 
 def test_it_is_the_score_of_the_tokens(tiny, tokenizer):
-    """Windows, stride and <|endoftext|> are score's; documents are apart, and their sums are added."""
+    """Windows and stride are those of `score`. Documents are scored separately, and their sums are added."""
     ids = tokenizer.encode(VERSE * 3)
     assert len(ids) > 2 * tiny[0].n_ctx
     for stride in (None, 7, 41):
@@ -148,7 +148,7 @@ def test_mistakes_are_named(measure, documents, more, message):
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory, shakespeare, tokenizer):
-    """(torch, the embedded model as their library reads our export)."""
+    """Return (torch, the embedded model, exported and read by Hugging Face's library)."""
     reason = "needs the `parity` extra: pip install -e '.[parity]'"
     torch = pytest.importorskip("torch", reason=reason)
     transformers = pytest.importorskip("transformers", reason=reason)
@@ -159,7 +159,7 @@ def hugging_face(tmp_path_factory, shakespeare, tokenizer):
 
 @pytest.mark.parity
 def test_perplexity_is_hugging_face_s(hugging_face, shakespeare, tokenizer):
-    """Their documentation's loop, token by token, with the loss it averages; measured 1.2e-7 relative."""
+    """The loop of their documentation, with the sum of the losses. Measured relative difference: 1.2e-7."""
     torch, model = hugging_face
     config, stride = shakespeare[0], 97
     ids = tokenizer.encode(VERSE * 17)
@@ -184,7 +184,7 @@ def test_perplexity_is_hugging_face_s(hugging_face, shakespeare, tokenizer):
 
 @pytest.mark.parity
 def test_last_words_are_hugging_face_s(hugging_face, shakespeare, tokenizer):
-    """Each passage alone; measured 2.2e-6 nats in the sum, 4.4e-7 relative, and what is greedy equal."""
+    """Each passage alone. Measured differences: 2.2e-6 nats in the sum, 4.4e-7 relative. Greedy tokens are equal."""
     torch, model = hugging_face
     passages = [
         "Good night, good night! parting is such sweet sorrow",

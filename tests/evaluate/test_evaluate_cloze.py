@@ -1,4 +1,4 @@
-"""Cloze: the choice is the candidate with which the sentence, from the blank on, is most likely."""
+"""Cloze: the model chooses the candidate for which the sentence, from the blank on, is most likely."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def logprobs_of(config, params, tokens_1T):
 
 
 def nats_of(model, ids, n_scored):
-    """-ln p of the last tokens, by a plain forward pass over all; nothing sees what is behind them."""
+    """Return -ln p of the last tokens, from a forward pass over the padded row. No token sees the padding after it."""
     tokens_1T = np.zeros((1, 67), np.int32)
     tokens_1T[0, : len(ids)] = ids
     logprobs_TV = np.asarray(logprobs_of(*model, tokens_1T))
@@ -37,7 +37,7 @@ def nats_of(model, ids, n_scored):
 
 
 def choice(model, tokenizer, question, **more):
-    """The candidate that `cloze` takes: the answer that it calls right, and no other."""
+    """Return the candidate that `cloze` chooses: the only answer that it calls correct."""
     right = [
         evaluate.cloze(*model, tokenizer, [dataclasses.replace(question, answer=name)], **more).accuracy
         for name in question.candidates
@@ -92,7 +92,7 @@ def test_a_detokenizer_is_for_the_whole_question(model, tokenizer):
 
 
 def test_long_contexts_keep_their_end(model, tokenizer):
-    """Beyond n_ctx it is the same question whatever stood there; and a blank in the context is no blank."""
+    """Text before the last n_ctx tokens has no effect. XXXXX in the context is not a blank."""
     long = dataclasses.replace(QUESTION, context="XXXXX is the king of all. " * 30 + QUESTION.context)
     longer = dataclasses.replace(long, context="My lord! " + long.context)
     assert choice(model, tokenizer, long) == choice(model, tokenizer, longer)
@@ -100,7 +100,7 @@ def test_long_contexts_keep_their_end(model, tokenizer):
 
 
 def test_edits_and_progress_reach_the_model(model, tokenizer):
-    """An edit that silences the model leaves nothing to choose by but the embeddings."""
+    """With edits that remove all layers, the choice is that of a model with only embeddings."""
     seen = []
     silent = [scale(f"h{i}/{part}/out", 0.0) for i in range(2) for part in ("attn", "mlp")]
     config, params = model
@@ -119,7 +119,7 @@ def test_edits_and_progress_reach_the_model(model, tokenizer):
         ({"question": " XXXXX is here.", "context": " "}, "has nothing before its blank"),
         ({"candidates": ("king",)}, "must have two candidates or more"),
         ({"candidates": ("king", "")}, "must have two candidates or more, none of them empty"),
-        ({"answer": "duke"}, "has the answer 'duke', which is none of its candidates"),
+        ({"answer": "duke"}, "has the answer 'duke', which is not one of its candidates"),
     ],
 )
 def test_mistakes_are_named(model, tokenizer, change, message):

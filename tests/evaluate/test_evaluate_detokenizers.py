@@ -1,4 +1,4 @@
-"""Detokenizers: ordinary English out of a benchmark's words, and nothing lost but spaces."""
+"""Detokenizers: they turn a benchmark's words into normal English, and lose only spaces."""
 
 import re
 

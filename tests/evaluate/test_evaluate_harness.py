@@ -1,4 +1,4 @@
-"""EleutherAI's harness gets from our adapter what its own gets from Hugging Face's model of the same weights."""
+"""Our adapter for EleutherAI's harness gives the results of its own adapter for Hugging Face, with the same weights."""
 
 import json
 import warnings
@@ -15,7 +15,7 @@ from gpt2_jax.generation.decoding import Completion
 
 pytestmark = pytest.mark.parity
 
-# Relative. Measured: a continuation's log-probability 1.7e-6, a text's 1.4e-7, a perplexity 2.4e-7.
+# Relative. Measured: log-probability of a continuation 1.7e-6, of a text 1.4e-7; perplexity 2.4e-7.
 BOUND = 8e-6
 
 SPEECH = """First Citizen:
@@ -28,9 +28,9 @@ First Citizen:
 You are all resolved rather to die than to famish?
 
 """
-N_CTX = 61  # and batches of the same few sizes in all tests: each other one is a program to compile
+N_CTX = 61  # all tests also use the same few batch sizes, because each new size must be compiled
 LONG = 9 * SPEECH  # 486 tokens
-GREEDY = {"ROMEO:\n": "Anon, I'll not", "KING": " RICHARD III:\n"}  # what the model says next
+GREEDY = {"ROMEO:\n": "Anon, I'll not", "KING": " RICHARD III:\n"}  # greedy continuations
 UNTIL = {"until": ["\n\n", "."], "max_gen_toks": 23}
 
 
@@ -42,7 +42,7 @@ class Harness(NamedTuple):
     theirs: Any
 
     def both(self, kind, *arguments):
-        """Ask both for requests of one kind: a tuple of arguments each."""
+        """Send requests of one kind to both models. Each request is a tuple of arguments."""
         return [ask(model, kind, *arguments) for model in (self.ours, self.theirs)]
 
 
@@ -55,26 +55,26 @@ def ask(model, kind, *arguments, disable_tqdm=True):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """Return lm_eval with what it needs, kept from the network and the user's cache; or skip."""
+    """Return lm_eval and import what it needs, without network and without the user's cache. Skip if it is missing."""
     reason = "needs the `parity` extra: pip install -e '.[parity]'"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what an import says is not about our files
+            warnings.simplefilter("ignore")  # warnings of imports are not about our files
             for name in ("torch", "transformers", "accelerate", "lm_eval"):
                 pytest.importorskip(name, reason=reason)
             import datasets.config
             import lm_eval.evaluator
             import lm_eval.models.huggingface
             import lm_eval.tasks
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # had another file imported it before
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # in case another file imported it before
         yield lm_eval
 
 
 @pytest.fixture(scope="module")
 def model(library, shakespeare, tokenizer):
-    """(config, params, tokenizer) of the embedded model, its n_ctx cut to be odd, and passed by short texts."""
+    """Return (config, params, tokenizer) of the embedded model, with an n_ctx that is odd and shorter than LONG."""
     config, params = shakespeare
     return config.replace(n_ctx=N_CTX), {**params, "wpe": params["wpe"][:N_CTX]}, tokenizer
 
@@ -85,7 +85,7 @@ def harness(library, model, tmp_path_factory):
     import transformers
 
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them wait for each other where the tests run in several processes
+    torch.set_num_threads(1)  # with several test processes, more threads wait for each other
     config, params, tokenizer = model
     folder = tmp_path_factory.mktemp("export")
     gpt2_jax.save(folder, config, params, format="huggingface", tokenizer=tokenizer)
@@ -99,7 +99,7 @@ def harness(library, model, tmp_path_factory):
 
 
 def largest_error(ours, theirs):
-    """Return the largest difference between two lists of numbers, each relative to theirs."""
+    """Return the largest relative difference between two lists of numbers."""
     ours, theirs = np.array(ours), np.array(theirs)
     return np.max(np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-30))
 
@@ -108,7 +108,7 @@ def largest_error(ours, theirs):
 
 
 def tasks(folder):
-    """Return one task of each kind, over JSON lines in the folder."""
+    """Return one task of each kind. The tasks read JSON lines files in the folder."""
     questions = [
         {"text": text, "choices": [GREEDY.get(text, " sir"), " the king", "I ", "\nWhat, ho!"], "answer": i % 4}
         for i, text in enumerate([*GREEDY, "All: ", SPEECH, LONG + "JULIET:", LONG + "JULIET: "])
@@ -155,7 +155,7 @@ def test_tasks_come_out_the_same(harness, tmp_path):
     their_logprobs, their_greedy = zip(*answers(theirs, "questions"), strict=True)
     assert largest_error(logprobs, their_logprobs) <= BOUND
     assert greedy == their_greedy
-    assert sum(greedy) == len(GREEDY)  # the first choice after each of those
+    assert sum(greedy) == len(GREEDY)  # the first choice, for each text in GREEDY
     assert largest_error(answers(ours, "texts"), answers(theirs, "texts")) <= BOUND
     assert answers(ours, "openings") == answers(theirs, "openings")
     assert answers(ours, "openings")[0].startswith(GREEDY["KING"])
@@ -175,12 +175,12 @@ def test_loglikelihood_of_every_kind_of_pair(harness, tokenizer):
     assert [len(tokenizer.encode(text)) for text in (full, almost)] == [N_CTX, N_CTX - 1]
     pairs = [
         ("", "First Citizen"),  # after <|endoftext|>
-        ("", "<|endoftext|>First Citizen"),  # which counts once
+        ("", "<|endoftext|>First Citizen"),  # one <|endoftext|>, not two
         ("<|endoftext|>", "First Citizen"),
         ("All<|endoftext|>", "<|endoftext|>All"),
-        ("KING ", "RICHARD III"),  # the space is the continuation's
+        ("KING ", "RICHARD III"),  # the space becomes part of the continuation
         ("KING \n ", "RICHARD III"),
-        ("Before we pro", "ceed any further"),  # tokens that straddle the border are the continuation's
+        ("Before we pro", "ceed any further"),  # tokens across the border belong to the continuation
         ("na\u00efve \u2014 ", "\u201ctis\U0001f642"),
         *GREEDY.items(),
         ("KING", " RICHARD II"),
@@ -232,7 +232,7 @@ def test_a_sampled_text_depends_on_the_seed_and_its_place(model):
 
 
 def always(params, probabilities):
-    """Return params that give these tokens these probabilities after every text, and all others next to none."""
+    """Return params that always give these tokens these probabilities, and all other tokens almost 0."""
     tokens = list(probabilities)
     logits = 30 + np.log([probabilities[token] for token in tokens])
     bias_D = np.linalg.lstsq(np.asarray(params["wte"])[tokens], logits.astype(np.float32))[0]
@@ -268,13 +268,13 @@ def test_an_empty_context_is_the_end_of_text(model):
 
 @pytest.fixture(scope="module")
 def tiny(library, tokenizer):
-    """(config, params, tokenizer): few positions, one layer, the embedded vocabulary."""
+    """Return (config, params, tokenizer): few positions, one layer, the embedded vocabulary."""
     config = gpt2_jax.GPT2Config(n_vocab=tokenizer.n_vocab, n_ctx=7, n_embd=6, n_head=3, n_layer=1)
     return config, random_params(config, 5), tokenizer
 
 
 class Told:
-    """What a cache of the harness was told."""
+    """Records the calls to a cache of the harness."""
 
     def __init__(self):
         self.answers = []
@@ -299,7 +299,7 @@ def test_every_answer_reaches_the_cache(model):
 
 
 def test_edits_reach_every_answer(tiny, monkeypatch):
-    """Where nothing comes out of the last norm, all tokens are equally likely."""
+    """If the output of the last norm is 0, all tokens are equally likely."""
     nothing = replace("ln_f/out", 0.0)
     edited = language_model(*tiny, max_gen_toks=2, edits=nothing)
     uniform = pytest.approx(-np.log(tiny[0].n_vocab), rel=1e-6)
@@ -340,7 +340,7 @@ def test_progress_and_cuts_are_reported(model, tiny, capsys, caplog):
     [
         (
             {"num_beams": 3, "until": "O"},
-            "num_beams=3, and none but these can be given: until, max_gen_toks, do_sample",
+            "num_beams=3, which is not supported; these are supported: until, max_gen_toks, do_sample",
         ),
         ({"max_length": 3, "diversity": 1}, "diversity=1, max_length=3"),
         ({"do_sample": True}, "do_sample at a temperature of 0"),
@@ -357,7 +357,7 @@ def test_what_no_generation_can_be(tiny, kwargs, message):
 
 @pytest.mark.parametrize("continuation", ["", "Ay, ay, ay, ay"])
 def test_what_no_continuation_can_be(tiny, continuation):
-    with pytest.raises(ValueError, match=r"1 to 7 \(n_ctx\) tokens of its own, not .*I"):
+    with pytest.raises(ValueError, match=r"from 1 to 7 \(n_ctx\) tokens, not .*I"):
         ask(language_model(*tiny), "loglikelihood", ("I", continuation))
 
 

@@ -1,4 +1,4 @@
-"""LAMBADA: a last word is right where greedy decoding gives it, stop words passed over or not."""
+"""LAMBADA: a last word is correct if greedy decoding gives it, with or without the stop-word filter."""
 
 import functools
 
@@ -25,7 +25,7 @@ def _last_logits(params, tokens_1T, n):
 
 
 def decoded(params, ids, n_new, banned=()):
-    """Greedy decoding spelt out: a whole forward pass a token, and at the first step no token of `banned`."""
+    """Greedy decoding with one full forward pass per token. The first step cannot choose a token of `banned`."""
     ids = list(ids)
     for step in range(n_new):
         tokens_1T = np.zeros((1, 41), np.int32)
@@ -53,7 +53,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def passages(shakespeare, tokenizer):
-    """Prompts of the embedded model, each with a greedy word and with another: (context, word)."""
+    """Return (context, word) pairs for the embedded model: prompts with a greedy word, and with another word."""
     pairs = []
     for prompt in PROMPTS:
         ids = decoded(shakespeare[1], tokenizer.encode(prompt), 8)
@@ -65,7 +65,7 @@ def passages(shakespeare, tokenizer):
 
 
 def test_it_is_greedy_decoding(shakespeare, tokenizer, passages):
-    """One pass over the passage decides as decoding does, of words of one token and of several."""
+    """One pass over the passage gives the result of decoding, for words of one token and of several."""
     targets = [tokenizer.encode(f" {word}") for _, word in passages]
     assert {len(target) for target in targets} >= {1, 2}
     right = [
@@ -84,7 +84,7 @@ def test_with_the_filter_it_is_greedy_decoding_without_stop_words(shakespeare, t
     stop_ids = [tokenizer.encode(f" {form}") for word in evaluate.STOP_WORDS for form in (word, word.capitalize())]
     stop_ids = {ids[0] for ids in stop_ids if len(ids) == 1}
     assert len(stop_ids) > 40
-    # Beside those of the fixture, what decoding gives where stop words are left out.
+    # The passages of the fixture, and the words that decoding gives without stop words.
     words = [(context, *decoded(shakespeare[1], tokenizer.encode(context), 1, stop_ids)) for context in PROMPTS]
     words = [(context, tokenizer.decode([token]).strip()) for context, token in words]
     words = [(context, word) for context, word in [*passages, *words] if word and " " not in word]
@@ -122,13 +122,13 @@ def test_the_filter_passes_over_stop_words(model, tokenizer):
 
 
 def test_a_word_may_go_on_from_a_stop_word(model, tokenizer):
-    """The token "may" is a stop word, "mayor" is none: its first token counts like that of any other word."""
+    """The token "may" is a stop word, but "mayor" is not: its first token counts as for any other word."""
     assert tokenizer.encode(" mayor") == [*tokenizer.encode(" may"), *tokenizer.encode("or")]
     for logits, right in (
         ({" may": 9, "or": 9, " king": 8}, (1, 1)),
         ({" may": 9, "or": 9, " king": 10}, (0, 0)),
         ({" may": 9, "or": 8}, (0, 0)),
-        ({" may": 9, "or": 9, " the": 10}, (0, 0)),  # at its second step nothing is passed over
+        ({" may": 9, "or": 9, " the": 10}, (0, 0)),  # the second step has no filter
     ):
         got = evaluate.lambada(*model(logits), tokenizer, ["Long live mayor"])
         assert (got.accuracy, got.accuracy_with_stop_word_filter, got.stop_words) == (*right, 0)
@@ -147,7 +147,7 @@ def test_perplexities_of_known_probabilities(model, tokenizer):
 
 
 def test_long_passages_keep_their_end(tokenizer):
-    """A passage that the model cannot hold equals its last n_ctx + 1 tokens, of which it reads all but the last."""
+    """A passage that is too long counts as its last n_ctx + 1 tokens. The model reads all of them except the last."""
     config = CONFIG.replace(n_vocab=tokenizer.n_vocab)
     params = random_params(config, 0, scale=0.3)
     long = "the king and " * 40 + "the queen"

@@ -1,4 +1,4 @@
-"""What the evaluations need of score: which tokens greedy decoding would choose, scores from a token on, progress."""
+"""What the evaluations need from `score`: which tokens greedy decoding chooses, scores from a token on, progress."""
 
 import jax
 import numpy as np
@@ -29,21 +29,21 @@ def all_logits(params, tokens_1T):
 
 
 def logits_of(params, prompt):
-    """Return logits_TV of a plain forward pass; all lengths are one program, as nothing sees what comes behind it."""
+    """Return logits_TV of a forward pass. Padding to N makes one program for all lengths; no token sees the padding."""
     tokens_1T = np.zeros((1, N), np.int32)
     tokens_1T[0, : len(prompt)] = prompt
     return np.array(all_logits(params, tokens_1T))[: len(prompt)]
 
 
 def most_likely(params, prompt, without=()):
-    """The most likely token after each of the prompt's but the last, those of `without` left out."""
+    """Return the most likely token after each token except the last. Tokens in `without` are left out."""
     logits_TV = logits_of(params, prompt)
     logits_TV[:, list(without)] = -np.inf
     return logits_TV[:-1].argmax(-1)
 
 
 def likely_prompt(params, length, without=()):
-    """A prompt of which every third token is the most likely one, those of `without` left out, and the rest random."""
+    """Return a random prompt in which every third token is the most likely one, without the tokens in `without`."""
     (prompt,) = some_prompts([length], seed=length)
     for t in range(1, length, 3):
         prompt[t] = int(most_likely(params, prompt[: t + 1], without)[-1])
@@ -62,7 +62,7 @@ def test_greedy_says_where_the_token_was_the_most_likely(params, length):
 
 
 def test_greedy_beyond_the_context(params):
-    """Known whatever the window: this model always prefers tokens 2 and 4, which are equal."""
+    """The result is known for every window: this model always prefers tokens 2 and 4, which are equally likely."""
     config, fixed = chosen_logits([0.0, 1.0, 3.0, 2.0, 3.0])
     prompt = [0, 2, 4, 1, 3, 2, 2, 0, 4, 1, 2, 3, 4, 4, 0, 2, 1]
     assert len(prompt) > 2 * config.n_ctx
@@ -87,7 +87,7 @@ def test_greedy_where_some_tokens_do_not_count(params, aside):
 
 @pytest.mark.parametrize("stride", [7, N])
 def test_scores_from_a_token_on(params, stride):
-    """They are those of the whole prompt, in whatever window that token is; and windows before it are not read."""
+    """They are those of the whole prompt, for a token in any window. Windows before the token are not read."""
     prompts = some_prompts([2, 23, N, N + 1, 3 * N + 5, 3 * N + 5, 2 * N])
     first = [1, 22, 5, N, 1, 2 * N + 3, 2 * N - 1]
     whole = score(CONFIG, params, prompts, stride, aside=[3])
@@ -135,7 +135,7 @@ def test_wrong_numbers_of_places_and_wrong_ids_are_refused(params):
 
 
 def test_continuations_are_given_the_tokens_before_them(params):
-    """As many as the model can read: of n_ctx + 1 tokens, the last is only predicted."""
+    """The model reads as many as it can. Of n_ctx + 1 tokens, the last one is only predicted."""
     context, rest = some_prompts([2 * N + 3, 5])
     cases = [(context[-3:], rest), (context[-1:], rest[:1]), (context[: N - 4], rest), (context, rest)]
     cases.append((context, context[:N]))
@@ -151,5 +151,7 @@ def test_continuations_are_given_the_tokens_before_them(params):
 
 @pytest.mark.parametrize("pair", [([], [1]), ([1], []), ([1], [1] * (N + 1))])
 def test_continuations_that_cannot_be_scored_are_refused(params, pair):
-    with pytest.raises(ValueError, match=rf"pairs\[1\] has {len(pair[0])} tokens and {len(pair[1])} that follow"):
+    with pytest.raises(
+        ValueError, match=rf"pairs\[1\] has {len(pair[0])} context tokens and {len(pair[1])} continuation"
+    ):
         evaluate.score_continuations(CONFIG, params, [([1], [2]), pair])

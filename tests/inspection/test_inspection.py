@@ -1,4 +1,4 @@
-"""The inspector's numbers against numpy's in float64 and FACTS.md's; the vocabulary; strict JSON."""
+"""The inspector's numbers are compared with NumPy's in float64 and with published counts; vocabulary; strict JSON."""
 
 import json
 import math
@@ -26,13 +26,13 @@ def params():
 
 
 def expected_statistics(array) -> dict:
-    """The same by numpy's own functions, all at once."""
+    """Compute the statistics with NumPy's functions, without chunks."""
     wide = np.asarray(array).astype(np.float64)
     return {"mean": wide.mean(), "std": wide.std(), "min": wide.min(), "max": wide.max(), "norm": np.linalg.norm(wide)}
 
 
 def strict(report) -> dict:
-    """What a program reads back; NaN and Infinity, which are no JSON, are refused."""
+    """Return the report as JSON gives it back. NaN and Infinity, which are not JSON, fail the test."""
     return json.loads(json.dumps(report, allow_nan=False), parse_constant=pytest.fail)
 
 
@@ -41,7 +41,7 @@ def strict(report) -> dict:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_statistics_are_numpys(dtype):
-    """Over more than two chunks whose means and widths differ, in every dtype a model may have."""
+    """Over more than two chunks with different means and widths, in every dtype a model may have."""
     rng = np.random.default_rng(7)
     half = inspection.CHUNK + 19
     array = np.concatenate([rng.normal(50, 0.5, half), rng.normal(-3, 2, half + 2)]).astype(jnp.dtype(dtype))
@@ -53,14 +53,14 @@ def test_statistics_are_numpys(dtype):
 
 
 def test_a_small_spread_about_a_large_mean():
-    """E[x²] less E[x]² in place of deviations from the mean would lose this."""
+    """E[x²] - E[x]², without deviations from the mean, would lose this."""
     array = 1e8 + np.random.default_rng(3).normal(size=(31, 37))
     assert inspection.describe_tensor(array)["std"] == pytest.approx(array.std(), rel=1e-7)
 
 
 @given(st.lists(st.floats(width=32), max_size=23), st.integers(1, 5))
 def test_values_that_are_not_finite_are_counted_and_left_out(values, chunk):
-    """Whatever the chunks; the statistics are those of the finite values, None where there are none."""
+    """For any chunk size, the statistics are those of the finite values, or None if there are none."""
     array = np.array(values, np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspection, "CHUNK", chunk)
@@ -78,7 +78,7 @@ def test_values_that_are_not_finite_are_counted_and_left_out(values, chunk):
 
 
 def test_numbers_beyond_float64_are_null():
-    """Squares of such values overflow: no number, and no warning either."""
+    """Squares of such values overflow. The statistics are None, without a warning."""
     found = strict(inspection.describe_tensor(np.array([1e300, -1e300, 3.0])))
     assert (found["min"], found["max"]) == (-1e300, 1e300)
     assert (found["std"], found["norm"]) == (None, None)
@@ -86,7 +86,7 @@ def test_numbers_beyond_float64_are_null():
 
 
 def test_a_tensor_looked_at_closely(params):
-    """Statistics, quantiles as numpy's in float64, and the corners."""
+    """Statistics, quantiles as NumPy's in float64, and the values at the corners."""
     array = np.asarray(params["wte"])
     found = strict(inspection.examine_tensor(params, "wte"))
     assert (found["name"], found["shape"], found["thirds"]) == ("wte", [37, 12], None)
@@ -100,7 +100,7 @@ def test_a_tensor_looked_at_closely(params):
 
 @pytest.mark.parametrize("leaf", ["w", "b"])
 def test_the_thirds_of_c_attn(params, leaf):
-    """q, k and v are the columns in this order."""
+    """The columns are those of q, k and v, in this order."""
     array = np.asarray(params["h1"]["attn"]["c_attn"][leaf])
     thirds = inspection.examine_tensor(params, f"h1/attn/c_attn/{leaf}")["thirds"]
     assert list(thirds) == ["q", "k", "v"]
@@ -121,7 +121,7 @@ def test_quantiles_of_narrow_values(params, dtype):
 
 
 def test_a_tensor_of_nothing_finite(params):
-    """Every number is null; a value of a row that is not finite too."""
+    """Every statistic is None, and so are values of a row that are not finite."""
     found = strict(inspection.examine_tensor(params | {"wpe": jnp.full((41, 12), jnp.inf)}, "wpe"))
     assert set(found["quantiles"].values()) == {None}
     assert found["rows"]["last"]["last"] == [None] * 3
@@ -149,7 +149,7 @@ def test_an_unknown_name_is_answered_with_near_ones(params, asked, meant):
 
 @pytest.mark.parametrize("size", RELEASED)
 def test_counts_of_the_released_sizes(size):
-    """Counted in the shapes, as the closed form says and as FACTS.md does; its formula, evaluated, gives the same."""
+    """Counts of the shapes, of the closed form, of the evaluated formula, and the published count are equal."""
     config = gpt2_jax.SIZES[size]
     found = strict(inspection.count_parameters(config, gpt2_jax.abstract_params(config)))
     assert found["counted"] == found["closed_form"] == RELEASED[size]
@@ -163,12 +163,12 @@ def test_counts_of_the_released_sizes(size):
 
 
 def evaluated(formula: str, letters: dict[str, int]) -> int:
-    """What a reader gets who works the formula out."""
+    """Evaluate the formula as a reader would."""
     return eval(formula.replace("·", "*").replace("²", "**2"), {}, letters)
 
 
 def test_a_count_that_does_not_agree_is_said(params):
-    """Moving parameters between parts is seen too."""
+    """A parameter that moves from one part to another is detected too."""
     params["h1"]["mlp"]["c_fc"]["b"], params["ln_f"]["b"] = params["ln_f"]["b"], params["h1"]["mlp"]["c_fc"]["b"]
     found = inspection.count_parameters(CONFIG, params)
     assert found["counted"] == found["closed_form"] == CONFIG.n_params
@@ -177,7 +177,7 @@ def test_a_count_that_does_not_agree_is_said(params):
 
 @pytest.mark.parametrize("size", RELEASED)
 def test_memory_of_the_released_sizes(size):
-    """Bytes by hand: 4 or 2 a parameter; 2 · L · C · D numbers in the cache; 16 or 8 bytes a parameter to train."""
+    """By hand: 4 or 2 bytes per parameter, 2 · L · C · D numbers in the cache, 16 or 8 bytes per parameter to train."""
     config, n = gpt2_jax.SIZES[size].replace(param_dtype="float16"), RELEASED[size]
     found = strict(inspection.memory(config))
     numbers = 2 * config.n_layer * 1024 * config.n_embd
@@ -196,7 +196,7 @@ def test_memory_of_the_released_sizes(size):
 
 
 def test_the_report_on_the_embedded_model(model_dir, shakespeare, tokenizer):
-    """Every section, beside what the loader, the tokenizer and the files themselves say."""
+    """Every section is compared with the loader, the tokenizer and the files."""
     _, params = shakespeare
     found = strict(inspection.inspect(model_dir))
     assert (found["directory"], found["form"], found["size"]) == (str(model_dir), "tensorflow", None)
@@ -226,7 +226,7 @@ def test_the_report_on_the_embedded_model(model_dir, shakespeare, tokenizer):
 
 
 def test_the_shape_of_a_release_is_recognised(monkeypatch, tmp_path, params):
-    """By the hyperparameters alone: dtype and dropout do not count."""
+    """Only the hyperparameters count: dtype and dropout do not."""
     monkeypatch.setattr(inspection, "SIZES", {"tiny": CONFIG.replace(embd_pdrop=0.3)})
     gpt2_jax.save(tmp_path / "model", CONFIG, params, "orbax")
     assert inspection.inspect(tmp_path / "model")["size"] == "tiny"
@@ -234,7 +234,7 @@ def test_the_shape_of_a_release_is_recognised(monkeypatch, tmp_path, params):
 
 @pytest.mark.parametrize("form", ["huggingface", "orbax"])
 def test_a_model_of_another_form_without_a_vocabulary(tmp_path, params, form):
-    """The vocabulary's place says why there is none; order and progress are those of the tensors."""
+    """`missing` says why there is no vocabulary. Progress follows the order of the tensors."""
     gpt2_jax.save(tmp_path / "model", CONFIG, params, form)
     seen = []
 
@@ -253,7 +253,7 @@ def test_a_model_of_another_form_without_a_vocabulary(tmp_path, params, form):
 
 
 def test_a_vocabulary_that_does_not_fit_is_reported(tmp_path, params, tokenizer):
-    """The weights are still worth a look."""
+    """The weights are still reported."""
     gpt2_jax.save(tmp_path / "model", CONFIG, params, "orbax")
     tokenizer.to_files(tmp_path / "model" / "encoder.json", tmp_path / "model" / "vocab.bpe")
     found = inspection.inspect(tmp_path / "model")
@@ -262,7 +262,7 @@ def test_a_vocabulary_that_does_not_fit_is_reported(tmp_path, params, tokenizer)
 
 
 def test_values_that_are_not_finite_in_a_model(tmp_path, params):
-    """Named by the loader's warning and counted in the report, which is JSON all the same."""
+    """The loader's warning names the tensor. The report counts the values, and is still valid JSON."""
     params["h1"]["ln_2"]["g"] = params["h1"]["ln_2"]["g"].at[:2].set(jnp.nan).at[3].set(-jnp.inf)
     gpt2_jax.save(tmp_path / "model", CONFIG, params, "orbax")
     with pytest.warns(UserWarning, match="h1/ln_2/g"):

@@ -36,7 +36,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize(("form", "used", "unused"), FOLDERS.values(), ids=FOLDERS)
 def test_what_each_file_is_for(tmp_path, form, used, unused):
-    """The files that are read come first, each with its purpose; a folder's size is that of all in it."""
+    """Files that are read come first, each with its purpose. A folder's size is that of all files in it."""
     for size, name in enumerate([*used, *unused], start=7):
         path = tmp_path / name
         if name.endswith("/"):

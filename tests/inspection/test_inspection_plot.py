@@ -1,4 +1,4 @@
-"""The inspector's picture: what is drawn equals the arrays, everything is labelled, and the file is whole or absent."""
+"""The inspector's picture: it draws the values of the arrays, labels everything, and writes a whole file or none."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from gpt2_jax.inspection import plot
 
 CONFIG = tiny_models.CONFIG
 KINDS = ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
-POSITIONAL = "How alike two positions are"
+POSITIONAL = "Similarity of positions"
 
 
 @pytest.fixture
@@ -26,19 +26,19 @@ def params():
 
 
 def panel(figure, title: str):
-    """The axes whose title begins so."""
+    """Return the axes whose title begins with this text."""
     (found,) = [ax for ax in figure.axes if ax.get_title().startswith(title)]
     return found
 
 
 def line(ax, label: str) -> np.ndarray:
-    """The heights of a line, by its label in the legend."""
+    """Return the heights of the line with this label in the legend."""
     (found,) = [found for found in ax.get_lines() if found.get_label() == label]
     return np.asarray(found.get_ydata(), np.float64)
 
 
 def weights(params, kind: str) -> list[np.ndarray]:
-    """The arrays of a kind in float64, one a layer."""
+    """Return the arrays of a kind in float64, one for each layer."""
     if kind in params:
         return [np.asarray(params[kind], np.float64)]
     module, dense = kind.split("/")
@@ -50,7 +50,7 @@ def rms(array) -> float:
 
 
 def test_everything_is_labelled(params):
-    """Six panels with a title and both axes named, the colour bar too, a legend where there are several lines."""
+    """All six panels have a title and named axes. The color bar has a name, and several lines have a legend."""
     figure = plot.draw(CONFIG, params)
     assert len(figure.axes) == 6
     for ax in figure.axes:
@@ -65,7 +65,7 @@ def test_everything_is_labelled(params):
 
 @pytest.mark.parametrize("kind", [*KINDS, "wte", "wpe"])
 def test_distributions(params, kind):
-    """Shares of all values of a kind, on a log scale, an empty bin a gap; the legend gives its root mean square."""
+    """Shares of all values of a kind on a log scale. An empty bin is a gap. The legend gives the root mean square."""
     ax = panel(plot.draw(CONFIG, params), "Distribution")
     (drawn,) = [patch for patch in ax.patches if patch.get_label().startswith(f"{kind}, ")]
     values = np.concatenate([array.ravel() for array in weights(params, kind)])
@@ -77,7 +77,7 @@ def test_distributions(params, kind):
 
 
 def test_a_value_far_away_does_not_flatten_the_distributions(params):
-    """The axis ends at ten root mean squares, and the legend counts what lies outside."""
+    """The axis ends at ten root mean squares, and the legend counts the values outside."""
     params["wte"] = params["wte"].at[3, 5].set(1000).at[4, 5].set(-1000)
     ax = panel(plot.draw(CONFIG, params), "Distribution")
     wte = np.asarray(params["wte"], np.float64)
@@ -95,7 +95,7 @@ def test_sizes_by_layer(params, kind):
 
 
 def test_gains(params):
-    """The median of each norm's gain by layer, the band of 80 % about it, and ln_f after the last layer."""
+    """The median of each norm's gain by layer, the band with 80 % of the channels, and ln_f after the last layer."""
     ax = panel(plot.draw(CONFIG, params), "LayerNorm gains")
     gains = {
         norm: np.array([np.asarray(params[f"h{i}"][norm]["g"], np.float64) for i in range(CONFIG.n_layer)])
@@ -115,7 +115,7 @@ def test_gains(params):
 
 @pytest.mark.parametrize(("n_ctx", "step"), [(41, 1), (256, 1), (257, 2), (521, 3)])
 def test_similarity_of_positions(n_ctx, step):
-    """Cosines between rows, of all positions or of every so many, at the places that the axes say."""
+    """Cosines between rows of all positions, or of every n-th, at the positions that the axes show."""
     config = CONFIG.replace(n_ctx=n_ctx)
     params = tiny_models.random_params(config, 17)
     ax = panel(plot.draw(config, params), POSITIONAL)
@@ -145,7 +145,7 @@ def test_sizes_of_embedded_rows(params):
 
 
 def test_models_that_are_hard_to_draw(params, tmp_path):
-    """NaN in places, a tensor of nothing else, all zeros, one layer, bfloat16: a picture, and no warning."""
+    """Some NaN values, a tensor of only inf or NaN, all zeros, one layer, bfloat16: a picture without a warning."""
     params["wpe"] = params["wpe"].at[3].set(jnp.nan)
     params["h0"]["mlp"]["c_fc"]["w"] = jnp.full((12, 48), jnp.inf)
     params["h1"]["ln_2"]["g"] = jnp.full(12, jnp.nan)
@@ -164,7 +164,7 @@ def test_models_that_are_hard_to_draw(params, tmp_path):
 
 
 def test_a_png_worth_looking_at(params, tmp_path):
-    """Of a readable size, with more on it than its background; nothing else is left in the folder."""
+    """The picture has a readable size and is not blank. Nothing else is left in the folder."""
     plot.plot(CONFIG, params, tmp_path / "weights.PNG")
     image = matplotlib.image.imread(tmp_path / "weights.PNG", "png")
     height, width, _ = image.shape
@@ -183,7 +183,7 @@ def test_other_formats_by_extension(params, tmp_path, name, start):
 
 
 def test_a_failure_leaves_the_old_picture(params, tmp_path, monkeypatch):
-    """Half a picture is never seen under the name."""
+    """A partly written picture never has the final name."""
     path = tmp_path / "weights.png"
     path.write_bytes(b"old")
 
@@ -214,7 +214,7 @@ def test_a_place_that_is_none_is_refused(params, tmp_path):
 
 
 def test_the_users_own_figures_are_left_alone():
-    """pyplot, whose state is global and which may look for a screen, is not imported."""
+    """pyplot is not imported: its state is global, and it may need a screen."""
     code = (
         "import sys, tiny_models; from gpt2_jax.inspection import plot;"
         "plot.draw(tiny_models.CONFIG, tiny_models.random_params(tiny_models.CONFIG, 1));"

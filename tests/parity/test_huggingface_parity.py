@@ -1,4 +1,4 @@
-"""Hugging Face's own library opens what we write without a word, and we load what it writes, to the bit."""
+"""Hugging Face's library opens our exports without a warning, and we load its files bit for bit."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ODD = forward.CONFIG
 
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
-    """The library, or a skip: it comes with the `parity` extra."""
+    """Return the library, or skip: it comes with the `parity` extra."""
     reason = "needs the `parity` extra: pip install -e '.[parity]'"
     pytest.importorskip("torch", reason=reason)
     return pytest.importorskip("transformers", reason=reason)
@@ -37,7 +37,7 @@ def transformers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, shakespeare, tokenizer):
-    """One folder of exports: the embedded model with its tokenizer, and odd ones without, in each dtype."""
+    """Return a folder of exports: the embedded model with its tokenizer, and odd models without one, in each dtype."""
     folder = tmp_path_factory.mktemp("exports")
     gpt2_jax.save(folder / "shakespeare", *shakespeare, format="huggingface", tokenizer=tokenizer)
     for dtype in DTYPES:
@@ -86,7 +86,7 @@ OPEN = """
 
 
 def test_it_opens_our_export_without_a_word(transformers, exports):
-    """No warning, no log record, nothing on standard error, no key missing, unexpected or misshaped."""
+    """There is no warning, no log record, no output on standard error, and no missing, unexpected or misshaped key."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(OPEN), *map(str, sorted(exports.iterdir()))],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
@@ -152,7 +152,7 @@ def both_tokenizers(request, transformers, exports):
 
 @given(st.lists(st.sampled_from(vocabularies.SNIPPETS) | st.text(max_size=7), max_size=23).map("".join))
 def test_its_tokenizer_gives_our_ids(both_tokenizers, text):
-    """`<|endoftext|>` in a text is the special id there, as with our allow_special."""
+    """There, `<|endoftext|>` in a text is the special id, as with our allow_special."""
     ours, theirs = both_tokenizers
     text = text.encode("utf-8", "replace").decode()
     ids = theirs(text)["input_ids"]
@@ -201,7 +201,7 @@ def test_what_it_saves_loads_with_us(transformers, tmp_path, kind, dtype, max_sh
 
 @pytest.mark.parametrize("name", ["shakespeare", "real"])
 def test_the_tokenizer_it_saves_loads_with_us(transformers, exports, tmp_path, name):
-    """Byte for byte the same vocabulary, whichever of its files it chose to write."""
+    """The vocabulary is the same byte for byte, whichever vocabulary files the library writes."""
     transformers.AutoTokenizer.from_pretrained(exports / name).save_pretrained(tmp_path)
     transformers.AutoConfig.from_pretrained(exports / name).save_pretrained(tmp_path)
     ours, again = gpt2_jax.load_tokenizer(exports / name), gpt2_jax.load_tokenizer(tmp_path)
@@ -234,7 +234,7 @@ def test_logits_of_what_it_saves_are_ours(transformers, tmp_path):
 
 @pytest.mark.parametrize("folder", ["plain", 'it\'s a "folder" $HOME'])
 def test_the_line_that_converts_pickles_does(transformers, tmp_path, folder):
-    """The command in the refusal is run as a user pastes it; then the directory loads, to the bit."""
+    """The command in the error message is run as a user pastes it. Then the directory loads bit for bit."""
     import torch
 
     directory = tmp_path / folder

@@ -1,7 +1,7 @@
-"""Against Hugging Face torch, op by op, layer by layer, logits and gradients, in float32 and in float64.
+"""Comparison with Hugging Face torch: ops, layers, logits and gradients, in float32 and float64.
 
-In float64 the two differ by rounding in the sixteenth digit, so anything seen there is a bug; in float32 the bounds
-say how much of float32's rounding the real program has.
+In float64 the two differ only by rounding in the sixteenth digit, so any larger difference is a bug. In float32 the
+bounds show how much float32 rounding the real program has.
 """
 
 import functools
@@ -50,7 +50,7 @@ class Pair(NamedTuple):
         return np.random.default_rng(17).standard_normal(shape).astype(self.config.param_dtype)
 
     def masks(self, length):
-        """The causal mask as each side wants it: ours [1, T, S], theirs [1, 1, T, S] to be added to the scores."""
+        """Return the causal mask for each side: ours [1, T, S], theirs [1, 1, T, S], which is added to the scores."""
         mask_BTS = np.tri(length, dtype=bool)[None]
         theirs = np.where(mask_BTS[:, None], 0.0, -1e10).astype(self.config.param_dtype)
         return jnp.asarray(mask_BTS), self.tensor(theirs)
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module")
 def torch():
-    """Torch, or a skip: both packages come with the `parity` extra."""
+    """Return torch, or skip: both packages come with the `parity` extra."""
     reason = "needs the `parity` extra: pip install -e '.[parity]'"
     pytest.importorskip("transformers", reason=reason)
     return pytest.importorskip("torch", reason=reason)
@@ -72,7 +72,7 @@ def dtype(request):
 
 @pytest.fixture(params=["odd", "embedded"])
 def pair(request, dtype, torch, shakespeare, reference):
-    """Random weights at odd sizes and the trained ones, each in both dtypes."""
+    """Return random weights at odd sizes and the trained weights, each in both dtypes."""
     if request.param == "embedded":
         shape, weights = shakespeare
         tokens_BT = reference["tokens"]
@@ -99,7 +99,7 @@ def test_layer_norm(pair):
 
 
 def test_layer_norm_where_epsilon_rules(pair):
-    """At a variance near epsilon, 1e-6 for 1e-5 would double the result."""
+    """At a variance near epsilon, an epsilon of 1e-6 instead of 1e-5 would double the result."""
     x_BTD = 1e-3 * pair.stream(2, 7, pair.config.n_embd)
     ours = LayerNorm(pair.config).apply({"params": pair.params["ln_f"]}, x_BTD)
     pair.check(ours, pair.hf.transformer.ln_f(pair.tensor(x_BTD)))
@@ -107,7 +107,7 @@ def test_layer_norm_where_epsilon_rules(pair):
 
 @pytest.mark.parametrize("part", ["attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"])
 def test_conv1d(pair, part):
-    """Orientation and bias, the square attn/c_proj included."""
+    """Orientation and bias are right, also for the square attn/c_proj."""
     module, name = part.split("/")
     ours = pair.params["h0"][module][name]
     x_BTD = pair.stream(2, 7, ours["w"].shape[0])
@@ -117,7 +117,7 @@ def test_conv1d(pair, part):
 
 
 def test_gelu_new(pair):
-    """The activation alone, seen through an MLP whose dense layers are identities."""
+    """Only the activation function: the MLP's dense layers are identities."""
     width = pair.config.n_embd
     eye_DF = np.eye(width, 4 * width, dtype=pair.config.param_dtype)
     params = {
@@ -172,7 +172,7 @@ def test_layer_by_layer(pair):
     ours = [captured[f"h{layer}"]["__call__"][0][0] for layer in range(pair.config.n_layer - 1)]
     ours.append(captured["ln_f"]["__call__"][0])
     theirs = pair.hf(pair.tensor(pair.tokens_BT).long(), output_hidden_states=True).hidden_states
-    for ours_BTD, theirs_BTD in zip(ours, theirs[1:], strict=True):  # theirs replaces the last block's by ln_f's
+    for ours_BTD, theirs_BTD in zip(ours, theirs[1:], strict=True):  # theirs has ln_f's output for the last block
         pair.check(ours_BTD, theirs_BTD)
 
 

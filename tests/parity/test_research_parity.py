@@ -1,6 +1,6 @@
-"""Every activation, and edits of some, are those of TransformerLens on the same weights, none of them processed.
+"""Every activation, and edits of some, equal those of TransformerLens on the same unprocessed weights.
 
-Its bridge wraps Hugging Face's own torch modules, here with compatibility mode off.
+Its bridge wraps Hugging Face's torch modules. Compatibility mode is off here.
 """
 
 import jax
@@ -43,7 +43,7 @@ HOOKS = {
 
 
 def hook_of(name):
-    """TransformerLens's name of an activation: all have the axes of ours."""
+    """Return TransformerLens's name of an activation. All have the same axes as ours."""
     if name.startswith("h"):
         block, rest = name.split("/", 1)
         return f"blocks.{block[1:]}.{HOOKS[rest]}"
@@ -52,7 +52,7 @@ def hook_of(name):
 
 @pytest.fixture(scope="module", params=["embedded", "odd", "float64"])
 def pair(request, shakespeare):
-    """Our config and params, their bridge, tokens, and the bound: trained weights, and random ones of odd sizes."""
+    """Return our config and params, their bridge, tokens and the bound, for trained and for odd random weights."""
     with jax.enable_x64(request.param == "float64"):
         config, params = shakespeare
         if request.param != "embedded":
@@ -77,7 +77,7 @@ def test_every_activation_is_its_tensor_of_the_same_meaning(pair):
     for name in naive.names(config.n_layer):
         tensor = theirs[hook_of(name)].numpy()
         if name.endswith("scores"):
-            # Where a token may not look, they have the smallest number of the dtype or -inf, we the original's -1e10.
+            # Masked scores are the dtype's smallest number or -inf in theirs, and the original's -1e10 in ours.
             hidden = np.broadcast_to(~np.tri(tokens_BT.shape[1], dtype=bool), tensor.shape)
             assert (tensor[hidden] < -1e30).all()
             tensor = np.where(hidden, -1e10, tensor)
@@ -86,7 +86,7 @@ def test_every_activation_is_its_tensor_of_the_same_meaning(pair):
 
 
 def test_edits_are_what_its_hooks_do(pair):
-    """A head scaled, a stream added to, neurons and a pattern put in, each at some places: in one pass of both."""
+    """In one pass of both: scale a head, add to a stream, replace neurons and a pattern, each at some positions."""
     config, params, bridge, tokens_BT, bound = pair
     rng, length = np.random.default_rng(5), tokens_BT.shape[1]
     value_D, value_F = rng.normal(0, 1, config.n_embd), rng.normal(0, 1, 4 * config.n_embd)

@@ -1,4 +1,4 @@
-"""Grids of patches against transformer_lens.patching, which runs the whole model for each patch, on one model."""
+"""Grids of patches are compared with transformer_lens.patching, which runs the whole model for each patch."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ BOUND = 4e-6  # of a grid's largest value; measured: 2.2e-7 in the toy, 8.7e-7 i
 
 
 class Pair(NamedTuple):
-    """A model here and there, two runs, and the tokens whose logits are compared at the last place of each row."""
+    """A model in both libraries, two runs, and the tokens whose logits are compared at the last position."""
 
     config: Any
     params: Any
@@ -28,14 +28,14 @@ class Pair(NamedTuple):
     wrong: np.ndarray
 
     def metric(self, logits_BTV):
-        """The logit difference, in torch."""
+        """Compute the logit difference in torch."""
         rows = np.arange(len(logits_BTV))
         return (logits_BTV[rows, -1, self.answer] - logits_BTV[rows, -1, self.wrong]).mean()
 
 
 @pytest.fixture(scope="module")
 def induction():
-    """The induction toy over text that repeats: in one row another token asks, in the other another one answers."""
+    """Return the induction toy with repeating texts. The runs differ in one row's last token, in the other's answer."""
     config, params = induction_toy()
     source_BT = np.array([[3, 7, 11, 5, 2, 7], [4, 9, 1, 13, 6, 9]])
     tokens_BT = np.array([[3, 7, 11, 5, 2, 5], [4, 9, 8, 13, 6, 9]])
@@ -45,7 +45,7 @@ def induction():
 
 @pytest.fixture(scope="module")
 def random():
-    """A model in which everything matters a little."""
+    """Return a model in which every part has some effect."""
     config = tiny_models.CONFIG
     params = tiny_models.random_params(config, 3)
     runs = np.random.default_rng(5).integers(0, config.n_vocab, (2, 2, 7))

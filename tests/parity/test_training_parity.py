@@ -1,7 +1,7 @@
-"""Training steps against torch's own: GPT2LMHeadModel and torch.optim from the same weights, on the same batches.
+"""Training steps compared with torch: GPT2LMHeadModel and torch.optim from the same weights, on the same batches.
 
-In float64 what is not rounding is a bug. In float32 Adam divides a gradient by its own size: where that is nearly
-nothing, its noise becomes a whole step, so the bound is a fraction of the learning rate.
+In float64 any difference larger than rounding is a bug. In float32 Adam divides a gradient by its own size. If that is
+almost 0, its noise becomes a whole step. So the bound is a fraction of the learning rate.
 """
 
 import checkpoint_forms as forms
@@ -22,7 +22,7 @@ N_STEPS = 10
 
 @pytest.fixture(scope="module")
 def torch():
-    """Torch, or a skip: both packages come with the `parity` extra."""
+    """Return torch, or skip: both packages come with the `parity` extra."""
     reason = "needs the `parity` extra: pip install -e '.[parity]'"
     pytest.importorskip("transformers", reason=reason)
     return pytest.importorskip("torch", reason=reason)
@@ -58,7 +58,7 @@ class Peer:
                 self.weights[name].copy_(torch.tensor(array))
 
     def backward(self, batch) -> float:
-        """Leave in every parameter the gradient of the mean loss of the targets that count."""
+        """Compute in every parameter the gradient of the mean loss over the targets that count."""
         tokens, targets = (self.torch.tensor(leaf).flatten(0, 1).long() for leaf in (batch.tokens, batch.targets))
         weights = self.torch.tensor(batch.weights).flatten()
         self.model.zero_grad()
@@ -69,9 +69,9 @@ class Peer:
         return loss.item()
 
     def clip(self, most: float) -> float:
-        """Scale the gradients to a norm of at most `most`, and return what it was.
+        """Scale the gradients to a norm of at most `most`, and return the norm before.
 
-        As torch's clip_grad_norm_, but without the 1e-6 that it adds to the norm.
+        It does what torch's clip_grad_norm_ does, without the 1e-6 that that adds to the norm.
         """
         gradients = [weight.grad for weight in self.weights.values()]
         norm = self.torch.sqrt(sum((g**2).sum() for g in gradients)).item()
@@ -81,14 +81,14 @@ class Peer:
         return norm
 
     def adamw(self, o):
-        """Torch's AdamW with decay on matrices only."""
+        """Return torch's AdamW with decay on matrices only."""
         matrices = [weight for weight in self.weights.values() if weight.ndim == 2]
         vectors = [weight for weight in self.weights.values() if weight.ndim == 1]
         groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         return self.torch.optim.AdamW(groups, lr=o.learning_rate, betas=o.betas, eps=o.epsilon)
 
     def run(self, optimizer, batches, rates, clip=0.0):
-        """Take a step a batch; return flat weights, losses and norms."""
+        """Take one step for each batch. Return flat weights, losses and norms."""
         losses, norms = [], []
         for batch, rate in zip(batches, rates, strict=True):
             losses.append(self.backward(batch))
@@ -100,7 +100,7 @@ class Peer:
 
 
 def test_the_loss_and_every_gradient(torch, dtype):
-    """The gradient is what SGD takes off: at a rate of 2 ** 20, what is left of the weights is less than rounding."""
+    """SGD subtracts the gradient. At a learning rate of 2 ** 20, the old weights are smaller than the rounding."""
     rate = 2.0**20
     recipe = ts.recipe(
         compute_dtype=dtype, optimizer={"name": "sgd", "learning_rate": rate, "momentum": 0.0, "clip": 0.0}
@@ -134,11 +134,11 @@ def test_one_step_of_adamw_in_float64(torch, x64):
     ours, theirs, before = one_step(torch, "float64")
     assert ts.furthest(ours, before) > 0.9 * ADAMW["learning_rate"]
     assert ts.furthest(ours, theirs) <= 1e-9
-    assert ts.furthest(ours, theirs, but=ts.KEY_BIAS) <= 1e-12  # there epsilon is all that a gradient of 1e-17 meets
+    assert ts.furthest(ours, theirs, but=ts.KEY_BIAS) <= 1e-12  # its gradient is 1e-17, below epsilon
 
 
 def test_one_step_of_adamw_in_float32(torch):
-    """But for the key bias, whose gradient is noise alone: that differs by two whole steps at most."""
+    """Only the key bias, whose gradient is only noise, may differ by up to two whole steps."""
     rate = ADAMW["learning_rate"]
     ours, theirs, before = one_step(torch, "float32")
     ours, theirs = ({name: leaf.copy() for name, leaf in side.items()} for side in (ours, theirs))
@@ -152,7 +152,7 @@ def test_one_step_of_adamw_in_float32(torch):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_ten_steps_of_adamw_in_float64(torch, x64, accumulate):
-    """With warm-up, cosine, clipping of some of the steps, decay, masked targets, and in parts."""
+    """With warm-up, cosine, clipping of some steps, decay, masked targets, and gradient accumulation."""
     recipe = ts.recipe(
         compute_dtype="float64",
         accumulate=accumulate,

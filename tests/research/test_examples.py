@@ -91,7 +91,7 @@ def test_tied_head(run, tokenizer):
     n_read = len(set(tokenizer.encode(text)[:-1]))
     assert re.search(rf"embedding +│ [\d.]+ +│ {n_read} of 1,281", printed)
     assert printed.count("1,281 of 1,281") == 2
-    assert numbers(printed, r"add up to it: (\S+) of")[0] < 1e-5
+    assert numbers(printed, r"gradients add up to it: (\S+) of")[0] < 1e-5
 
 
 def test_temperature_sweep(run):

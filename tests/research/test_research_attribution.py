@@ -1,4 +1,4 @@
-"""Direct logit attribution: the parts sum to the logits, and each is what its definition says, computed in NumPy."""
+"""Direct logit attribution: the parts sum to the logits, and each equals its definition, computed in NumPy."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ AGAINST = np.array([11, 12, 13])
 
 
 def summed(found):
-    """The parts added up, all in one order and in float64."""
+    """Return the sum of all parts, in float64."""
     return np.asarray(found.flat()[1], np.float64).sum(0)
 
 
@@ -37,7 +37,7 @@ def test_the_parts_sum_to_the_logits(params, by):
     logits = chosen(out.logits, ANSWERS)
     assert relative_error(summed(found), logits) < 1e-6  # measured: 1e-7
     assert relative_error(np.asarray(found.logits), logits) < 1e-6
-    with jax.enable_x64(True):  # rounding gone: what is left is a bug
+    with jax.enable_x64(True):  # without rounding: any difference is a bug
         wide = numpy_reference.as_float64(params)
         out = numpy_reference.forward(wide, TOKENS, CONFIG.n_head)
         found = logit_attribution(DOUBLE, wide, TOKENS, answers=ANSWERS, against=AGAINST, positions=PLACES, by=by)
@@ -47,7 +47,7 @@ def test_the_parts_sum_to_the_logits(params, by):
 
 
 def chosen(logits, ids):
-    """The logits of some ids [B, P] at PLACES, in float64."""
+    """Return the logits of some ids [B, P] at PLACES, in float64."""
     return np.take_along_axis(np.asarray(logits, np.float64)[:, PLACES], ids[..., None], -1)[..., 0]
 
 
@@ -60,7 +60,7 @@ def test_in_bfloat16_they_sum_up_to_its_rounding(params):
 
 @pytest.mark.parametrize("by", DIVISIONS)
 def test_each_part_is_what_its_label_says(params, by):
-    """The part of a label, taken from the captured activations and the weights by name, through a frozen ln_f."""
+    """The expected part is computed from the captured activations and the weights, with ln_f's scale held."""
     found = logit_attribution(CONFIG, params, TOKENS, answers=ANSWERS, positions=PLACES, by=by)
     labels, values = found.flat()
     _, captured = forward(CONFIG, params, TOKENS, capture="embed|/z|/post|/out|ln_f/scale")
@@ -80,7 +80,7 @@ def test_each_part_is_what_its_label_says(params, by):
 
 
 def part_of(label, captured, params):
-    """What a label's part adds to the stream, [B, P, D] or [D]."""
+    """Return what a label's part adds to the stream, [B, P, D] or [D]."""
     if label in captured:
         return captured[label]
     layer, room, activation, unit = re.fullmatch(r"(h\d)/(attn|mlp)/(z|post|c_proj)/(\w+)", label).groups()
@@ -108,7 +108,7 @@ def test_the_parts_of_the_stream_sum_to_it(params, layer):
 
 @pytest.mark.parametrize("where", ["left", "right", "holes"])
 def test_places_leave_padding_out(params, where):
-    """A place is a token's number in its row; one that the row has not gives NaN."""
+    """A position is a token's number in its row, without padding. One that the row does not have gives NaN."""
     mask, asked = padding_masks(17)[where], np.array([0, 7, 15])
     padded = np.where(mask, TOKENS, 0)
     logits = numpy_reference.forward(params, padded, CONFIG.n_head, mask)
@@ -148,7 +148,7 @@ def test_the_head_that_copies_gets_the_credit():
     labels, values = found.flat()
     layer, head = INDUCTION
     assert labels[int(np.argmax(values[:, 0, 0]))] == f"h{layer}/attn/z/{head}"
-    assert found.parts["attn/z"][INDUCTION][0, 0] > 0.9 * np.abs(values).sum() / 2  # it takes away what embed gives
+    assert found.parts["attn/z"][INDUCTION][0, 0] > 0.9 * np.abs(values).sum() / 2  # embed's part is negative
 
 
 def test_it_works_inside_other_programs(params):
@@ -174,10 +174,10 @@ def test_it_works_inside_other_programs(params):
         ({"positions": [1, 2], "answers": [1, 2, 3]}, r"must broadcast to \[B, P\], with B = 3"),
         ({"answers": np.ones((2, 1), int)}, r"answers \[2, 1\] must broadcast"),
         ({"answers": np.ones((2, 3, 1), int)}, r"answers \[2, 3, 1\] must broadcast"),
-        ({"edits": edits.add("h1/resid_mid", 1.0)}, "with h1/resid_mid edited the parts do not add up"),
-        ({"edits": edits.add("ln_f/scale", 1.0)}, "with ln_f/scale edited"),
-        ({"edits": edits.add("h0/attn/out", 1.0), "by": "head"}, "with h0/attn/out edited"),
-        ({"edits": edits.add("h0/mlp/out", 1.0), "by": "neuron"}, "with h0/mlp/out edited"),
+        ({"edits": edits.add("h1/resid_mid", 1.0)}, "the parts do not add up if h1/resid_mid is edited"),
+        ({"edits": edits.add("ln_f/scale", 1.0)}, "if ln_f/scale is edited"),
+        ({"edits": edits.add("h0/attn/out", 1.0), "by": "head"}, "if h0/attn/out is edited"),
+        ({"edits": edits.add("h0/mlp/out", 1.0), "by": "neuron"}, "if h0/mlp/out is edited"),
     ],
 )
 def test_bad_arguments_are_refused(params, change, told):
@@ -188,5 +188,5 @@ def test_bad_arguments_are_refused(params, change, told):
 def test_parts_of_a_layer_that_is_not_there_are_refused(params):
     with pytest.raises(ValueError, match="layer must be a whole number, from 0 to 3, not 4"):
         attribution.residual_parts(CONFIG, params, TOKENS, layer=4)
-    with pytest.raises(ValueError, match="with h0/resid_post edited"):
+    with pytest.raises(ValueError, match="if h0/resid_post is edited"):
         attribution.residual_parts(CONFIG, params, TOKENS, edits=edits.add("h0/resid_post", 1.0))

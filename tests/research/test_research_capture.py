@@ -1,4 +1,4 @@
-"""Activations on request: the right ones, of the right values, and nothing more than was asked for."""
+"""Captured activations: the requested ones, with the right values, and no others."""
 
 import functools
 import itertools
@@ -49,7 +49,7 @@ def long(params):
 
 
 def test_every_activation_has_its_name_place_and_shape(short):
-    """In the order in which they are computed, spelled out here once more."""
+    """The names are in the order of computation, and the axes are written out here again."""
     _, _, seen = short
     assert list(seen) == NAMES == research.activation_names(CONFIG)
     assert type(seen) is dict
@@ -78,7 +78,7 @@ def test_every_activation_has_its_name_place_and_shape(short):
     ],
 )
 def test_names_are_chosen_by_regular_expressions(params, patterns, expected):
-    """Found anywhere in a name, each once."""
+    """A pattern may match anywhere in a name. Each name is returned once."""
     tokens_BT = np.zeros((1, 3), int)
     found = jax.eval_shape(lambda: research.forward(CONFIG, params, tokens_BT, capture=patterns)[1])
     assert set(found) == expected
@@ -111,7 +111,7 @@ def test_every_activation_is_numpys(params, short):
 
 
 def test_every_activation_of_a_long_text_is_numpys(params, long):
-    """Attention goes block by block beyond 128 tokens; scores and patterns are whole all the same."""
+    """Attention is computed in blocks beyond 128 tokens, but captured scores and patterns are whole."""
     naive.assert_agrees(long[1:], params, long[0], bound=BOUND)
 
 
@@ -127,7 +127,7 @@ def test_scores_and_patterns_just_beyond_one_block(params):
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_a_padded_row_has_the_activations_of_the_row_alone(params, side):
-    """Wherever the padding is, and whatever ids it holds; scores and patterns between real tokens."""
+    """Padding may be anywhere and hold any id. Scores and patterns are compared between real tokens."""
     tokens_BT, mask_BT = some_tokens(CONFIG, 3, 19), padding_masks(19)[side]
     out, seen = everything(CONFIG, params, jnp.where(mask_BT, tokens_BT, -1), mask_BT)
     assert list(seen) == NAMES
@@ -146,11 +146,11 @@ def test_a_padded_row_has_the_activations_of_the_row_alone(params, side):
 
 
 def test_no_weight_is_folded_centred_or_renamed(params, short):
-    """The rows of wte and wpe are there to the bit, and params are untouched."""
+    """embed and pos_embed are bit-identical to rows of wte and wpe, and params do not change."""
     tokens_BT, _, seen = short
     assert np.array_equal(seen["embed"], params["wte"][tokens_BT])
     assert np.array_equal(seen["pos_embed"], np.broadcast_to(params["wpe"][:7], (3, 7, 15)))
-    assert np.abs(seen["h1/resid_post"].mean(-1)).max() > 0.01  # centred weights would write nothing here
+    assert np.abs(seen["h1/resid_post"].mean(-1)).max() > 0.01  # with centered weights the mean would be 0
     fresh = naive.weights()
     assert jax.tree.structure(params) == jax.tree.structure(fresh)
     assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (params, fresh)), strict=True))
@@ -158,7 +158,7 @@ def test_no_weight_is_folded_centred_or_renamed(params, short):
 
 @pytest.mark.parametrize("case", ["short", "long"])
 def test_activations_follow_from_one_another(request, params, case):
-    """Each from those before it, in float64: what is captured is what the model goes on with."""
+    """Each captured activation follows from those before it, in float64: the model computes with what it returns."""
     tokens_BT, out, seen = request.getfixturevalue(case)
     x = {name: np.asarray(value, np.float64) for name, value in seen.items()}
     weights = numpy_reference.as_float64(params)
@@ -202,7 +202,7 @@ def test_activations_follow_from_one_another(request, params, case):
 
 
 def test_step_by_step_is_the_whole(params):
-    """A left-padded batch, a few tokens and then one at a time: keys and values once, scores over the slots so far."""
+    """A left-padded batch, first a few tokens and then one at a time. Scores cover all cache slots so far."""
     n_slots, chunks = 13, [5, 1, 1, 3, 1]
     tokens_BT = some_tokens(CONFIG, 3, sum(chunks), seed=5)
     mask_BT = np.arange(sum(chunks)) >= np.array([0, 3, 4])[:, None]
@@ -219,7 +219,7 @@ def test_step_by_step_is_the_whole(params):
                 visible_BTS = np.tri(stop, dtype=bool)[span] & mask_BT[:, None, :stop]
                 expected = np.full(ours.shape, -1e10 if name.endswith("scores") else 0.0)
                 np.copyto(expected[..., :stop], theirs[:, :, span, :stop], where=visible_BTS[:, None])
-                queries = mask_BT[:, None, span, None]  # what padding looks at has no meaning
+                queries = mask_BT[:, None, span, None]  # a padding query has no meaning
                 ours, theirs = np.where(queries, ours, 0), np.where(queries, expected, 0)
             else:
                 ours, theirs = (
@@ -241,7 +241,7 @@ def _dtypes(config, params):
 
 
 def test_dtypes_are_as_documented(params):
-    """float32 at least for scale, normalized, scores and pattern; the embeddings' own; `compute_dtype`."""
+    """Embeddings have `param_dtype`. scale, normalized, scores, pattern: at least float32. Others: `compute_dtype`."""
     wide = ("scale", "normalized", "scores", "pattern", "embed")
     found = _dtypes(CONFIG.replace(compute_dtype="bfloat16"), params)
     assert found == {name: "float32" if name.endswith(wide) else "bfloat16" for name in NAMES}
@@ -249,7 +249,7 @@ def test_dtypes_are_as_documented(params):
 
 
 def test_bfloat16_is_near_float32(params, short):
-    """Each activation within a few roundings of 2**-8."""
+    """Each activation is within a few roundings of 2**-8."""
     tokens_BT, _, exact = short
     _, seen = everything(CONFIG.replace(compute_dtype="bfloat16"), params, tokens_BT)
     errors = {name: naive.error(seen[name], exact[name]) for name in NAMES}

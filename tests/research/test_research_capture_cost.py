@@ -1,4 +1,4 @@
-"""What capturing costs: nothing where nothing is asked for, and one tensor for one name."""
+"""What capturing costs: nothing without capture, and one tensor for one name."""
 
 import collections
 import functools
@@ -34,7 +34,7 @@ def plain(config, params, tokens_BT, mask_BT=None):
 
 
 def compiled(params, length, capture=None):
-    """The program of logits and captured activations; of a plain model where `capture` is None."""
+    """Compile a program of logits and captured activations. It is the plain model's if `capture` is None."""
 
     def run(params, tokens_BT):
         if capture is None:
@@ -46,13 +46,13 @@ def compiled(params, length, capture=None):
 
 
 def operations(program):
-    """How often each operation gives each shape in a compiled program."""
+    """Count the operations of a compiled program by name and result shape."""
     return collections.Counter(re.findall(r" = (\S+ [\w-]+)\(", program.as_text()))
 
 
 @pytest.mark.parametrize("length", [7, LONG])
 def test_capturing_nothing_costs_nothing(params, length):
-    """The compiled program has the operations of the plain model's, its cost and its memory."""
+    """The compiled program has the same operations, cost and memory as the plain model's."""
     ours, bare = compiled(params, length, capture=()), compiled(params, length)
     assert operations(ours) == operations(bare)
     assert ours.cost_analysis() == bare.cost_analysis()
@@ -66,7 +66,7 @@ def bare(params):
 
 @pytest.mark.parametrize("name", ["h1/resid_mid", "h0/attn/z", "h0/ln_1/scale", "h0/mlp/post", "h0/attn/pattern"])
 def test_capturing_one_adds_no_other_tensor(params, bare, name):
-    """One output more, of its bytes (and pointers to both), and no more room for what comes and goes."""
+    """There is one more output of its size (and two pointers), and no more temporary memory."""
     ours = compiled(params, LONG, capture=f"^{name}$")
     size = 4 * np.prod(naive.shape_of(name, 2, LONG))
     room, bare_room = ours.memory_analysis(), bare.memory_analysis()
@@ -78,11 +78,11 @@ def test_capturing_one_adds_no_other_tensor(params, bare, name):
 
 
 def test_capturing_a_pattern_opens_no_other_layers_attention(params, bare):
-    """The other goes on over blocks, without most of what is masked."""
+    """The other layer's attention is still computed in blocks, which skip most masked scores."""
     whole, ours = f"f32[2,3,{LONG},{LONG}]", compiled(params, LONG, capture="h0/attn/pattern")
     assert whole not in bare.as_text()
     assert whole in ours.as_text()
-    # Measured: 5.0 operations more for each number of the pattern; where the plain model's is open too, 1.0.
+    # Measured: 5.0 more operations for each number of the pattern, or 1.0 if the plain model computes it whole too.
     assert ours.cost_analysis()["flops"] - bare.cost_analysis()["flops"] > 3 * 2 * 3 * LONG * LONG
     lines = [line for line in ours.as_text().splitlines() if "h1/attn" in line]
     assert lines
@@ -91,7 +91,7 @@ def test_capturing_a_pattern_opens_no_other_layers_attention(params, bare):
 
 @pytest.mark.parametrize("length", [7, LONG])
 def test_logits_are_the_plain_models_to_the_bit(params, length):
-    """Whether nothing or everything is captured."""
+    """This holds if nothing is captured and if everything is."""
     tokens_BT = some_tokens(CONFIG, 2, length, seed=3)
     expected = np.asarray(plain(CONFIG, params, tokens_BT))
     bare, seen = research.forward(CONFIG, params, tokens_BT)
@@ -106,7 +106,7 @@ def test_logits_are_the_plain_models_to_the_bit(params, length):
 
 
 def test_under_jit_vmap_and_grad(params):
-    """Captured inside other programs: of one row at a time, and differentiated with respect to params."""
+    """Capture works inside other programs: for one row at a time, and differentiated with respect to params."""
     _, seen = naive.forward(CONFIG, params, TOKENS)
 
     @jax.jit
@@ -133,7 +133,7 @@ def test_under_jit_vmap_and_grad(params):
 
 
 def test_taps_may_be_any_functions(params):
-    """What `apply` takes: each gets the activation and the tokens' places in the window, and gives what goes on."""
+    """`apply` takes any function of an activation and the tokens' positions that returns the new activation."""
     mask_BT, places = np.arange(7) >= np.array([0, 2, 5])[:, None], []
 
     def square(post_BTF, position_BT):

@@ -1,4 +1,4 @@
-"""Circuits in factors: against the dense matrices in NumPy, and against what the heads of a forward pass do."""
+"""Circuits as factors are compared with the dense matrices in NumPy and with the heads of a forward pass."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ COMPOSED = {"q": lambda ov, qk, _: ov @ qk, "k": lambda ov, qk, _: ov @ qk.T, "v
 
 
 def dense(params, layer, head):
-    """OV and QK [D, D] in float64, sliced out of the fused matrices."""
+    """Return OV and QK, [D, D] in float64, from slices of the fused matrices."""
     attn = numpy_reference.as_float64(params)[f"h{layer}"]["attn"]
     columns = slice(7 * head, 7 * head + 7)
     q, k, v = (attn["c_attn"]["w"][:, 21 * i : 21 * i + 21][:, columns] for i in range(3))
@@ -39,14 +39,14 @@ def test_both_circuits_are_the_dense_products(params, layer, head):
         assert circuit.right.shape == (7, 21)
         assert differ(circuit.dense(), matrix) < 2e-6  # measured: 2e-7
         assert differ(circuit.norm(), np.linalg.norm(matrix)) < 2e-6
-        # What else could be meant is far away: the transposed matrix, the other circuit, another head.
+        # Likely mistakes give very different results: the transposed matrix, the other circuit, another head.
         others = [matrix.T, *dense(params, layer, (head + 1) % 3), *dense(params, (layer + 1) % 3, head)]
         assert all(differ(circuit.dense(), other) > 0.5 for other in others)
     assert differ(ours[0].dense(), qk) > 0.5
 
 
 def test_they_are_what_a_forward_pass_computes(params):
-    """Scores are x @ QK @ y / sqrt(H), and what is added is pattern @ x @ OV of all heads, without biases."""
+    """Scores are x @ QK @ y / sqrt(H), and the output is the sum over heads of pattern @ x @ OV, without biases."""
     params = jax.tree.map(np.array, params)
     for layer in range(3):
         for part in ("c_attn", "c_proj"):
@@ -69,7 +69,7 @@ def test_the_svd_is_that_of_the_dense_matrix(params):
     assert differ(u * s @ v, ov) < 2e-6  # measured: 5e-7
     for vectors in (u.T, v):
         np.testing.assert_allclose(vectors @ vectors.T, np.eye(7), rtol=0, atol=2e-6)  # measured: 6e-7
-    assert differ(v.T * s @ u.T, ov) > 0.5  # what is read and what is written are not each other
+    assert differ(v.T * s @ u.T, ov) > 0.5  # the directions that are read and written differ
 
 
 def test_many_matrices_are_taken_at_once(params):
@@ -99,7 +99,7 @@ def test_the_kinds_of_composition_are_not_each_other(params):
 
 
 def test_the_toys_heads_are_composed_through_keys_and_values():
-    """The induction head reads the token before from the previous-token head: to find a place, and what not to add."""
+    """The induction head reads the previous-token head's output: in its keys, and in its values."""
     config, params = induction_toy()
     for kind, composed in (("q", False), ("k", True), ("v", True)):
         found = np.array(circuits.composition_scores(config, params, kind))
@@ -121,7 +121,7 @@ def test_copying_scores_are_from_the_eigenvalues_of_the_whole_circuit(params, ln
 
 
 def through_ln_f(params):
-    """What ln_f with its scale held does on the way to each logit, written as a matrix of its own."""
+    """Return the effect of ln_f, with its scale held, on each logit, written as a matrix."""
     centre = np.eye(21) - 1 / 21
     return params["wte"] @ np.diag(params["ln_f"]["g"]) @ centre
 
@@ -160,7 +160,7 @@ def test_they_work_inside_other_programs(params):
         (lambda p: circuits.composition_scores(CONFIG, p, "o"), "kind must be one of q, k, v, not 'o'"),
         (
             lambda p: circuits.top_tokens(CONFIG, p, np.ones(20), 3),
-            r"vectors must be \[..., 21\], as n_embd, not \[20\]",
+            r"vectors must have the shape \[..., 21\] \(n_embd\), not \[20\]",
         ),
         (lambda p: circuits.top_tokens(CONFIG, p, np.ones(21), 54), "k must be a whole number, from 1 to 53, not 54"),
     ],

@@ -1,4 +1,4 @@
-"""Edits of activations: what they should give, written out in NumPy; and nothing where they should not hold."""
+"""Edits of activations: they give what NumPy computes, and change nothing where they do not apply."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def assert_like_numpy(params, ours, edits, tokens_BT=TOKENS, mask_BT=None):
 
 # --- one program that holds an edit of every kind of every activation, in every form --------------------------------
 
-# Each holds nowhere but where a test says: so one compilation serves all, which is itself what edits promise.
+# Each edit applies only where a test says. So all tests share one compilation, as edits promise.
 FORMS = [("list", "list", "full"), ("slice", "int", "last"), ("int", "none", "number"), ("list", "none", "last")]
 SLOTS = [(name, kind, *FORMS[(i + j) % 4]) for i, name in enumerate(NAMES) for j, kind in enumerate(KINDS)]
 
@@ -41,15 +41,15 @@ SLOTS = [(name, kind, *FORMS[(i + j) % 4]) for i, name in enumerate(NAMES) for j
 def value_of(slot, seed):
     name, kind, _, _, form = slot
     if kind == "replace" and form == "number":
-        form = "last"  # of a stream that is one number, LayerNorm makes rounding large
+        form = "last"  # LayerNorm of a constant stream amplifies rounding
     rng, shape = np.random.default_rng(seed), naive.shape_of(name, 3, LENGTH)
     shape = {"full": shape, "last": shape[-1:], "number": ()}[form]
-    # Divided by what is near zero, all differs by much.
+    # A scale near 0 would amplify differences.
     return rng.uniform(0.5, 1.5, shape) if name.endswith("/scale") else rng.normal(0, 1, shape)
 
 
 def make(slot, places=None, heads=(0, 0), seed=0):
-    """The slot's edit, and how `naive` calls it; `places` and `heads` are lists, of which int forms take the first."""
+    """Return the slot's edit and its description for `naive`. Int forms take the first of `places` and `heads`."""
     name, kind, position_form, head_form, _ = slot
     places = [NOWHERE] if places is None else places
     first, last = min(places), max(places)
@@ -70,7 +70,7 @@ def everywhere_nowhere():
 
 @pytest.fixture(scope="module")
 def full(params):
-    """Run the program with the edits given and the others nowhere."""
+    """Return a function that runs the program with these edits, and with all others applied nowhere."""
     nowhere = everywhere_nowhere()
 
     def run(edits, mask_BT=None):
@@ -82,7 +82,7 @@ def full(params):
 
 
 def choices(slots):
-    """A slot, one to three places in the row, two heads and a seed of values."""
+    """Draw a slot, one to three positions in the row, two heads and a seed of values."""
     places = st.lists(st.integers(0, LENGTH - 1), min_size=1, max_size=3)
     heads = st.tuples(*[st.integers(0, CONFIG.n_head - 1)] * 2)
     return st.tuples(st.sampled_from(slots), places, heads, st.integers(0, 99))
@@ -90,7 +90,7 @@ def choices(slots):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_edits_of_each_activation_are_numpys(params, full, name):
-    """Each kind alone, at some places and heads, then all three in turn: in every activation and in the logits."""
+    """Each kind alone, at some positions and heads, then all three in turn. All activations and logits are compared."""
     slots = [slot for slot in SLOTS if slot[0] == name]
     made = [make(slot, [1 + j, 4], (2, j), seed=j) for j, slot in enumerate(slots)]
     for slots_on, made_on in [*(([slot], [one]) for slot, one in zip(slots, made, strict=True)), (slots, made)]:
@@ -101,9 +101,9 @@ def test_edits_of_each_activation_are_numpys(params, full, name):
 @settings(max_examples=41)
 @given(st.lists(choices(SLOTS), min_size=1, max_size=3, unique_by=lambda choice: choice[0]), st.sampled_from([0, 1, 2]))
 def test_any_edits_are_numpys(params, full, chosen, padding):
-    """Any together, in padded rows too, where places count from the first real token."""
+    """Any edits together, also in padded rows, where positions count from the first real token."""
     masks = list(padding_masks(LENGTH).values())
-    # A score or weight that is put in may show padding, which has no meaning.
+    # An edited score or pattern may attend to padding, which has no meaning.
     shows = any(slot[0].endswith(("scores", "pattern")) for slot, *_ in chosen)
     mask_BT = None if shows else masks[padding]
     made = {slot: make(slot, *where) for slot, *where in sorted(chosen, key=lambda choice: SLOTS.index(choice[0]))}
@@ -119,7 +119,7 @@ def unedited(full):
 @settings(max_examples=41)
 @given(choices(SLOTS))
 def test_what_comes_before_stays_as_it_was(full, unedited, choice):
-    """Bit for bit: all activations computed earlier, and at earlier tokens those computed later."""
+    """Activations that are computed earlier, and later ones at earlier tokens, are bit-identical."""
     slot, places, heads, seed = choice
     out, seen = full({slot: make(slot, places, heads, seed)[0]})
     first = min(places)
@@ -134,7 +134,7 @@ def test_what_comes_before_stays_as_it_was(full, unedited, choice):
 
 
 def test_other_values_places_and_heads_compile_nothing(full):
-    """Nor do other numbers of a slice."""
+    """Other ends of a slice compile nothing either."""
     full({slot: make(slot, [1, 3], (1, 2), 1)[0] for slot in SLOTS})
     compiled = len(COMPILATIONS)
     full({slot: make(slot, [0, 5], (2, 0), 2)[0] for slot in SLOTS})
@@ -164,7 +164,7 @@ HEADS = [(1, [1]), (np.int32(2), [2]), ([2, 0], [0, 2]), ((1,), [1]), (np.array(
 
 
 def test_places_and_heads_may_be_said_in_any_way(params):
-    """One pass in which each way adds a vector of its own."""
+    """In one pass, each form adds its own vector."""
     rng, edits, described = np.random.default_rng(1), [], []
     for positions, at in PLACES:
         edits.append(research.add("h1/resid_pre", rng.normal(0, 1, 15), positions))
@@ -177,7 +177,7 @@ def test_places_and_heads_may_be_said_in_any_way(params):
 
 
 def test_traced_places_and_heads(params):
-    """Inside a program, alone, in a list or as the ends of a slice; a negative one is nowhere."""
+    """Inside a program: single, in a list, or as the ends of a slice. A negative position applies nowhere."""
     value_D, value_H = np.split(np.random.default_rng(2).normal(0, 1, 20).astype(np.float32), [15])
 
     @jax.jit
@@ -203,7 +203,7 @@ def test_traced_places_and_heads(params):
 
 
 def test_edits_of_one_activation_are_made_in_turn(params):
-    """In the order of the list, whatever stands between them: each order gives another result, and NumPy's."""
+    """They apply in the order of the list, also with others in between. Each order gives NumPy's result for it."""
     value_D = np.arange(15) % 4 - 1.5
     steps = [("add", value_D, [1, 2]), ("scale", -3.0, [2, 3]), ("replace", -value_D, [3, 4])]
     results = []
@@ -221,7 +221,7 @@ def test_edits_of_one_activation_are_made_in_turn(params):
 
 
 def test_values_broadcast_against_the_whole_activation(params):
-    """Of heads, of tokens, of rows: wherever it holds, the value is the one that stands there."""
+    """Values have axes of heads, tokens or rows. Where the edit applies, it uses the value at that index."""
     rng, edits = np.random.default_rng(3), []
     for name, shape in [("h0/attn/z", (3, 5)), ("h0/attn/q", (LENGTH, 1, 5)), ("h1/attn/pattern", (3, 3, 1, LENGTH)),
                         ("h1/mlp/out", (3, 1, 1)), ("h1/attn/scores", (3, LENGTH, LENGTH))]:  # fmt: skip
@@ -232,7 +232,7 @@ def test_values_broadcast_against_the_whole_activation(params):
 
 
 def test_patching_takes_each_place_and_head_of_the_other_run(params):
-    """Row by row and token by token; nothing else of the other run comes over."""
+    """Values are taken row by row and token by token, and nothing else of the other run is used."""
     others = some_tokens(CONFIG, 3, LENGTH, seed=8)
     names = ["h0/attn/v", "h1/attn/pattern", "h1/resid_mid"]
     _, source = research.forward(CONFIG, params, others, capture=names)
@@ -245,14 +245,14 @@ def test_patching_takes_each_place_and_head_of_the_other_run(params):
     where = [([1, 2, 3], [2]), ([5, 3], [0, 1]), ([6], None)]
     described = [naive.edit("replace", name, expected[name], *at) for name, at in zip(names, where, strict=True)]
     assert_like_numpy(params, research.forward(CONFIG, params, TOKENS, capture=names, edits=edits), described)
-    # All of the last layer's stream is all of the run.
+    # A patch of the last layer's whole stream gives the other run's logits.
     _, source = research.forward(CONFIG, params, others, capture="h1/resid_post")
     out, _ = research.forward(CONFIG, params, TOKENS, edits=research.patch("h1/resid_post", source))
     assert relative_error(np.asarray(out.logits), naive.forward(CONFIG, params, others)[0]) < BOUND
 
 
 def test_edits_hold_in_a_cache_step_by_step(params):
-    """Places count the row from its first real token, over all the calls; edited keys and values stay edited."""
+    """Positions count from the row's first real token, over all calls. Edited keys and values stay edited."""
     edits, described = [], []
     values = np.random.default_rng(4).normal(0, 1, (3, 5))
     for kind, name, value, at, heads in [
@@ -274,7 +274,7 @@ def test_edits_hold_in_a_cache_step_by_step(params):
 
 
 def test_edits_of_a_long_text(params):
-    """Scores and weights of several blocks of attention, also where a token may not look of itself."""
+    """Scores and patterns are edited in several blocks of attention, also at masked positions."""
     tokens_BT, rng = some_tokens(CONFIG, 2, 211, seed=1), np.random.default_rng(6)
     masks = rng.normal(0, 1, (211, 211))
     edits = [("replace", "h0/attn/scores", masks, [3, 127, 128, 209], [0, 2]),
@@ -287,7 +287,7 @@ def test_edits_of_a_long_text(params):
 
 
 def test_half_precision_takes_edits(params):
-    """A value in float32 is rounded to what the activation is, which keeps its dtype."""
+    """A float32 value is rounded to the activation's dtype, which does not change."""
     config = CONFIG.replace(compute_dtype="bfloat16")
     edits = [research.add("h0/mlp/out", np.float32(1.001)), research.scale("h1/attn/pattern", 1.001)]
     shapes = jax.eval_shape(lambda: research.forward(config, params, TOKENS, capture=".", edits=edits))

@@ -1,4 +1,4 @@
-"""Edits inside programs: no bit changes where nothing is edited; vmapped and differentiated, all is as it should."""
+"""Edits inside programs: an edit that changes nothing changes no bit, and edits work under vmap and grad."""
 
 import functools
 
@@ -28,8 +28,8 @@ def params():
 
 # --- edits that change nothing ---------------------------------------------------------------------------------------
 
-ODD_HEADS = CONFIG.replace(n_layer=1)  # 5 wide: scores are divided by a root that is no power of 2
-EVEN_HEADS = ODD_HEADS.replace(n_embd=12)  # 4 wide: it is one, as at every released size
+ODD_HEADS = CONFIG.replace(n_layer=1)  # 5 wide: the root that divides scores is not a power of 2
+EVEN_HEADS = ODD_HEADS.replace(n_embd=12)  # 4 wide: it is a power of 2, as at every released size
 LONG_TEXT = EVEN_HEADS.replace(n_ctx=509)
 BFLOAT16 = EVEN_HEADS.replace(compute_dtype="bfloat16")
 NO_OPS = {
@@ -42,10 +42,10 @@ NO_OPS = {
 
 @functools.cache
 def unedited(config, length):
-    """Params, tokens, the plain model's logits, and all activations."""
+    """Return params, tokens, the plain model's logits, and all activations."""
     params = jax.tree.map(jnp.asarray, naive.weights(config))
     tokens_BT = some_tokens(config, 2, length, seed=7)
-    # Arguments: products of constants are made while XLA compiles, by another routine that may round otherwise.
+    # Params are arguments: XLA computes products of constants at compile time, by a routine that may round differently.
     logits_BTV = jax.jit(lambda *args: gpt2_jax.GPT2(config).apply(*args).logits)({"params": params}, tokens_BT)
     return params, tokens_BT, np.asarray(logits_BTV), research.forward(config, params, tokens_BT, capture=".")[1]
 
@@ -63,7 +63,7 @@ def test_changing_nothing_anywhere_changes_no_bit(how):
 
 @pytest.mark.parametrize("name", ["h0/attn/q", "h0/attn/pattern", "h0/resid_mid", "ln_f/scale"])
 def test_changing_nothing_changes_no_bit_where_scores_are_rounded_twice(name):
-    """Of attn/scores themselves it may: XLA contracts them with the softmax where nobody looks."""
+    """Only attn/scores may change: XLA fuses them with the softmax if nothing reads them."""
     assert_no_bit_changes(ODD_HEADS, 7, "add", [name])
 
 
@@ -75,7 +75,7 @@ def test_opening_attention_changes_no_bit(name, how):
 
 @pytest.mark.parametrize("i", range(8))
 def test_changing_nothing_of_some_activations_changes_no_bit(i):
-    """Three at a time, far apart; the ways take turns."""
+    """Three activations at a time, far apart, with each kind of edit in turn."""
     assert_no_bit_changes(EVEN_HEADS, 7, [*NO_OPS][i % 4], naive.names(1)[i::8])
 
 
@@ -85,12 +85,12 @@ def test_changing_nothing_of_some_activations_changes_no_bit(i):
      ("h0/attn/z", "nowhere"), ("h0/ln_1/scale", "patch")],
 )  # fmt: skip
 def test_changing_nothing_of_a_long_text_changes_no_bit(name, how):
-    """Where attention goes in four blocks, long enough for sums over another to be rounded otherwise."""
+    """Attention runs in four blocks here, which are long enough for sums in another order to round differently."""
     assert_no_bit_changes(LONG_TEXT, LONG_TEXT.n_ctx, how, [name])
 
 
 def test_changing_nothing_in_bfloat16_rounds_at_most():
-    """What XLA keeps in float32 where nobody looks at it, 8 bits of it are left where somebody does."""
+    """XLA may keep float32 values where nothing reads them. An edit rounds them to the 8 bits of bfloat16."""
     params, tokens_BT, logits_BTV, _ = unedited(BFLOAT16, 7)
     edits = [research.add(name, 0.0) for name in naive.names(1)]
     out, _ = research.forward(BFLOAT16, params, tokens_BT, edits=edits)
@@ -101,7 +101,7 @@ def test_changing_nothing_in_bfloat16_rounds_at_most():
 
 
 def test_vmap_over_values_places_and_heads(params):
-    """One call over a grid gives what each edit gives alone."""
+    """One call over a grid gives the same as a call for each edit."""
     values_KH = np.random.default_rng(5).normal(0, 1, (5, 5)).astype(np.float32)
     places_K, heads_K = np.array([0, 3, 3, 6, 1]), np.array([2, 0, 1, 1, 2])
 
@@ -121,7 +121,7 @@ def test_vmap_over_values_places_and_heads(params):
 
 
 def test_edits_are_data(params):
-    """An edit goes in and out of programs, and through vmap, as the pytree that it is."""
+    """An edit is a pytree: it passes in and out of programs, and through vmap."""
     edits = [research.add("h0/resid_post", float(k), positions=k) for k in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([*leaves]), *edits)
     assert isinstance(stacked, research.Edit)
@@ -142,9 +142,9 @@ def double():
 
 
 def test_gradients_of_values_are_finite_differences(double):
-    """Of what is put in, added and multiplied by, for every activation, at some places and heads; in float64.
+    """For every activation, at some positions and heads, in float64: values that replace, are added, and multiply.
 
-    A value that is put in cuts what is before it off: only one is put in at a time.
+    A replaced activation gives no gradient to what is before it, so only one is replaced at a time.
     """
     config, params, weight_BTV, seen = double
     values = {f"add {name}": np.zeros(naive.shape_of(name, 3, LENGTH)[-1]) for name in NAMES}
@@ -174,7 +174,7 @@ def test_gradients_of_values_are_finite_differences(double):
 
 
 def test_gradients_of_values_are_those_of_the_parameters_they_stand_for(double):
-    """A vector added everywhere is a bias, one multiplied by a gain, one added to a place's embedding a row of wpe."""
+    """A vector that is added is a bias, one that multiplies is a gain, and one added to pos_embed is a row of wpe."""
     config, params, weight_BTV, _ = double
     one_D, zero_D = np.ones(15), np.zeros(15)
     values = {

@@ -1,4 +1,4 @@
-"""What is no edit of this model is refused, with one sentence that says what is wrong."""
+"""An edit that this model cannot apply is refused. The message says in one sentence what is wrong."""
 
 import re
 
@@ -70,7 +70,7 @@ def test_heads_that_the_model_has_not_are_refused(params, heads):
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_are_refused(params, name, shape):
-    """The message says what was edited and both shapes. What would make the activation larger does not fit either."""
+    """The message names the activation and both shapes. A value that would enlarge the activation is refused too."""
     with pytest.raises(ValueError, match=f"{name}.*{re.escape(str(shape))}"):
         research.forward(CONFIG, params, TOKENS, edits=[research.add(name, np.zeros(shape))])
 
@@ -83,7 +83,7 @@ def test_values_that_are_no_numbers_are_refused(value):
 
 @pytest.mark.parametrize("edits", ["h0/resid_pre", [("h0/resid_pre", 0.0)], [None], [lambda x: x], {"embed": 0.0}])
 def test_what_is_no_edit_is_refused(params, edits):
-    with pytest.raises(ValueError, match="edits must be made by"):
+    with pytest.raises(ValueError, match="edits must be made with"):
         research.forward(CONFIG, params, TOKENS, edits=edits)
 
 

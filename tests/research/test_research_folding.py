@@ -1,4 +1,4 @@
-"""folding: other weights, the same model; in float64 to its rounding, in float32 and bfloat16 as measured."""
+"""Folding gives other weights and the same model: in float64 up to rounding, in float32 and bfloat16 as measured."""
 
 import forward
 import jax
@@ -36,9 +36,9 @@ def test_a_centred_head_gives_the_same_probabilities(model):
     centred = folding.center_unembed(params)
     after = logits(config, centred)
     assert_close(log_softmax(after, -1), log_softmax(before, -1))
-    assert_close(after, before - before.mean(-1, keepdims=True))  # what they become less by is their mean
+    assert_close(after, before - before.mean(-1, keepdims=True))  # logits decrease by their mean
     assert np.abs(centred["wte"].mean(0)).max() < 1e-15
-    assert np.abs(params["wte"].mean(0)).max() > 1e-4  # there was something to centre
+    assert np.abs(params["wte"].mean(0)).max() > 1e-4  # there was something to center
     embedded = centred["wte"][:, None] + centred["wpe"]
     assert_close(embedded, params["wte"][:, None] + params["wpe"], 1e-14)
     assert bits(params) == params_before
@@ -61,7 +61,7 @@ def test_the_model_itself_in_float64():
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 0.03)])
 def test_the_model_itself_in_lower_precision(dtype, bound):
-    """Against NumPy's float64. New weights are rounded to bfloat16, where the old ones were exact."""
+    """Compared with NumPy in float64. New weights are rounded to bfloat16; the old ones were exact."""
     config = CONFIG.replace(param_dtype=dtype)
     params = weights(dtype=jnp.dtype(dtype), kind=jnp.asarray)
     tokens_1T = np.arange(config.n_ctx)[None]
@@ -74,7 +74,7 @@ def test_the_model_itself_in_lower_precision(dtype, bound):
 
 
 def test_the_embedded_model_folded(shakespeare, reference):
-    """As near to what OpenAI's own code computed as the weights before, 7e-7: 4 rows of 97 tokens, float32."""
+    """Logits are as close to those of OpenAI's code as before folding, 7e-7: 4 rows of 97 tokens, float32."""
     config, params = shakespeare
     folded = folding.center_unembed(folding.fold_layer_norm(config, params))
     ours = forward.logits_of(config, folded, reference["tokens"])

@@ -1,4 +1,4 @@
-"""Edits while text is generated, streamed and scored: in every forward pass, as if each were run anew by hand."""
+"""Edits while text is generated, streamed and scored: they apply in every forward pass, as NumPy computes it."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def params():
 
 
 def steering(seed=0, places=(2, 9), head=1, start=4):
-    """Edits of several kinds at prompt tokens, at new ones and at all, and how `naive` calls them."""
+    """Return edits of several kinds, at prompt, new and all tokens, and their descriptions for `naive`."""
     rng = np.random.default_rng(seed)
     value_D, value_H, value_N11 = rng.normal(0, 1, 12), rng.normal(0, 1, 4), rng.uniform(0, 2, (3, 1, 1))
     every = range(start, CONFIG.n_ctx)
@@ -48,7 +48,7 @@ def steering(seed=0, places=(2, 9), head=1, start=4):
 
 @pytest.fixture
 def by_hand(monkeypatch):
-    """Make naive_generation edit every forward pass, over the whole row or its window."""
+    """Make naive_generation apply edits in every forward pass, over the whole row or its window."""
 
     def use(described):
         def logits_before(config, params, prompt, row):
@@ -69,7 +69,7 @@ def greedy(params, rows, prompts=PROMPTS):
 
 
 def test_ragged_batches_equal_rows_run_anew(params, by_hand):
-    """Greedy: each token follows from a pass of NumPy's over the whole row so far, with the same edits."""
+    """Greedy: each token follows from a NumPy pass over the whole row so far, with the same edits."""
     edits, described = steering()
     rows = gpt2_jax.generate(CONFIG, params, PROMPTS, 22, edits=edits, **GREEDY)
     by_hand(described)
@@ -88,7 +88,7 @@ def test_sampled_rows_equal_rows_run_anew(params, by_hand):
 
 
 def test_rows_that_slide_equal_windows_run_anew(params, by_hand):
-    """Beyond n_ctx: places are those of the window, which is read anew from 0 on."""
+    """Beyond n_ctx, positions are those of the window, which is read again from position 0."""
     edits, described = steering(seed=2, places=(1, 23), start=17)
     rows = gpt2_jax.generate(CONFIG, params, PROMPTS, 53, overflow="slide", edits=edits, **GREEDY)
     by_hand(described)
@@ -107,7 +107,7 @@ def test_edits_that_change_nothing_change_no_token(params):
 
 
 def test_other_values_places_and_heads_compile_nothing(params):
-    """In generate, stream and score; and what was steered before is forgotten."""
+    """In generate, stream and score. Earlier edits leave no effect."""
     tokenizer, text_params = (
         gpt2_jax.load_tokenizer(gpt2_jax.embedded_model()),
         random_params(TEXT_CONFIG, 1, scale=0.2),
@@ -135,10 +135,10 @@ def test_other_values_places_and_heads_compile_nothing(params):
 
 
 def test_a_stream_is_the_text_of_generate(tokenizer):
-    """With the same edits, greedy and sampled; and complete's text too."""
+    """With the same edits, greedy and sampled. `complete` gives the same ids too."""
     params = random_params(TEXT_CONFIG, 1, scale=0.2)
     vector_D = np.random.default_rng(0).normal(0, 9, 64)
-    edits = research.add("h0/resid_mid", vector_D, positions=slice(3, 40))  # one needs no list
+    edits = research.add("h0/resid_mid", vector_D, positions=slice(3, 40))  # a single edit needs no list
     plain = gpt2_jax.generate(TEXT_CONFIG, params, [[5, 6, 7]], 21, **GREEDY)
     for knobs in (GREEDY, {"seed": 3}):
         [ids] = gpt2_jax.generate(TEXT_CONFIG, params, [[5, 6, 7]], 21, edits=edits, **knobs)
@@ -154,7 +154,7 @@ def test_a_stream_is_the_text_of_generate(tokenizer):
 
 
 def test_scores_are_numpys(params):
-    """Rows of several lengths, each token given those before it, with edits."""
+    """Rows have different lengths. Each token's score depends on the tokens before it, with edits."""
     edits, described = steering(seed=6)
     prompts = [*PROMPTS[1:], np.random.default_rng(1).integers(0, 37, 41).tolist()]
     for prompt, score in zip(prompts, gpt2_jax.score(CONFIG, params, prompts, edits=edits), strict=True):
@@ -166,7 +166,7 @@ def test_scores_are_numpys(params):
 
 
 def test_scores_of_long_texts_have_places_in_their_windows(params):
-    """An edit of the third embedding of places is another third row of wpe, in every window."""
+    """An edit of pos_embed at position 3 is the same as another row 3 of wpe, in every window."""
     value_D = np.random.default_rng(4).normal(0, 1, 12).astype(np.float32)
     prompts = [np.random.default_rng(2).integers(0, 37, 103).tolist(), PROMPTS[1]]
     edits = research.replace("pos_embed", value_D, positions=3)
@@ -182,7 +182,7 @@ def test_scores_of_long_texts_have_places_in_their_windows(params):
 
 
 def calls(params, tokenizer):
-    """Each way to run a text, as a function of its edits."""
+    """Return each way to run a text, as a function of its edits."""
     settings = generation.Settings(max_new_tokens=3)
     return {
         "generate": lambda edits: gpt2_jax.generate(CONFIG, params, PROMPTS, 3, edits=edits),
@@ -206,8 +206,8 @@ def calls(params, tokenizer):
     ],
 )
 def test_values_of_rows_and_tokens_are_refused(params, tokenizer, call, name, shape):
-    """One for all tokens is what there is to say while rows come and go."""
-    with pytest.raises(ValueError, match=rf"{name}.*one for all tokens"):
+    """A value must be the same for all tokens, because a batch's rows and tokens vary."""
+    with pytest.raises(ValueError, match=rf"{name}.*the same for all rows and tokens"):
         calls(params, tokenizer)[call]([research.add(name, np.zeros(shape))])
 
 
@@ -217,7 +217,7 @@ def test_values_of_rows_and_tokens_are_refused(params, tokenizer, call, name, sh
     [
         (lambda: research.add("h2/resid_pre", 0.0), "h2/resid_pre"),
         (lambda: research.scale("h0/attn/z", 0.0, heads=3), "heads"),
-        (lambda: "embed", "edits must be made by"),
+        (lambda: "embed", "edits must be made with"),
     ],
 )
 def test_edits_that_do_not_fit_the_model_are_refused(params, tokenizer, call, make, match):
@@ -227,7 +227,7 @@ def test_edits_that_do_not_fit_the_model_are_refused(params, tokenizer, call, ma
 
 @pytest.mark.parametrize("call", ["generate", "stream", "complete", "score"])
 def test_traced_values_are_refused(params, tokenizer, call):
-    """The loop around the compiled programs is Python's: there is nothing to decide by in a program of the caller's."""
+    """The loop around the compiled programs is Python, and cannot run inside the caller's compiled program."""
     with pytest.raises(ValueError, match="outside of jit"):
         jax.jit(lambda value: calls(params, tokenizer)[call](research.add("embed", value)))(1.0)
 
@@ -237,7 +237,7 @@ def test_traced_values_are_refused(params, tokenizer, call):
 
 @dataclasses.dataclass(frozen=True)
 class Wrapped:
-    """What `decode_rows` asks of a model: to be hashable, with a GPT2's config and apply."""
+    """A model as `decode_rows` needs it: hashable, with a GPT2's config and apply."""
 
     config: gpt2_jax.GPT2Config
 

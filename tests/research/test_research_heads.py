@@ -1,4 +1,4 @@
-"""Head scores: those of heads that are known, and of any heads against loops over the patterns."""
+"""Head scores: those of known heads, and those of any heads compared with loops over the patterns."""
 
 import functools
 
@@ -23,12 +23,12 @@ def test_the_toys_heads_are_found_and_no_others():
     found = heads.head_scores(config, params, tokens)
     for scores, known in ((found.previous, PREVIOUS), (found.induction, INDUCTION)):
         assert scores[known] > 0.999  # measured: 1.0
-        assert np.delete(np.asarray(scores).ravel(), 3 * known[0] + known[1]).max() < 0.2  # looking everywhere: 0.16
+        assert np.delete(np.asarray(scores).ravel(), 3 * known[0] + known[1]).max() < 0.2  # uniform attention: 0.16
     assert found.duplicate.max() < 0.1  # 0.08
 
 
 def by_hand(pattern_BNTS, tokens, mask):
-    """The three scores [N] of one layer, in loops."""
+    """Compute the three scores [N] of one layer in loops."""
     attention = {name: [] for name in SCORES}
     for weights_NTS, row, real in zip(pattern_BNTS, tokens, mask, strict=True):
         slots = np.flatnonzero(real)
@@ -47,7 +47,7 @@ def by_hand(pattern_BNTS, tokens, mask):
 @pytest.mark.parametrize("where", ["nowhere", "left", "right", "holes"])
 def test_scores_are_means_over_the_patterns(params, where):
     mask = padding_masks(17)[where] if where != "nowhere" else np.ones((3, 17), bool)
-    tokens = np.where(mask, some_tokens(CONFIG, 3, 17) % 5, 2)  # 5 ids: many duplicates, runs of one id, padding alike
+    tokens = np.where(mask, some_tokens(CONFIG, 3, 17) % 5, 2)  # 5 ids: many duplicates, also in the padding
     found = heads.head_scores(CONFIG, params, tokens, None if where == "nowhere" else mask)
     _, captured = forward(CONFIG, params, tokens, mask, capture="pattern")
     for layer in range(3):
@@ -65,7 +65,7 @@ def test_an_edited_pattern_is_what_is_scored(params):
 
 
 def test_attention_to_tokens_of_ones_choice(params):
-    """To the first token, for tokens 3 and 5 alone; and to later tokens, which nobody sees."""
+    """Attention to the first token, only for tokens 3 and 5; and to later tokens, which are masked."""
     tokens = some_tokens(CONFIG, 3, 11)
     first, later = np.zeros((11, 11), bool), np.triu(np.ones((3, 11, 11), bool), k=1)
     first[[3, 5], 0] = True
@@ -127,7 +127,7 @@ def test_rows_and_keys_have_tokens_of_their_own():
         ({"n_tokens": 2.0}, "n_tokens must be a whole number, 1 or more, not 2.0"),
         ({"key": 7}, r"key must be a key, jax.random.key\(seed\), not 7"),
         ({"first": 53}, "first must be a whole number, from 0 to 52, not 53"),
-        ({"n_tokens": 12}, "12 different tokens twice do not fit the model's n_vocab of 53 and n_ctx of 23"),
+        ({"n_tokens": 12}, "two copies of 12 different tokens do not fit the model's n_vocab of 53 and n_ctx of 23"),
         ({"n_tokens": 11, "first": 1, "config": CONFIG.replace(n_ctx=22)}, "do not fit"),
         ({"n_tokens": 11, "config": CONFIG.replace(n_vocab=10)}, "do not fit"),
     ],
@@ -138,7 +138,7 @@ def test_rows_that_cannot_be_are_refused(change, told):
 
 
 def test_a_mask_of_another_shape_is_refused(params):
-    with pytest.raises(ValueError, match=r"mask must be bool\(3, 5\), as the tokens, not of shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"mask must be bool\(3, 5\), like the tokens, not of shape \(3, 4\)"):
         heads.head_scores(CONFIG, params, some_tokens(CONFIG, 3, 5), np.ones((3, 4), bool))
 
 

@@ -1,4 +1,4 @@
-"""The logit lens: what it reads behind layer i is what a model of the first i layers says, computed in NumPy."""
+"""The logit lens: what it reads after layer i is the output of a model of the first i layers, computed in NumPy."""
 
 import functools
 
@@ -18,7 +18,7 @@ NAMES = ("h0/resid_pre", "h0/resid_post", "h1/resid_post", "h2/resid_post")
 
 
 def truth(params, tokens, mask=None):
-    """Log-probabilities [L, B, T, V] of the models of 0, 1, 2 and 3 layers, in float64."""
+    """Return the log-probabilities [L, B, T, V] of the models of 0, 1, 2 and 3 layers, in float64."""
     layers = []
     for n in range(CONFIG.n_layer + 1):
         first = {name: leaf for name, leaf in params.items() if name not in {f"h{i}" for i in range(n, 3)}}
@@ -34,7 +34,7 @@ def test_the_last_stream_gives_the_models_logits_to_the_bit(params):
 
 
 def test_in_bfloat16_the_last_stream_gives_them_up_to_its_rounding(params):
-    """XLA does not round to bfloat16 what it keeps in registers, as the stream on its way into ln_f."""
+    """XLA does not round values to bfloat16 that it keeps in registers, such as the stream before ln_f."""
     config = in_bfloat16(CONFIG)
     out, captured = forward(config, params, some_tokens(config, 3, 17), capture="h2/resid_post")
     logits = lens.stream_logits(config, params, captured["h2/resid_post"])
@@ -58,7 +58,7 @@ def test_every_layer_is_read_as_if_it_were_the_last(params):
 
 @pytest.mark.parametrize("where", ["left", "right", "holes"])
 def test_padding_is_neither_read_nor_predicted(params, where):
-    """A padded row's tokens have the numbers of the row alone; its next token is the next real one."""
+    """A padded row's tokens have the values of the row without padding. Its next token is the next real token."""
     mask, tokens = padding_masks(17)[where], some_tokens(CONFIG, 3, 17, seed=2)
     padded = lens.logit_lens(CONFIG, params, np.where(mask, tokens, 0), mask)
     expected = truth(params, tokens, mask)
@@ -76,7 +76,7 @@ def test_padding_is_neither_read_nor_predicted(params, where):
 def test_chunks_do_not_show(params, monkeypatch):
     tokens = some_tokens(CONFIG, 2, 19)
     whole = lens.logit_lens(CONFIG, params, tokens, k=3)
-    monkeypatch.setattr(lens, "CHUNK", 7)  # 4 x 2 x 19 positions are 21 chunks and 5 positions more
+    monkeypatch.setattr(lens, "CHUNK", 7)  # 4 x 2 x 19 positions: 21 chunks, and 5 positions are left
     lens._read.clear_cache()
     parts = lens.logit_lens(CONFIG, params, tokens, k=3)
     lens._read.clear_cache()
@@ -89,7 +89,7 @@ def test_the_logits_of_all_layers_never_exist_at_once():
     tokens, params = jax.ShapeDtypeStruct((1, 256), jnp.int32), gpt2_jax.abstract_params(config)
     names = tuple(f"h{i}/resid_post" for i in range(7))
     program = lens._read.lower(config, names, 5, params, tokens, None, ()).compile()
-    one_layer = 4 * 256 * config.n_vocab  # a chunk is as much
+    one_layer = 4 * 256 * config.n_vocab  # as large as a chunk
     assert program.memory_analysis().temp_size_in_bytes < 3 * one_layer  # measured: 2.0, or 16 without chunks
 
 
@@ -125,7 +125,7 @@ def test_it_works_inside_other_programs(params):
         ({"k": 54}, "not 54"),
         ({"k": True}, "not True"),
         ({"names": "attn/z"}, "h0/attn/z cannot be read as the residual stream: its axes are BTNH"),
-        ({"names": "h7"}, "no activation's name holds 'h7'"),
+        ({"names": "h7"}, "no activation name matches 'h7'"),
         ({"tokens_BT": [[1, 99]]}, "id 99"),
         ({"edits": edits.scale("h0/attn/z", 0.0, heads=3)}, "heads"),
     ],
@@ -136,5 +136,5 @@ def test_bad_arguments_are_refused(params, change, told):
 
 
 def test_a_stream_of_another_width_is_refused(params):
-    with pytest.raises(ValueError, match=r"the stream must be \[..., 21\], as n_embd, not \(3, 20\)"):
+    with pytest.raises(ValueError, match=r"the stream must have the shape \[..., 21\] \(n_embd\), not \(3, 20\)"):
         lens.stream_logits(CONFIG, params, np.zeros((3, 20), np.float32))

@@ -1,4 +1,4 @@
-"""Grids of patches against one forward pass for each patch, and their estimates against derivatives."""
+"""Grids of patches are compared with a forward pass for each patch, and estimates with derivatives."""
 
 import functools
 
@@ -40,13 +40,13 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case():
-    """In float64, where nothing but a wrong patch shows."""
+    """In float64 a difference can only be a wrong patch."""
     with jax.enable_x64(True):
         yield Case()
 
 
 def check(grid, expected, bound=BOUND["float64"]):
-    """Compare, and see that the entries differ among each other by far more than the bound."""
+    """Compare, and check that the entries differ from one another by much more than the bound."""
     grid, expected = np.asarray(grid), np.asarray(expected)
     assert grid.shape == expected.shape
     assert np.abs(grid - expected).max() <= bound
@@ -63,7 +63,7 @@ def check(grid, expected, bound=BOUND["float64"]):
         ("mlp/out", "position", 0, "float32"),
         ("attn/z", "head", 0, "float64"),
         ("attn/q", ("head", "position"), 0, "float64"),
-        ("attn/pattern", ("position", "head"), 0, "float64"),  # the axes are in their own order, not in this
+        ("attn/pattern", ("position", "head"), 0, "float64"),  # the result's order of axes is fixed
     ],
 )
 def test_every_entry_is_a_forward_pass_with_that_patch(activation, each, layers, dtype):
@@ -80,7 +80,7 @@ def test_every_entry_is_a_forward_pass_with_that_patch(activation, each, layers,
 
 
 def test_places_are_those_asked_for_in_that_order(case):
-    """In groups of three, of which the last is not full."""
+    """In groups of three. The last group is not full."""
     places = {"heads": [2, 0], "positions": [5, 1, 6, 2], "layers": 0, "together": 3}
     grid = activation_patching(*case.args, "attn/z", each=("head", "position"), **places)
     check(grid, [[[case.patched(patch("h0/attn/z", case.source, t, n)) for t in [5, 1, 6, 2]] for n in [2, 0]]])
@@ -100,7 +100,7 @@ def test_a_run_patched_with_its_own_activations_is_itself(case):
 
 
 def test_a_run_whose_whole_stream_is_patched_is_the_other(case):
-    """At each layer; from activations and from tokens, and with the runs swapped."""
+    """At each layer, from activations and from tokens, and with the runs swapped."""
     logits = {name: forward(case.config, case.params, run)[0].logits for name, run in runs(case).items()}
     metrics = {name: float(case.metric(logits_BTV[:, -1])) for name, logits_BTV in logits.items()}
     assert abs(metrics["patched"] - metrics["source"]) > 0.1
@@ -128,7 +128,7 @@ def test_a_source_may_be_a_mean(case):
 
 
 def test_a_metric_sees_the_place_it_asks_for(case):
-    """What comes behind it changes nothing; each row may have its own."""
+    """Patches at later positions change nothing. Each row may have its own position."""
     grid = activation_patching(*case.args, at=3, layers=1)
     np.testing.assert_allclose(grid[:, 4:], case.patched(at=3), rtol=0, atol=BOUND["float64"])
     check(grid[:, :4], [[case.patched(patch("h1/resid_pre", case.source, t), at=3) for t in range(4)]])
@@ -171,7 +171,7 @@ def test_logit_difference():
 
 
 def test_padding_is_not_there(case):
-    """A row padded on both sides has the grid and the estimates of the row alone; another row goes on."""
+    """A row padded on both sides has the grid and estimates of the row without padding, beside an unpadded row."""
     mask_BT = np.array([[0, 0, 1, 1, 1, 1, 0], [1] * N_TOKENS], bool)
     model = (case.config.replace(n_layer=1), {name: case.params[name] for name in ("wte", "wpe", "h0", "ln_f")})
     ones = (*model, case.tokens_BT[:1, 2:6], case.source_BT[:1, 2:6])
@@ -205,7 +205,7 @@ def test_other_numbers_compile_nothing(case):
 
 
 def test_what_is_before_a_patch_is_not_computed_anew(case):
-    """Runs from layer 1 take one block of two, and of that no queries, keys and values if they begin behind these."""
+    """Runs from layer 1 compute one of two blocks, and not its queries, keys and values if they start after these."""
 
     def operations(activation, layer):
         run = functools.partial(activation_patching, case.config, metric=_of_rows, activation=activation, layers=layer)
@@ -223,7 +223,7 @@ def test_what_is_before_a_patch_is_not_computed_anew(case):
 
 @pytest.mark.parametrize("name", ["embed", "h0/attn/q", "h0/attn/pattern", "h1/ln_2/scale"])
 def test_an_estimate_is_the_derivative_of_patching(case, name):
-    """By the central difference of a hundred-thousandth of the way there and back."""
+    """The derivative is a central difference with a step of 1e-5 of the change."""
     estimate = attribution_patching(*case.args[:3], case.source_BT, case.metric)[name]
     _, own = case.run(case.tokens_BT)
     way = case.source[name] - own[name]
@@ -239,7 +239,7 @@ def test_an_estimate_is_the_derivative_of_patching(case, name):
 
 
 def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
-    """ln_f/out to the logits; and nowhere does it depend on what else is estimated."""
+    """Only the logits follow ln_f/out. An estimate does not depend on which others are requested."""
     estimate = attribution_patching(*case.args, "ln_f/out")["ln_f/out"]
     patched = [case.patched(patch("ln_f/out", case.source, t)) - case.patched() for t in range(N_TOKENS)]
     assert np.count_nonzero(patched) == 1
@@ -255,23 +255,23 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activation": "h0/attn/z"}, "'h0/attn/z' is no activation of a block: there are resid_pre"),
-        ({"activation": "ln_f/out"}, "is no activation of a block"),
+        ({"activation": "h0/attn/z"}, "'h0/attn/z' is not an activation of a block: choose from resid_pre"),
+        ({"activation": "ln_f/out"}, "is not an activation of a block"),
         ({"each": "head"}, "resid_pre is not divided into heads: its axes are BTD"),
         ({"heads": 1}, "resid_pre is not divided into heads"),
         ({"each": "layer"}, 'each must be "position", "head" or both, not \'layer\''),
         ({"activation": "attn/z", "heads": [0, 3]}, "heads must be from 0 to 2"),
         ({"positions": [-1]}, "positions must be from 0 to 6"),
-        ({"positions": []}, "positions must be whole numbers, one at least"),
-        ({"positions": slice(9, 12)}, "positions must be whole numbers, one at least"),
+        ({"positions": []}, "positions must be one or more whole numbers"),
+        ({"positions": slice(9, 12)}, "positions must be one or more whole numbers"),
         ({"layers": 2}, "layers must be from 0 to 1, not 2"),
-        ({"layers": 0.5}, "layers must be whole numbers"),
-        ({"at": 7}, "at must be a place in rows of 7 tokens"),
-        ({"at": [1, 2, 3]}, "or one for each of 2, not"),
-        ({"at": 1.5}, "at must be a place"),
+        ({"layers": 0.5}, "layers must be one or more whole numbers"),
+        ({"at": 7}, "at must be a position in rows of 7 tokens"),
+        ({"at": [1, 2, 3]}, "or one for each of 2 rows, not"),
+        ({"at": 1.5}, "at must be a position"),
         ({"together": 0}, "together must be a whole number, 1 or more, not 0"),
-        ({"source": {"h0/attn/z": 0}}, "h0/resid_pre was not captured in the run to patch from: there are h0/attn/z"),
-        ({"source": np.zeros((2, 5), int)}, r"must have tokens of one shape, not \(2, 7\) and \(2, 5\)"),
+        ({"source": {"h0/attn/z": 0}}, "h0/resid_pre was not captured in .*to patch from: that run has h0/attn/z"),
+        ({"source": np.zeros((2, 5), int)}, r"the tokens of both runs must have one shape, not \(2, 7\) and \(2, 5\)"),
         ({"source": [[99] * 7] * 2}, "holds the id 99"),
         ({"tokens_BT": jnp.arange(7)}, r"tokens must be whole numbers of shape \[B, T\], not int"),
         (
@@ -287,11 +287,11 @@ def test_a_grid_that_cannot_be(case, options, message):
 
 
 def test_an_estimate_that_cannot_be(case):
-    with pytest.raises(ValueError, match="the metric must give one number to take a gradient of, not"):
+    with pytest.raises(ValueError, match="the metric must return one number, not an array of shape"):
         attribution_patching(*case.args[:4], _of_rows, "ln_f/out")
-    with pytest.raises(ValueError, match="no activation's name holds 'nothing'"):
+    with pytest.raises(ValueError, match="no activation name matches 'nothing'"):
         attribution_patching(*case.args, "nothing")
     with pytest.raises(ValueError, match="embed was not captured in the run to patch from"):
         attribution_patching(*case.args[:3], {}, case.metric)
-    with pytest.raises(ValueError, match="of one shape"):
+    with pytest.raises(ValueError, match="of both runs must have one shape"):
         attribution_patching(*case.args[:3], case.source_BT[:1], case.metric)

@@ -1,6 +1,3 @@
-import re
-from pathlib import Path
-
 import matplotlib.image
 import numpy as np
 import pytest
@@ -87,11 +84,11 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     ("draw", "message"),
     [
         (lambda: pictures.heat_map([1.0]), "rows, columns"),
-        (lambda: pictures.heat_map([[1.0]], rows=["a", "b"]), "1 rows and 2 labels"),
-        (lambda: pictures.attention_patterns(np.ones((2, 2)), "ab"), r"\[N, T, S\]"),
-        (lambda: pictures.attention_patterns(np.ones((1, 2, 2)), "ab", heads=[1, 2]), "1 patterns and 2"),
-        (lambda: pictures.attention_patterns(np.ones((1, 2, 2)), "abc"), "2 rows and 3 labels"),
-        (lambda: pictures.attention_patterns(np.ones((0, 2, 2)), "ab"), "0 patterns and 0"),
+        (lambda: pictures.heat_map([[1.0]], rows=["a", "b"]), "1 rows, but 2 labels"),
+        (lambda: pictures.attention_patterns(np.ones((2, 2)), "ab"), r"\[N, T, T\]"),
+        (lambda: pictures.attention_patterns(np.ones((1, 2, 2)), "ab", heads=[1, 2]), "1 patterns, but 2"),
+        (lambda: pictures.attention_patterns(np.ones((1, 2, 2)), "abc"), "2 rows, but 3 labels"),
+        (lambda: pictures.attention_patterns(np.ones((0, 2, 2)), "ab"), "0 patterns, but 0"),
         (lambda: pictures.bars(["a"], [1.0, 2.0]), "1 labels"),
     ],
 )
@@ -111,11 +108,3 @@ def test_a_folder_is_no_picture(tmp_path):
     (tmp_path / "map.png").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
         pictures.save(pictures.heat_map([[0.0, 1.0]]), tmp_path / "map.png")
-
-
-def test_the_pictures_of_the_readme_are_there():
-    root = Path(__file__).parents[2]
-    named = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (root / "README.md").read_text(encoding="utf-8"))
-    assert len(named) >= 3
-    for name in named:
-        assert matplotlib.image.imread(root / name).std() > 0.01

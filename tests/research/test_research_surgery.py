@@ -1,4 +1,4 @@
-"""Layers and matrices edited in the weights; and what holds of every edit: a whole GPT-2 comes out."""
+"""Edits of layers and matrices; and for every edit: the result is a complete GPT-2."""
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ EDITS = {
 
 
 def other(config, params):
-    """Other weights, NumPy arrays of the same dtype."""
+    """Return different weights, as NumPy arrays of the same dtype."""
     return jax.tree.map(lambda leaf, new: new.astype(leaf.dtype), params, weights(config, seed=7))
 
 
@@ -140,7 +140,7 @@ def test_every_edit_leaves_its_input_alone_and_gives_a_whole_gpt2(edit, kind, dt
     check_params(edited_config, edited)
     assert bits(edited) != before
     assert {isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(edited)} == {kind is jnp.asarray}
-    assert not dicts & {id(branch) for branch in branches(edited)}  # to put an array into the new tree is safe
+    assert not dicts & {id(branch) for branch in branches(edited)}  # changes of the new tree do not reach the old
 
 
 def branches(tree):
@@ -162,14 +162,14 @@ def test_every_edit_generates():
     whole = CONFIG.replace(n_layer=2)
     for edit in EDITS.values():
         config, params = edit(whole, weights(whole, kind=jnp.asarray))
-        if config == whole:  # one of another depth takes seconds to compile; arrange_layers stands for it
+        if config == whole:  # another depth takes seconds to compile
             found = gpt2_jax.generate(config, params, [[1, 2, 3]], 2, temperature=0.0)
             by_hand = numpy_reference.forward(params, np.array([[1, 2, 3]]), config.n_head)[0, -1]
             assert found[0][0] == by_hand.argmax()
 
 
 def test_repeated_layers_are_saved_and_loaded(tmp_path):
-    """Arrays that are there twice become two: no form has a word for one array under two names."""
+    """An array that is used twice is saved twice: no form can store one array under two names."""
     config, params = surgery.repeat_layers(CONFIG, surgery.prune_heads(CONFIG, weights(), [(1, 2)]), [1])
     gpt2_jax.save(tmp_path / "model", config, params, format="huggingface")
     loaded_config, loaded = gpt2_jax.load(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Whole trees: merged as NumPy would, compared both ways, chosen and changed by name."""
+"""Whole trees: merged as in NumPy, compared in both orders, selected and changed by name."""
 
 import jax
 import jax.numpy as jnp
@@ -138,15 +138,15 @@ def test_diff_across_dtypes():
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (lambda p: surgery.select(p, [".", "c_atn"]), "'c_atn' is found in no name"),
-        (lambda p: surgery.map_params(lambda _, w: w, p, "h3/"), "'h3/' is found in no name"),
+        (lambda p: surgery.select(p, [".", "c_atn"]), "'c_atn' matches no name"),
+        (lambda p: surgery.map_params(lambda _, w: w, p, "h3/"), "'h3/' matches no name"),
         (lambda p: surgery.map_params(lambda _, w: w.T, p), r"h0/attn/c_attn/w is float32\[45, 15\]"),
         (lambda p: surgery.map_params(lambda _, w: w.astype("float64"), p), "is float64"),
-        (lambda p: surgery.map_params(lambda _, w: None, p, "wte"), "must give an array for wte, not None"),
+        (lambda p: surgery.map_params(lambda _, w: None, p, "wte"), "must return an array for wte, not None"),
         (lambda p: surgery.diff(p, p, by="nam"), "by must be one of name, size, not 'nam'"),
-        (lambda p: surgery.diff(p, None), "tree 1 must be params, nested dicts of arrays, not None"),
-        (lambda p: surgery.average([]), "0 and 0 weights"),
-        (lambda p: surgery.average([p, p], [1, 2, 3]), "2 and 3 weights"),
+        (lambda p: surgery.diff(p, None), "tree 1 must be nested dicts of arrays, not None"),
+        (lambda p: surgery.average([]), "0 trees and 0 weights"),
+        (lambda p: surgery.average([p, p], [1, 2, 3]), "2 trees and 3 weights"),
         (lambda p: surgery.average([p, p], [1, -1]), "finite and not 0"),
         (lambda p: surgery.average([p, p], [1, float("nan")]), "finite and not 0"),
     ],

@@ -1,4 +1,4 @@
-"""Heads and neurons taken out of the weights are out of a forward pass in NumPy, and nothing else is."""
+"""Heads and neurons that are removed from the weights have no effect in a NumPy forward pass; all others do."""
 
 import forward
 import jax
@@ -40,7 +40,7 @@ def test_an_ablated_neuron_adds_nothing(model, data):
 @settings(max_examples=23)
 @given(models(), st.data())
 def test_a_mean_holds_heads_and_neurons_where_it_says(model, data):
-    """Each place its own value, in the order given, in ablated and in pruned weights."""
+    """Each head or neuron has its own value, in the given order, in ablated and in pruned weights."""
     config, params = model
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     heads = data.draw(st.permutations(sorted(places(data.draw, config, config.n_head))))
@@ -85,7 +85,7 @@ def test_pruned_neurons_are_gone_and_all_else_is_there():
 
 
 def test_the_model_itself_with_heads_ablated():
-    """In JAX and float32: what z zeroed on the way gives; of pruned weights the same to the bit."""
+    """In JAX and float32, the logits are those with z set to 0. Those of pruned weights are bit-identical."""
     params, heads = weights(kind=jnp.asarray), [(0, 2), (2, 0), (2, 1)]
     tokens_1T = np.arange(CONFIG.n_ctx)[None]
     ablated = forward.logits_of(CONFIG, surgery.ablate_heads(CONFIG, params, heads), tokens_1T)[0]
@@ -142,9 +142,9 @@ def test_heads_joined_are_the_params_to_the_bit(kind, dtype):
 
 
 def test_gradients_reach_single_heads():
-    """The gradient with respect to the heads is the heads of the gradient.
+    """The gradient with respect to the heads is the gradient, split by head.
 
-    That of the keys' biases is 0 but for rounding: they add the same to all scores of a query.
+    The gradient of the keys' biases is 0 up to rounding: they add the same number to all scores of a query.
     """
     config, tokens_1T = CONFIG.replace(n_layer=1), np.arange(7)[None]
     params = weights(config, kind=jnp.asarray)
