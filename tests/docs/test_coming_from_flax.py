@@ -21,7 +21,7 @@ from tiny_models import CONFIG
 import gpt2_jax
 
 ROWS, CHECKS = coming_from.part(__file__)
-BOUND = 5e-6  # of the largest value; measured: 6e-7
+BOUND = 5e-6  # of the largest value; measured: 1.1e-6
 TOKENS = np.random.default_rng(3).integers(0, CONFIG.n_vocab, (2, 7), dtype=np.int32)
 
 

@@ -17,7 +17,6 @@ from gpt2_jax.commands import prepare
 from gpt2_jax.training.optimizer import make_schedule
 
 ROWS, CHECKS = coming_from.part(__file__)
-BOUND = 5e-6  # of the largest value; measured: 7e-7
 PROMPTS = [[3, 11, 5, 5, 20], [7, 1, 30]]
 TOKENS = np.random.default_rng(3).integers(0, CONFIG.n_vocab, (2, 9), dtype=np.int32)
 

@@ -19,7 +19,7 @@ from gpt2_jax import research
 
 pytestmark = pytest.mark.parity
 
-BOUND = 1e-5  # of the largest value; measured: 1.2e-6
+BOUND = 1e-5  # of the largest value; measured: 7e-7
 TOKENS = [[0, 3, 11, 5, 3, 11], [0, 7, 1, 30, 7, 2]]  # 0 is what the bridge's tokenizer prepends
 CLEAN = [[0, 3, 12, 5, 3, 11], [0, 7, 1, 30, 8, 2]]
 ANSWER, WRONG, LAYER, HEAD = 9, 21, 1, 2

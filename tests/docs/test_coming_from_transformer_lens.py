@@ -17,7 +17,7 @@ import gpt2_jax
 from gpt2_jax import research
 
 ROWS, CHECKS = coming_from.part(__file__)
-BOUND = 1e-5  # of the largest value; measured: 2e-6
+BOUND = 1e-5  # of the largest value; measured: 6e-7
 TOKENS = [[36, 3, 11, 5, 3, 11], [36, 7, 1, 30, 7, 2]]
 CLEAN = [[36, 3, 12, 5, 3, 11], [36, 7, 1, 30, 8, 2]]
 ANSWER, WRONG = 9, 21
