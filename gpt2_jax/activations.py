@@ -124,7 +124,7 @@ class _Module(Protocol):
 
 
 class Taps:
-    """The taps of one forward pass. Modules call it with each activation. One without a tap stays unchanged."""
+    """The taps of one forward pass. Modules call it with each activation. Activations without a tap stay unchanged."""
 
     def __init__(self, taps: Mapping[str, Tap], position_BT: Any = None, n_outer: int = 0):
         """Take the taps by name. `n_outer` is the number of modules that enclose the model."""

@@ -85,9 +85,9 @@ def open_causal_attention(
 ) -> jax.Array:
     """Causal attention that passes all scores and weights [B, N, T, S] to `on_scores` and `on_weights`.
 
-    For real tokens the result equals that of `causal_attention` bit for bit. So softmax and values are summed over the
-    same blocks. Weights after a block's end are 0 unless `on_scores` or `on_weights` changed them. They are summed
-    separately, because a sum in another order rounds differently.
+    For real tokens the result equals that of `causal_attention` bit for bit. For this, the sums of the softmax and of
+    the values use the same blocks. Weights after a block's end are 0 unless `on_scores` or `on_weights` changed them.
+    They are summed separately, because a sum in another order rounds differently.
     """
     n_slots = k_BNHS.shape[-1]
     blocks = _blocks(q_BTNH.shape[1])

@@ -19,7 +19,7 @@ class Dropout(nn.Module):
     rate: float
 
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """Return x with dropout, drawn with the next key of "dropout". `deterministic` returns x unchanged."""
+        """Return x with dropout, drawn with the next key of "dropout". `deterministic=True` returns x."""
         return x if deterministic or self.rate == 0 else drop(x, self.rate, self.make_rng("dropout"))
 
 
@@ -33,8 +33,8 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return uint32 bits: each entry's index, mixed with two words of the key.
 
     Threefry, JAX's default generator, is stronger than dropout needs. On two CPU cores it takes 76 ms for the attention
-    weights of 16 rows, 4 heads and 256 tokens; this takes 2 ms. The multipliers and shifts are those of MurmurHash3's
-    finalizer (A. Appleby, public domain). A multiplication by the golden ratio comes first.
+    weights of 16 rows, 4 heads and 256 tokens; this takes 2 ms. The last three steps are MurmurHash3's finalizer
+    (A. Appleby, public domain). A similar step, which multiplies by the golden ratio, comes first.
     """
     word = jax.random.bits(key, (2,), jnp.uint32)
     number = jnp.zeros(shape, jnp.uint32)

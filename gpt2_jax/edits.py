@@ -53,7 +53,7 @@ def replace(name: str, value: Any, positions: Where | slice = None, heads: Where
       value: a number or an array that broadcasts against the activation. `gpt2_jax.activations.AXES` lists the axes:
         [D] or [B, T, D] for "h3/resid_pre", [H], [N, H] or [B, T, N, H] for "h3/attn/z".
       positions: where the edit applies: one position, several, or a slice; None means everywhere. Positions count the
-        tokens of a row from 0, without padding. While a text slides beyond n_ctx, they count from the window's start.
+        tokens of a row from 0, without padding. After a text has exceeded n_ctx, they count from the window's start.
       heads: the heads to which the edit applies, one or several; None means all.
 
     Raises:
@@ -154,7 +154,7 @@ def check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], whole_rows: bo
     Args:
       config: the model's config.
       edits: one edit or several.
-      whole_rows: False where a batch's rows and tokens vary. Then a value must be the same for all of them.
+      whole_rows: False if the rows and tokens of a batch vary. Then a value must be the same for all of them.
 
     Raises:
       ValueError: not an Edit, an unknown activation or head, or a value that does not broadcast.

@@ -1,6 +1,6 @@
-"""Pictures: the figure that all of them are drawn into, the names of their files, and writing a file in one step.
+"""The `Figure` class of all pictures, the check of their file names, and writing a file in one step.
 
-matplotlib is imported when `Figure` is first used, and not before.
+matplotlib is imported only when `Figure` is first used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class `Figure` when it is first asked for (PEP 562)."""
+    """Create the class `Figure` when it is first used (PEP 562)."""
     if name != "Figure":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from matplotlib.figure import Figure as Base
@@ -38,11 +38,11 @@ def __getattr__(name: str) -> Any:
 
 
 def check_path(path: str | os.PathLike) -> Path:
-    """Return the path of a picture that can be written.
+    """Check the path of a picture to write, and return it.
 
     Raises:
-      ValueError: another extension than .png, .svg or .pdf, or the name of a folder.
-      FileNotFoundError: the folder for the file is not there.
+      ValueError: the extension is not .png, .svg or .pdf, or the path is a folder.
+      FileNotFoundError: the folder for the file does not exist.
     """
     path = expanded(path)
     if path.suffix.lower() not in FORMATS:
@@ -55,7 +55,7 @@ def check_path(path: str | os.PathLike) -> Path:
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure into a file, in the format of its extension, under a temporary name that is then renamed.
+    """Write a figure into a file, in the format of its extension. The file replaces an old one in one step.
 
     Raises:
       ValueError, FileNotFoundError: as `check_path`.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ABANDONED = 24 * 3600  # seconds; no process writes under a temporary name for longer
-LISTED = 5  # most names listed in a message
+LISTED = 5  # maximum number of names listed in a message
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # errors of file systems without locks
 
 
@@ -100,7 +100,7 @@ def replacing_file(path: Path, temporary: Path | None = None) -> Iterator[Path]:
 def put_in_place(new: Path, path: Path) -> None:
     """Flush a complete file or folder to the disk, and give it the name `path` in one step.
 
-    An old file of that name is gone then. An old folder has the name `new`.
+    An old file of that name is deleted. An old folder gets the name `new`.
     """
     flush(new)
     if new.is_dir() and path.exists():
@@ -258,7 +258,7 @@ def hash_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, st
 
     Args:
       folder: the folder.
-      names: the files to hash, without those that do not exist. None means all.
+      names: the files to hash; those that do not exist are skipped. None means all.
     """
     candidates = folder.rglob("*") if names is None else (folder / name for name in names)
     paths = [path for path in sorted(candidates) if path.is_file()]

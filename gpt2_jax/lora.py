@@ -37,7 +37,7 @@ def init_lora(params: Params, rank: int, targets: str, key: jax.Array) -> dict[s
 
 
 def merge_lora(params: Params, lora: Lora, alpha: float) -> Params:
-    """Return params with alpha / rank * a @ b added to each matrix that has a pair, in at least float32."""
+    """Return params with alpha / rank * a @ b added to each matrix with a pair, computed in at least float32."""
     flat = flatten(params)
     for name, pair in lora.items():
         w, a, b = flat[name], pair["a"], pair["b"]

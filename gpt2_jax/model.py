@@ -45,9 +45,9 @@ class Output:
 
 
 def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
-    """Return a module's parameter, like `module.param`, but tracing the whole model takes half the time.
+    """Return a module's parameter, as `module.param` does. With this function, tracing a model takes half the time.
 
-    Flax traces the initial values to compare shapes. Here the parameter's shape is compared with `shape`.
+    Flax traces the initial values to compare shapes. This function only compares the parameter's shape with `shape`.
     """
     if module.is_initializing() or not module.has_variable("params", name):
         return module.param(name, init, shape, module.config.param_dtype)
@@ -232,7 +232,7 @@ class GPT2(nn.Module):
 
         Args:
           tokens_BT: token ids, any integer dtype. A compiled program cannot raise errors. So an id outside the
-            vocabulary, a position beyond n_ctx or a full cache gives NaN in its row, never another token's numbers.
+            vocabulary, a position beyond n_ctx or a full cache gives NaN in its row, not the values of another token.
           mask_BT: bool, True for real tokens; None means all. Padding may be anywhere in a row. Positions count only
             real tokens, and no token attends to padding. So a row gives the same results with and without padding.
           cache: the earlier tokens, from `init_cache` or an earlier call; None means that there are none.
@@ -245,8 +245,8 @@ class GPT2(nn.Module):
 
         Raises:
           ValueError: a shape or dtype does not fit; a call without a mask has more than n_ctx tokens (with a mask,
-            padding does not count); the cache is of another model or other rows, or has fewer slots than tokens; a tap
-            has an unknown name, or is used with `remat`, which computes activations twice.
+            padding does not count); the cache fits another model or number of rows, or has fewer slots than tokens; a
+            tap has an unknown name, or is used with `remat`, which computes activations twice.
         """
         h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic, taps)
         return Output(logits=self.unembed(h_BTD), cache=cache)
@@ -288,7 +288,7 @@ class GPT2(nn.Module):
         return self.ln_f(x_BTD, seen), cache
 
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
-        """Return the logits [..., V] of hidden states [..., D]: a product with `wte`, in at least float32."""
+        """Return the logits [..., V] of hidden states [..., D]: a product with `wte`, summed in at least float32."""
         dtype = self.config.compute_dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         return product(h_BTD.astype(dtype), self.wte.astype(dtype), transposed=True, dtype=wide)
@@ -353,7 +353,7 @@ def _has_float64() -> bool:
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
     """Return new params with the original's initial values: w and wte N(0, 0.02), wpe N(0, 0.01), b 0, g 1.
 
-    N has mean and standard deviation.
+    N(m, s) is the normal distribution with mean m and standard deviation s.
 
     Raises:
       ValueError: `key` is not a key (`jax.random.key(seed)`).

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Unit = Literal["bytes", "count", "percent", "speed", "left", "text"]
 T = TypeVar("T")
 
-LARGE = 10**9  # bytes; reading less is too short for a bar
+LARGE = 10**9  # bytes; reading fewer takes too little time for a bar
 WIDTH = 40  # terminal columns of a bar
 NARROWEST = 10  # terminal columns; a narrower bar is left out
 

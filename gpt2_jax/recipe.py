@@ -173,16 +173,17 @@ class Monitor:
 
     Attributes:
       evaluate_every: optimizer steps between two validation losses; the last step has one too. 0 means never.
-      evaluate_windows: most windows of one validation loss, from the start of the validation text; 0 means all.
+      evaluate_windows: maximum number of windows of a validation loss, from the start of the validation text; 0 means
+        all.
       patience: stop after this many evaluations in a row without a better loss; 0 means never.
       save_every: optimizer steps between two checkpoints; 0 means only at the end. The end always has one.
       sample_every: optimizer steps between two rounds of samples; the last step has one too. 0 means never.
       prompts: texts that the samples continue; "" starts a new document.
-      sample_tokens: most new tokens per sample.
+      sample_tokens: maximum number of new tokens per sample.
       on_nan: what to do if the loss or a gradient is NaN or infinite: "stop" the run, or "skip" the step.
       on_spike: what to do if the loss is above `spike` times its running mean: "ignore", "skip" the step, or "stop" the
         run.
-      spike: that factor, 1 or more.
+      spike: the factor of on_spike, 1 or more.
       tensorboard: also write TensorBoard files.
     """
 

@@ -34,7 +34,7 @@ class Sampling:
       top_p: float32 in (0, 1]; 1 means all.
       min_p: float32 in [0, 1]; 0 means all.
       repetition_penalty: float32 above 0; 1 means none.
-      keep_crossing: bool; True if top-p keeps the token that crosses p, as in most libraries, but not in the original.
+      keep_crossing: bool; True if top-p keeps the token that crosses p. Most libraries do; the original does not.
     """
 
     temperature: Knob
@@ -69,9 +69,9 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: ja
     largest_B1 = logits_BV.max(axis=-1, keepdims=True)
 
     def draw() -> jax.Array:
-        # A higher one makes no difference. XLA multiplies by the inverse: it would be 0, and -inf * 0 is NaN.
+        # A higher temperature makes no difference. XLA multiplies by the inverse: it would be 0, and -inf * 0 is NaN.
         temperature = jnp.minimum(sampling.temperature, 1e37).astype(logits_BV.dtype)
-        # The largest becomes 0, so no temperature overflows. It is set to 0 because 0 / 0 and inf - inf are NaN.
+        # The largest logit becomes 0, so nothing overflows. It is set to 0 because 0 / 0 and inf - inf are NaN.
         scaled_BV = jnp.where(logits_BV == largest_B1, 0, (logits_BV - largest_B1) / temperature)
         return _first_largest(filter_logits(scaled_BV, sampling) + _gumbel(key_B, scaled_BV))
 
@@ -146,8 +146,9 @@ def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> j
 def _gumbel(key_B: jax.Array, like_BV: jax.Array) -> jax.Array:
     """Return Gumbel noise of the shape and dtype of `like_BV`. The argmax of logits + noise is a draw from the softmax.
 
-    (One uniform number and a cumulative sum would be cheaper. But the last bit of a logit depends on the batch size and
-    changes every sum after it, and one of thousands may then cross the number. Here only the two largest matter.)
+    (One uniform number, compared with cumulative sums, would be cheaper. But the last bit of a logit depends on the
+    batch size, and it changes every later sum. One of these thousands of sums may then cross the number, and the draw
+    changes. With the argmax, only the two largest values matter.)
     A row is drawn in eight parts, which XLA spreads over the cores: one row of 50,257 tokens on two cores takes 0.3 ms
     instead of 1.4 ms.
     """

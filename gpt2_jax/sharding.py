@@ -27,10 +27,10 @@ RULES = (
 
 
 def make_mesh(data: int = -1, model: int = 1) -> Mesh:
-    """Return a mesh of data x model devices, the first of JAX's list; -1 means all that the other number leaves.
+    """Return a mesh of the first data x model devices in JAX's list. -1 means as many as the other number allows.
 
     Raises:
-      ValueError: there are fewer devices, or their number is not divisible by the other number.
+      ValueError: there are too few devices, or -1 is given and the other number does not divide their number.
     """
     devices = jax.devices()
     if -1 in (data, model):
@@ -39,12 +39,14 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
             raise ValueError(f"{len(devices)} devices cannot be divided by {other}: set both sizes of the mesh")
         data, model = (len(devices) // other if n == -1 else n for n in (data, model))
     if data * model > len(devices):
-        raise ValueError(f"a mesh of data={data} times model={model} devices needs {data * model}, not {len(devices)}")
+        raise ValueError(
+            f"a mesh of data={data} times model={model} needs {data * model} devices, but there are {len(devices)}"
+        )
     return Mesh(np.array(devices[: data * model]).reshape(data, model), (DATA, MODEL))
 
 
 def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, gathered: Iterable[str] = ()) -> dict[str, NamedSharding]:
-    """Return the sharding of each parameter by RULES. Mesh axes that do not divide a side are left out, last first.
+    """Return the sharding of each parameter by RULES. Mesh axes that do not divide a side are dropped, last first.
 
     Args:
       shapes: {name: object with a shape}.

@@ -24,7 +24,7 @@ HUGGING_FACE_FILES = VOCAB_JSON, MERGES, TOKENIZER_JSON = ("vocab.json", "merges
 TOKENIZER_CONFIG, ADDED_TOKENS = "tokenizer_config.json", "added_tokens.json"  # optional files of Hugging Face
 
 # How the original (openai/gpt-2, src/encoder.py) splits text before merging: contractions, letters, numbers, the rest,
-# and whitespace without its last character before a word. Quantifiers are possessive where that changes nothing.
+# and whitespace (without its last character if a word follows). Quantifiers are possessive where that changes nothing.
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 # `\s+(?!\S)` backtracks, and tiktoken fails on a run of a million characters. So longer runs than this are cut.
@@ -41,8 +41,8 @@ class Tokenizer:
       n_vocab: number of ids; every id is in [0, n_vocab).
       tokens: {token: id} in order of id, spelled as in OpenAI's encoder.json: one printable character per byte.
       merges: the pairs of tokens that merge, in order of priority.
-      added: {token: id} of the tokens that no merge makes: `<|endoftext|>`, and tokens added after it, such as "[PAD]".
-        Ordinary text never becomes one of them.
+      added: {token: id} of the tokens that are neither a byte nor the result of a merge: `<|endoftext|>`, and tokens
+        added after it, such as "[PAD]". Ordinary text never becomes one of them.
     """
 
     eot: int
@@ -156,8 +156,8 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 def _cut_long_runs(text: str) -> Iterable[str]:
     """Cut a text where a token ends anyway: around long runs of whitespace, before their last character.
 
-    The pattern ends a token before every run of whitespace. It takes a run whole, without its last character if a word
-    follows.
+    The pattern ends a token before every run of whitespace. It takes the whole run, or all except the last character
+    if a word follows.
     """
     start = 0
     for run in _LONG_RUN.finditer(text):

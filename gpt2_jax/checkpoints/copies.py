@@ -26,7 +26,8 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     """Read a TensorFlow checkpoint from its copy. If there is none, read it with TensorFlow and keep a copy.
 
     Raises:
-      FileNotFoundError, ValueError: as in `tensorflow.read`. A copy that is damaged or cannot be written only warns.
+      FileNotFoundError, ValueError: as in `tensorflow.read`. A copy that is damaged or cannot be written only
+        causes a warning.
     """
     source = _fingerprint(directory)
     try:
@@ -85,7 +86,7 @@ def _or_made_anew(directory: Path, source: dict[str, object], leaves: Leaves) ->
 
 
 def _make(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, dict[str, np.ndarray]]:
-    """Read the original and keep a copy. `source` is older than the read: if the files change, the copy is not used."""
+    """Read the original and keep a copy. `source` was made before: if the files changed since, the copy is not used."""
     config, leaves = tensorflow.read(directory)
     arrays = dict(reading(leaves, f"reading {directory.name}", config.param_bytes))
     manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)

@@ -66,7 +66,7 @@ def read_config(directory: Path) -> GPT2Config:
     for field, allowed in ARITHMETIC.items():
         value = fields.get(field, allowed[0])
         if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
-            raise ValueError(f"{path} has {field} = {value!r}, not supported: GPT-2 has {allowed[0]!r}")
+            raise ValueError(f"{path} has {field} = {value!r}, which is not supported: GPT-2 has {allowed[0]!r}")
     if missing := [name for name in HPARAM_NAMES.values() if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     rates = {name: fields[name] for name in DROPOUT_RATES if name in fields}
@@ -76,7 +76,8 @@ def read_config(directory: Path) -> GPT2Config:
         raise ValueError(f"{path}: {error}") from error
     if fields.get("n_inner") not in (None, 4 * config.n_embd):
         raise ValueError(
-            f"{path} has n_inner = {fields['n_inner']!r}, not supported: GPT-2 has 4 * n_embd = {4 * config.n_embd}"
+            f"{path} has n_inner = {fields['n_inner']!r}, which is not supported: GPT-2 has 4 * n_embd = "
+            f"{4 * config.n_embd}"
         )
     return config
 

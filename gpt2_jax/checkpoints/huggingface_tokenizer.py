@@ -58,7 +58,7 @@ def read(directory: Path) -> Tokenizer:
 
 
 def write(directory: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
-    """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, and set the ids in config.json."""
+    """Write vocab.json, merges.txt, tokenizer.json, tokenizer_config.json, and the end-of-text ids of config.json."""
     tokenizer.to_files(directory / VOCAB_JSON, directory / MERGES)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -14,7 +14,7 @@ import numpy as np
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, GPT2Config
 
 Leaves = Iterator[tuple[str, np.ndarray]]
-"""Every parameter once: its flat name ("h0/attn/c_attn/w") and its array on the host, in its shape in params."""
+"""Every parameter once: its flat name ("h0/attn/c_attn/w") and its array on the host, with its shape in params."""
 
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 KEPT = (*HPARAMS, *DROPOUT_RATES, "qkv_bias")

@@ -30,9 +30,10 @@ def load(
     Args:
       source: a directory, a size, or an id on the Hugging Face hub. A directory holds a TensorFlow checkpoint in
         OpenAI's layout, Hugging Face's config.json and safetensors, a model that `save` wrote, a training run (its best
-        model is loaded) or one checkpoint of a run ("RUN/checkpoints/1600"); LoRA is merged. A size is "124M", "355M",
-        "774M" or "1558M" (or "117M", "gpt2", "gpt2-xl", ...); it is fetched if it is not there yet. A hub id is, for
-        example, "distilbert/distilgpt2". "shakespeare" is the model in this package.
+        model is loaded, or its newest checkpoint if there is no best model) or one checkpoint of a run
+        ("RUN/checkpoints/1600"); LoRA is merged. A size is "124M", "355M", "774M" or "1558M" (or "117M", "gpt2",
+        "gpt2-xl", ...); it is fetched if it is not there yet. A hub id is, for example, "distilbert/distilgpt2".
+        "shakespeare" is the model in this package.
       dtype: float32, bfloat16 or float16. Each tensor is cast to it. None keeps the stored dtype.
       sharding: where the params go: a jax Device or Sharding for all of them, or a tree of these with the structure of
         the params. None is the default device.

@@ -84,7 +84,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     from orbax.checkpoint import v1 as ocp
 
     path = (directory / TREE).resolve()
-    odd = "[" in str(path)  # Orbax's database format takes [ as a pattern
+    odd = "[" in str(path)  # Orbax's database format treats [ as a pattern
     with parts.told(), parts.plain_files() if odd else contextlib.nullcontext():
         ocp.save(str(path), unflatten(flat))
     hashes = {name: sha256(array) for name, array in flat.items()}

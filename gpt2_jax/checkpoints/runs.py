@@ -155,7 +155,7 @@ def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
     """Check that an old run may be resumed with the settings of a new one.
 
     Raises:
-      ValueError: fields differ that decide what was computed so far. The message lists them.
+      ValueError: the runs differ in fields that determine what was computed so far. The message lists them.
     """
     before, now = dict(_fields(_to_json(old))), dict(_fields(_to_json(new)))
     names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
@@ -173,7 +173,7 @@ def check_free(directory: Path) -> None:
     Raises:
       FileExistsError: the folder holds something else.
     """
-    # The second alternative: temporary files of a run that was killed while it started or prepared its text.
+    # The second alternative matches temporary files of a run that was killed while it started or prepared its text.
     begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
     if not is_run(directory):
         check_replaceable(directory, "a run", lambda names: {name for name in names if not begun.fullmatch(name)})

@@ -1,4 +1,4 @@
-"""What `gpt2-doctor` says of the cache folder and of the models in it. It reads, and writes nothing."""
+"""What `gpt2-doctor` reports about the cache folder and the models in it. It writes nothing."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gpt2_jax.commands._doctor_packages import Item
 from gpt2_jax.commands._model import LARGEST
 from gpt2_jax.files import cache_dir
 
-_ELSEWHERE = "name another folder in GPT2_JAX_CACHE"
+_ELSEWHERE = "set GPT2_JAX_CACHE to another folder"
 
 
 def cache() -> Item:
-    """Return where the cache folder is and what is in it.
+    """Return where the cache folder is and what it contains.
 
     Returns:
-      path (None where there is none), exists, writable, bytes of all files, free_bytes of its disk; copies: number and
-      bytes of the copies that are kept of TensorFlow checkpoints; compiled: path, number and bytes of the compiled
-      programs that are kept, limit_bytes, on; problem; do.
+      path (None if there is none), exists, writable, bytes (of all files), free_bytes (of its disk); copies: number and
+      bytes of the kept copies of TensorFlow checkpoints; compiled: path, number and bytes of the kept compiled
+      programs, limit_bytes (None if JAX_COMPILATION_CACHE_DIR names the folder), and on; problem; do.
     """
     try:
         folder = cache_dir()
@@ -37,7 +37,7 @@ def cache() -> Item:
         "free_bytes": shutil.disk_usage(ground).free,
         "copies": _count((folder / "copies").glob("*.safetensors")),
         "compiled": _compiled(folder),
-        "problem": None if writable else f"nothing can be written to the cache folder: {ground} does not let you",
+        "problem": None if writable else f"the cache folder cannot be written: you may not write to {ground}",
         "do": None if writable else _ELSEWHERE,
     }
 
@@ -51,12 +51,12 @@ def _compiled(folder: Path) -> dict[str, Any]:
 
 
 def _nearest(folder: Path) -> Path:
-    """Return the folder, or what is there of the way to it."""
+    """Return the folder if it exists, else its nearest parent that exists."""
     return next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder.absolute())
 
 
 def _count(paths: Iterable[Path]) -> dict[str, int]:
-    """Return the number and bytes of files; those that vanish meanwhile are left out."""
+    """Return the number and bytes of files. Files that disappear meanwhile are left out."""
     sizes = [size for path in paths if (size := _size(path)) is not None]
     return {"number": len(sizes), "bytes": sum(sizes)}
 
@@ -72,10 +72,10 @@ def releases() -> list[Item]:
     """Return which released sizes are in the cache folder.
 
     Returns:
-      For each size: size; directory; state: "complete", "partial" or "absent"; bytes: those that are there;
-      weights_bytes: of the complete weights; copy_bytes: of the copy that is kept of it, 0 without one; wrong: for each
-      file that is absent or wrong, by name, what is wrong; do: the command that fetches the rest; problem: of a partial
-      one.
+      For each size: size; directory; state: "complete", "partial" or "absent"; bytes: of the files that are there;
+      weights_bytes: of the complete weights; copy_bytes: of the kept copy, 0 without one; wrong: {file: what is wrong},
+      for each file that is absent or wrong; do: the command that downloads the rest; problem: what is wrong with a
+      partial size, else None.
     """
     from gpt2_jax.checkpoints.copies import copy_path
     from gpt2_jax.config import SIZES
@@ -112,7 +112,7 @@ def _told(size: str, directory: Path, wrong: dict[str, str]) -> str:
 
 
 def wrong_files(size: str, directory: Path) -> dict[str, str]:
-    """Return for each file of a released size that is absent or wrong what is wrong with it; tensors are not read."""
+    """Return {file: what is wrong} for the absent and wrong files of a released size. Tensors are not read."""
     from gpt2_jax.release import download
 
     found = {name: expected.wrong(directory / name) for name, expected in download.expectations(size).items()}
@@ -120,7 +120,7 @@ def wrong_files(size: str, directory: Path) -> dict[str, str]:
 
 
 def embedded_model() -> list[Item]:
-    """Return where the model in this package is; a problem where a file of it is absent."""
+    """Return where the embedded model is. There is a problem if one of its files is absent."""
     import gpt2_jax
     from gpt2_jax.release import download
 

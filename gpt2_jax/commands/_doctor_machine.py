@@ -1,4 +1,4 @@
-"""What `gpt2-doctor` says of the machine: system, memory, devices that JAX sees, and accelerators it does not see."""
+"""What `gpt2-doctor` reports about the machine: system, memory, JAX's devices, and accelerators that JAX misses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ VARIABLES = (
     *("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "JAX_ENABLE_X64"),
     *("XLA_FLAGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "CUDA_VISIBLE_DEVICES"),
 )
-"""Variables of the environment that change what the commands do."""
+"""Environment variables that change what the commands do."""
 CUDA_13_DRIVER = 580  # the first driver for Linux that runs CUDA 13
 DEVICES = Path("/dev")
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 
 
 def system() -> dict[str, Any]:
-    """Return os, machine, processors, usable_processors, memory_bytes, available_bytes; None where not known."""
+    """Return os, machine, processors, usable_processors, memory_bytes, available_bytes, environment; unknown: None."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "os": platform.platform(),
@@ -39,7 +39,7 @@ def system() -> dict[str, Any]:
 
 
 def _pages(name: str) -> int | None:
-    """Return a number of memory pages in bytes; Windows has no sysconf, and macOS lacks one of the names."""
+    """Return memory pages in bytes. None on Windows, which has no sysconf, and on macOS for one of the names."""
     try:
         return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -47,7 +47,7 @@ def _pages(name: str) -> int | None:
 
 
 def _available() -> int | None:
-    """Return the bytes of memory that programs can get: Linux counts in what its file cache would give back."""
+    """Return the bytes of memory that programs can get. On Linux they include file cache that Linux would free."""
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
     except OSError:
@@ -59,8 +59,8 @@ def devices() -> dict[str, Any]:
     """Return what JAX computes on.
 
     Returns:
-      backend: "cpu", "gpu", "tpu", or None where JAX does not start; devices: for each, id, platform, kind,
-      memory_bytes and used_bytes (None where the device does not say); items: what is wrong, with what to do.
+      backend: "cpu", "gpu", "tpu", or None if JAX does not start; devices: id, platform, kind, memory_bytes and
+      used_bytes of each (None if the device does not report them); items: problems, each with what to do.
     """
     if "jax" not in sys.modules:  # the report must not take most of a GPU's memory, as JAX does by default
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -80,7 +80,7 @@ def devices() -> dict[str, Any]:
 def _device(device: Any) -> dict[str, Any]:
     try:
         memory = device.memory_stats() or {}
-    except RuntimeError:  # XLA's, where a device keeps no statistics
+    except RuntimeError:  # from XLA, if a device has no statistics
         memory = {}
     return {
         "id": device.id,
@@ -92,10 +92,10 @@ def _device(device: Any) -> dict[str, Any]:
 
 
 def unseen(platforms: Collection[str]) -> list[Item]:
-    """Return a problem for each accelerator that seems to be here and that JAX does not see.
+    """Return a problem for each accelerator that the machine seems to have and that JAX does not see.
 
     Args:
-      platforms: those of the devices that JAX sees: "cpu", "gpu", "tpu".
+      platforms: the platforms of the devices that JAX sees: "cpu", "gpu", "tpu".
     """
     items = []
     if (sign := nvidia_sign()) and "gpu" not in platforms:
@@ -109,14 +109,14 @@ def unseen(platforms: Collection[str]) -> list[Item]:
 
 
 def nvidia_sign() -> str | None:
-    """Return what tells that an NVIDIA GPU is here, None where nothing does."""
+    """Return the file or program that suggests an NVIDIA GPU; None if there is no such sign."""
     if (DEVICES / "nvidia0").exists():
         return str(DEVICES / "nvidia0")
     return "nvidia-smi" if shutil.which("nvidia-smi") else None
 
 
 def tpu_sign() -> str | None:
-    """Return what tells that a TPU is here, None where nothing does."""
+    """Return the file or package that suggests a TPU; None if there is no such sign."""
     nodes = sorted(DEVICES.glob("accel[0-9]*"))
     if nodes:
         return str(nodes[0])
@@ -124,15 +124,15 @@ def tpu_sign() -> str | None:
 
 
 def _missed(what: str, sign: str, extras: Sequence[str], platforms: Sequence[str]) -> Item:
-    """Return the problem of an accelerator that JAX does not see.
+    """Return the problem item of an accelerator that JAX does not see.
 
     Args:
-      what: its name.
-      sign: what tells that it is here.
-      extras: those that make JAX see it, the best one first.
+      what: the name of the accelerator.
+      sign: what suggests that the machine has it.
+      extras: the extras that make JAX see it, the best one first.
       platforms: its names in JAX_PLATFORMS.
     """
-    problem = f"JAX does not see {what}, and {sign} suggests that there is one"
+    problem = f"JAX does not see {what}, but {sign} suggests that there is one"
     chosen = os.environ.get("JAX_PLATFORMS")
     if chosen and not set(platforms) & set(chosen.split(",")):
         return {"problem": f"{problem}: JAX_PLATFORMS={chosen} leaves it out", "do": "unset JAX_PLATFORMS"}
@@ -143,13 +143,13 @@ def _missed(what: str, sign: str, extras: Sequence[str], platforms: Sequence[str
         if extra != "tpu" and found != version("jaxlib"):
             problem = f"{problem}: {plugin} {found} does not fit jaxlib {version('jaxlib')}"
             return {"problem": problem, "do": install_line(extra)}
-        do = f"JAX_PLATFORMS={platforms[0]} gpt2-doctor shows JAX's own error"
+        do = f"to see JAX's own error, run JAX_PLATFORMS={platforms[0]} gpt2-doctor"
         return {"problem": f"{problem}, although {plugin} {found} is installed", "do": do}
     return {"problem": problem, "do": f"{install_line(extras[0])} (the extra {extras[0]})"}
 
 
 def _driver() -> int | None:
-    """Return the major version of NVIDIA's driver, None where it is not known."""
+    """Return the major version of NVIDIA's driver; None if it is not known."""
     try:
         found = re.search(r"Kernel Module.*?\s(\d+)\.\d+", NVIDIA_VERSION.read_text(encoding="utf-8", errors="replace"))
     except OSError:

@@ -1,7 +1,7 @@
-"""What `gpt2-doctor` says of packages: which versions are installed, which are needed, which extras are absent.
+"""What `gpt2-doctor` reports about packages: installed versions, required versions, and missing extras.
 
-The needs are read from pyproject.toml in a clone, and from the installed package's metadata otherwise. No package is
-imported to find its version.
+In a clone, the requirements are read from pyproject.toml. Otherwise they are read from the installed package's
+metadata. No package is imported to find its version.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 NAME = "gpt2-jax"
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"  # of a clone
 ACCELERATORS = {"cuda13": "jax-cuda13-plugin", "cuda12": "jax-cuda12-plugin", "tpu": "libtpu"}
-"""The extras for accelerators, and the package of each that makes JAX see the device."""
+"""{extra for an accelerator: the package in it that makes JAX see the device}"""
 _EXTRA = re.compile(r"""extra == ['"]([\w-]+)['"]""")
 
 Item = dict[str, Any]
-"""A line of the report. Every item has problem: what is wrong, or None; and do: what to do about it, or None."""
+"""An entry of the report. Every item has problem: what is wrong, or None; and do: what to do about it, or None."""
 
 
 def version(name: str) -> str | None:
-    """Return the version of an installed package, None where it is absent."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -39,7 +39,7 @@ def project() -> dict[str, Any]:
     """Return what gpt2-jax needs.
 
     Returns:
-      version; python: the versions of Python it runs on; needs: {"": requirements, "parity": those of the extra, ...}.
+      version; python: the Python versions it runs on; needs: {"": requirements, "parity": those of this extra, ...}.
     """
     if PYPROJECT.is_file():
         table = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
@@ -58,7 +58,7 @@ def project() -> dict[str, Any]:
 
 
 def installed() -> list[Item]:
-    """Return name, version and needs of Python, gpt2_jax, jaxlib and every package that gpt2_jax needs."""
+    """Return name, version and required version of Python, gpt2_jax, jaxlib and each package that gpt2_jax needs."""
     about = project()
     python = platform.python_version()
     items = [
@@ -74,11 +74,12 @@ def installed() -> list[Item]:
 
 
 def optional() -> list[Item]:
-    """Return what is there of each extra that is not for an accelerator.
+    """Return which packages of each extra are installed. Extras for accelerators are left out.
 
     Returns:
-      For each, extra; installed and absent: names of packages; problem: those of too old a version, or None, as an
-      absent package is no problem; do: the line that installs what is absent or too old, or None.
+      For each extra: extra; installed and absent: names of packages; problem: the packages whose version does not fit,
+      or None (an absent package is not a problem); do: the command that installs the packages that are absent or do not
+      fit, or None.
     """
     items = []
     for extra, lines in project()["needs"].items():
@@ -101,13 +102,13 @@ def optional() -> list[Item]:
 
 
 def install_line(extra: str) -> str:
-    """Return the line that installs what an extra for an accelerator brings."""
+    """Return the command that installs the packages of an extra for an accelerator."""
     lines = project()["needs"].get(extra) or [f"jax[{extra}]"]
     return pip_install(*(line.partition(";")[0].strip() for line in lines))
 
 
 def _here(lines: list[str], extra: str) -> list[Requirement]:
-    """Return the requirements that hold on this machine."""
+    """Return the requirements that apply to this machine."""
     from packaging.requirements import Requirement
 
     needs = [Requirement(line) for line in lines]
@@ -116,7 +117,7 @@ def _here(lines: list[str], extra: str) -> list[Requirement]:
 
 def _package(need: Requirement) -> Item:
     found = version(need.name)
-    if found is None and need.name == "tensorflow-cpu":  # the whole TensorFlow does as well
+    if found is None and need.name == "tensorflow-cpu":  # the full TensorFlow package works too
         found = version("tensorflow")
     wanted = str(need.specifier)
     return _item(
@@ -136,5 +137,5 @@ def _item(name: str, found: str | None, wanted: str, is_fine: bool, do: str) -> 
 
 
 def pip_install(*needs: str) -> str:
-    """Return the line that installs these."""
+    """Return the command that installs these requirements."""
     return f"pip install {' '.join(shlex.quote(need) for need in needs)}"

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Parts = list[tuple[str, Any]]
-"""Titles and the table below each."""
+"""Pairs of a title and the table below it."""
 
 
 def print_report(found: dict[str, Any], console: Console) -> None:
-    """Print what `doctor.examine` gives."""
+    """Print the result of `doctor.examine`."""
     parts = (
         ("Packages", _packages(found)),
         ("Machine", _machine(found)),
@@ -47,12 +47,8 @@ def _machine(found: dict[str, Any]) -> Any:
     table.show_header = False
     table.add_row("operating system", machine["os"])
     table.add_row("machine", machine["machine"])
-    table.add_row(
-        "processors", f"{machine['processors']}, of which this process may use {machine['usable_processors']}"
-    )
-    table.add_row(
-        "memory", f"{_size(machine['memory_bytes'])}, of which {_size(machine['available_bytes'])} are available"
-    )
+    table.add_row("processors", f"{machine['processors']}; this process may use {machine['usable_processors']}")
+    table.add_row("memory", f"{_size(machine['memory_bytes'])}; {_size(machine['available_bytes'])} are available")
     for name, value in machine["environment"].items():
         table.add_row(name, value)
     return table
@@ -80,7 +76,7 @@ def _cache(found: dict[str, Any]) -> Any:
     if cache["path"] is None:
         table.add_row("folder", _state(cache))
         return table
-    exists = "" if cache["exists"] else ", not made yet"
+    exists = "" if cache["exists"] else ", not created yet"
     table.add_row("folder", f"{cache['path']}{exists}")
     table.add_row("writable", "yes" if cache["writable"] else _state(cache))
     table.add_row("size", _size(cache["bytes"]))

@@ -1,4 +1,4 @@
-"""`gpt2-doctor --verify`: a model's checks and measures, and how they are printed."""
+"""`gpt2-doctor --verify`: checks and measures a model, and prints the results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from gpt2_jax.params import Params
 
 MARKS = {"pass": "pass", "fail": "FAIL", "not applicable": "not applicable"}
-LONGEST = 40  # characters of an expected or found value in the table, where both agree
+LONGEST = 40  # maximum characters of an expected or found value in the table, unless the check failed
 
 
 def verify(model: str, lambada: Path | None, wikitext: Path | None, limit: int | None) -> dict[str, Any]:
-    """Check a model against known values and measure what files are given for.
+    """Check a model against known values, and measure it on the given files.
 
     Returns:
-      In plain data: model; directory; known: the name of the known values, or None; passed: no check failed; checks: of
-      `gpt2_jax.inspection.verification`; measures: of `gpt2_jax.evaluate.paper`; limit: as given.
+      Plain data: model; directory; known: the name of the known values, or None; passed: True if no check failed;
+      checks: from `gpt2_jax.inspection.verification`; measures: from `gpt2_jax.evaluate.paper`; limit: as given.
 
     Raises:
-      ValueError, OSError: there is no such model, or a file cannot be read. A model whose files are damaged is a failed
-        check.
+      ValueError, OSError: there is no such model, a file cannot be read, or `limit` is invalid. Damaged files of the
+        model do not raise: they are a failed check.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be 1 or more, not {limit}")
@@ -68,7 +68,7 @@ def verify(model: str, lambada: Path | None, wikitext: Path | None, limit: int |
 
 
 def _texts(lambada: Path | None, wikitext: Path | None, limit: int | None) -> dict[str, list[str]]:
-    """Read the files of the measures."""
+    """Read the files to measure on."""
     from gpt2_jax.evaluate import files
 
     texts = {}
@@ -83,7 +83,7 @@ def _texts(lambada: Path | None, wikitext: Path | None, limit: int | None) -> di
 
 
 def _locate(model: str) -> tuple[str | None, Path]:
-    """Return the released size that is meant, or None, and the model's directory. A size is not fetched."""
+    """Return the released size that `model` names, or None, and the model's directory. A size is not downloaded."""
     from gpt2_jax import checkpoints
     from gpt2_jax.checkpoints.sources import size_meant
     from gpt2_jax.release import download
@@ -96,7 +96,7 @@ def _locate(model: str) -> tuple[str | None, Path]:
     directory = download.directory_of(size)
     wrong = _doctor_cache.wrong_files(size, directory)
     if absent := [name for name in wrong if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory} lacks {', '.join(absent)}: fetch {size} first, gpt2-download {size}")
+        raise FileNotFoundError(f"{directory} lacks {', '.join(absent)}: download {size} first: gpt2-download {size}")
     return size, directory
 
 
@@ -117,14 +117,14 @@ def _load(directory: Path) -> tuple[GPT2Config, Params, Tokenizer | None, str] |
     """Load a model from its files, not from a kept copy.
 
     Returns:
-      config, params, tokenizer (None where there is no vocabulary that can be read) and what is wrong with the
-      vocabulary, or ""; or else what is wrong with the weights.
+      config, params, tokenizer (None if no vocabulary can be read), and what is wrong with the vocabulary ("" if
+      nothing is). If the weights cannot be loaded, only a str that says what is wrong with them.
     """
     from gpt2_jax import checkpoints
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of values that are not finite: a check tells of them
+            warnings.simplefilter("ignore", UserWarning)  # about non-finite values: a check reports them
             config, params = gpt2_jax.load(directory, keep_copy=False)
     except ValueError as error:
         return str(error)
@@ -145,7 +145,7 @@ def _known(size: str | None, config: GPT2Config) -> KnownValues | None:
 def _measure(
     config: GPT2Config, params: Params, tokenizer: Tokenizer, texts: dict[str, list[str]], known: KnownValues | None
 ) -> list[Row]:
-    """Measure what texts are given for."""
+    """Measure the model on the given texts."""
     from gpt2_jax import evaluate
     from gpt2_jax.evaluate import paper
 
@@ -163,7 +163,7 @@ def _measure(
 
 
 def print_checks(found: dict[str, Any], console: Console) -> None:
-    """Print what `verify` gives."""
+    """Print the result of `verify`."""
     table = _tables.plain_table("check", "expected", "found", "result")
     for check in found["checks"]:
         note = f": {check['note']}" if check["note"] else ""
@@ -177,7 +177,7 @@ def print_checks(found: dict[str, Any], console: Console) -> None:
         console.print("", table)
         if found["limit"] is not None:
             n = found["limit"]
-            note = f"Only the first {n:,} passages or lines were measured. The paper's figures are those of the whole."
+            note = f"Only the first {n:,} passages or lines were measured. The paper's figures are for all of them."
             console.print("", note, sep="\n", soft_wrap=True)
     console.print("", _summary(found), sep="\n", soft_wrap=True)
 
@@ -188,7 +188,7 @@ def _summary(found: dict[str, Any]) -> str:
     if found["passed"]:
         return f"{found['directory']}: {counts}."
     if found["known"] is None:
-        return f"{found['directory']}: {counts}. The files are damaged, or not those of a GPT-2."
+        return f"{found['directory']}: {counts}. The files are damaged, or they are not a GPT-2 model."
     return (
         f"{found['directory']}: {counts}. These are not the published weights of {found['known']}: they are damaged, "
         "fine-tuned, or another model's."
@@ -196,7 +196,7 @@ def _summary(found: dict[str, Any]) -> str:
 
 
 def _both(check: Check) -> tuple[str, str]:
-    """Return the expected and the found value as text; two long ones that agree are cut."""
+    """Return the expected and the found value as text. Long texts are cut, unless the check failed."""
     texts = _value(check["expected"]), _value(check["found"])
     if check["result"] == "fail":
         return texts

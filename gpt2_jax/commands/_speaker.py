@@ -43,7 +43,10 @@ class Model:
         return config, params
 
     def complete(self, texts: Sequence[str], num_samples: int, first: int = 0) -> Iterator[Completion]:
-        """Yield `num_samples` completions of each text, in order. `first` is the first text's number, for its draws."""
+        """Yield `num_samples` completions of each text, in order.
+
+        `first` is the number of the first text. The random draws of a text depend on its number.
+        """
         from gpt2_jax.generation import complete
 
         rows = [encode(self.tokenizer, text) for text in texts for _ in range(num_samples)]

@@ -26,7 +26,7 @@ def console() -> Console:
 
 
 def plain_table(*columns: str, gap: int = 1) -> Table:
-    """Return a plain table with 1 + gap spaces between columns. A name with > in front aligns right. No cell is cut."""
+    """Return a plain table with 1 + gap spaces between columns. The prefix > aligns a column right. No cell is cut."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`gpt2-doctor`: what is installed, what works, and whether a model's weights are the published ones."""
+"""`gpt2-doctor`: report on the installation, or check whether a model's weights are the published ones."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Args:
     """
 
     verify: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")] = None
-    """Check a model instead: a size that is already fetched (124M, 355M, 774M or 1558M), "shakespeare" for the embedded
-    model, a directory that holds a model, or an id of the Hugging Face hub ("owner/name", fetched if it is not there
-    yet). The shape of the model decides which known values apply. A fine-tuned model fails some checks, because its
-    weights are not the published ones."""
+    """Check a model instead. A fine-tuned model fails some checks, because its weights are not the published ones.
+    MODEL is a size that is already downloaded (124M, 355M, 774M or 1558M), or "shakespeare", the embedded model.
+    It can also be a directory with a model, or a Hugging Face hub id ("owner/name"), downloaded if necessary.
+    The shape of the model decides which known values apply."""
     lambada: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """With --verify: also measure LAMBADA and show the paper's figures. FILE is .jsonl with a passage a line,
-    {"text": "..."}, as gpt2-evaluate takes it. This is for information and does not change the exit status."""
+    """With --verify: also measure LAMBADA and show the paper's figures. They do not change the exit status.
+    FILE is .jsonl with one passage per line, {"text": "..."}, as for gpt2-evaluate."""
     wikitext: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """With --verify: also measure the perplexity of WikiText-2 and show the paper's figure. FILE is the test text. This
-    is for information, too."""
+    """With --verify: also measure the perplexity of WikiText-2 and show the paper's figure. FILE is the test text.
+    The measured value does not change the exit status."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Measure only the first N passages of --lambada and the first N lines of --wikitext, 1 or more."""
     json: bool = False
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: Args) -> int:
-    """Report or verify, and print; the status is 1 where a check failed."""
+    """Report or verify, and print. The exit status is 1 if a check failed."""
     from gpt2_jax.commands import _doctor_report, _doctor_verify, _tables
 
     if args.verify is None:
@@ -65,8 +65,8 @@ def examine() -> dict[str, Any]:
     """Examine the installation, the machine and the cache folder.
 
     Returns:
-      In plain data: packages, machine, jax, cache, releases, embedded_model, optional, and problems: all of those that
-      the parts name, each with what to do.
+      Plain data: packages, machine, jax, cache, releases, embedded_model, optional, and problems: all problems of these
+      parts, each with what to do.
     """
     from gpt2_jax.commands import _doctor_cache, _doctor_machine, _doctor_packages
 
@@ -87,12 +87,12 @@ def examine() -> dict[str, Any]:
 
 
 def _items(examine_part: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the items of a part of the report; where a package that it needs fails, that is the only one."""
+    """Return the items of a part of the report. If a package that this part needs fails, return only that problem."""
     from gpt2_jax.commands._doctor_packages import pip_install
 
     try:
         return examine_part()
-    except (ImportError, RuntimeError) as error:  # JAX raises the second where jaxlib does not fit
+    except (ImportError, RuntimeError) as error:  # JAX raises RuntimeError if jaxlib does not fit
         name = (isinstance(error, ImportError) and error.name) or "jax"
         told = " ".join(str(error).split())
         do = pip_install("--upgrade", name.partition(".")[0])

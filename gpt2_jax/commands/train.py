@@ -53,7 +53,7 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
 
 
 def run(args: Args) -> int:
-    """Train, and print the run's folder. Return the exit status: 0, 1 if the loss ended it, or 128 + the signal."""
+    """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     from gpt2_jax.training import fit, start_data, start_model
 
     _model.keep_compiled()

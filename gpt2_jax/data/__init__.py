@@ -1,4 +1,4 @@
-"""From text to documents, to tokens, to batches; and from text to vocabularies.
+"""Turn text into documents, tokens and batches, and train vocabularies on text.
 
 `sources` reads documents, `encoding` turns them into tokens, `splitting` divides them, `token_files` stores them, and
 `batching` reads them one window at a time. `bpe` trains a vocabulary. Not in this package: reading a vocabulary and

@@ -1,4 +1,4 @@
-"""Text to a folder of token ids: tokenized once, split once, and then read by every training run."""
+"""Turn text into a folder of token ids. It is tokenized and split once; every training run reads the result."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def prepare(
         count in the loss; train.mask.bin and val.mask.bin record this.
       completion_field: the field of completions.
       val_fraction: share of the text for validation, in [0, 1).
-      split: "documents" puts each document into validation with that probability, drawn from (seed, document number).
-        "tail" trains on the first `int(n * (1 - val_fraction))` of all n tokens, computed exactly, and validates on the
-        rest. "auto" is "documents", unless that leaves one side without a document, or with less than half or more than
-        twice its share of the tokens. Then it is "tail".
+      split: "documents" puts each document into validation with probability val_fraction, drawn from (seed, document
+        number). "tail" trains on the first `int(n * (1 - val_fraction))` of all n tokens, computed exactly, and
+        validates on the rest. "auto" is "documents", unless that leaves one side without a document, or with less than
+        half or more than twice its share of the tokens. Then it is "tail".
       seed: the seed of the draws.
       n_processes: number of processes that encode; 0 uses one per core if there is enough text, else one.
       overwrite: replace the folder, if it contains only prepared text.

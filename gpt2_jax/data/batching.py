@@ -23,7 +23,7 @@ Row = tuple[np.ndarray, np.ndarray]  # ids int32 [T + 1], counts float32 [T + 1]
 
 @struct.dataclass
 class Batch:
-    """Windows of text, all [rows, T]. `train_step` takes them with one more leading axis, the parts of the step.
+    """Windows of text, all [rows, T]. `train_step` takes them with one more axis in front, the micro-batches of a step.
 
     Attributes:
       tokens: int32 ids that the model reads.
@@ -49,9 +49,9 @@ def batches(
 
     Row r of step s is window number `s * batch_size + r` of a sequence of epochs. An epoch has the smallest number of
     windows that cover the text. They begin at even distances, from an offset, and come in random order. Offset and
-    order are drawn again for each epoch. So an epoch reads each token once, and over many epochs windows begin at every
-    token equally often. Where windows overlap, a token is read twice, or three times in a text of three windows. The
-    offset leaves out some tokens at both ends.
+    order are drawn again for each epoch. So an epoch reads most tokens once. Where windows overlap, a token is read
+    twice, or three times in a text of three windows. The offset leaves out some tokens at both ends. Over many epochs,
+    windows begin at every token equally often.
 
     Args:
       tokens: the text. If it is shorter than a window, each row is the whole text, padded with id 0 of weight 0.
@@ -100,7 +100,7 @@ def _read_ahead(
     def read(number: int) -> Row:
         return _row(tokens, epochs.start(number), n_tokens)
 
-    # Grain's own shuffle takes milliseconds per index for short data, and its epochs repeat those of the next seed.
+    # Grain's own shuffle takes milliseconds per index for short data, and seed 1 repeats the later epochs of seed 0.
     rows = grain.MapDataset.range(ENDLESS).map(read).batch(batch_size // process_count, batch_fn=_batch)
     steps = rows[process_index::process_count][first_step:]
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
@@ -134,11 +134,12 @@ class _Epochs:
 def windows(tokens: Tokens, n_tokens: int, batch_size: int, at_most: int = 0) -> Iterator[Batch]:
     """Yield validation batches: consecutive windows from the beginning of the text; window i begins at token `i * T`.
 
-    Only full windows are used; if there is none, one padded window is. Missing rows of the last batch have weight 0.
+    Only full windows are used. If the text has none, it is one padded window. Missing rows of the last batch have
+    weight 0.
 
     Args:
       tokens: the text.
-      n_tokens: T, the tokens of a window; one more token is read, with which the next window begins.
+      n_tokens: T, the tokens of a window; one more token is read for the last target. The next window begins with it.
       batch_size: rows of a batch.
       at_most: maximum number of windows; 0 is all.
 

@@ -80,9 +80,9 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) 
 
 @contextlib.contextmanager
 def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
-    """Start a process that encodes, and give the pipe to it. The pipe is its own, and ends when the process dies.
+    """Start a process that encodes, and yield a pipe to it. Each process has its own pipe, which ends when it dies.
 
-    A pool shares one pipe, and waits for ever if a process dies in the middle of an answer.
+    The processes of a pool share one pipe. A pool waits forever if a process dies in the middle of an answer.
     """
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, tokenizer.tokens, tokenizer.merges), daemon=True)

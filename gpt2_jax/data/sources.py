@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Where the text of a document is: in one field of an object or row, or in two; then only the second counts."""
+    """The fields of an object or row that hold a document: one or two. With two, only the second counts in the loss."""
 
     text: str = "text"
     prompt: str = ""

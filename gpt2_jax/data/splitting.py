@@ -49,7 +49,7 @@ def divide(ends: np.ndarray, val_fraction: float, split: str, seed: int) -> Divi
         if split == "documents" and val_fraction and not 0 < n_val < n:
             raise ValueError(
                 f"the random split puts none of the {len(ends):,} documents into "
-                f"{'training' if n_val else 'validation'}: split off the tail, or use another seed"
+                f"{'training' if n_val else 'validation'}: use the tail split, or another seed"
             )
         fair = (n - n_train) / 2 <= n_val <= (n - n_train) * 2 and n - n_val >= n_train / 2
         if split == "documents" or not val_fraction or (fair and 0 < n_val < n):
@@ -96,7 +96,7 @@ def separate(folder: Path, division: Division, sizes: Mapping[str, int]) -> None
 
 
 def _copy(source: BinaryIO, start: int, stop: int, dest: BinaryIO, to: int) -> None:
-    """Copy bytes to the offset `to`; within one file, it must not be after `start`."""
+    """Copy bytes to the offset `to`. Within one file, `to` must not be after `start`."""
     if source is dest and start == to:
         return
     for at in range(start, stop, BLOCK):

@@ -1,7 +1,8 @@
 """How good a model is: perplexity, last words (LAMBADA), and cloze questions. Each result states its convention.
 
-This package has measures that others report too, the files that they are computed on, and lm-evaluation-harness for our
-models. Log-probabilities are in `gpt2_jax.generation`, and analyses of a model's activations in `gpt2_jax.research`.
+This package has measures that others report too, readers for the files to measure on, and an adapter for
+lm-evaluation-harness. Log-probabilities are in `gpt2_jax.generation`, and analyses of a model's activations in
+`gpt2_jax.research`.
 """
 
 from gpt2_jax.evaluate._cloze import Cloze, Question, cloze

@@ -83,8 +83,8 @@ def cloze(
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
 
     Raises:
-      ValueError: there are no questions; or a question has not exactly one blank, no text before its blank, fewer than
-        two candidates, an empty candidate, or an answer that is not a candidate.
+      ValueError: there are no questions; or a question does not have exactly one blank, or has no text before it,
+        fewer than two candidates, an empty candidate, or an answer that is not a candidate.
     """
     choice("detokenizer", detokenizer, DETOKENIZERS)
     if not len(questions):
@@ -130,7 +130,7 @@ def check_question(name: str, question: Question) -> None:
 def _pairs(
     tokenizer: Tokenizer, question: Question, detokenize: Callable[[str], str]
 ) -> list[tuple[list[int], list[int]]]:
-    """Return for each candidate the tokens before the blank, and the tokens from the space before the blank on."""
+    """Return for each candidate the tokens before the blank, and those of the candidate, its space and the rest."""
     text = detokenize(f"{question.context.rstrip()} {question.question.lstrip()}".strip())
     before, _, after = text.rpartition(BLANK)  # the last blank: the context may contain XXXXX too
     space = " " if before.endswith(" ") else ""

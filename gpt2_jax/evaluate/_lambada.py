@@ -81,8 +81,8 @@ def lambada(
 
     The paper adds a stop-word filter, because many predictions continue the sentence and do not end it. The paper's
     code is not public. Here, the filter changes the first step of greedy decoding: it cannot choose a token that is a
-    whole stop word (" the", " The"). One exception: a longer last word can begin with such a token (" over" in
-    "overalls"). So a passage that ends in a stop word is wrong.
+    whole stop word (" the", " The"). So a passage that ends in a stop word is wrong. One exception: if a longer last
+    word begins with such a token (" over" in "overalls"), the first step can choose it.
 
     Args:
       config: the model's hyperparameters.

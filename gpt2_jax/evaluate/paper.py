@@ -1,7 +1,7 @@
-"""The figures of GPT-2's paper beside measured ones, each with the convention that it was measured by.
+"""Compares measured values with the figures of GPT-2's paper. Each value states its convention.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", Table 3 and sections 3.1 and 3.3.
-The conventions differ, so a measured value near the paper's is a good sign, and the difference is no error.
+The conventions differ. So a measured value near the paper's figure is a good sign, and a difference is not an error.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TABLE_3 = {
 """The paper calls these sizes 117M, 345M, 762M and 1542M."""
 
 Row = dict[str, Any]
-"""measure: name; found: the value, None where it is infinite; paper: Table 3's value or None; ours, papers: the
-convention of each in words. Accuracies are shares, 0 to 1."""
+"""measure: its name; found: the measured value, None if it is infinite; paper: the value in Table 3, or None; ours,
+papers: the conventions of `found` and of `paper`, in words. Accuracies are shares, 0 to 1."""
 
 _UNIT = "Table 3; the paper does not say whether it counts words or tokens"
-_FILTER = "Table 3, with a filter of stop words; the paper publishes neither its list nor its code"
-_WORDS = "Table 3, per word of the original text, with detokenizers; windows and the count of line ends are not stated"
+_FILTER = "Table 3, with a stop-word filter; the paper publishes neither its list nor its code"
+_WORDS = "Table 3, per word of the original text, with detokenizers; it does not state windows, or if line ends count"
 
 
 def compare_lambada(result: Lambada, size: str | None) -> list[Row]:
-    """Return what was measured on LAMBADA beside the paper's figures for a size; None is a model not in the paper."""
+    """Return measured LAMBADA values, each with the paper's figure for a size. None means a model not in the paper."""
     perplexity = _figure(size, "lambada_perplexity")
     how = result.conventions
     return [
@@ -38,7 +38,7 @@ def compare_lambada(result: Lambada, size: str | None) -> list[Row]:
             "LAMBADA accuracy with stop-word filter",
             result.accuracy_with_stop_word_filter,
             _figure(size, "lambada_accuracy"),
-            "greedy decoding gives the last word; our own stop words are left out of its first step",
+            "greedy decoding gives the last word; its first step cannot choose our own stop words",
             _FILTER,
         ),
         _row(
@@ -54,11 +54,11 @@ def compare_lambada(result: Lambada, size: str | None) -> list[Row]:
 
 
 def compare_wikitext2(result: Perplexity, size: str | None) -> list[Row]:
-    """Return the perplexity of WikiText-2 beside the paper's figure for a size, by three counts of units.
+    """Return the perplexity of WikiText-2 per three units, each with the paper's figure for a size.
 
     Args:
-      result: of `perplexity` with detokenizer="wikitext"; any `per`.
-      size: a released size; None is a model not in the paper.
+      result: from `perplexity` with detokenizer="wikitext"; any `per`.
+      size: a released size; None means a model that is not in the paper.
     """
     figure = _figure(size, "wikitext2_perplexity")
     text = f"{result.detokenizer} detokenizer, stride {result.stride}"

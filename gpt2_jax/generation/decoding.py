@@ -85,7 +85,8 @@ def generate(
     number, padding or earlier calls. (Products of another batch size may round differently. In float32 this is never
     seen in practice. In bfloat16, or in TF32 on a GPU, it can change a close choice, and the row then differs.)
     Row counts, prompt lengths and total lengths are rounded up to a few sizes (generation/buckets.py). Each size
-    compiles once for each config and `logprobs`, when it is first used. All other arguments are traced.
+    compiles once for each config, `logprobs`, and names and kinds of edits, when it is first used. All other arguments
+    are traced.
 
     Args:
       config: the model's hyperparameters.
@@ -94,7 +95,7 @@ def generate(
       max_new_tokens, temperature, top_k, top_p, seed: fields of `gpt2_jax.generation.Settings`, which documents them.
       min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings, overflow, logprobs: more fields of it.
       tokenizer: the model's tokenizer, needed for stop_strings.
-      first_row: row i draws the random numbers of row first_row + i, below 2**32: for a long list in parts.
+      first_row: row i draws as row first_row + i, below 2**32. Use it to pass a long list of prompts in several calls.
       edits: activation edits from `gpt2_jax.research`, for every forward pass. A value is the same for all tokens.
 
     Returns:

@@ -30,7 +30,7 @@ from gpt2_jax.sharding import platform
 
 RECENT = 16  # slots of the cache's recent part, and so the most decode steps per call
 STOP_IDS = 16  # least number of stop ids that a program has room for
-NO_ID = -2  # fills the room if there are fewer
+NO_ID = -2  # fills the rest if there are fewer stop ids
 # Tokens of one prefill call. Larger calls do not fit a CPU's caches: 8 prompts of 512 tokens take a quarter longer
 # together than one by one. On other devices large calls keep the device busy; the scores of this many tokens still fit.
 PREFILL_TOKENS = {"cpu": 512}
@@ -221,7 +221,7 @@ def _nothing_picked(n_rows: int, n_top: int | None) -> Picked:
 def window(n_ctx: int, n_tokens: int) -> int:
     """Return how many of a row's last tokens the model reads when it chooses the next one.
 
-    It reads all tokens up to n_ctx. When they no longer fit, it reads the last n_ctx // 2, and then again up to n_ctx.
+    It reads all tokens up to n_ctx. When they no longer fit, it reads the last n_ctx // 2, and then up to n_ctx again.
     This depends only on the number of tokens. So a text continues the same way however it was produced.
     """
     kept = max(1, n_ctx // 2)
@@ -248,7 +248,7 @@ def decode_rows(
       settings: checked settings, with at least one new token.
       finished_B: bool; the caller sets it to True for rows that have ended. Decoding ends when all have.
       first_row: row b draws like row `first_row + b`.
-      steps_a_call: most steps between two yields, at most RECENT.
+      steps_a_call: maximum number of steps between two yields, at most RECENT.
       look_ahead: start a call before the tokens of the last one are yielded, so that the device does not wait for the
         host. For callers that set `finished_B` only by `settings.stop_ids`, which the device checks too.
       edits: checked edits, applied in every forward pass. Other values do not recompile.

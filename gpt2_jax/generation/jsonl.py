@@ -146,7 +146,7 @@ def _alone(target: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if target.exists():  # a process that waited for this lock finds the target and has nothing to do
+            if target.exists():  # a process that still locks the removed file finds the target and does nothing
                 with contextlib.suppress(OSError):
                     path.unlink()
 
@@ -157,7 +157,7 @@ def _header(settings: Mapping[str, Any], data: bytes) -> dict[str, Any]:
 
 
 def _begin(target: Path, header: dict[str, Any], n_prompts: int) -> bool:
-    """Create the part file if there is none. Return False if only its removal was left to do."""
+    """Create the part file if there is none. Return False if the target is complete; the part file is then removed."""
     part = _part(target)
     if target.exists():
         if part.exists() and _read_header(part) == header and _has_all(target, part, n_prompts):

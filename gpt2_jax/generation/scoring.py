@@ -87,7 +87,7 @@ def score(
     n_ctx - stride or more. This is the usual sliding-window perplexity, as Hugging Face documents it, with one
     difference. At stride = n_ctx, the first token of a window has no context in it. Hugging Face leaves that token out;
     here the whole window before it scores it. A small stride gives longer contexts, and takes n_ctx / stride times as
-    long.
+    long as stride = n_ctx.
 
     Prompts of similar lengths run together, with at most 4,096 tokens per call (1,024 on a CPU), or n_ctx if that is
     more. The logits of only `CHUNK` positions exist at a time. Lengths and row counts are rounded up to a few sizes;
@@ -113,7 +113,7 @@ def score(
     rows = check_prompts(config, prompts, Settings(overflow="slide").check(config))
     for i, row in enumerate(rows):
         if len(row) < 2:
-            raise ValueError(f"prompts[{i}] has 1 token, but the first of a prompt has no score: give two or more")
+            raise ValueError(f"prompts[{i}] has 1 token, but a prompt's first token has no score: give two or more")
     stride = as_stride(config, stride)
     first = _check_first(rows, first)
     aside_V = np.isin(np.arange(config.n_vocab), check_prompt(config, "aside", aside)) if np.size(aside) else None

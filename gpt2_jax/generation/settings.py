@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TopPRule = Literal["original", "common"]
 Overflow = Literal["error", "slide"]
 
-SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the normal float32 numbers above 0
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the range of normal float32 numbers above 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Settings:
     """How tokens are chosen and where a row ends. The order is penalty, temperature, top_k, top_p, min_p."""
 
     max_new_tokens: int = 32
-    """Most new tokens per row, 0 or more; a stop may end a row earlier. Prompt and new tokens must fit in n_ctx, unless
-    overflow is "slide"."""
+    """Maximum number of new tokens per row, 0 or more; a stop may end a row earlier. Prompt and new tokens must fit in
+    n_ctx, unless overflow is "slide"."""
     temperature: float = 1.0
     """Divides the logits, 0 or more. Below 1: safer text; above 1: more varied; 0: the most likely token (greedy)."""
     top_k: int = 0

@@ -16,7 +16,7 @@ from gpt2_jax.inspection.files import list_files
 from gpt2_jax.params import Params, flatten
 from gpt2_jax.tokenizer import Tokenizer
 
-CHUNK = 2**18  # values converted to float64 at a time: 2 MiB, which fits a core's cache
+CHUNK = 2**18  # values converted to float64 at a time: 2 MiB, which fits in a core's cache
 SHOWN = 5  # tokens and merges shown from either end
 EDGE = 3  # values of a row shown from either end
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
@@ -65,7 +65,7 @@ def report(
         size: "124M", ..., or None for a shape that was not released;
         files: see `list_files`; hyperparameters: n_vocab, n_ctx, n_embd, n_head, n_layer;
         param_dtype: its name; parameters: see `count_parameters`; memory: see `memory`, in bytes;
-        tensors: the name of each tensor and its `describe_tensor`: wte and wpe first, then by layer;
+        tensors: name and `describe_tensor` of each tensor: wte and wpe first, then by layer;
         finite: True if no tensor holds NaN or an infinite value; vocabulary: see `describe_vocabulary`.
     """
     form = checkpoints.form_of(directory)

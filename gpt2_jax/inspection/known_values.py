@@ -1,11 +1,11 @@
 """Known values of published weights: the released sizes and the embedded model.
 
-`gpt2_jax.inspection.verification` checks a loaded model against them. `gpt2_jax.release.known` is about files before
-they are here; this module is about what is in them. It is not in `release`, because that room knows the release alone,
-and the embedded model is no part of it.
+`gpt2_jax.inspection.verification` checks a loaded model against them. `gpt2_jax.release.known` is about the files to
+download; this module is about their content. It is not in `release`, because `release` covers only OpenAI's release,
+and the embedded model is not part of that.
 
-Sources: the numbers of 124M are those of OpenAI's checkpoint and of greedy decoding with OpenAI's TensorFlow code. The
-continuation of the embedded model was computed by OpenAI's TensorFlow graph, too.
+Sources: the values of 124M are from OpenAI's checkpoint, and its continuations from greedy decoding with OpenAI's
+TensorFlow code. OpenAI's TensorFlow graph also computed the continuation of the embedded model.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Greedy:
 
 @dataclasses.dataclass(frozen=True)
 class KnownValues:
-    """What is known beforehand of one set of weights and its vocabulary.
+    """Known values of one set of weights and its vocabulary.
 
     Attributes:
-      name: what `gpt2_jax.load` calls it.
+      name: its name in `gpt2_jax.load`.
       hparams: the five hyperparameters.
       n_params: number of parameters.
       vocabulary: the sha256 of all tokens and merges, as `gpt2_jax.tokenizer.fingerprint` computes it.
-      ids: the token id of each text that is one token.
-      values: single values of tensors: the tensor's name, the index, the value.
+      ids: {text: token id} of some texts that are one token.
+      values: single values of tensors, as (name of the tensor, index, value).
       greedy: continuations by greedy decoding in float32.
     """
 
@@ -127,6 +127,6 @@ KNOWN: Mapping[str, KnownValues] = MappingProxyType(
 
 
 def known_for(config: GPT2Config) -> KnownValues | None:
-    """Return the known values of the weights that have this shape, None where there are none."""
+    """Return the known values for weights of this shape; None if there are none."""
     hparams = config.to_hparams()
     return next((known for known in KNOWN.values() if known.hparams == hparams), None)

@@ -23,7 +23,7 @@ EMBEDDINGS = {"wte": ("#222222", "-"), "wpe": ("#009e73", "--")}
 NORMS = {"ln_1": ("#0072b2", "-"), "ln_2": ("#d55e00", "--")}
 CHUNK = 2**18  # values converted to float64 at a time
 BINS = 201  # odd: so one bin is centered on zero
-WIDEST = 10  # the histograms end at this many root mean squares of the widest kind
+WIDEST = 10  # the histograms end at this many times the largest root mean square of a kind, or earlier
 POSITIONS = 256  # at most this many rows in the similarity picture
 
 
@@ -71,7 +71,7 @@ def draw(config: GPT2Config, params: Params) -> Any:
 
 
 def _draw_distributions(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> None:
-    """Draw the share of the values in each bin, on a log scale: straight flanks are exponential tails."""
+    """Draw the share of the values in each bin, on a log scale. There, an exponential tail is a straight line."""
     kinds = {kind: [flat[f"h{i}/{kind}/w"] for i in range(config.n_layer)] for kind in DENSE}
     kinds |= {kind: [flat[kind]] for kind in EMBEDDINGS}
     sizes = {kind: _rms(arrays) for kind, arrays in kinds.items()}
@@ -88,11 +88,11 @@ def _draw_distributions(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]
     ax.set_yscale("log")
     ax.set(title="Distribution of the weights, all layers together", xlabel="value of a weight")
     ax.set_ylabel(f"share of the values in a bin of {edges[1] - edges[0]:.2g}")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # there is room beside the panel
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # outside the panel
 
 
 def _draw_sizes(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> None:
-    """Draw the root mean square of each dense layer's w: its norm, comparable between shapes."""
+    """Draw the root mean square of each dense layer's w. Unlike the norm, it is comparable between shapes."""
     layers = range(config.n_layer)
     for kind, (colour, style) in DENSE.items():
         sizes = [_rms([flat[f"h{i}/{kind}/w"]]) for i in layers]
@@ -123,7 +123,7 @@ def _draw_gains(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> Non
 
 
 def _draw_similarity(ax: Any, figure: Any, wpe: np.ndarray) -> None:
-    """Draw the cosine similarity of the embeddings of any two positions. With many positions it draws every n-th."""
+    """Draw the cosine similarity of the embeddings of each two positions. If there are many, it draws every n-th."""
     step = -(-len(wpe) // POSITIONS)
     rows = wpe[::step].astype(np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Checks of a loaded model against known values: pure functions over (config, params, tokenizer), plain data out.
+"""Checks of a loaded model against known values: pure functions of (config, params, tokenizer). They return plain data.
 
 They belong here and not in `gpt2_jax.release`, because they run the model: `release` may import neither the model nor
 the generation loop.
@@ -24,22 +24,22 @@ from gpt2_jax.tokenizer import Tokenizer, fingerprint
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
 NOT_KNOWN = "the shape is not that of a released size or of the embedded model"
 SHOWN = 3  # tensors that a check names
-TOLERANCE = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative; what storing a value rounds it by
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative: covers the rounding of a value
 
 Check = dict[str, Any]
 """check: what is checked; expected; found; result: "pass", "fail" or "not applicable"; note: why, or ""."""
 
 
 def verify(config: GPT2Config, params: Params, tokenizer: Tokenizer | None, known: KnownValues | None) -> list[Check]:
-    """Check a loaded model against known values. Without known values, the checks that fit every model remain.
+    """Check a loaded model against known values. Without known values, only the checks that fit every model are made.
 
     Args:
-      config, params: what `load` gave.
-      tokenizer: what `load_tokenizer` gave; None where the model has no vocabulary.
+      config, params: the result of `load`.
+      tokenizer: the result of `load_tokenizer`; None if the model has no vocabulary.
       known: the values to expect, usually `known_for(config)`.
 
     Returns:
-      The checks in a fixed order. `json.dumps(..., allow_nan=False)` takes them.
+      The checks in a fixed order. `json.dumps(..., allow_nan=False)` accepts them.
     """
     tensors = check_tensors(config, params, known)
     checks = [*tensors, *check_values(config, params, known), *check_vocabulary(config, tokenizer, known)]
@@ -51,7 +51,7 @@ def verify(config: GPT2Config, params: Params, tokenizer: Tokenizer | None, know
 def check_tensors(config: GPT2Config, params: Params, known: KnownValues | None) -> list[Check]:
     """Check the hyperparameters, the number of parameters, all names and shapes, and that every value is finite.
 
-    Without known values, the number of parameters and the shapes are those that the config implies.
+    Without known values, the expected number of parameters and the expected shapes come from the config.
     """
     flat = flatten(params)
     hparams = config.to_hparams()
@@ -81,7 +81,7 @@ def check_values(config: GPT2Config, params: Params, known: KnownValues | None) 
         try:
             found = float(np.asarray(flat[name])[index])
         except (KeyError, IndexError):
-            found = None  # another check says which tensor is absent or has another shape
+            found = None  # another check reports the tensor that is absent or has another shape
         tolerance = TOLERANCE.get(config.param_dtype.name, TOLERANCE["float32"])
         passed = found is not None and abs(found - expected) <= tolerance * abs(expected)
         shown = found if found is not None and np.isfinite(found) else None
@@ -160,7 +160,7 @@ def _equal(about: str, expected: Any, found: Any) -> Check:
 
 
 def _all(about: str, expected: str, found: str, wrong: list[str]) -> Check:
-    """Return a check that nothing is wrong; the first few things that are wrong are named."""
+    """Return a check that passes if `wrong` is empty. If not, the check lists the first few entries of `wrong`."""
     more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
     return _check(about, expected, "; ".join([*wrong[:SHOWN], *more]) or found, not wrong)
 

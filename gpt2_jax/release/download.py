@@ -1,4 +1,4 @@
-"""Fetch a size of the released GPT-2: those of its seven files that are missing or wrong.
+"""Fetch the files of a released GPT-2 size: those of its seven files that are missing or wrong.
 
 Each file comes from the first mirror that has the right one. It is written as `NAME.part`, and renamed when it is
 complete and its content is right. So a network failure or a kill never leaves a wrong file under the final name.
@@ -62,7 +62,7 @@ def fetch(
       attempts: the number of consecutive attempts at one address that may bring no new bytes. After an attempt that
         brought new bytes, there is always another one.
       backoff: seconds to wait before the second attempt, doubled each time. If the server asks for a longer wait
-        (Retry-After), that is used.
+        (Retry-After), that is used. No wait is longer than 60 seconds.
       jobs: the number of files to fetch at once.
 
     Raises:

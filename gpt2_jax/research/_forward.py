@@ -87,7 +87,7 @@ def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]
 
 
 def as_params(config: GPT2Config, params: Params) -> Params:
-    """Check the params against the config, and return them on devices, or as they are if they are traced.
+    """Check the params against the config, and return them on devices. Traced params are returned unchanged.
 
     Raises:
       ValueError: params do not match the config.
@@ -114,7 +114,7 @@ def slots(place_BT: jax.Array, at_BP: jax.Array) -> jax.Array:
 
     Args:
       place_BT: the result of `places`.
-      at_BP: the positions to find. No row has a negative one.
+      at_BP: the positions to find. A negative position gives T.
     """
     here_BPT = (place_BT[:, None] == at_BP[..., None]) & (at_BP[..., None] >= 0)
     return jnp.where(here_BPT.any(-1), here_BPT.argmax(-1), place_BT.shape[1])

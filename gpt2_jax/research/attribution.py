@@ -34,7 +34,8 @@ from gpt2_jax.research._forward import as_params, as_tokens, forward, places, sl
 By = Literal["component", "head", "neuron"]
 
 STREAM = r"resid_|^ln_f/"
-# For each way to split: the captured activations, and those that an edit may not change, or the parts do not add up.
+# For each way to split: the captured activations, and a pattern of activations that may not be edited. If they were
+# edited, the parts would not add up.
 DIVISIONS = {
     "component": (("attn/out", "mlp/out"), STREAM),
     "head": (("attn/z", "mlp/out"), rf"{STREAM}|attn/out"),
@@ -49,7 +50,7 @@ class Attribution:
 
     Attributes:
       parts: {"embed": [B, P], "pos_embed": [B, P], ..., "ln_f/b": [B, P]}. Between them are the parts with a value for
-        each layer, [L, B, P], each head, [L, N, B, P], or each neuron, [L, F, B, P]. By component: "attn/out" and
+        each layer [L, B, P], each head [L, N, B, P], or each neuron [L, F, B, P]. By component: "attn/out" and
         "mlp/out". By head: "attn/z" for each head, "attn/c_proj/b" and "mlp/out". By neuron: "attn/out", "mlp/post"
         for each neuron, and "mlp/c_proj/b".
       logits: [B, P], the model's logits, at least float32. NaN at a position where the row has no token.
@@ -94,7 +95,8 @@ def logit_attribution(
     Args:
       config, params: the model.
       tokens_BT, mask_BT: as `forward` takes them.
-      answers: ids of the tokens whose logits are split: one id, several [P], or [B, P]. One for each row is [B, 1].
+      answers: ids of the tokens whose logits are split: one id, several [P], or [B, P]. For one id per row use
+        [B, 1].
       against: ids of the tokens whose logits are subtracted, in the same forms. None subtracts nothing.
       positions: the positions whose logits are split, in the same forms. They count a row's tokens from 0, without
         padding. None means the last token of each row. The three arguments broadcast to one shape, [B, P].
@@ -168,7 +170,7 @@ def _attribute(
         x = captured[name].astype(wide)
         return jax.vmap(lambda row, slots: row.at[slots].get(mode="fill", fill_value=jnp.nan))(x, slots_BP)
 
-    # Rounded as the model rounds them, except those of ln_f.
+    # The params, rounded as the model rounds them, except those of ln_f.
     rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(config.compute_dtype).astype(wide), params)
     params = rounded | {"ln_f": jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), params["ln_f"])}
     with jax.default_matmul_precision("highest"):
@@ -188,7 +190,7 @@ def _attribute(
 
 
 def _part(config: GPT2Config, name: str, block: Params, value: jax.Array, read_BPD: jax.Array) -> dict[str, jax.Array]:
-    """Return a layer's contribution along `read`: one value [B, P], or one per head or neuron, and the bias's."""
+    """Return a layer's contribution along `read`: one value [B, P], or one per head or neuron and one for the bias."""
     if name.endswith("/out"):
         return {name: jnp.einsum("BPD,BPD->BP", value, read_BPD)}
     room = name.split("/")[0]

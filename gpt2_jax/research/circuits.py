@@ -49,7 +49,7 @@ class LowRank:
     def svd(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the singular value decomposition: u_DH, s_H (the largest first), v_HD. The matrix is u * s @ v.
 
-        It multiplies the triangles of the factors' QR decompositions, and takes the SVD of that [H, H] matrix.
+        It takes the QR decompositions of the factors, and the SVD of the product of their triangles, [H, H].
         """
         q_left, r_left = jnp.linalg.qr(self.left)
         q_right, r_right = jnp.linalg.qr(self.right.mT)
@@ -148,7 +148,7 @@ def _weights(config: GPT2Config, params: Params, layer: int) -> dict[str, jax.Ar
 
 
 def _triangle(a: jax.Array) -> jax.Array:
-    """Return the triangle R of a matrix [..., D, H]: `|a @ x|` equals `|R @ x|` for any x."""
+    """Return the triangle R of the QR decomposition of [..., D, H]: `|a @ x|` equals `|R @ x|` for any x."""
     return jnp.linalg.qr(a, mode="r")
 
 

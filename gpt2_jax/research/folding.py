@@ -1,4 +1,4 @@
-"""Fold LayerNorm's parameters into other weights, and center the output head: other weights, the same model.
+"""Fold LayerNorm's parameters into other weights, and center the output head. The model's probabilities do not change.
 
 Nothing in the package does this on its own. Each function returns the params of a plain GPT-2, and rounds the new
 weights to the dtype of the old ones. So fold float32 weights, and cast afterwards.

@@ -102,7 +102,7 @@ def repeated_tokens(
 ) -> jax.Array:
     """Return rows of random tokens, each row written twice: int32 [n_rows, 2 n_tokens].
 
-    Only the first copy helps to predict the second: knowledge of ordinary text does not.
+    Only the first copy helps to predict the second copy. Knowledge of ordinary text does not help.
 
     Args:
       config: the model's config.

@@ -68,7 +68,7 @@ def logit_lens(
       names: regular expressions, like `capture` of `forward`, of the activations [B, T, D] to read. The default is
         h0/resid_pre, which is the embeddings, and each layer's resid_post. The last one gives the model's output.
       k: how many tokens to keep.
-      edits: as `forward` takes them. They do not change ln_f and `wte` where an activation is read.
+      edits: as `forward` takes them. An edit of ln_f does not apply to the lens itself.
 
     Raises:
       ValueError: as `forward`; an activation is not [B, T, D]; or k is not from 1 to n_vocab.

@@ -20,14 +20,14 @@ from gpt2_jax.params import Params
 from gpt2_jax.research._forward import places, slots
 
 Metric = Callable[[jax.Array], jax.Array]
-"""A function that takes logits, [B, V] at one position of each row or [B, T, V] at all, and returns a number."""
+"""A function of logits that returns a number. The logits are [B, V], at one position of each row, or all [B, T, V]."""
 
 
 def logit_difference(answer: Any, wrong: Any) -> Metric:
     """Return a metric: the logit of `answer` minus the logit of `wrong` at one position, averaged over rows.
 
     It is `jax.tree_util.Partial(function, answer, wrong)` with a function of (answer, wrong, logits_BV). So other ids
-    compile nothing. Make your own metrics that hold numbers in the same way.
+    compile nothing. If a metric of your own holds numbers, make it in the same way.
 
     Args:
       answer, wrong: token ids, one for all rows or one for each row, [B]. An id outside the vocabulary gives NaN.

@@ -37,7 +37,8 @@ from gpt2_jax.research.metrics import Metric, as_place, logits_at, traceable
 Axis = Literal["head", "position"]
 
 # Tokens of the patched runs that are computed together. At the 124M shape on two CPU cores, 512 tokens run at 88 % of
-# the speed of matrix products only, and 32 tokens at half of it. Other devices were not measured: memory limits them.
+# the speed of matrix products only, and 32 tokens at half of it. On other devices the number was not measured: it is
+# limited by memory.
 TOKENS_TOGETHER = {"cpu": 512}
 TOKENS_TOGETHER_ELSEWHERE = 8192
 
@@ -146,10 +147,10 @@ def _patched_runs(
 
 
 def _kept(activation: str) -> list[str]:
-    """Return the block's activations before a patch that determine everything after it.
+    """Return the activations of the block that come before the patch and determine everything after it.
 
-    A patched run gets their stored values. Then all code before them is dead, and XLA drops it: the layers below, and
-    the matrix products that compute them.
+    A patched run gets their stored values. So XLA removes the code that would compute them: the layers below, and the
+    matrix products of this block before them.
     """
     before = list(BLOCK)[: list(BLOCK).index(activation)]
     return [name for name in ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid") if name in before]
@@ -171,11 +172,11 @@ def attribution_patching(
 ) -> dict[str, jax.Array]:
     """Estimate how much patches change the metric, for many activations at every index, from one backward pass.
 
-    To first order, a patch of an activation a changes the metric by
-    (a in the source - a in the patched run) . (d metric / d a in the patched run).
-    This is exact where everything after a is linear. It is poor where LayerNorm or a softmax is far from linear, as for
-    the whole stream of an early layer (Nanda 2023, "Attribution patching: activation patching at industrial scale";
-    Syed et al. 2023, "Attribution patching outperforms automated circuit discovery").
+    To first order, a patch of an activation `a` changes the metric by the dot product of
+    `a in the source - a in the patched run` and `d metric / d a in the patched run`.
+    This is exact where everything after `a` is linear. It is poor where LayerNorm or a softmax is far from linear, as
+    for the whole stream of an early layer (Nanda 2023, "Attribution patching: activation patching at industrial
+    scale"; Syed et al. 2023, "Attribution patching outperforms automated circuit discovery").
 
     Args:
       config, params, tokens_BT, source, at, mask_BT: as `activation_patching` takes them.
@@ -281,7 +282,7 @@ def _places(what: str, places: Where | slice, count: int) -> np.ndarray:
 
 
 def _grid(chosen: dict[str, np.ndarray], each: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Return the heads and positions of each patch, [P, K]: one index of an axis in `each`, all of another axis."""
+    """Return the heads and positions of each patch, [P, K]: one index on an axis in `each`, else all indices."""
     options = [places[:, None] if axis in each else places[None] for axis, places in chosen.items()]
     patches = list(itertools.product(*options))
     return {axis: np.stack([places[i] for places in patches]) for i, axis in enumerate(chosen)}

@@ -62,7 +62,7 @@ def heat_map(
     value_name: str = "",
     signed: bool | None = None,
 ) -> Figure:
-    """Draw numbers [rows, columns] as colors: a patching grid, or head scores.
+    """Draw numbers [rows, columns] as colors, for example a patching grid or head scores.
 
     Args:
       values: the numbers; NaN stays white.
@@ -151,7 +151,7 @@ def lens_picture(lens: Lens, tokenizer: Tokenizer, tokens_T: Sequence[int], row:
 
 
 def bars(labels: Sequence[str], values: Any, *, title: str = "", value_name: str = "", most: int = 20) -> Figure:
-    """Draw the numbers with the largest absolute values as bars, the largest first: an attribution.
+    """Draw the numbers with the largest absolute values as bars, the largest first, for example an attribution.
 
     Args:
       labels: the label of each number.
@@ -194,7 +194,7 @@ def _size(shape: tuple[int, int], largest: float = LARGEST) -> tuple[float, floa
 
 
 def _limits(values: np.ndarray, signed: bool | None) -> tuple[float, float]:
-    """Return the numbers at the two ends of the color bar. 0 is white where there are both signs."""
+    """Return the numbers at the two ends of the color bar. 0 is white if the map is signed."""
     known = values[np.isfinite(values)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     signed = low < 0 < high if signed is None else signed

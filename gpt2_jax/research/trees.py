@@ -42,7 +42,7 @@ def select(params: Params, patterns: str | Sequence[str]) -> dict[str, Any]:
 
 
 def map_params(fn: Callable[[str, Any], Any], params: Params, pattern: str | Sequence[str] = ".*") -> Params:
-    """Return params in which fn(name, array) replaces each array that `select` returns for the pattern.
+    """Return params in which `fn(name, array)` replaces each array that `select` returns for the pattern.
 
     Raises:
       ValueError: the pattern matches no name, or fn returned an array of another shape or dtype.
@@ -144,10 +144,10 @@ def average(trees: Sequence[Params], weights: Any = None) -> Params:
 
 
 def task_vector(a: Params, b: Params) -> Params:
-    """Return a - b: what a fine-tuned model a learned beyond its base model b (Ilharco et al. 2022, section 2).
+    """Return a - b: what the fine-tuned model `a` learned beyond its base model `b` (Ilharco et al. 2022, section 2).
 
-    The result is at least float32, so differences of bfloat16 weights lose nothing. Applied to b, it gives a again, up
-    to rounding. You can add, scale, average and save it like params.
+    The result is at least float32, so differences of bfloat16 weights lose nothing. Applied to `b`, it gives `a` again,
+    up to rounding. You can add, scale, average and save it like params.
 
     Raises:
       ValueError: the trees differ in a name, shape or dtype.

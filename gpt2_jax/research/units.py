@@ -29,8 +29,8 @@ def ablate_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = 
     Args:
       config, params: the model.
       heads: pairs (layer, head).
-      mean: [len(heads), H], the values at which each head's z is held instead of 0, such as the mean of `h3/attn/z`
-        over a text. What c_proj computes from them is added to attn/c_proj/b.
+      mean: [len(heads), H], the constant z of each head; None means 0. An example is the mean of `h3/attn/z` over a
+        text. What c_proj computes from it is added to attn/c_proj/b.
 
     Raises:
       ValueError: a layer or head is out of range or named twice, or `mean` has another shape.
@@ -55,7 +55,7 @@ def ablate_neurons(config: GPT2Config, params: Params, neurons: Places, mean: An
     Args:
       config, params: the model.
       neurons: pairs (layer, neuron), neurons 0 to 4 D - 1.
-      mean: [len(neurons)], the values at which each neuron (`h3/mlp/post`) is held instead of 0, as in `ablate_heads`.
+      mean: [len(neurons)], the constant value of each neuron (`h3/mlp/post`), as in `ablate_heads`; None means 0.
 
     Raises:
       ValueError: a layer or neuron is out of range or named twice, or `mean` has another shape.

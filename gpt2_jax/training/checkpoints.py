@@ -73,7 +73,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Wait for the last save, like `close`. If the block raised an error, a failed save becomes a note on it."""
+        """Close. If the block raised an error, an error of the last save becomes a note on it."""
         try:
             self.close()
         except Exception as failed:
@@ -191,7 +191,7 @@ class Checkpoints:
         ours = [old for old in self.steps() if old <= step and (self.directory / str(old) / parts.MANIFEST).is_file()]
         for old in ours[: -self.keep]:
             deleted = self._hidden(old, "deleted")
-            (self.directory / str(old)).rename(deleted)  # readers see all of it or nothing
+            (self.directory / str(old)).rename(deleted)  # other processes see the whole checkpoint or none
             shutil.rmtree(deleted)
 
     def _clear(self) -> None:

@@ -16,7 +16,7 @@ from gpt2_jax.training.records import read_records
 # matplotlib is imported only when something is drawn: the rest of the package works without it.
 
 RAW, SMOOTH, VALIDATION = "#9cc4e4", "#0072b2", "#d55e00"
-MOST_POINTS = 2000  # up to this many steps, each is drawn; longer runs are drawn as the range of several steps
+MOST_POINTS = 2000  # up to this many steps, each step is drawn; in longer runs, the range of every few steps
 SMOOTHED = 50  # a mean covers 1/50 of the steps
 
 
@@ -69,7 +69,7 @@ def draw(train: np.ndarray, validation: np.ndarray) -> Any:
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
-    """Return the mean of the finite losses around each step, float64 [n]; NaN where the step's own is not finite."""
+    """Return the mean of the finite losses around each step, float64 [n]; NaN where a step's own loss is not finite."""
     finite = np.isfinite(losses)
     sums = np.concatenate([[0], np.cumsum(np.where(finite, losses, 0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
@@ -92,7 +92,7 @@ def _draw_train(ax: Any, train: np.ndarray, smooth: np.ndarray) -> None:
     n_mean = 2 * _width(losses) + 1
     colour = RAW if n_mean > 1 else SMOOTH
     size = -(-len(steps) // MOST_POINTS)
-    if size > 1:  # every extreme is drawn, with far fewer points
+    if size > 1:  # draws every extreme with far fewer points
         starts = np.arange(0, len(steps), size)
         low, high = np.fmin.reduceat(losses, starts), np.fmax.reduceat(losses, starts)
         ax.fill_between(
@@ -121,7 +121,7 @@ def _perplexity(loss: Any) -> Any:
 
 
 def _limit(ax: Any, train: np.ndarray, smooth: np.ndarray, validation: np.ndarray) -> None:
-    """Set y limits that include all means, all validation losses and nearly all steps, so a spike flattens nothing."""
+    """Set y limits that show all means, all validation losses and nearly all steps, but not every spike."""
     raw = train[np.isfinite(train[:, 1]), 1]
     ends = np.quantile(raw, [0.002, 0.998]) if len(raw) else []
     values = np.concatenate([smooth, validation[:, 1], ends])

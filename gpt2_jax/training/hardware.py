@@ -50,7 +50,7 @@ PEAKS = {
     "RTX 4080": 97.5e12,
     "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
-    # Google's page for each TPU gives the number of a chip. A JAX device of v2, v3 and 7x is one of its two cores.
+    # Google's page for each TPU gives the number of a chip. For v2, v3 and 7x, a JAX device is one of two cores.
     "TPU7x": 2307e12 / 2,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
@@ -63,8 +63,8 @@ PEAKS = {
     "TPU v2": 45e12 / 2,
 }
 """{device: operations per second}"""
-# Text that may surround these names in `device_kind`: maker, memory, form factor. The suffix of a different device does
-# not match: "Ti", "Laptop GPU", or a slice of a GPU ("MIG 1g.10gb").
+# Text that may surround these names in `device_kind`: maker, memory, form factor. Suffixes of other devices do not
+# match: "Ti", "Laptop GPU", or a slice of a GPU ("MIG 1g.10gb").
 KIND = re.compile(r"(NVIDIA |Tesla |GeForce )*({})(-(SXM\d|PCIE|SXM))?([- ]\d+GB)?( HBM\w+| PCIe)?")
 
 
@@ -85,7 +85,7 @@ class Device(Protocol):
 def peak_flops(device: Device) -> float | None:
     """Return the peak operations per second of a device, in dense bfloat16; None if that is not known.
 
-    The bfloat16 peak is also used for runs in float32. They have a smaller MFU, because they leave that speed unused.
+    The bfloat16 peak is also used for runs in float32. So these runs have a smaller MFU.
     """
     return None if device.platform == "cpu" else _peak_of_kind(device.device_kind)
 

@@ -65,10 +65,10 @@ def fit(
     """Train a model, or resume the run in `run_dir`.
 
     A resumed run gives the same result as a run that was never interrupted. On a CPU the result is the same bit for
-    bit. On accelerators this holds as far as XLA's programs are deterministic; on GPUs, the XLA flag
-    `--xla_gpu_deterministic_ops` makes them so. Ctrl-C and SIGTERM save a checkpoint and return. A kill loses the steps
-    since the last save. If you resume with more `steps` than before, the learning rate follows the schedule of the new
-    length. It jumps up if it had already decayed.
+    bit. On accelerators this holds if XLA's programs are deterministic; on GPUs, the XLA flag
+    `--xla_gpu_deterministic_ops` makes them deterministic. Ctrl-C and SIGTERM save a checkpoint and return. A kill
+    loses the steps since the last save. If you resume with more `steps` than before, the learning rate follows the
+    schedule of the new length. It jumps up if it had already decayed.
 
     Args:
       plan: from `make_plan(config, recipe)` or `start_model`. The recipe's `model.source` and `data.path` are not read.
@@ -167,7 +167,7 @@ def _batches(plan: Plan, data: Prepared, first_step: int) -> Generator[Batch, No
 
 
 def _observe(observer: Observer, steps: _Steps, step: int, state: TrainState) -> None:
-    """Let the observer do what is due at this step, after all earlier steps are reported and none ended the run."""
+    """Report all steps so far. If none of them ended the run, let the observer do what is due at this step."""
     if observer.is_due(step):
         steps.fetch()
     if not steps.why:

@@ -118,7 +118,7 @@ class Observer:
         return float(nats) / float(weights) if weights else math.nan
 
     def _sample(self, step: int, params: Params, tokenizer: Tokenizer) -> None:
-        """Continue the prompts with the same seed each time, and report how much of it is in the training text."""
+        """Continue the prompts, always with the same seed. Report how much of each sample is in the training text."""
         if self.stop:
             self.missed = True
             return

@@ -38,7 +38,7 @@ def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optimizer: Optimizer, names: Iterable[str]) -> optax.GradientTransformation:
-    """Return the transformation from averaged gradients to updates. A step subtracts learning rate times update.
+    """Return the transformation from averaged gradients to updates. A step subtracts the learning rate times these.
 
     In order: clipping by the global norm of all gradients, the optimizer itself, decoupled weight decay (Loshchilov and
     Hutter 2017, for every optimizer), and the rules' factors of the learning rate. The learning rate of `make_schedule`
@@ -77,5 +77,5 @@ def _core(optimizer: Optimizer) -> optax.GradientTransformation:
         return optax.scale_by_lion(*optimizer.betas)
     if optimizer.name == "sgd":
         return optax.trace(optimizer.momentum) if optimizer.momentum else optax.identity()
-    # Adafactor (Shazeer and Stern 2018): factored second moments, and steps relative to the size of the weights.
+    # Adafactor (Shazeer and Stern 2018): factored second moments, and updates relative to the size of the weights.
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())

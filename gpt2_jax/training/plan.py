@@ -34,7 +34,7 @@ class Plan:
       optimizer: the Optax transformation over {name: array} of the trained arrays.
       schedule: the learning rate as a function of the step, counted from 0.
       state: the TrainState as jax.ShapeDtypeStruct with shardings.
-      gathered: a tree of shardings like params, undivided along `data`, in which products take the params.
+      gathered: the shardings that params have in matrix products: a tree like params, not divided along `data`.
     """
 
     config: GPT2Config
@@ -116,7 +116,7 @@ def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _shardings(tree: Any, mesh: Mesh, gathered: tuple[str, ...] = ()) -> Any:
-    """Return the sharding of each array by the rules of `gpt2_jax.sharding`, undivided along the axes in `gathered`.
+    """Return the sharding of each array by the rules of `gpt2_jax.sharding`, not divided along the `gathered` axes.
 
     The path of an optimizer array names the parameter that it belongs to.
     """

@@ -18,8 +18,8 @@ from gpt2_jax.training.hardware import mfu
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, Records
 
-FIRST_LINES = 3  # without a terminal, each of the first steps has a line
-SECONDS_A_LINE = 10  # between two later lines
+FIRST_LINES = 3  # without a terminal, each of the first 3 steps has a line
+SECONDS_A_LINE = 10  # without a terminal, at least so many seconds between later lines
 ROOM = 85  # terminal columns for the numbers beside the bar
 RECENT = 20  # the mean speed is over this many steps
 
@@ -34,7 +34,7 @@ class Report:
       plan: the plan of the run.
       run_dir: the run's folder, which must exist.
       first_step: optimizer steps done before; entries of later steps are removed from the files.
-      clock: returns seconds, counted from any moment.
+      clock: returns a time in seconds; only differences are used.
 
     Raises:
       ValueError: a complete line of a file is not a JSON object with a step.
@@ -167,7 +167,7 @@ class Report:
 
 
 def _tensorboard(folder: Path, first_step: int) -> Any:
-    """Return a writer of TensorBoard event files, which makes TensorBoard discard what came after `first_step`."""
+    """Return a writer of TensorBoard event files, which makes TensorBoard discard the steps after `first_step`."""
     from tensorboardX import SummaryWriter
 
     purge = first_step + 1 if first_step else 0

@@ -114,14 +114,15 @@ def check_data(plan: Plan, data: Prepared) -> None:
 
 
 def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
-    """Return the tokens that a recipe names. Text is first tokenized into `folder`, where the next start finds it.
+    """Return the tokens that a recipe names. Text is first tokenized into `folder`; the next start reads it there.
 
     Errors of `prepare` and `open_prepared` are passed on.
 
     Args:
       recipe: the recipe; `data` says what to read.
       tokenizer: the tokenizer for the text.
-      folder: RUN/data. Tokens of another text are replaced there, or refused if the run has already started.
+      folder: RUN/data. If it has tokens of another text, they are replaced, or an error is raised if the run has
+        already started.
 
     Raises:
       FileExistsError: the run's folder contains other things.
@@ -129,7 +130,7 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     """
     data, run_dir = recipe.data, folder.parent
     if not data.path:
-        raise ValueError("data.path must name text or a folder that prepare_data.py wrote: pass --data.path")
+        raise ValueError("data.path must name text or a folder that gpt2-prepare wrote: pass --data.path")
     if is_prepared(data.path):
         return open_prepared(data.path, tokenizer)
     runs.check_free(run_dir)

@@ -56,7 +56,8 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
       A jitted function of a TrainState and a Batch of [A, B, T] arrays, where A is recipe.accumulate. The metrics are
       scalars: `loss` (nats a token, weighted mean), `grad_norm` (of all gradients, before clipping), `learning_rate`,
       `n_tokens` (sum of the weights), and the bool `skipped`. A step is skipped if the loss or a gradient is not
-      finite, if there is a spike that the recipe does not ignore, or if no target counts; it changes no trained array.
+      finite, if there is a spike that the recipe does not ignore, or if no target counts. A skipped step changes
+      neither the trained arrays nor the optimizer state.
     """
     gradients = _make_gradients(plan)
     monitor = plan.recipe.monitor
@@ -89,7 +90,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
 
 def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, spike: float) -> jax.Array:
-    """Return the running mean with one more loss. A spike counts as the smallest spike, so that it hides no other."""
+    """Return the running mean with one more loss. A spike counts only as `spike * mean`, so it hides no later spike."""
     first = mean == 0
     loss = jnp.where(first, loss, jnp.minimum(loss, spike * mean)).astype(mean.dtype)
     new = jnp.where(first, loss, MEAN_DECAY * mean + (1 - MEAN_DECAY) * loss)
@@ -140,7 +141,7 @@ def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax
 
 
 def _gathered(plan: Plan, params: Params) -> Params:
-    """Constrain params to be undivided along `data`, as products take them; the state keeps them divided."""
+    """Constrain params to the sharding of matrix products, not divided along `data`; the state keeps them divided."""
     return jax.tree.map(lax.with_sharding_constraint, params, plan.gathered)
 
 

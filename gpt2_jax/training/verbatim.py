@@ -12,8 +12,8 @@ from gpt2_jax.checks import whole_number
 
 CHUNK = 2**22  # tokens of the text that are read at a time
 BLOCK = 2**15  # tokens that are hashed at a time: they fit into the processor's cache
-BASE = np.uint32(2654435761)  # odd, and so is every power of it: each token affects the hash modulo 2**32
-TABLE_BITS = 20  # size of the table that quickly excludes nearly every run of n tokens that is in no sample
+BASE = np.uint32(2654435761)  # odd, so every power of it is odd, and each token affects the hash modulo 2**32
+TABLE_BITS = 20  # the table has 2**20 slots; it quickly excludes most runs of n tokens that are in no sample
 
 
 class Tokens(Protocol):
@@ -34,9 +34,9 @@ class Overlap:
     """How much of one sample occurs in the training text.
 
     Attributes:
-      share: share of the sample's tokens that are in runs of at least `n` tokens of the text; 0 to 1.
-      longest: tokens of the longest such run; 0 if there is none.
-      text_position: index in the text of the first token of that run, where it occurs first; -1 if there is none.
+      share: share of the sample's tokens that are in runs of at least `n` tokens which the text contains; 0 to 1.
+      longest: number of tokens of the longest such run; 0 if there is none.
+      text_position: index in the text of that run's first token, at its first occurrence; -1 if there is no run.
       n: the shortest run that counts, in tokens.
       n_sample: tokens of the sample.
       n_searched: tokens of the text that were searched, from its beginning.
@@ -78,7 +78,8 @@ def verbatim_shares(
       samples: token ids of each sample. A sample with fewer than n tokens has a share of 0.
       tokens: the text.
       n: the shortest run that counts, 1 token or more. Any two texts have short runs in common.
-      at_most: tokens of the text to search, from its beginning; None searches all. The result has this number.
+      at_most: tokens of the text to search, from its beginning; None searches all. `n_searched` of the result says how
+        many were searched.
 
     Returns:
       An Overlap for each sample.
@@ -91,7 +92,8 @@ def verbatim_shares(
     rows = [_ids(sample) for sample in samples]
     n_searched = tokens.n_tokens if at_most is None else min(at_most, tokens.n_tokens)
     search = _Search(rows, n)
-    # A run is at most as long as its sample. With this much of the previous chunk, each run is whole in one window.
+    # A run is at most as long as its sample. A window starts with so many tokens of the previous chunk that each run is
+    # complete in one window.
     keep = max([n, *map(len, rows)]) - 1
     window = np.zeros(0, np.uint32)
     for start in range(0, n_searched if search.n_grams else 0, CHUNK):
@@ -189,7 +191,7 @@ class _Search:
 def _hashes(ids: np.ndarray, n: int) -> np.ndarray:
     """Return a uint32 hash of every n consecutive ids: the sum of `ids[i + j] * BASE**(n - 1 - j)` modulo `2**32`.
 
-    Hashes of runs of 1, 2, 4, ... ids are computed first, each from two of half the length.
+    Hashes of runs of 1, 2, 4, ... ids are computed first, each from two hashes of half the length.
     """
     if len(ids) < n:
         return np.zeros(0, np.uint32)

@@ -1,5 +1,6 @@
 """The kept copy of a TensorFlow checkpoint: no TensorFlow import, never out of date, and no failure because of it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -272,3 +273,23 @@ def test_a_loaded_model_does_not_depend_on_the_copy(model, cache):
     assert copies(cache) == [copy]
     copy.unlink()
     assert forms.difference(params, forms.random_model()) == ""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").is_dir(), reason="counts the open files of the process, as Linux shows them"
+)
+def test_a_loaded_model_holds_few_files_open(tmp_path, cache):
+    """A process has 1,024 file descriptors by default: a model with 580 tensors must not hold one for each."""
+    model = tmp_path / "shakespeare"
+    shutil.copytree(gpt2_jax.embedded_model(), model)
+    gpt2_jax.load(model)
+    config, params = gpt2_jax.load(model)
+    assert len(params["h0"]) == 4  # the params are alive
+    opened = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the descriptor that lists the folder
+            opened.append(str(link.readlink()))
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+    [copy] = [str(path) for path in copies(cache) if path.suffix == ".safetensors"]
+    assert copy in mapped  # large tensors are mapped
+    assert opened.count(copy) <= (0 if sys.version_info >= (3, 13) else 4 * config.n_layer + 2)

@@ -1,4 +1,4 @@
-"""scripts/doctor.py without --verify: what it says of packages, machine, devices and cache; nothing is written."""
+"""scripts/doctor.py without --verify: its report on packages, machine, devices and cache. It writes nothing."""
 
 import importlib.metadata
 import json
@@ -21,9 +21,9 @@ PROJECT = tomllib.loads((commands.ROOT / "pyproject.toml").read_text(encoding="u
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """The cache folder, which is not there yet."""
+    """The cache folder, which does not exist yet."""
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("GPT2_JAX_BASE_URL", "http://127.0.0.1:9/none")  # nothing may be fetched
+    monkeypatch.setenv("GPT2_JAX_BASE_URL", "http://127.0.0.1:9/none")  # nothing may be downloaded
     return tmp_path / "cache"
 
 
@@ -77,7 +77,7 @@ def test_the_report_of_the_machine(run, monkeypatch):
 
 
 def test_the_tables(run):
-    """Plain in a pipe; the same facts as the JSON has."""
+    """Without a terminal the report is plain text. It has the same facts as the JSON."""
     done = run()
     assert (done.code, done.err) == (0, "")
     assert "\x1b" not in done.out
@@ -99,7 +99,7 @@ def test_nothing_is_written(run, cache, tmp_path):
 
 
 def test_what_the_cache_folder_holds(run, cache, monkeypatch):
-    """One size complete, one without a file and with a part, one with a wrong file, one absent."""
+    """One size is complete, one has a partial file, one has a wrong file, and one is absent."""
     files = fake_release.embedded()
     fake_release.use(monkeypatch, files)
     models = cache / "models"
@@ -157,7 +157,7 @@ def raising(error):
 
 
 def absent(monkeypatch, *names, **versions):
-    """Let these packages be absent, and those of another version."""
+    """Make the named packages absent, and give other packages another version."""
     real = importlib.metadata.version
 
     def version(name):
@@ -184,7 +184,7 @@ def test_absent_and_old_packages(run, monkeypatch):
 
 
 def test_needs_of_an_installed_package(monkeypatch, tmp_path):
-    """Where there is no clone, the package's metadata say the same."""
+    """Without a clone, the metadata of the package give the same requirements."""
     in_clone = _doctor_packages.project()
     assert in_clone["needs"]["parity"] == PROJECT["optional-dependencies"]["parity"]
     monkeypatch.setattr(_doctor_packages, "PYPROJECT", tmp_path / "none")
@@ -240,14 +240,14 @@ def test_an_nvidia_gpu_that_jax_does_not_see(machine, monkeypatch):
         [item] = _doctor_machine.unseen({"cpu"})
         assert item["do"] == f"pip install 'jax[{extra}]' (the extra {extra})"
         assert item["problem"] == (
-            f"JAX does not see an NVIDIA GPU, and {machine / 'nvidia0'} suggests that there is one"
+            f"JAX does not see an NVIDIA GPU, but {machine / 'nvidia0'} suggests that there is one"
         )
     absent(monkeypatch, jax_cuda12_plugin="0.4.1")
     [item] = _doctor_machine.unseen({"cpu"})
     assert "jax-cuda12-plugin 0.4.1 does not fit jaxlib" in item["problem"]
     absent(monkeypatch, jax_cuda12_plugin=importlib.metadata.version("jaxlib"))
     [item] = _doctor_machine.unseen({"cpu"})
-    assert item["do"] == "JAX_PLATFORMS=cuda gpt2-doctor shows JAX's own error"
+    assert item["do"] == "to see JAX's own error, run JAX_PLATFORMS=cuda gpt2-doctor"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert _doctor_machine.unseen({"cpu"})[0]["do"] == "unset JAX_PLATFORMS"
 
@@ -267,7 +267,7 @@ def test_a_tpu_that_jax_does_not_see(machine, monkeypatch):
     (machine / "accel0").unlink()
     absent(monkeypatch, libtpu="0.0.9")
     [item] = _doctor_machine.unseen({"cpu"})
-    assert item["do"] == "JAX_PLATFORMS=tpu gpt2-doctor shows JAX's own error"
+    assert item["do"] == "to see JAX's own error, run JAX_PLATFORMS=tpu gpt2-doctor"
 
 
 def test_a_jax_that_does_not_start(run, machine, monkeypatch):

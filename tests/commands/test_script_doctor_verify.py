@@ -1,4 +1,4 @@
-"""scripts/doctor.py --verify: known values, with status 1 where one is not there; measures beside the paper's."""
+"""scripts/doctor.py --verify: checks of known values, exit status 1 if one fails, and measures beside the paper's."""
 
 import json
 import re
@@ -23,15 +23,15 @@ VERSE = "Shall I compare thee to a summer 's day ?\nThou art more lovely and mor
 
 @pytest.fixture(scope="module", autouse=True)
 def _tensorflow():
-    """Import TensorFlow once, with the warnings that are its own affair let through."""
+    """Import TensorFlow once, and ignore its own warnings."""
     forms.import_tensorflow()
 
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """The cache folder, which is not there yet."""
+    """The cache folder, which does not exist yet."""
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("GPT2_JAX_BASE_URL", "http://127.0.0.1:9/none")  # nothing may be fetched
+    monkeypatch.setenv("GPT2_JAX_BASE_URL", "http://127.0.0.1:9/none")  # nothing may be downloaded
     return tmp_path / "cache"
 
 
@@ -128,11 +128,11 @@ def test_damaged_files_fail(run, tmp_path):
 
 
 def test_a_released_size(run, cache, monkeypatch):
-    """It is read where it was fetched to, and not fetched. This stand-in is another model."""
+    """A size is read from the cache folder, and is not downloaded. This stand-in is another model."""
     done = run("--verify", "gpt2")
     assert (done.code, done.out) == (2, "")
     assert done.err.count("\n") == 1
-    assert done.err.endswith("fetch 124M first, gpt2-download 124M\n")
+    assert done.err.endswith("download 124M first: gpt2-download 124M\n")
     assert not cache.exists()
     files = fake_release.embedded()
     fake_release.use(monkeypatch, files)

