@@ -37,7 +37,7 @@ def cache() -> Item:
         "free_bytes": shutil.disk_usage(ground).free,
         "copies": _count((folder / "copies").glob("*.safetensors")),
         "compiled": _compiled(folder),
-        "problem": None if writable else f"the cache folder cannot be written: you may not write to {ground}",
+        "problem": None if writable else f"the cache folder cannot be written: {ground} is not a writable folder",
         "do": None if writable else _ELSEWHERE,
     }
 

@@ -96,7 +96,9 @@ def _locate(model: str) -> tuple[str | None, Path]:
     directory = download.directory_of(size)
     wrong = _doctor_cache.wrong_files(size, directory)
     if absent := [name for name in wrong if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory} lacks {', '.join(absent)}: download {size} first: gpt2-download {size}")
+        raise FileNotFoundError(
+            f"{directory} lacks {', '.join(absent)}: download {size} first with gpt2-download {size}"
+        )
     return size, directory
 
 

@@ -232,7 +232,7 @@ class _Answers:
 
 
 def _longest_first(rows: Sequence[Sequence[int]], n_rows: int) -> list[list[int]]:
-    """Return the indices of all rows, `n_rows` at a time, longest first: too little memory fails in the first call."""
+    """Return the indices of all rows, `n_rows` at a time, longest first, so that too little memory shows at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     return [order[start : start + n_rows] for start in range(0, len(order), n_rows)]
 

@@ -26,7 +26,7 @@ papers: the conventions of `found` and of `paper`, in words. Accuracies are shar
 
 _UNIT = "Table 3; the paper does not say whether it counts words or tokens"
 _FILTER = "Table 3, with a stop-word filter; the paper publishes neither its list nor its code"
-_WORDS = "Table 3, per word of the original text, with detokenizers; it does not state windows, or if line ends count"
+_WORDS = "Table 3, per word of the original text, with detokenizers; windows and counting of line ends are not stated"
 
 
 def compare_lambada(result: Lambada, size: str | None) -> list[Row]:
@@ -54,7 +54,7 @@ def compare_lambada(result: Lambada, size: str | None) -> list[Row]:
 
 
 def compare_wikitext2(result: Perplexity, size: str | None) -> list[Row]:
-    """Return the perplexity of WikiText-2 per three units, each with the paper's figure for a size.
+    """Return the perplexity of WikiText-2 in three units, each with the paper's figure for a size.
 
     Args:
       result: from `perplexity` with detokenizer="wikitext"; any `per`.

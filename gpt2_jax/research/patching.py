@@ -37,8 +37,8 @@ from gpt2_jax.research.metrics import Metric, as_place, logits_at, traceable
 Axis = Literal["head", "position"]
 
 # Tokens of the patched runs that are computed together. At the 124M shape on two CPU cores, 512 tokens run at 88 % of
-# the speed of matrix products only, and 32 tokens at half of it. On other devices the number was not measured: it is
-# limited by memory.
+# the speed of matrix products only, and 32 tokens at half of it. For other devices nothing was measured; memory limits
+# the number there.
 TOKENS_TOGETHER = {"cpu": 512}
 TOKENS_TOGETHER_ELSEWHERE = 8192
 

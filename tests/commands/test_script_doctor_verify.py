@@ -132,7 +132,7 @@ def test_a_released_size(run, cache, monkeypatch):
     done = run("--verify", "gpt2")
     assert (done.code, done.out) == (2, "")
     assert done.err.count("\n") == 1
-    assert done.err.endswith("download 124M first: gpt2-download 124M\n")
+    assert done.err.endswith("download 124M first with gpt2-download 124M\n")
     assert not cache.exists()
     files = fake_release.embedded()
     fake_release.use(monkeypatch, files)
