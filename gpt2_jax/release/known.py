@@ -1,4 +1,4 @@
-"""What is known of the released files in advance: their names, addresses, sizes and contents."""
+"""Known facts about the released files: names, addresses, sizes and checksums."""
 
 from __future__ import annotations
 
