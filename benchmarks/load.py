@@ -66,8 +66,8 @@ def main(args: Args) -> None:
         }
         measured = {name: [] for name in rows}
         for _ in range(args.repeats):
-            for name, (program, model, anew) in rows.items():
-                if anew:
+            for name, (program, model, make_copy) in rows.items():
+                if make_copy:
                     for copy in Path(f"{scratch}/cache/copies").glob("*"):
                         copy.unlink()
                 measured[name].append(_run(program.format(model=model)))

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.checkpoints.integrity import count_strange
-from gpt2_jax.checkpoints.loading import read, warn_of_strange
+from gpt2_jax.checkpoints.integrity import count_non_finite
+from gpt2_jax.checkpoints.loading import read, warn_of_non_finite
 from gpt2_jax.checkpoints.released import use_release
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.files import expanded
@@ -39,8 +39,8 @@ def download_and_load_gpt2(
         return config, dict(leaves)
 
     config, flat = use_release(size, expanded(models_dir) / size, use)
-    strange = {name: n for name, array in flat.items() if (n := count_strange(array))}
-    warn_of_strange(strange, "these weights hold NaN or infinite values", stacklevel=3)
+    non_finite = {name: n for name, array in flat.items() if (n := count_non_finite(array))}
+    warn_of_non_finite(non_finite, "these weights hold NaN or infinite values", stacklevel=3)
     return config.to_hparams(), to_blocks(unflatten(flat))
 
 

@@ -39,7 +39,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         config, arrays = _make(directory, source)
         return config, _drain(arrays)
     config, leaves = opened
-    return config, _or_made_anew(directory, source, leaves)
+    return config, _or_make_again(directory, source, leaves)
 
 
 def read_config(directory: Path) -> GPT2Config | None:
@@ -71,7 +71,7 @@ def _open(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, Leave
     return config, leaves
 
 
-def _or_made_anew(directory: Path, source: dict[str, object], leaves: Leaves) -> Leaves:
+def _or_make_again(directory: Path, source: dict[str, object], leaves: Leaves) -> Leaves:
     """Yield the tensors of the copy. If one is damaged, yield it and the remaining ones from the original."""
     done = set()
     try:

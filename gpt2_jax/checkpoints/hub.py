@@ -26,11 +26,11 @@ def fetch(repository: str, tokenizer_only: bool = False) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        told = f"{repository} is not a local directory, and not a model on the Hugging Face hub that you can read"
-        raise FileNotFoundError(f"{told}: {one_line(error)}") from error
+        message = f"{repository} is not a local directory, and not a model on the Hugging Face hub that you can read"
+        raise FileNotFoundError(f"{message}: {one_line(error)}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        told = f"{repository} is not a local directory, and cannot be fetched from the Hugging Face hub"
-        raise ConnectionError(f"{told}: {one_line(error)}") from error
+        message = f"{repository} is not a local directory, and cannot be fetched from the Hugging Face hub"
+        raise ConnectionError(f"{message}: {one_line(error)}") from error
     if not tokenizer_only and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{repository} holds no model.safetensors; pickled weights (pytorch_model.bin) are not read, because "

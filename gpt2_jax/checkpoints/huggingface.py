@@ -103,8 +103,8 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         hashes = {_short(key): value for key, value in more["sha256"].items()}
         wrong = [name for name in HPARAMS if getattr(saved, name) != getattr(config, name)]
         if wrong:
-            told = ", ".join(f"{name} = {getattr(config, name)} instead of {getattr(saved, name)}" for name in wrong)
-            raise DamagedError(f"{directory / 'config.json'} does not match {source}: it has {told}")
+            message = ", ".join(f"{name} = {getattr(config, name)} instead of {getattr(saved, name)}" for name in wrong)
+            raise DamagedError(f"{directory / 'config.json'} does not match {source}: it has {message}")
         config = config.replace(qkv_bias=saved.qkv_bias)
     head = tensors.pop("lm_head.weight", None)
     if head is not None and "wte.weight" not in tensors:  # the same array under its other name

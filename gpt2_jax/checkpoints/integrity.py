@@ -79,7 +79,7 @@ def stored_dtype(dtypes: Iterable[Any], source: object) -> np.dtype:
     return jnp.dtype(name)
 
 
-def count_strange(array: np.ndarray) -> int:
+def count_non_finite(array: np.ndarray) -> int:
     """Return how many values are NaN or infinite. They are checked in chunks of 2^20."""
     flat = array.reshape(-1)
     chunks: Iterable[np.ndarray] = (flat[i : i + 2**20] for i in range(0, flat.size, 2**20))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gpt2_jax.checkpoints import copies, huggingface, huggingface_tokenizer, orbax, run_weights, runs, tensorflow
-from gpt2_jax.checkpoints.integrity import STORED_DTYPES, Leaves, count_strange
+from gpt2_jax.checkpoints.integrity import STORED_DTYPES, Leaves, count_non_finite
 from gpt2_jax.checkpoints.released import use_release
 from gpt2_jax.checkpoints.sources import form_of, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
@@ -83,24 +83,24 @@ def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding:
         sharding = flatten(dict(sharding))
         if wrong := sorted(sharding.keys() ^ flatten(abstract_params(config)).keys()):
             raise ValueError(f"sharding must have the structure of the params: {wrong[0]} is in only one of the two")
-    flat, strange, overflown = {}, {}, {}
+    flat, non_finite, overflown = {}, {}, {}
     for name, stored in leaves:
         with np.errstate(over="ignore"):  # the warning below names the tensor
             array = stored if dtype is None else stored.astype(dtype, copy=False)
-        if n_strange := count_strange(array):
-            (strange if count_strange(stored) else overflown)[name] = n_strange
+        if n_non_finite := count_non_finite(array):
+            (non_finite if count_non_finite(stored) else overflown)[name] = n_non_finite
         flat[name] = jax.device_put(array, sharding[name] if isinstance(sharding, Mapping) else sharding)
-    warn_of_strange(strange, "these weights hold NaN or infinite values", stacklevel=5)  # 5: the caller of `load`
-    warn_of_strange(overflown, f"values too large for {dtype} have become infinite", stacklevel=5)
+    warn_of_non_finite(non_finite, "these weights hold NaN or infinite values", stacklevel=5)  # 5: the caller of `load`
+    warn_of_non_finite(overflown, f"values too large for {dtype} have become infinite", stacklevel=5)
     return config if dtype is None else config.replace(param_dtype=dtype), unflatten(flat)
 
 
-def warn_of_strange(counts: Mapping[str, int], what: str, stacklevel: int) -> None:
+def warn_of_non_finite(counts: Mapping[str, int], what: str, stacklevel: int) -> None:
     """Warn about tensors. `counts` maps their names to the number of affected values; if it is empty, do nothing."""
     if counts:
-        told = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:5])
+        message = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:5])
         more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
-        warnings.warn(f"{what}: {told}{more}", stacklevel=stacklevel)
+        warnings.warn(f"{what}: {message}{more}", stacklevel=stacklevel)
 
 
 def load_config(source: str | os.PathLike) -> GPT2Config:

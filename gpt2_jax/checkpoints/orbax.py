@@ -85,7 +85,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
 
     path = (directory / TREE).resolve()
     odd = "[" in str(path)  # Orbax's database format treats [ as a pattern
-    with parts.told(), parts.plain_files() if odd else contextlib.nullcontext():
+    with parts.clear_errors(), parts.plain_files() if odd else contextlib.nullcontext():
         ocp.save(str(path), unflatten(flat))
     hashes = {name: sha256(array) for name, array in flat.items()}
     manifest = write_manifest(config, hashes, files=hash_files(path))

@@ -60,11 +60,11 @@ def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
     for probe in leftovers(path):  # fail here, because Orbax would leave coroutines behind
         probe.mkdir()
         probe.rmdir()
-    with plain_files(), told():
+    with plain_files(), clear_errors():
         response = ocp.save_checkpointables_async(str(path), trees)
 
     def finish() -> None:
-        with told():
+        with clear_errors():
             response.result()
         if jax.process_index() == 0:
             manifest = {"gpt2_jax_checkpoint": VERSION, "step": step, "leaves": leaves, "files": hash_files(path)}
@@ -162,7 +162,7 @@ def plain_files() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def clear_errors() -> Iterator[None]:
     """Turn errors into an OSError of one sentence, and drop the traces that Orbax logs for the same errors."""
 
     def is_news(record: logging.LogRecord) -> bool:

@@ -42,7 +42,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
       ValueError: run.json is malformed, or describes another model.
       DamagedError: a file of the checkpoint is missing, or not what was written.
     """
-    told = runs.read_fields(runs.run_of(directory))
+    fields = runs.read_fields(runs.run_of(directory))
     config = read_config(directory)
     manifest = parts.read_manifest(directory)
     abstract = {part: parts.abstract_part(manifest, part) for part in (PARAMS, LORA)}
@@ -51,7 +51,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     parts.check_files(directory, manifest, (PARAMS, LORA))
     host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
     found = parts.read(directory.resolve(), host)
-    return config, _merged(config, found[PARAMS], found[LORA], told["recipe"])
+    return config, _merged(config, found[PARAMS], found[LORA], fields["recipe"])
 
 
 def _merged(

@@ -76,13 +76,13 @@ def read_run(run_dir: str | os.PathLike) -> Run:
       ValueError: run.json is malformed, or its format version is not supported.
     """
     directory = expanded(run_dir)
-    told = read_fields(directory)
+    fields = read_fields(directory)
     try:
-        recipe = from_dict(Recipe, told["recipe"])
+        recipe = from_dict(Recipe, fields["recipe"])
     except ValueError as error:
         raise ValueError(f"{directory / RUN} holds no valid recipe: {error}") from error
-    config = config_of(told, directory / RUN)
-    return Run(config, recipe, told.get("data") or {}, told.get("tokenizer"))
+    config = config_of(fields, directory / RUN)
+    return Run(config, recipe, fields.get("data") or {}, fields.get("tokenizer"))
 
 
 def read_fields(run_dir: Path) -> dict[str, Any]:
@@ -95,18 +95,18 @@ def read_fields(run_dir: Path) -> dict[str, Any]:
     path = run_dir / RUN
     if not is_run(run_dir):
         raise FileNotFoundError(f"{run_dir} is not a training run's folder: it holds no {RUN} of this package")
-    told = read_json(path)
-    if not isinstance(told, dict) or not all(isinstance(told.get(name), dict) for name in ("config", "recipe")):
+    fields = read_json(path)
+    if not isinstance(fields, dict) or not all(isinstance(fields.get(name), dict) for name in ("config", "recipe")):
         raise ValueError(f"{path} is malformed: it must hold a config and a recipe")
-    if told.get(MARK) != VERSION:
-        raise ValueError(f"{path} has format version {told.get(MARK)!r}, but only version {VERSION} can be read")
-    return told
+    if fields.get(MARK) != VERSION:
+        raise ValueError(f"{path} has format version {fields.get(MARK)!r}, but only version {VERSION} can be read")
+    return fields
 
 
-def config_of(told: Mapping[str, Any], source: object) -> GPT2Config:
+def config_of(fields: Mapping[str, Any], source: object) -> GPT2Config:
     """Return the config from the dict that `read_fields` returned."""
     try:
-        return GPT2Config(**told["config"])
+        return GPT2Config(**fields["config"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source} holds no valid config: {error}") from error
 
@@ -206,16 +206,16 @@ def run_of(directory: Path) -> Path:
 def _to_json(run: Run) -> dict[str, Any]:
     config = {field.name: getattr(run.config, field.name) for field in dataclasses.fields(run.config)}
     dtypes = {name: config[name].name for name in ("param_dtype", "compute_dtype")}
-    told = {"config": config | dtypes, "recipe": to_dict(run.recipe), "data": run.data, "tokenizer": run.tokenizer}
-    return {MARK: VERSION} | told
+    fields = {"config": config | dtypes, "recipe": to_dict(run.recipe), "data": run.data, "tokenizer": run.tokenizer}
+    return {MARK: VERSION} | fields
 
 
-def _fields(told: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def _fields(fields: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield pairs like ("recipe.optimizer.name", "adamw") from nested dicts."""
-    if not isinstance(told, dict):
-        yield name, told
+    if not isinstance(fields, dict):
+        yield name, fields
         return
-    for key, value in told.items():
+    for key, value in fields.items():
         yield from _fields(value, f"{name}.{key}" if name else key)
 
 

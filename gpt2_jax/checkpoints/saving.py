@@ -80,9 +80,9 @@ def save(
     except FileExistsError:
         raise
     except OSError as error:
-        told = OSError(f"{directory} cannot be written, and was not changed: {error.strerror or error}")
-        told.errno = error.errno
-        raise told from error
+        clear = OSError(f"{directory} cannot be written, and was not changed: {error.strerror or error}")
+        clear.errno = error.errno
+        raise clear from error
 
 
 def check_replaceable(directory: Path, with_vocabulary: bool, overwrite: bool = True) -> None:

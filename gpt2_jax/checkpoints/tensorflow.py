@@ -46,7 +46,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     prefix = find_checkpoint(directory)
     check_path(prefix)
     tf = _import_tensorflow()
-    with _damage_told(tf, prefix):
+    with _clear_damage_errors(tf, prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     if config.n_layer > len(shapes):  # checked before a tree of that many layers is built
@@ -59,7 +59,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
 
     def leaves() -> Leaves:
         for name, leaf in expected.items():
-            with _damage_told(tf, prefix):
+            with _clear_damage_errors(tf, prefix):
                 array = reader.get_tensor(PREFIX + name)
             yield name, array.reshape(leaf.shape)
 
@@ -67,7 +67,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
 
 
 @contextlib.contextmanager
-def _damage_told(tf: ModuleType, prefix: Path) -> Iterator[None]:
+def _clear_damage_errors(tf: ModuleType, prefix: Path) -> Iterator[None]:
     """Turn the errors of TensorFlow's reader for a damaged file into one sentence. Use it only around the reader."""
     try:
         yield

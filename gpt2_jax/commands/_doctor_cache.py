@@ -97,14 +97,14 @@ def releases() -> list[Item]:
                 "weights_bytes": 4 * config.n_params,
                 "copy_bytes": _size(copy_path(directory)) or 0,
                 "wrong": wrong,
-                "problem": _told(size, directory, wrong) if state == "partial" else None,
+                "problem": _problem(size, directory, wrong) if state == "partial" else None,
                 "do": f"gpt2-download {size}" if wrong else None,
             }
         )
     return items
 
 
-def _told(size: str, directory: Path, wrong: dict[str, str]) -> str:
+def _problem(size: str, directory: Path, wrong: dict[str, str]) -> str:
     absent = [name for name in wrong if not (directory / name).exists()]
     parts = [f"{name}: {what}" for name, what in wrong.items() if name not in absent]
     parts += [f"absent: {', '.join(absent)}"] if absent else []

@@ -69,9 +69,9 @@ def devices() -> dict[str, Any]:
 
         found, backend = jax.devices(), jax.default_backend()
     except (ImportError, RuntimeError) as error:
-        told = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         do = "unset JAX_PLATFORMS" if "JAX_PLATFORMS" in os.environ else pip_install("--upgrade", "jax")
-        item = {"problem": f"JAX does not start: {told}", "do": do}
+        item = {"problem": f"JAX does not start: {message}", "do": do}
         return {"backend": None, "devices": [], "items": [item, *unseen(set())]}
     items = unseen({device.platform for device in found})
     return {"backend": backend, "devices": [_device(device) for device in found], "items": items}

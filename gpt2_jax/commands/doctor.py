@@ -94,6 +94,6 @@ def _items(examine_part: Callable[[], list[dict[str, Any]]]) -> list[dict[str, A
         return examine_part()
     except (ImportError, RuntimeError) as error:  # JAX raises RuntimeError if jaxlib does not fit
         name = (isinstance(error, ImportError) and error.name) or "jax"
-        told = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         do = pip_install("--upgrade", name.partition(".")[0])
-        return [{"problem": f"a part of this report failed: {told}", "do": do}]
+        return [{"problem": f"a part of this report failed: {message}", "do": do}]

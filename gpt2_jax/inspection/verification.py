@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.checkpoints.integrity import count_strange
+from gpt2_jax.checkpoints.integrity import count_non_finite
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation import generate
 from gpt2_jax.inspection.known_values import Greedy, KnownValues
@@ -66,7 +66,7 @@ def check_tensors(config: GPT2Config, params: Params, known: KnownValues | None)
     expected = flatten(abstract_params(shaped_as))
     wrong = differences(flat, expected, dtypes=False)
     checks.append(_all("names and shapes", f"{len(expected)} tensors", f"{len(flat)} tensors", wrong))
-    counts = {name: count_strange(np.asarray(leaf)) for name, leaf in flat.items()}
+    counts = {name: count_non_finite(np.asarray(leaf)) for name, leaf in flat.items()}
     bad = [f"{name}: {n} NaN or infinite" for name, n in counts.items() if n]
     checks.append(_all("every value is finite", "finite", "finite", bad))
     return checks
@@ -107,7 +107,7 @@ def check_logits(config: GPT2Config, params: Params) -> Check:
     """Check that one forward pass over a few tokens gives finite logits."""
     tokens = jnp.arange(min(8, config.n_vocab, config.n_ctx))[None]
     logits = np.asarray(jax.jit(GPT2(config).apply)({"params": params}, tokens).logits)
-    n_bad = count_strange(logits)
+    n_bad = count_non_finite(logits)
     return _all("logits of a forward pass", "finite", "finite", [f"{n_bad} NaN or infinite"] if n_bad else [])
 
 

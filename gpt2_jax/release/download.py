@@ -222,8 +222,8 @@ def _fetch_file(plan: _Plan, name: str, stop: threading.Event, report: Report) -
         except (Failed, Refused) as failure:
             failures.append((url, failure))
     kind = ConnectionError if all(isinstance(failure, Failed) for _, failure in failures) else OSError
-    told = "; ".join(f"{url}: {failure}" for url, failure in failures)
-    raise kind(f"cannot fetch {name} of GPT-2 {plan.size} ({told}): try again later, {_WAY_OUT} ({plan.directory})")
+    details = "; ".join(f"{url}: {failure}" for url, failure in failures)
+    raise kind(f"cannot fetch {name} of GPT-2 {plan.size} ({details}): try again later, {_WAY_OUT} ({plan.directory})")
 
 
 def _fetch_from(url: str, plan: _Plan, name: str, stop: threading.Event, report: Report) -> None:

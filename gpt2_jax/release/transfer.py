@@ -249,16 +249,16 @@ def disk_error(error: OSError, path: Path) -> OSError:
     """Return an error with a clear message about writing `path`, and with the same errno."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_room(f"no room left on the disk while writing {path}", error.errno)
-    told = type(error)(f"cannot write {path}: {error.strerror or error}")
-    told.errno = error.errno
-    return told
+    clear = type(error)(f"cannot write {path}: {error.strerror or error}")
+    clear.errno = error.errno
+    return clear
 
 
 def no_room(sentence: str, number: int = errno.ENOSPC) -> OSError:
     """Return the error for a full disk. Callers recognize it by its errno."""
-    told = OSError(f"{sentence}: free some space there, or choose a folder on another disk; received bytes are kept")
-    told.errno = number
-    return told
+    clear = OSError(f"{sentence}: free some space there, or choose a folder on another disk; received bytes are kept")
+    clear.errno = number
+    return clear
 
 
 def is_markup(head: bytes) -> bool:

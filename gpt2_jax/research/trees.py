@@ -186,10 +186,10 @@ def alike(trees: Sequence[Params], dtypes: bool = True) -> list[dict[str, Any]]:
     return flats
 
 
-def require_alike(told: str, found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> None:
-    """Raise ValueError(`told` and all differences) unless two flat trees have the same names, shapes and dtypes."""
+def require_alike(message: str, found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> None:
+    """Raise ValueError(`message` and all differences) unless two flat trees have the same names, shapes and dtypes."""
     if lines := differences(found, expected, dtypes):
-        raise ValueError(told + ":\n  " + "\n  ".join(lines))
+        raise ValueError(message + ":\n  " + "\n  ".join(lines))
 
 
 def wide(array: Any) -> Any:

@@ -115,7 +115,7 @@ class Checkpoints:
         path = self.directory / str(step)
         if path.exists() and not (path / parts.MANIFEST).is_file():
             raise FileExistsError(f"{path} is not a checkpoint of this package: move it elsewhere")
-        with self._told(step):
+        with self._clear_errors(step):
             self._clear()
             finish = parts.start_writing(self._hidden(step, "saving"), step, _in_parts(state, jnp.asarray))
         self._saving = step, self._thread.submit(self._complete, step, finish)
@@ -133,7 +133,7 @@ class Checkpoints:
         step, saving = self._saving
         concurrent.futures.wait([saving])  # after an interrupt here, the save can still be waited for
         self._saving = None
-        with self._told(step):
+        with self._clear_errors(step):
             saving.result()
 
     def steps(self) -> list[int]:
@@ -205,14 +205,14 @@ class Checkpoints:
         return self.directory / f".{step}.{why}"
 
     @contextlib.contextmanager
-    def _told(self, step: int) -> Iterator[None]:
+    def _clear_errors(self, step: int) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             reason = error.strerror or error
-            told = OSError(f"the checkpoint of step {step} could not be saved in {self.directory}: {reason}")
-            told.errno = error.errno
-            raise told from error
+            clear = OSError(f"the checkpoint of step {step} could not be saved in {self.directory}: {reason}")
+            clear.errno = error.errno
+            raise clear from error
 
 
 def _in_parts(state: Any, convert: Any = lambda leaf: leaf) -> dict[str, dict[str, Any]]:

@@ -136,12 +136,12 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     runs.check_free(run_dir)
     settings = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
     origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
-    told = _origin(folder)
+    earlier = _origin(folder)
     if folder.exists() and runs.is_run(run_dir):
-        if told is not None and origin["text"] != STDIN and told["text"] != origin["text"]:
+        if earlier is not None and origin["text"] != STDIN and earlier["text"] != origin["text"]:
             raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
         return open_prepared(folder, tokenizer)
-    if folder.exists() and told == origin and origin["text"] != STDIN:
+    if folder.exists() and earlier == origin and origin["text"] != STDIN:
         return open_prepared(folder, tokenizer)
     (folder / ORIGIN).unlink(missing_ok=True)
     prepared = prepare([data.path], folder, tokenizer, field=data.field, overwrite=folder.exists(), **settings)
