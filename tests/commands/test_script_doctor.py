@@ -169,7 +169,8 @@ def absent(monkeypatch, *names, **versions):
 
 
 def test_absent_and_old_packages(run, monkeypatch):
-    absent(monkeypatch, "optax", "torch", "lm-eval", jax="0.4.1", transformers="4.9")
+    there = {"transformer_lens": "4.3", "accelerate": "1.0"}  # whether or not this environment has them
+    absent(monkeypatch, "optax", "torch", "lm-eval", jax="0.4.1", transformers="4.9", **there)
     found = report(run)
     jax_needs = next(line for line in PROJECT["dependencies"] if line.startswith("jax"))
     assert {"problem": "optax is absent", "do": "pip install 'optax>=0.2.6'"} in found["problems"]
