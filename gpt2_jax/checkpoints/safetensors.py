@@ -52,6 +52,11 @@ class Stored:
     shape: tuple[int, ...]
     dtype: Any
 
+    @property
+    def n_bytes(self) -> int:
+        """The size of the tensor, if its dtype is in DTYPES."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Return the location of each tensor in a file, and the file's metadata.
@@ -126,7 +131,7 @@ def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None, mappe
     with tensor.path.open("rb", buffering=0) as file:
         if _state(file) != tensor.state:
             raise DamagedError(f"{tensor.path} was replaced or written to while it was read: load it again")
-        if mapped and math.prod(tensor.shape) * tensor.dtype.itemsize >= LEAST_MAPPED:
+        if mapped and tensor.n_bytes >= LEAST_MAPPED:
             array = _map_bytes(file, tensor)
         else:
             array = _read_bytes(file, name, tensor).view(tensor.dtype).reshape(tensor.shape)
@@ -148,14 +153,13 @@ def _state(file: IO) -> tuple[int, ...]:
 def _map_bytes(file: io.FileIO, tensor: Stored) -> np.ndarray:
     """Map a tensor into memory; what is written to the array stays in memory."""
     before = tensor.offset % mmap.ALLOCATIONGRANULARITY
-    n_bytes = before + math.prod(tensor.shape) * tensor.dtype.itemsize
-    start = tensor.offset - before
-    mapping = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_COPY, offset=start, **UNTRACKED)
+    start, length = tensor.offset - before, before + tensor.n_bytes
+    mapping = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start, **UNTRACKED)
     return np.ndarray(tensor.shape, tensor.dtype, buffer=mapping, offset=before)
 
 
 def _read_bytes(file: io.FileIO, name: str, tensor: Stored) -> np.ndarray:
-    n_bytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+    n_bytes = tensor.n_bytes
     room = np.empty(n_bytes + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     flat = room[start : start + n_bytes]

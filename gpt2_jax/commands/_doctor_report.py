@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gpt2_jax.commands._tables import plain_table
+from gpt2_jax.commands._tables import binary_size, plain_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,7 +127,6 @@ def _size(n_bytes: int | None) -> str:
     """Return a size as 0 B, 12.3 KiB, 474.7 MiB or 1.85 GiB."""
     if n_bytes is None:
         return "unknown"
-    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.{digits}f} {unit}"
-    return f"{n_bytes} B"
+    if n_bytes >= 2**20:
+        return binary_size(n_bytes)
+    return f"{n_bytes / 2**10:.1f} KiB" if n_bytes >= 2**10 else f"{n_bytes} B"

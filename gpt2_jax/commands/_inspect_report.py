@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from gpt2_jax.commands._tables import plain_table
+from gpt2_jax.commands._tables import binary_size, plain_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,7 +97,7 @@ def _memory(report: dict[str, Any], console: Console) -> Iterable[Any]:
     for use, sizes in report["memory"].items():
         table.add_row(heads[use])
         for key in sizes["float32"]:
-            cells = [(f"{of[key]:,}", _binary(of[key])) for of in (sizes["float32"], sizes["bfloat16"])]
+            cells = [(f"{of[key]:,}", binary_size(of[key])) for of in (sizes["float32"], sizes["bfloat16"])]
             table.add_row(labels[key], *(cell for pair in cells for cell in pair))
     yield _title("Memory")
     yield table
@@ -161,8 +161,3 @@ def _shape(tensor: dict[str, Any]) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "none" if value is None else f"{value:.{digits}g}"
-
-
-def _binary(n_bytes: int) -> str:
-    """Return a size in MiB or GiB, such as 474.7 MiB or 1.85 GiB."""
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

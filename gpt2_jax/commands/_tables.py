@@ -35,3 +35,8 @@ def plain_table(*columns: str, gap: int = 1) -> Table:
         right = name.startswith(">")
         table.add_column(name.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
     return table
+
+
+def binary_size(n_bytes: int) -> str:
+    """Return a size in MiB or GiB, such as 474.7 MiB or 1.85 GiB."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

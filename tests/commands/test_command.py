@@ -7,14 +7,12 @@ import io
 import re
 import subprocess
 import sys
-import tomllib
 
 import commands
 import pytest
 
 from gpt2_jax.commands import _command
 
-ENTRY_POINTS = tomllib.loads((commands.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 SCRIPTS = {
     "generate": "gpt2-generate", "download": "gpt2-download", "convert": "gpt2-convert", "train": "gpt2-train",
     "finetune": "gpt2-finetune", "inspect_checkpoint": "gpt2-inspect", "prepare_data": "gpt2-prepare",
@@ -27,9 +25,9 @@ HEAVY |= {"huggingface_hub", "tokenizers", "tiktoken", "grain"}
 def test_a_script_a_command():
     """Each installed command has a script, and each script has a command. Both call the same function."""
     assert {path.stem for path in commands.SCRIPTS.glob("*.py")} == SCRIPTS.keys()
-    assert ENTRY_POINTS.keys() == set(SCRIPTS.values())
+    assert commands.ENTRY_POINTS.keys() == set(SCRIPTS.values())
     for script, command in SCRIPTS.items():
-        module, _, function = ENTRY_POINTS[command].partition(":")
+        module, _, function = commands.ENTRY_POINTS[command].partition(":")
         assert callable(getattr(importlib.import_module(module), function))
         source = (commands.SCRIPTS / f"{script}.py").read_text(encoding="utf-8")
         assert f"from {module} import {function}\n" in source

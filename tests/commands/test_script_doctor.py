@@ -1,11 +1,9 @@
 """scripts/doctor.py without --verify: its report on packages, machine, devices and cache. It writes nothing."""
 
 import importlib.metadata
-import json
 import re
 import shutil
 import sys
-import tomllib
 
 import commands
 import fake_release
@@ -16,16 +14,6 @@ from gpt2_jax.checkpoints import copies
 from gpt2_jax.commands import _doctor_cache, _doctor_machine, _doctor_packages
 from gpt2_jax.commands import doctor as command
 
-PROJECT = tomllib.loads((commands.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """The cache folder, which does not exist yet."""
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("GPT2_JAX_BASE_URL", "http://127.0.0.1:9/none")  # nothing may be downloaded
-    return tmp_path / "cache"
-
 
 @pytest.fixture
 def run(capfd, cache):
@@ -33,41 +21,31 @@ def run(capfd, cache):
     return commands.caller(command.main, capfd)
 
 
-def report(run, *args, code=0) -> dict:
-    done = run(*args, "--json")
-    assert done.code == code, done.err
-    return json.loads(done.out, parse_constant=pytest.fail)
-
-
 def named(items, name) -> dict:
     [item] = [item for item in items if item["name"] == name]
     return item
-
-
-def tree(folder) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 # ---- the report
 
 
 def test_the_report_names_every_package(run):
-    found = report(run)
-    names = [re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]]
+    found = commands.report(run)
+    names = [re.match(r"[\w-]+", line)[0] for line in commands.PROJECT["dependencies"]]
     shown = [item["name"] for item in found["packages"]]
     assert set(names) - {"tensorflow", "tensorflow-cpu"} <= set(shown)
     assert {"python", "jaxlib"} <= set(shown)
     assert sum(name.startswith("tensorflow") for name in shown) == 1
     assert named(found["packages"], "jax")["version"] == jax.__version__
-    assert named(found["packages"], "gpt2_jax")["version"] == PROJECT["version"]
+    assert named(found["packages"], "gpt2_jax")["version"] == commands.PROJECT["version"]
     assert [item["extra"] for item in found["optional"]] == [
-        name for name in PROJECT["optional-dependencies"] if name not in ("cuda13", "cuda12", "tpu")
+        name for name in commands.PROJECT["optional-dependencies"] if name not in ("cuda13", "cuda12", "tpu")
     ]
 
 
 def test_the_report_of_the_machine(run, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
-    found = report(run)
+    found = commands.report(run)
     assert found["machine"]["processors"] >= found["machine"]["usable_processors"] >= 1
     assert found["machine"]["environment"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == ".5"
     assert found["jax"]["backend"] == jax.default_backend()
@@ -87,15 +65,15 @@ def test_the_tables(run):
     assert any(row[:2] == ["operating", "system"] for row in rows)
     titles = ("Packages", "Machine", "Devices", "Cache folder", "Released sizes", "Optional packages")
     assert all(f"{title}\n" in done.out for title in titles)
-    n_problems = len(report(run)["problems"])
+    n_problems = len(commands.report(run)["problems"])
     assert done.out.count("\nProblem ") == n_problems
     assert ("No problems found." in done.out) == (n_problems == 0)
 
 
 def test_nothing_is_written(run, cache, tmp_path):
-    found = report(run)["cache"]
+    found = commands.report(run)["cache"]
     assert (found["path"], found["exists"], found["writable"], found["bytes"]) == (str(cache), False, True, 0)
-    assert tree(tmp_path) == set()
+    assert commands.tree(tmp_path) == set()
 
 
 def test_what_the_cache_folder_holds(run, cache, monkeypatch):
@@ -112,9 +90,9 @@ def test_what_the_cache_folder_holds(run, cache, monkeypatch):
     (cache / "compiled").mkdir()
     (cache / "compiled" / "jit_a-1-cache").write_bytes(b"y" * 5)
     (cache / "compiled" / "jit_a-1-atime").write_bytes(b"z")
-    before = tree(cache)
-    found = report(run)
-    assert tree(cache) == before
+    before = commands.tree(cache)
+    found = commands.report(run)
+    assert commands.tree(cache) == before
     n_bytes = sum(map(len, files.values()))
     sizes = {item["size"]: item for item in found["releases"]}
     assert {size: item["state"] for size, item in sizes.items()} == {
@@ -139,11 +117,11 @@ def test_a_cache_folder_that_cannot_be_written(run, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "file").chmod(0o755)
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "file" / "cache"))
-    found = report(run)
+    found = commands.report(run)
     assert not found["cache"]["writable"]
     assert found["cache"]["do"] in [one["do"] for one in found["problems"]]
     monkeypatch.setattr(_doctor_cache, "cache_dir", raising(OSError("there is no home folder")))
-    found = report(run)
+    found = commands.report(run)
     assert found["cache"]["path"] is None
     assert "there is no home folder" in [one["problem"] for one in found["problems"]]
     assert "there is no home folder" in run().out
@@ -171,8 +149,8 @@ def absent(monkeypatch, *names, **versions):
 def test_absent_and_old_packages(run, monkeypatch):
     there = {"transformer_lens": "4.3", "accelerate": "1.0"}  # whether or not this environment has them
     absent(monkeypatch, "optax", "torch", "lm-eval", jax="0.4.1", transformers="4.9", **there)
-    found = report(run)
-    jax_needs = next(line for line in PROJECT["dependencies"] if line.startswith("jax"))
+    found = commands.report(run)
+    jax_needs = next(line for line in commands.PROJECT["dependencies"] if line.startswith("jax"))
     assert {"problem": "optax is absent", "do": "pip install 'optax>=0.2.6'"} in found["problems"]
     assert {"problem": f"jax 0.4.1 is not {jax_needs[3:]}", "do": f"pip install '{jax_needs}'"} in found["problems"]
     [parity] = [item for item in found["optional"] if item["extra"] == "parity"]
@@ -187,7 +165,7 @@ def test_absent_and_old_packages(run, monkeypatch):
 def test_needs_of_an_installed_package(monkeypatch, tmp_path):
     """Without a clone, the metadata of the package give the same requirements."""
     in_clone = _doctor_packages.project()
-    assert in_clone["needs"]["parity"] == PROJECT["optional-dependencies"]["parity"]
+    assert in_clone["needs"]["parity"] == commands.PROJECT["optional-dependencies"]["parity"]
     monkeypatch.setattr(_doctor_packages, "PYPROJECT", tmp_path / "none")
     absent(monkeypatch)
     lines = ["jax>=0.10.2", 'torch>=2.6; extra == "parity"', "x>1; python_version < '3' and extra == 'parity'"]
@@ -207,7 +185,7 @@ def test_a_package_that_cannot_be_imported(run, monkeypatch):
         "installed",
         raising(ModuleNotFoundError("No module named 'packaging'", name="packaging.requirements")),
     )
-    found = report(run)
+    found = commands.report(run)
     problem = "a part of this report failed: No module named 'packaging'"
     assert {"problem": problem, "do": "pip install --upgrade packaging"} in found["problems"]
     assert problem in run().out
@@ -274,7 +252,7 @@ def test_a_tpu_that_jax_does_not_see(machine, monkeypatch):
 def test_a_jax_that_does_not_start(run, machine, monkeypatch):
     (machine / "nvidia0").touch()
     monkeypatch.setattr(jax, "devices", raising(RuntimeError("Unable to initialize\nbackend 'cuda'")))
-    found = report(run)
+    found = commands.report(run)
     assert found["jax"]["backend"] is None
     problems = [one["problem"] for one in found["problems"]]
     assert "JAX does not start: Unable to initialize backend 'cuda'" in problems
@@ -286,4 +264,4 @@ def test_as_a_process_of_its_own(tmp_path):
     done = commands.in_a_process("doctor", cwd=tmp_path, GPT2_JAX_CACHE=str(tmp_path / "cache"))
     assert (done.code, done.err) == (0, "")
     assert "Released sizes\n" in done.out
-    assert tree(tmp_path) == set()
+    assert commands.tree(tmp_path) == set()

@@ -28,27 +28,9 @@ def _tensorflow():
 
 
 @pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """The cache folder, which does not exist yet."""
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("GPT2_JAX_BASE_URL", "http://127.0.0.1:9/none")  # nothing may be downloaded
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def run(capfd, cache):
     """Call the entry point in this process."""
     return commands.caller(command.main, capfd)
-
-
-def report(run, *args, code=0) -> dict:
-    done = run(*args, "--json")
-    assert done.code == code, done.err
-    return json.loads(done.out, parse_constant=pytest.fail)
-
-
-def tree(folder) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def results(found) -> dict[str, str]:
@@ -64,10 +46,10 @@ def test_the_embedded_model(run, cache, tmp_path):
     assert ["wte[0, 0]", "0.03548277", "0.03548277", "pass"] in rows
     assert ["id of 'ROMEO'", "858", "858", "pass"] in rows
     assert done.out.endswith(f"{gpt2_jax.embedded_model()}: 19 pass.\n")
-    found = report(run, "--verify", "shakespeare")
+    found = commands.report(run, "--verify", "shakespeare")
     assert (found["known"], found["passed"], found["measures"]) == ("shakespeare", True, [])
     assert set(results(found).values()) == {"pass"}
-    assert tree(tmp_path) == set()  # no copy, no compiled programs
+    assert commands.tree(tmp_path) == set()  # no copy, no compiled programs
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +71,7 @@ def test_other_weights_fail(run, copy):
     assert done.code == 1
     assert re.search(r"^wte\[1, 0\] +-0.1082753 +-0.1081753 +FAIL *$", done.out, re.MULTILINE)
     assert "These are not the published weights of shakespeare" in done.out.splitlines()[-1]
-    found = report(run, "--verify", directory, code=1)
+    found = commands.report(run, "--verify", directory, code=1)
     assert not found["passed"]
     assert {name for name, result in results(found).items() if result == "fail"} == {"wte[1, 0]"}
 
@@ -97,7 +79,7 @@ def test_other_weights_fail(run, copy):
 def test_a_shape_of_which_nothing_is_known(run, tmp_path):
     config = tiny_models.CONFIG
     gpt2_jax.save(tmp_path / "tiny", config, tiny_models.random_params(config, 29), "huggingface")
-    found = report(run, "--verify", tmp_path / "tiny")
+    found = commands.report(run, "--verify", tmp_path / "tiny")
     assert found["known"] is None
     assert results(found) == {
         "hyperparameters": "not applicable",
@@ -123,7 +105,7 @@ def test_damaged_files_fail(run, tmp_path):
     assert "The files are damaged" in done.out.splitlines()[-1]
     (tmp_path / known.DATA).write_bytes(data)
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\nx y z\n")
-    found = report(run, "--verify", tmp_path, code=1)
+    found = commands.report(run, "--verify", tmp_path, code=1)
     assert {name for name, result in results(found).items() if result == "fail"} == {"the vocabulary is readable"}
 
 
@@ -137,22 +119,22 @@ def test_a_released_size(run, cache, monkeypatch):
     files = fake_release.embedded()
     fake_release.use(monkeypatch, files)
     fake_release.put(cache / "models" / "124M", files)
-    found = report(run, "--verify", "gpt2", code=1)
+    found = commands.report(run, "--verify", "gpt2", code=1)
     assert found["known"] == "124M"
     assert results(found)["files"] == "pass"
     assert results(found)["hyperparameters"] == "fail"
     fake_release.put(cache / "models" / "124M", files | {"vocab.bpe": files["vocab.bpe"] + b"\n"})
-    [check, *_] = report(run, "--verify", "124M", code=1)["checks"]
+    [check, *_] = commands.report(run, "--verify", "124M", code=1)["checks"]
     assert (check["check"], check["result"]) == ("files", "fail")
     assert check["found"].startswith("vocab.bpe: it has")
-    assert tree(cache) == {"models", "models/124M", *(f"models/124M/{name}" for name in files)}
+    assert commands.tree(cache) == {"models", "models/124M", *(f"models/124M/{name}" for name in files)}
 
 
 def test_measures(run, shakespeare, tokenizer, tmp_path):
     (tmp_path / "passages.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in PASSAGES))
     (tmp_path / "wiki.txt").write_text(VERSE)
     files = ["--lambada", tmp_path / "passages.jsonl", "--wikitext", tmp_path / "wiki.txt"]
-    found = report(run, "--verify", "shakespeare", *files)
+    found = commands.report(run, "--verify", "shakespeare", *files)
     lambada = evaluate.lambada(*shakespeare, tokenizer, PASSAGES)
     wikitext = evaluate.perplexity(*shakespeare, tokenizer, VERSE, detokenizer="wikitext", per="word")
     measures = {row["measure"]: row["found"] for row in found["measures"]}

@@ -16,22 +16,13 @@ from tiny_models import CONFIG
 import gpt2_jax
 from gpt2_jax.checkpoints import book
 
-ROWS, CHECKS = coming_from.part(__file__)
+CHECKS, test_row, test_each_row_has_a_check = coming_from.part(__file__)
 TOKENS = np.random.default_rng(3).integers(0, CONFIG.n_vocab, (1, 7), dtype=np.int32)
 LAYER = 1
 WORDS = {
     "vocab_size": 53, "context_length": 23, "emb_dim": 21, "n_heads": 3, "n_layers": 2, "drop_rate": 0.25,
     "qkv_bias": True,
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_row(row, request):
-    CHECKS.run(row, request)
-
-
-def test_each_row_has_a_check():
-    CHECKS.assert_complete(ROWS)
 
 
 @pytest.fixture(scope="module")

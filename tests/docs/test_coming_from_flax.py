@@ -20,29 +20,9 @@ from tiny_models import CONFIG
 
 import gpt2_jax
 
-ROWS, CHECKS = coming_from.part(__file__)
+CHECKS, test_row, test_each_row_has_a_check = coming_from.part(__file__)
 BOUND = 5e-6  # of the largest value; measured: 1.1e-6
 TOKENS = np.random.default_rng(3).integers(0, CONFIG.n_vocab, (2, 7), dtype=np.int32)
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_row(row, request):
-    CHECKS.run(row, request)
-
-
-def test_each_row_has_a_check():
-    CHECKS.assert_complete(ROWS)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.tree.map(jnp.asarray, naive.weights(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def expected(params):
-    """Logits and activations of TOKENS, by NumPy in float64."""
-    return naive.forward(CONFIG, params, TOKENS)
 
 
 @pytest.fixture
@@ -80,7 +60,7 @@ def msgpack(row, theirs):
     assert naive.error(forward.logits_of(CONFIG, known["params"], TOKENS[:1])[0], expected) < BOUND
 
 
-@CHECKS(*(row.theirs for row in ROWS if row.theirs.startswith("transformer/")))
+@CHECKS(*(row.theirs for row in CHECKS.rows if row.theirs.startswith("transformer/")))
 def parameter(row, theirs, converted):
     """The converted array is theirs, transposed where it is a kernel, and so says the note; checked by value."""
     array = theirs

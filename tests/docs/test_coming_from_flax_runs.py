@@ -15,23 +15,9 @@ from tiny_models import CONFIG
 import gpt2_jax
 from gpt2_jax.recipe import Recipe
 
-ROWS, CHECKS = coming_from.part(__file__)
+CHECKS, test_row, test_each_row_has_a_check = coming_from.part(__file__)
 TOKENS = np.random.default_rng(3).integers(0, CONFIG.n_vocab, (2, 7), dtype=np.int32)
 PROMPTS = [[3, 11, 5, 5, 20], [7, 1, 30]]
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_row(row, request):
-    CHECKS.run(row, request)
-
-
-def test_each_row_has_a_check():
-    CHECKS.assert_complete(ROWS)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.tree.map(jnp.asarray, naive.weights(CONFIG))
 
 
 @pytest.fixture

@@ -15,16 +15,7 @@ from gpt2_jax import training
 from gpt2_jax.commands import prepare
 from gpt2_jax.training.optimizer import make_schedule
 
-ROWS, CHECKS = coming_from.part(__file__)
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_row(row, request):
-    CHECKS.run(row, request)
-
-
-def test_each_row_has_a_check():
-    CHECKS.assert_complete(ROWS)
+CHECKS, test_row, test_each_row_has_a_check = coming_from.part(__file__)
 
 
 # ---- data

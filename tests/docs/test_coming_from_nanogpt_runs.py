@@ -21,46 +21,15 @@ import gpt2_jax
 from gpt2_jax import training
 from gpt2_jax.params import flatten
 
-ROWS, CHECKS = coming_from.part(__file__)
+CHECKS, test_row, test_each_row_has_a_check = coming_from.part(__file__)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 CONFIG = TWO_LAYERS.replace(n_layer=1)  # which compiles in half the time
 BOUND = 5e-6  # of the largest value; measured: 5e-7
 PROMPTS = [[3, 11, 5, 5, 20], [7, 1, 30]]
 TOKENS = np.random.default_rng(3).integers(0, CONFIG.n_vocab, (2, 9), dtype=np.int32)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_row(row, request):
-    CHECKS.run(row, request)
-
-
-def test_each_row_has_a_check():
-    CHECKS.assert_complete(ROWS)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.tree.map(jnp.asarray, naive.weights(CONFIG))
-
-
 # ---- training
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text.txt").write_text(tiny_runs.TEXT)
-    return training.prepare([folder / "text.txt"], folder / "tokens", tokenizer, val_fraction=0.2, split="tail")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    with tiny_runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def plan():
-    return training.make_plan(tiny_runs.CONFIG, tiny_runs.small())
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import bridge
 import coming_from
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy_activations as naive
 import pytest
@@ -16,18 +15,6 @@ pytestmark = pytest.mark.parity
 BOUND = 1e-5  # of the largest value; measured: 5e-7
 TOKENS = [[0, 3, 11, 5, 3, 11], [0, 7, 1, 30, 7, 2]]
 FLAX = {row.theirs: row for row in coming_from.rows("flax")}
-
-
-@pytest.fixture(scope="module")
-def torch():
-    """Torch, or a skip: the libraries come with the `parity` extra."""
-    pytest.importorskip("transformers", reason=bridge.REASON)
-    return pytest.importorskip("torch", reason=bridge.REASON)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.tree.map(jnp.asarray, naive.weights(CONFIG))
 
 
 @pytest.fixture(scope="module")

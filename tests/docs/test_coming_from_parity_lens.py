@@ -7,7 +7,6 @@ import re
 
 import bridge
 import coming_from
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy_activations as naive
@@ -25,18 +24,6 @@ CLEAN = [[0, 3, 12, 5, 3, 11], [0, 7, 1, 30, 8, 2]]
 ANSWER, WRONG, LAYER, HEAD = 9, 21, 1, 2
 TEXT = "First Senator:\nO"
 LENS = {row.theirs: row for row in coming_from.rows("transformer_lens")}
-
-
-@pytest.fixture(scope="module")
-def torch():
-    """Torch, or a skip: the libraries come with the `parity` extra."""
-    pytest.importorskip("transformers", reason=bridge.REASON)
-    return pytest.importorskip("torch", reason=bridge.REASON)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.tree.map(jnp.asarray, naive.weights(CONFIG))
 
 
 @pytest.fixture(scope="module")

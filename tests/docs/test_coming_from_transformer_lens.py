@@ -16,31 +16,11 @@ from tiny_models import CONFIG
 import gpt2_jax
 from gpt2_jax import research
 
-ROWS, CHECKS = coming_from.part(__file__)
+CHECKS, test_row, test_each_row_has_a_check = coming_from.part(__file__)
 BOUND = 1e-5  # of the largest value; measured: 6e-7
 TOKENS = [[36, 3, 11, 5, 3, 11], [36, 7, 1, 30, 7, 2]]
 CLEAN = [[36, 3, 12, 5, 3, 11], [36, 7, 1, 30, 8, 2]]
 ANSWER, WRONG = 9, 21
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_row(row, request):
-    CHECKS.run(row, request)
-
-
-def test_each_row_has_a_check():
-    CHECKS.assert_complete(ROWS)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.tree.map(jnp.asarray, naive.weights(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def expected(params):
-    """Logits and activations of TOKENS, by NumPy in float64."""
-    return naive.forward(CONFIG, params, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +131,7 @@ def cached(row, expected, params):
 
 # ---- activation names
 
-HOOKS = [row.theirs for row in ROWS if re.fullmatch(r"[\w.]*hook_\w+", row.theirs)]
+HOOKS = [row.theirs for row in CHECKS.rows if re.fullmatch(r"[\w.]*hook_\w+", row.theirs)]
 
 
 @CHECKS(*HOOKS)
@@ -170,7 +150,7 @@ def all_activations(params):
 
 
 def test_every_activation_has_a_row():
-    rows = [row for row in ROWS if row.theirs in HOOKS]
+    rows = [row for row in CHECKS.rows if row.theirs in HOOKS]
     assert [row.code[0].removeprefix("hL/") for row in rows] == list(research.AXES)
 
 

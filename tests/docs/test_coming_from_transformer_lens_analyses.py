@@ -7,8 +7,6 @@ import itertools
 import re
 
 import coming_from
-import jax
-import jax.numpy as jnp
 import naive_generation as slow
 import numpy as np
 import numpy_activations as naive
@@ -19,32 +17,12 @@ from tiny_models import CONFIG
 import gpt2_jax
 from gpt2_jax import research
 
-ROWS, CHECKS = coming_from.part(__file__)
+CHECKS, test_row, test_each_row_has_a_check = coming_from.part(__file__)
 BOUND = 1e-5  # of the largest value; measured: 7e-7
 TOKENS = [[36, 3, 11, 5, 3, 11], [36, 7, 1, 30, 7, 2]]
 CLEAN = [[36, 3, 12, 5, 3, 11], [36, 7, 1, 30, 8, 2]]
 ANSWER, WRONG = 9, 21
 LAYER, HEAD = 1, 2
-
-
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_row(row, request):
-    CHECKS.run(row, request)
-
-
-def test_each_row_has_a_check():
-    CHECKS.assert_complete(ROWS)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return jax.tree.map(jnp.asarray, naive.weights(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def expected(params):
-    """Logits and activations of TOKENS, by NumPy in float64."""
-    return naive.forward(CONFIG, params, TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ A test file has a check for each row of its part, under the row's "theirs" cell.
 """
 
 import ast
-import contextlib
 import inspect
 import re
 import shlex
@@ -17,13 +16,12 @@ import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_models
-import tyro
 
 import gpt2_jax
 from gpt2_jax import research, training
 from gpt2_jax.checkpoints import loading
-from gpt2_jax.commands import _command, convert, evaluate, generate, prepare, train
 from gpt2_jax.data import Prepared
 from gpt2_jax.research import surgery
 
@@ -44,10 +42,6 @@ PARTS = {  # the test file test_coming_from_PART.py: the page, and the headings 
 MODULES = {"gpt2_jax": gpt2_jax, "research": research, "surgery": surgery, "training": training}
 NAMES = MODULES | {"jax": jax, "jnp": jnp, "np": np}
 PATCHING = "config, params, tokens, clean_tokens, metric"  # what "..." means in activation_patching(...)
-MAINS = {
-    "gpt2-convert": convert.main, "gpt2-evaluate": evaluate.main, "gpt2-generate": generate.main,
-    "gpt2-prepare": prepare.main, "gpt2-train": train.main,
-}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -86,14 +80,7 @@ class Row(NamedTuple):
 def parse(line: str) -> Any:
     """Return the parsed arguments of one of our command lines, or of options of gpt2-train."""
     words = shlex.split(line if line.startswith("gpt2-") else f"gpt2-train {line}")
-    parsed = []
-
-    def call(prog, args_type, run, argv=None, *, start=None, text=False):
-        parsed.append(tyro.cli(args_type, prog=prog, args=argv, **({} if start is None else {"default": start()})))
-
-    with mock.patch.object(_command, "call", call), contextlib.chdir(commands.ROOT):
-        MAINS[words[0]](words[1:])
-    return parsed[0]
+    return commands.parse(*words)
 
 
 def tables(page: str) -> dict[str, list[str]]:
@@ -128,7 +115,11 @@ def functions(page: str) -> dict[str, Any]:
 
 
 class Checks(dict):
-    """The checks of a page: `@CHECKS("their call", ...)` registers one. Its parameters are `row` and fixtures."""
+    """The checks of some rows: `@CHECKS("their call", ...)` registers one. Its parameters are `row` and fixtures."""
+
+    def __init__(self, rows: list[Row]):
+        super().__init__()
+        self.rows = rows
 
     def __call__(self, *theirs):
         def register(check):
@@ -143,17 +134,26 @@ class Checks(dict):
         names = [name for name in inspect.signature(self[row.theirs]).parameters if name != "row"]
         self[row.theirs](row, **{name: request.getfixturevalue(name) for name in names})
 
-    def assert_complete(self, rows):
+    def assert_complete(self):
         """Each row has one check, and each check has one row."""
-        theirs = [row.theirs for row in rows]
+        theirs = [row.theirs for row in self.rows]
         assert len(set(theirs)) == len(theirs)
         assert set(theirs) == set(self)
 
 
-def part(file: str) -> tuple[list[Row], Checks]:
-    """The rows that a test file checks, and where it puts the checks."""
+def part(file: str) -> tuple[Checks, Any, Any]:
+    """Return where a test file puts its checks, and its two tests: each row is checked, and each row has a check."""
     page, headings = PARTS[Path(file).stem.removeprefix("test_coming_from_")]
-    return rows(page, *headings), Checks()
+    checks = Checks(rows(page, *headings))
+
+    @pytest.mark.parametrize("row", checks.rows, ids=str)
+    def test_row(row, request):
+        checks.run(row, request)
+
+    def test_each_row_has_a_check():
+        checks.assert_complete()
+
+    return checks, test_row, test_each_row_has_a_check
 
 
 def assert_is_the_release(row):

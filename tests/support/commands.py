@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -11,14 +12,22 @@ import subprocess
 import sys
 import textwrap
 import time
+import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
+import pytest
+import tyro
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from gpt2_jax.commands import _command
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ENTRY_POINTS = PROJECT["scripts"]  # {installed command: "module:function"}
 
 
 class Run(NamedTuple):
@@ -44,6 +53,18 @@ def caller(main, capfd):
     return call
 
 
+def report(run, *args, code: int = 0) -> dict:
+    """Return what a command called by `run` writes with --json, which must be strict JSON."""
+    done = run(*args, "--json")
+    assert done.code == code, done.err
+    return json.loads(done.out, parse_constant=pytest.fail)
+
+
+def tree(folder: Path) -> set[str]:
+    """Return the paths of all files and folders in a folder, relative to it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
 def in_a_process(name: str, *args, cwd: Path, python: tuple[str, ...] = (), **env: str) -> Run:
     """Run scripts/NAME.py as a user types it, from a directory that is not the repository."""
     done = subprocess.run(
@@ -55,6 +76,25 @@ def in_a_process(name: str, *args, cwd: Path, python: tuple[str, ...] = (), **en
         check=False,
     )
     return Run(done.returncode, done.stdout, done.stderr)
+
+
+def parse(command: str, *arguments: str) -> Any:
+    """Parse arguments with a command's own parser, from the root of the repository. Nothing is run.
+
+    The command is an installed one or a script: gpt2-train, scripts/train.py. A wrong option raises SystemExit.
+    """
+    if command.startswith("scripts/"):
+        module, function = re.search(r"from (\S+) import (\w+)", (ROOT / command).read_text(encoding="utf-8")).groups()
+    else:
+        module, function = ENTRY_POINTS[command].split(":")
+    parsed = []
+
+    def call(prog, args_type, run, argv=None, *, start=None, text=False):
+        parsed.append(tyro.cli(args_type, prog=prog, args=argv, **({} if start is None else {"default": start()})))
+
+    with mock.patch.object(_command, "call", call), contextlib.chdir(ROOT):
+        getattr(importlib.import_module(module), function)(list(arguments))
+    return parsed[0]
 
 
 class OnATerminal:
