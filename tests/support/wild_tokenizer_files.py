@@ -1,0 +1,220 @@
+"""Forms of vocabularies whose files change how a text is read: normalizers, templates, settings, added tokens."""
+
+import json
+from pathlib import Path
+
+import checkpoint_forms as forms
+from wild_table import vocabulary
+from wild_vocabularies import EOT, NEEDS, byte_level, embedded_files, gpt2_tokenizer, write_config
+
+import gpt2_jax
+
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, LEVEL]}
+CLASSES = {"": "GPT2Tokenizer", "-fast": "PreTrainedTokenizerFast"}
+
+
+def template(*pieces: str) -> dict:
+    """A post-processor that puts tokens around a text. "A" is the text."""
+    single = [
+        {"Sequence": {"id": "A", "type_id": 0}} if piece == "A" else {"SpecialToken": {"id": piece, "type_id": 0}}
+        for piece in pieces
+    ]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
+    special = {EOT: {"id": EOT, "ids": [1280], "tokens": [EOT]}} if EOT in pieces else {}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+
+
+def edited(name: str, writer: str, settings=None, model=None, two_files=False, **changes) -> None:
+    """Add a row for a tokenizer.json with changes, beside the settings of tokenizer_config.json."""
+
+    @vocabulary(name, writer, transformers=True, needs=NEEDS)
+    def make(folder):
+        path = folder / "tokenizer.json"
+        forms.write_tokenizer_json(path, gpt2_jax.embedded_model(), **changes)
+        if model:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps(fields | {"model": fields["model"] | model}))
+        if two_files:
+            embedded_files(folder)
+        if settings is not None:
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_config(folder, 1281)
+
+
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT, "eos_token": EOT}
+SLOW = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
+for suffix, fields in (("", SLOW), ("-fast", FAST)):
+    kind = fields["tokenizer_class"]
+    edited(f"NFC{suffix}", f"tokenizer.json with NFC, class {kind}", fields, normalizer={"type": "NFC"})
+    edited(f"lowercase{suffix}", f"tokenizer.json with Lowercase, class {kind}", fields, normalizer={"type": "Lowercase"})
+    edited(f"digits{suffix}", f"tokenizer.json that splits digits, class {kind}", fields, pre_tokenizer=DIGITS)
+    edited(f"endoftext-first{suffix}", f"a template with `<|endoftext|>` first, class {kind}", fields,
+           post_processor=template(EOT, "A"))  # fmt: skip
+    edited(f"disagreeing{suffix}", f"a template in tokenizer.json beside vocab.json and merges.txt, class {kind}", fields,
+           two_files=True, post_processor=template(EOT, "A", EOT))  # fmt: skip
+edited("no-class", "Lowercase in tokenizer.json beside vocab.json and merges.txt, no class named", None, two_files=True,
+       normalizer={"type": "Lowercase"})  # fmt: skip
+edited("ignore_merges", "`ignore_merges` of tokenizers, class PreTrainedTokenizerFast", FAST, {"ignore_merges": True})
+edited("padding-and-truncation", "tokenizer.json with the padding and truncation of a training run", FAST,
+       truncation={"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
+       padding={"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1280,
+                "pad_type_id": 0, "pad_token": EOT})  # fmt: skip
+edited("regex-split", "a Split with a regular expression of its own before ByteLevel", FAST,
+       pre_tokenizer={"type": "Sequence", "pretokenizers": [
+           {"type": "Split", "pattern": {"Regex": "\\d{1,3}|\\s+|[^\\s\\d]+"}, "behavior": "Isolated", "invert": False},
+           LEVEL | {"use_regex": False}]})  # fmt: skip
+
+
+def settings(name: str, writer: str, files=("vocab.json",), **fields) -> None:
+    """Add a row for a setting of tokenizer_config.json beside vocab.json and merges.txt."""
+
+    @vocabulary(name, writer, transformers=True, needs=NEEDS)
+    def make(folder):
+        embedded_files(folder)
+        if "tokenizer.json" in files:
+            forms.write_tokenizer_json(folder / "tokenizer.json", gpt2_jax.embedded_model())
+        (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024} | fields))
+        write_config(folder, 1281)
+
+
+settings("add_prefix_space", "`add_prefix_space` in tokenizer_config.json", add_prefix_space=True)
+settings("add_bos_token", "OPT's and Cerebras's `add_bos_token`", add_bos_token=True)
+settings("add_eos_token", "`add_eos_token`", add_eos_token=True, tokenizer_class="GPT2Tokenizer")
+settings("add_bos_token-fast", "`add_bos_token` beside tokenizer.json", ("tokenizer.json",), add_bos_token=True)
+settings(
+    "slow-GPT2Tokenizer",
+    "transformers 4.34 and later, the slow tokenizer: `added_tokens_decoder`",
+    tokenizer_class="GPT2Tokenizer",
+    added_tokens_decoder={"1280": {"content": EOT} | FLAGS | {"normalized": True}},
+    errors="replace",
+    bos_token=EOT,
+    eos_token=EOT,
+    unk_token=EOT,
+)
+
+
+# ---- added tokens
+
+
+def added(name: str, writer: str, add) -> None:
+    """Add a row for tokens that were added with transformers 5."""
+
+    @vocabulary(name, writer, transformers=True, needs=NEEDS)
+    def make(folder):
+        tokenizer = gpt2_tokenizer()
+        add(tokenizer)
+        tokenizer.save_pretrained(folder)
+        write_config(folder, len(tokenizer))
+
+
+SPEAKERS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+added(
+    "speakers",
+    "dialogue models: `<speaker1>`, `<speaker2>` (huggingface/transformers#1043)",
+    lambda tok: tok.add_special_tokens(SPEAKERS | {"additional_special_tokens": ["<speaker1>", "<speaker2>"]}),
+)
+added("pad-added", "`add_special_tokens({'pad_token': '[PAD]'})`", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
+added("plain-added", "`add_tokens`: tokens that are not special", lambda tok: tok.add_tokens(["<newline>", "covfefe"]))
+
+
+def add_flagged(tokenizer) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken("<mask>", lstrip=True), AddedToken("ab", single_word=True), AddedToken("<r>", rstrip=True)])
+
+
+def add_chat(tokenizer) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+added("flagged-added", "added tokens with `lstrip`, `rstrip`, `single_word`", add_flagged)
+added("ChatML", "trl's `setup_chat_format`: `<|im_start|>`, a chat template", add_chat)
+
+
+def legacy(name: str, writer: str, more: dict[str, int], special: dict, **settings) -> None:
+    """Add a row for the files of transformers before 4.34: added_tokens.json and special_tokens_map.json."""
+
+    @vocabulary(name, writer, transformers=True, needs=NEEDS)
+    def make(folder):
+        embedded_files(folder)
+        (folder / "added_tokens.json").write_text(json.dumps(more))
+        (folder / "special_tokens_map.json").write_text(json.dumps(special))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024} | settings))
+        write_config(folder, 1281 + len(more))
+
+
+TOKENS = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT}
+legacy("added_tokens.json", "transformers before 4.34: `[PAD]` in added_tokens.json", {"[PAD]": 1281},
+       TOKENS | {"pad_token": "[PAD]"})  # fmt: skip
+legacy("speakers-legacy", "the same with speakers (huggingface/transformers#21053)",
+       {"<speaker1>": 1281, "<speaker2>": 1282},
+       TOKENS | {"additional_special_tokens": ["<speaker1>", "<speaker2>"]})  # fmt: skip
+legacy("added-not-special", "added_tokens.json with tokens that are not special", {"<newline>": 1281, "covfefe": 1282}, TOKENS)
+
+
+# ---- merges that are not canonical, and other kinds of tokenizers
+
+
+@vocabulary("merges-not-canonical", "merges whose result has several ways: `b c`, `a b`, `ab c`", transformers=True, needs=NEEDS)
+def not_canonical(folder):
+    letters = json.loads((gpt2_jax.embedded_model() / "encoder.json").read_text(encoding="utf-8"))
+    ids = {token: i for i, token in enumerate(token for token in letters if len(token) == 1)}
+    merges = [("b", "c"), ("a", "b"), ("ab", "c")]
+    for left, right in merges:
+        ids[left + right] = len(ids)
+    ids[EOT] = len(ids)
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    write_config(folder, len(ids))
+
+
+@vocabulary("trained-template", "a trained `<s> $A </s>` tokenizer as a fast one", transformers=True, needs=NEEDS)
+def trained_template(folder):
+    import transformers
+    from tokenizers import processors
+
+    tokenizer = byte_level(["<s>", "<pad>", "</s>", "<unk>"])
+    pieces = [("<s>", 0), ("</s>", 2)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=pieces)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(folder)
+    write_config(folder, tokenizer.get_vocab_size())
+
+
+def another_kind(name: str, writer: str, refused: str, names: str, kind: str) -> None:
+    @vocabulary(name, writer, transformers=True, needs=NEEDS, refused=refused, names=names)
+    def make(folder: Path):
+        import tokenizers
+        from tokenizers import models, pre_tokenizers, trainers
+
+        tokenizer = tokenizers.Tokenizer(getattr(models, kind)(unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = getattr(trainers, f"{kind}Trainer")(special_tokens=["[UNK]"], show_progress=False)
+        tokenizer.train_from_iterator(["one two three two one"], trainer=trainer)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_config(folder, tokenizer.get_vocab_size())
+
+
+another_kind("WordPiece", "GPT-2 models with a BERT tokenizer", r"tokenizer\.json.*WordPiece", "`WordPiece`", "WordPiece")
+another_kind("WordLevel", "research models with one token a word", r"tokenizer\.json.*WordLevel", "`WordLevel`", "WordLevel")
+
+
+@vocabulary(
+    "vocab.txt",
+    "Chinese GPT-2 with BERT's vocab.txt (Morizeyao/GPT2-Chinese)",
+    transformers=True,
+    needs=NEEDS,
+    refused=r"vocab\.txt|BertTokenizer",
+    names="`vocab.txt`",
+)
+def vocab_txt(folder):
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "中", "文"]) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    write_config(folder, 7)
