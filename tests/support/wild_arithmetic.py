@@ -96,7 +96,7 @@ spelled(
 )
 spelled("n_ctx-of-another-length", "`n_ctx` beside `n_positions`: only `n_positions` counts", n_ctx=7)
 spelled("several-eos", "`eos_token_id` as a list", eos_token_id=[1, 2])
-spelled("n_inner-of-GPT-2", "`n_inner` written out as 4 × `n_embd`", n_inner=4 * CONFIG.n_embd)
+spelled("n_inner-of-GPT-2", "`n_inner` written out as 4 · `n_embd`", n_inner=4 * CONFIG.n_embd)
 spelled("fields-of-others", "fields that GPT-2 does not have: `rotary`, `window_size`", rotary=False, window_size=256)
 
 
@@ -111,7 +111,7 @@ def another_model(name: str, writer: str, refused: str, names: str, transformers
 
 another_model(
     "epsilon",
-    'another `layer_norm_epsilon`, such as `1e-6`',
+    "another `layer_norm_epsilon`, such as `1e-6`",
     r"config\.json.*layer_norm_epsilon",
     "`layer_norm_epsilon`",
     layer_norm_epsilon=1e-6,
@@ -221,3 +221,21 @@ def peft_adapter(folder):
     safetensors.numpy.save_file(factors, folder / "adapter_model.safetensors")
     fields = {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "r": 2, "fan_in_fan_out": True}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
+
+
+@weights(
+    "peft-not-merged",
+    "the state dict of a peft model that is not merged: `base_layer`, `lora_A`, `lora_B`",
+    transformers=False,
+    refused=r"lora_A|base_layer",
+    names="the names of LoRA",
+)
+def peft_not_merged(folder):
+    tensors = {f"base_model.model.{name}": array for name, array in hf_tensors(source().flat).items()}
+    for name in [name for name in tensors if ".c_attn." in name]:
+        tensors[name.replace("c_attn.", "c_attn.base_layer.")] = tensors.pop(name)
+    for i in range(CONFIG.n_layer):
+        name = f"base_model.model.transformer.h.{i}.attn.c_attn"
+        tensors[f"{name}.lora_A.default.weight"] = np.ones((2, 24), np.float32)
+        tensors[f"{name}.lora_B.default.weight"] = np.ones((72, 2), np.float32)
+    write(folder, source().flat, tensors)

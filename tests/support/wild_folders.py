@@ -32,7 +32,7 @@ def real_files(folder: Path) -> None:
     forms.copy_vocabulary(vocabularies.real_vocabulary_dir(), folder, ("vocab.json", "merges.txt"))
 
 
-@both("OpenAI", "OpenAI's release as it was downloaded", transformers=False, needs=(*NEEDS, "tensorflow"))
+@both("OpenAI", "OpenAI's release as it was downloaded", transformers=False, needs=("tensorflow",))
 def openai(folder):
     wild_tensorflow.write(folder, flat_model(REAL), "model.ckpt")
     forms.copy_vocabulary(vocabularies.real_vocabulary_dir(), folder)
@@ -43,7 +43,7 @@ def openai(folder):
     return Source(flat_model(REAL), vocabulary=theirs)
 
 
-@both("hub-folder", "the hub's `openai-community/gpt2`, whole", transformers=True, needs=NEEDS)
+@both("hub-folder", "the hub's `openai-community/gpt2`, whole", transformers=True)
 def hub_folder(folder):
     real_files(folder)
     forms.write_tokenizer_json(folder / "tokenizer.json", vocabularies.real_vocabulary_dir())
@@ -61,7 +61,7 @@ def trainer(folder):
     return source()
 
 
-@both("DialoGPT", "DialoGPT's layout: vocab.json, merges.txt, masks and the head stored", transformers=True, needs=NEEDS)
+@both("DialoGPT", "DialoGPT's layout: vocab.json, merges.txt, masks and the head stored", transformers=True)
 def dialogpt(folder):
     embedded_files(folder)
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
@@ -70,7 +70,7 @@ def dialogpt(folder):
     return source()
 
 
-@both("50304-rows", "nanoGPT, build-nanogpt and Megatron: 50,304 rows and 50,257 ids", transformers=True, needs=NEEDS)
+@both("50304-rows", "nanoGPT, build-nanogpt and Megatron: 50,304 rows and 50,257 ids", transformers=True)
 def padded_rows(folder):
     real_files(folder)
     return write(folder, 50304)
@@ -82,7 +82,12 @@ def pad_to_multiple_of(folder):
     return write(folder, 1344)
 
 
-@both("PAD-not-resized", "`[PAD]` added, rows not resized (huggingface/transformers#29899)", transformers=True, needs=NEEDS)
+@both(
+    "PAD-not-resized",
+    "`[PAD]` added, rows not resized (huggingface/transformers#29899)",
+    transformers=True,
+    needs=NEEDS,
+)
 def pad_not_resized(folder):
     tokenizer = gpt2_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -98,7 +103,7 @@ def pad_resized(folder):
     return write(folder, 1282)
 
 
-@both("CodeParrot-folder", "CodeParrot: `<|endoftext|>` first, both attention fields", transformers=True, needs=NEEDS)
+@both("CodeParrot-folder", "CodeParrot: `<|endoftext|>` first, both attention fields", transformers=True)
 def codeparrot(folder):
     tokenizer = byte_level([EOT])
     tokenizer.save_model(str(folder))
@@ -109,14 +114,14 @@ def codeparrot(folder):
     return Source(flat, by_layer=True)
 
 
-@both("no-endoftext-folder", "a model whose vocabulary has no `<|endoftext|>`", transformers=True, needs=NEEDS)
+@both("no-endoftext-folder", "a model whose vocabulary has no `<|endoftext|>`", transformers=True)
 def no_endoftext(folder):
     tokenizer = byte_level([])
     tokenizer.save(str(folder / "tokenizer.json"))
     return write(folder, tokenizer.get_vocab_size(), bos_token_id=None, eos_token_id=None)
 
 
-@both("nanogpt-folder", "nanoGPT's weights with GPT-2's vocabulary beside them", transformers=False, needs=NEEDS)
+@both("nanogpt-folder", "nanoGPT's weights with GPT-2's vocabulary beside them", transformers=False)
 def nanogpt_folder(folder):
     flat = flat_model()
     safetensors.numpy.save_file(linear(hf_tensors(flat)), folder / "model.safetensors")

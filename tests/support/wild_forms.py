@@ -19,7 +19,9 @@ HEAD = "| Form | Written by | Opens here | Opens in transformers 5 | Equal |\n|-
 
 def table(kind: str) -> str:
     """The rows of one kind, in Markdown."""
-    rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row.cells)} |" for row in FORMS if row.kind == kind]
+    rows = [
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row.cells)} |" for row in FORMS if row.kind == kind
+    ]
     return "\n".join([HEAD, *rows])
 
 

@@ -23,7 +23,10 @@ def flax_tree(flat) -> dict:
             path, value = (leaf, "embedding"), array
         else:
             modules = ["h", modules[0][1:], *modules[1:]] if modules[0] != "ln_f" else modules
-            path, value = (*modules, {"w": "kernel", "g": "scale", "b": "bias"}[leaf]), array.T if leaf == "w" else array
+            path, value = (
+                (*modules, {"w": "kernel", "g": "scale", "b": "bias"}[leaf]),
+                array.T if leaf == "w" else array,
+            )
         branch = tree
         for part in path[:-1]:
             branch = branch.setdefault(part, {})

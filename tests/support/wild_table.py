@@ -50,7 +50,7 @@ class Form:
         here += f', `dtype="{self.dtype}"`' if self.dtype else ""
         equal = {"weights": "weights, logits", "vocabulary": "ids", "both": "weights, logits, ids"}[self.kind]
         there = "yes" if self.transformers else "no"
-        return self.name, self.writer, here, there, "–" if self.refused else equal
+        return self.name, self.writer, here, there, "-" if self.refused else equal
 
 
 FORMS: list[Form] = []

@@ -1,4 +1,4 @@
-"""Forms that TensorFlow 1 code leaves: OpenAI's release, gpt-2-simple, nshepperd's fork, and their optimizer's slots."""
+"""Forms that TensorFlow 1 code leaves: OpenAI's release, gpt-2-simple, forks, and the optimizer's slots."""
 
 import json
 from pathlib import Path

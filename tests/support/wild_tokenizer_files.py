@@ -12,7 +12,6 @@ import gpt2_jax
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, LEVEL]}
-CLASSES = {"": "GPT2Tokenizer", "-fast": "PreTrainedTokenizerFast"}
 
 
 def template(*pieces: str) -> dict:
@@ -29,7 +28,7 @@ def template(*pieces: str) -> dict:
 def edited(name: str, writer: str, settings=None, model=None, two_files=False, **changes) -> None:
     """Add a row for a tokenizer.json with changes, beside the settings of tokenizer_config.json."""
 
-    @vocabulary(name, writer, transformers=True, needs=NEEDS)
+    @vocabulary(name, writer, transformers=True)
     def make(folder):
         path = folder / "tokenizer.json"
         forms.write_tokenizer_json(path, gpt2_jax.embedded_model(), **changes)
@@ -48,14 +47,21 @@ SLOW = {"tokenizer_class": "GPT2Tokenizer", "bos_token": EOT, "eos_token": EOT, 
 for suffix, fields in (("", SLOW), ("-fast", FAST)):
     kind = fields["tokenizer_class"]
     edited(f"NFC{suffix}", f"tokenizer.json with NFC, class {kind}", fields, normalizer={"type": "NFC"})
-    edited(f"lowercase{suffix}", f"tokenizer.json with Lowercase, class {kind}", fields, normalizer={"type": "Lowercase"})
+    edited(
+        f"lowercase{suffix}", f"tokenizer.json with Lowercase, class {kind}", fields, normalizer={"type": "Lowercase"}
+    )
     edited(f"digits{suffix}", f"tokenizer.json that splits digits, class {kind}", fields, pre_tokenizer=DIGITS)
     edited(f"endoftext-first{suffix}", f"a template with `<|endoftext|>` first, class {kind}", fields,
            post_processor=template(EOT, "A"))  # fmt: skip
-    edited(f"disagreeing{suffix}", f"a template in tokenizer.json beside vocab.json and merges.txt, class {kind}", fields,
-           two_files=True, post_processor=template(EOT, "A", EOT))  # fmt: skip
+    edited(f"disagreeing{suffix}", f"a template in tokenizer.json beside vocab.json and merges.txt, class {kind}",
+           fields, two_files=True, post_processor=template(EOT, "A", EOT))  # fmt: skip
 edited("no-class", "Lowercase in tokenizer.json beside vocab.json and merges.txt, no class named", None, two_files=True,
        normalizer={"type": "Lowercase"})  # fmt: skip
+edited(
+    "GPT2TokenizerFast",
+    "tokenizer_config.json with the class GPT2TokenizerFast",
+    FAST | {"tokenizer_class": "GPT2TokenizerFast"},
+)
 edited("ignore_merges", "`ignore_merges` of tokenizers, class PreTrainedTokenizerFast", FAST, {"ignore_merges": True})
 edited("padding-and-truncation", "tokenizer.json with the padding and truncation of a training run", FAST,
        truncation={"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
@@ -70,7 +76,7 @@ edited("regex-split", "a Split with a regular expression of its own before ByteL
 def settings(name: str, writer: str, files=("vocab.json",), **fields) -> None:
     """Add a row for a setting of tokenizer_config.json beside vocab.json and merges.txt."""
 
-    @vocabulary(name, writer, transformers=True, needs=NEEDS)
+    @vocabulary(name, writer, transformers=True)
     def make(folder):
         embedded_files(folder)
         if "tokenizer.json" in files:
@@ -83,17 +89,6 @@ settings("add_prefix_space", "`add_prefix_space` in tokenizer_config.json", add_
 settings("add_bos_token", "OPT's and Cerebras's `add_bos_token`", add_bos_token=True)
 settings("add_eos_token", "`add_eos_token`", add_eos_token=True, tokenizer_class="GPT2Tokenizer")
 settings("add_bos_token-fast", "`add_bos_token` beside tokenizer.json", ("tokenizer.json",), add_bos_token=True)
-settings(
-    "slow-GPT2Tokenizer",
-    "transformers 4.34 and later, the slow tokenizer: `added_tokens_decoder`",
-    tokenizer_class="GPT2Tokenizer",
-    added_tokens_decoder={"1280": {"content": EOT} | FLAGS | {"normalized": True}},
-    errors="replace",
-    bos_token=EOT,
-    eos_token=EOT,
-    unk_token=EOT,
-)
-
 
 # ---- added tokens
 
@@ -115,18 +110,24 @@ added(
     "dialogue models: `<speaker1>`, `<speaker2>` (huggingface/transformers#1043)",
     lambda tok: tok.add_special_tokens(SPEAKERS | {"additional_special_tokens": ["<speaker1>", "<speaker2>"]}),
 )
-added("pad-added", "`add_special_tokens({'pad_token': '[PAD]'})`", lambda t: t.add_special_tokens({"pad_token": "[PAD]"}))
+added(
+    "pad-added", "`add_special_tokens({'pad_token': '[PAD]'})`", lambda t: t.add_special_tokens({"pad_token": "[PAD]"})
+)
 added("plain-added", "`add_tokens`: tokens that are not special", lambda tok: tok.add_tokens(["<newline>", "covfefe"]))
 
 
 def add_flagged(tokenizer) -> None:
     from tokenizers import AddedToken
 
-    tokenizer.add_tokens([AddedToken("<mask>", lstrip=True), AddedToken("ab", single_word=True), AddedToken("<r>", rstrip=True)])
+    tokenizer.add_tokens(
+        [AddedToken("<mask>", lstrip=True), AddedToken("ab", single_word=True), AddedToken("<r>", rstrip=True)]
+    )
 
 
 def add_chat(tokenizer) -> None:
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|im_end|>"}
+    )
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
@@ -137,7 +138,7 @@ added("ChatML", "trl's `setup_chat_format`: `<|im_start|>`, a chat template", ad
 def legacy(name: str, writer: str, more: dict[str, int], special: dict, **settings) -> None:
     """Add a row for the files of transformers before 4.34: added_tokens.json and special_tokens_map.json."""
 
-    @vocabulary(name, writer, transformers=True, needs=NEEDS)
+    @vocabulary(name, writer, transformers=True)
     def make(folder):
         embedded_files(folder)
         (folder / "added_tokens.json").write_text(json.dumps(more))
@@ -152,13 +153,57 @@ legacy("added_tokens.json", "transformers before 4.34: `[PAD]` in added_tokens.j
 legacy("speakers-legacy", "the same with speakers (huggingface/transformers#21053)",
        {"<speaker1>": 1281, "<speaker2>": 1282},
        TOKENS | {"additional_special_tokens": ["<speaker1>", "<speaker2>"]})  # fmt: skip
-legacy("added-not-special", "added_tokens.json with tokens that are not special", {"<newline>": 1281, "covfefe": 1282}, TOKENS)
+legacy(
+    "added-not-special",
+    "added_tokens.json with tokens that are not special",
+    {"<newline>": 1281, "covfefe": 1282},
+    TOKENS,
+)
+
+
+ADDED_BY_FOUR = {  # as transformers 4.55 writes them
+    "1280": {"content": EOT} | FLAGS | {"normalized": True},
+    "1281": {"content": "<pad>"} | FLAGS,
+    "1282": {"content": "<speaker1>"} | FLAGS,
+    "1283": {"content": "<newline>"} | FLAGS | {"normalized": True, "special": False},
+}
+
+
+def by_transformers_four(name: str, writer: str, fast: bool) -> None:
+    """Add a row for what transformers 4.34 to 4.57 write: each token is in up to four files."""
+
+    @vocabulary(name, writer, transformers=True)
+    def make(folder):
+        embedded_files(folder)
+        more = {fields["content"]: int(i) for i, fields in ADDED_BY_FOUR.items() if i != "1280"}
+        special = TOKENS | {"pad_token": "<pad>", "additional_special_tokens": ["<speaker1>"]}
+        settings = {
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_prefix_space": False,
+            "errors": "replace",
+            "add_bos_token": False,
+        }
+        settings |= {"added_tokens_decoder": ADDED_BY_FOUR, "model_max_length": int(1e30), "extra_special_tokens": {}}
+        (folder / "added_tokens.json").write_text(json.dumps(more))
+        (folder / "special_tokens_map.json").write_text(json.dumps(special))
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | special))
+        if fast:
+            tokens = [fields | {"id": int(i)} for i, fields in ADDED_BY_FOUR.items()]
+            path = folder / "tokenizer.json"
+            forms.write_tokenizer_json(path, gpt2_jax.embedded_model(), added_tokens=tokens)
+        write_config(folder, 1284)
+
+
+by_transformers_four(
+    "slow-GPT2Tokenizer", "transformers 4.34 to 4.57, the slow tokenizer with added tokens", fast=False
+)
+by_transformers_four("fast-GPT2Tokenizer", "transformers 4.34 to 4.57, the fast tokenizer with added tokens", fast=True)
 
 
 # ---- merges that are not canonical, and other kinds of tokenizers
 
 
-@vocabulary("merges-not-canonical", "merges whose result has several ways: `b c`, `a b`, `ab c`", transformers=True, needs=NEEDS)
+@vocabulary("merges-not-canonical", "merges whose result has several ways: `b c`, `a b`, `ab c`", transformers=True)
 def not_canonical(folder):
     letters = json.loads((gpt2_jax.embedded_model() / "encoder.json").read_text(encoding="utf-8"))
     ids = {token: i for i, token in enumerate(token for token in letters if len(token) == 1)}
@@ -187,7 +232,7 @@ def trained_template(folder):
 
 
 def another_kind(name: str, writer: str, refused: str, names: str, kind: str) -> None:
-    @vocabulary(name, writer, transformers=True, needs=NEEDS, refused=refused, names=names)
+    @vocabulary(name, writer, transformers=True, refused=refused, names=names)
     def make(folder: Path):
         import tokenizers
         from tokenizers import models, pre_tokenizers, trainers
@@ -202,19 +247,24 @@ def another_kind(name: str, writer: str, refused: str, names: str, kind: str) ->
         write_config(folder, tokenizer.get_vocab_size())
 
 
-another_kind("WordPiece", "GPT-2 models with a BERT tokenizer", r"tokenizer\.json.*WordPiece", "`WordPiece`", "WordPiece")
-another_kind("WordLevel", "research models with one token a word", r"tokenizer\.json.*WordLevel", "`WordLevel`", "WordLevel")
+another_kind(
+    "WordPiece", "GPT-2 models with a BERT tokenizer", r"tokenizer\.json.*WordPiece", "`WordPiece`", "WordPiece"
+)
+another_kind(
+    "WordLevel", "research models with one token a word", r"tokenizer\.json.*WordLevel", "`WordLevel`", "WordLevel"
+)
 
 
 @vocabulary(
     "vocab.txt",
     "Chinese GPT-2 with BERT's vocab.txt (Morizeyao/GPT2-Chinese)",
     transformers=True,
-    needs=NEEDS,
     refused=r"vocab\.txt|BertTokenizer",
     names="`vocab.txt`",
 )
 def vocab_txt(folder):
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "中", "文"]) + "\n", encoding="utf-8")
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "中", "文"]) + "\n", encoding="utf-8"
+    )
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     write_config(folder, 7)

@@ -118,7 +118,16 @@ def llm_c(name: str, dtype: str, version: int, file: str, path: str) -> None:
     def make(folder):
         flat, n_rows = flat_model(dtype=dtype), 1408  # the next multiple of 128
         header = np.zeros(256, "<i4")
-        header[:8] = 20240326, version, CONFIG.n_ctx, CONFIG.n_vocab, CONFIG.n_layer, CONFIG.n_head, CONFIG.n_embd, n_rows
+        header[:8] = (
+            20240326,
+            version,
+            CONFIG.n_ctx,
+            CONFIG.n_vocab,
+            CONFIG.n_layer,
+            CONFIG.n_head,
+            CONFIG.n_embd,
+            n_rows,
+        )
         padded = np.pad(flat["wte"], ((0, n_rows - CONFIG.n_vocab), (0, 0)))
         order = ["ln_1/g", "ln_1/b", "attn/c_attn/w", "attn/c_attn/b", "attn/c_proj/w", "attn/c_proj/b"]
         order += ["ln_2/g", "ln_2/b", "mlp/c_fc/w", "mlp/c_fc/b", "mlp/c_proj/w", "mlp/c_proj/b"]

@@ -51,20 +51,22 @@ def byte_level(special: list[str], n_vocab: int = 420, **options):
     import tokenizers
 
     tokenizer = tokenizers.ByteLevelBPETokenizer(**options)
-    tokenizer.train_from_iterator(TEXT, vocab_size=n_vocab, min_frequency=1, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(
+        TEXT, vocab_size=n_vocab, min_frequency=1, special_tokens=special, show_progress=False
+    )
     return tokenizer
 
 
 # ---- OpenAI's two files, under Hugging Face's names and by transformers 5
 
 
-@vocabulary("vocab.json+merges.txt", "transformers 1 to 4, the hub's older folders", transformers=True, needs=NEEDS)
+@vocabulary("vocab.json+merges.txt", "transformers 1 to 4, the hub's older folders", transformers=True)
 def two_files(folder):
     embedded_files(folder)
     write_config(folder, 1281)
 
 
-@vocabulary("hub-tokenizer", "the hub's `openai-community/gpt2`: all four files", transformers=True, needs=NEEDS)
+@vocabulary("hub-tokenizer", "the hub's `openai-community/gpt2`: all four files", transformers=True)
 def hub_tokenizer(folder):
     embedded_files(folder)
     forms.write_tokenizer_json(folder / "tokenizer.json", gpt2_jax.embedded_model())
@@ -72,13 +74,13 @@ def hub_tokenizer(folder):
     write_config(folder, 1281)
 
 
-@vocabulary("tokenizer.json", "tokenizer.json alone, merges as strings", transformers=True, needs=NEEDS)
+@vocabulary("tokenizer.json", "tokenizer.json alone, merges as strings", transformers=True)
 def one_file(folder):
     forms.write_tokenizer_json(folder / "tokenizer.json", gpt2_jax.embedded_model())
     write_config(folder, 1281)
 
 
-@vocabulary("tokenizer.json-pairs", "tokenizers 0.20 and later: merges as pairs", transformers=True, needs=NEEDS)
+@vocabulary("tokenizer.json-pairs", "tokenizers 0.20 and later: merges as pairs", transformers=True)
 def pairs(folder):
     forms.write_tokenizer_json(folder / "tokenizer.json", gpt2_jax.embedded_model(), pairs=True)
     write_config(folder, 1281)
@@ -119,7 +121,7 @@ def our_export_again(folder):
 def trained(name: str, writer: str, special: list[str], how: str, n_vocab: int = 420, **options) -> None:
     """Add a row for a ByteLevelBPETokenizer that was stored by `save` or `save_model`."""
 
-    @vocabulary(name, writer, transformers=True, needs=NEEDS)
+    @vocabulary(name, writer, transformers=True)
     def make(folder):
         tokenizer = byte_level(special, n_vocab, **options)
         if how == "save":
@@ -139,11 +141,13 @@ trained("CodeParrot", "CodeParrot and ProtGPT2: `<|endoftext|>` has id 0, `save_
 trained("nl-token", "a special `<nl>` in the text (huggingface/tokenizers#166)", ["<unk>", "<s>", "<nl>"], "save")
 trained("NFKC-lowercase", "`ByteLevelBPETokenizer(lowercase=True, unicode_normalizer='nfkc')`", [EOT], "save",
         lowercase=True, unicode_normalizer="nfkc")  # fmt: skip
-trained("trained-prefix-space", "`ByteLevelBPETokenizer(add_prefix_space=True)`", ROBERTA, "save", add_prefix_space=True)
+trained(
+    "trained-prefix-space", "`ByteLevelBPETokenizer(add_prefix_space=True)`", ROBERTA, "save", add_prefix_space=True
+)
 
 
 def course(name: str, writer: str, wrapper: str, **special) -> None:
-    """Add a row for the tokenizer that chapter 6 of Hugging Face's course builds: bytes that its text lacks are missing."""
+    """Add a row for the tokenizer of chapter 6 of Hugging Face's course, which lacks the bytes that its text lacks."""
 
     @vocabulary(name, writer, transformers=True, needs=NEEDS)
     def make(folder):
@@ -167,14 +171,16 @@ course("course", "Hugging Face's course, chapter 6: bytes are missing", "PreTrai
 course("course-unk", "the same with `<unk>` for missing bytes", "PreTrainedTokenizerFast", unk_token="<unk>")
 
 
-@vocabulary("train_new_from_iterator", "the course, chapter 7: a new vocabulary for GPT-2", transformers=True, needs=NEEDS)
+@vocabulary(
+    "train_new_from_iterator", "the course, chapter 7: a new vocabulary for GPT-2", transformers=True, needs=NEEDS
+)
 def train_new_from_iterator(folder):
     tokenizer = gpt2_tokenizer().train_new_from_iterator(TEXT, 400, show_progress=False)
     tokenizer.save_pretrained(folder)
     write_config(folder, len(tokenizer))
 
 
-@vocabulary("64000-ids", "a vocabulary of 64,000 ids, vocab.json and merges.txt", transformers=True, needs=NEEDS)
+@vocabulary("64000-ids", "a vocabulary of 64,000 ids, vocab.json and merges.txt", transformers=True)
 def many_ids(folder):
     import vocabularies
 
@@ -197,7 +203,7 @@ def many_ids(folder):
 
 
 @vocabulary(
-    "cut-merges", "a merges.txt cut short, `<|endoftext|>` with id 0", transformers=True, needs=NEEDS,
+    "cut-merges", "a merges.txt cut short, `<|endoftext|>` with id 0", transformers=True,
     refused=r"merges\.txt|vocab\.json", names="a token that no merge makes",
 )  # fmt: skip
 def cut_merges(folder):

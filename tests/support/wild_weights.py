@@ -129,7 +129,7 @@ VALUES = {"v_head.summary.weight": np.ones((1, CONFIG.n_embd), np.float32), "v_h
 beside("hub-gpt2", "the hub's `openai-community/gpt2`: names without `transformer.`, masks stored", masks(""), "")
 beside("masks", "transformers before 4.31 (huggingface/transformers#24581)", masks("transformer.") | HEAD)
 beside("tied-head-stored", "a state dict that holds `lm_head.weight` too", HEAD)
-beside("value-head", "trl, `AutoModelForCausalLMWithValueHead` (huggingface/trl#86)", VALUES | HEAD)
+beside("value-head", "trl, `AutoModelForCausalLMWithValueHead` (huggingface/trl#86)", VALUES)
 beside(
     "position_ids",
     "wrappers that store `position_ids`",

@@ -22,9 +22,10 @@ HOSTILE = [
     "\r\n\tx\t", "12345 3.14 1599 007", "abc bc ab cab abcabc", "don't we'll I'm they've 'tis 'S", "a" * 300, " " * 70,
     "Schöne Grüße aus München, Straße", "e\u0301 \xe9 \ufb01 \u2460 \uff21 \u0130 \u01c5 ß", "\u6f22\u5b57\u3053\u3093",
     "\U0001f98a\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0010ffff", "\x00\x01\x7f\x80\xff\ufeff\ufffd",
-    "def f(x):\n    return x  # comment\n", EOT, f"a{EOT}b", f" {EOT} ", f"{EOT}{EOT}\n{EOT}x", "<|endoftext|", "|endoftext|>",
-    "<s>hello</s>", " <s> hello </s> <pad><mask> <unk>", "the <mask> ab <r> x", "[PAD] [PAD]x", "ab cab ab", "<nl>\n<nl>",
-    "<speaker1>hi <speaker2> there<speaker1>", "<bos>hi<eos><pad>", "<newline>covfefe covfefe\n", "COVFEFE <NEWLINE>",
+    "def f(x):\n    return x  # comment\n", EOT, f"a{EOT}b", f" {EOT} ", f"{EOT}{EOT}\n{EOT}x", "<|endoftext|",
+    "|endoftext|>", "<s>hello</s>", " <s> hello </s> <pad><mask> <unk>", "the <mask> ab <r> x", "[PAD] [PAD]x",
+    "ab cab ab", "<nl>\n<nl>", "<speaker1>hi <speaker2> there<speaker1>", "<bos>hi<eos><pad>",
+    "<newline>covfefe covfefe\n", "COVFEFE <NEWLINE>",
     "<|im_start|>user\nhi<|im_end|>\n", "To be, or not to be: that is the question.", "".join(vocabularies.SNIPPETS),
 ]  # fmt: skip
 
