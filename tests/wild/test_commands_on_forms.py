@@ -83,7 +83,7 @@ def test_convert(made, capfd, tmp_path):
 
 
 def test_convert_to_a_format_with_two_vocabulary_files(made, capfd, tmp_path):
-    """OpenAI's two files cannot hold each vocabulary. Nothing is lost without a word: all comes back, or one sentence."""
+    """OpenAI's two files cannot hold each vocabulary: all comes back, or one sentence says what cannot be written."""
     name, folder, source = made
     with commands.config_of_jax_kept():
         done = commands.caller(convert.main, capfd)(folder, tmp_path / "out", "--format", "orbax")
