@@ -6,6 +6,7 @@ from pathlib import Path
 import checkpoint_forms as forms
 import safetensors.numpy
 import vocabularies
+import wild_jax
 import wild_model
 import wild_tensorflow
 import wild_weights
@@ -43,20 +44,29 @@ def openai(folder):
     return Source(flat_model(REAL), vocabulary=theirs)
 
 
-@both("hub-folder", "the hub's `openai-community/gpt2`, whole", transformers=True)
+@both("hub-folder", "the hub's `openai-community/gpt2`, with its files for other programs", transformers=True)
 def hub_folder(folder):
     real_files(folder)
     forms.write_tokenizer_json(folder / "tokenizer.json", vocabularies.real_vocabulary_dir())
     flat = flat_model(REAL)
     wild_weights.write(folder, flat, hf_tensors(flat, "") | wild_weights.masks(""))
+    for name in ("pytorch_model.bin", "tf_model.h5", "rust_model.ot", "64.tflite", "README.md"):
+        (folder / name).write_bytes(b"the same model for another program")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "decoder_model.onnx").write_bytes(b"")
+    (folder / "generation_config.json").write_text('{"bos_token_id": 50256, "eos_token_id": 50256}')
+    wild_jax.write_msgpack(folder, flat, {"transformer": wild_jax.flax_tree(flat)})
     return Source(flat)
 
 
-@both("Trainer", "transformers 5, what a Trainer saves", transformers=True, needs=NEEDS)
+@both(
+    "Trainer", "transformers 5, a checkpoint of a Trainer: `optimizer.pt` is beside it", transformers=True, needs=NEEDS
+)
 def trainer(folder):
     gpt2_tokenizer().save_pretrained(folder)
     wild_model.torch_model(source()).save_pretrained(folder)
-    (folder / "training_args.bin").write_bytes(b"PK\x03\x04")  # a pickle that is no model
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (folder / name).write_bytes(b"PK\x03\x04")  # pickles that are no model
     (folder / "trainer_state.json").write_text("{}")
     return source()
 

@@ -99,7 +99,7 @@ def orbax(name: str, writer: str, **options):
             write_config(folder, source().flat)
             return source()
 
-        return make
+        return save
 
     return register
 
@@ -144,6 +144,23 @@ def orbax_v1(folder, tree):
     from orbax.checkpoint import v1 as ocp
 
     ocp.save_pytree(folder / "params", tree)
+
+
+@orbax("orbax-Composite", "Orbax v0, a `CheckpointManager` with several items: `params/`", path="100")
+def orbax_composite(folder, tree):
+    import orbax.checkpoint as ocp
+
+    items = {"params": ocp.args.StandardSave(tree), "data": ocp.args.JsonSave({"epoch": 3})}
+    with ocp.CheckpointManager(folder) as manager:
+        manager.save(100, args=ocp.args.Composite(**items))
+    write_config(folder / "100", source().flat)
+
+
+@weights("orbax-hparams", "Orbax v1 with OpenAI's hparams.json beside it", transformers=False, needs=ORBAX)
+def orbax_hparams(folder):
+    orbax_v1(folder, forms.nested(source().flat))
+    (folder / "hparams.json").write_text(json.dumps(wild_model.CONFIG.to_hparams()))
+    return source()
 
 
 def ours(format: str, transformers: bool, needs: tuple[str, ...] = ()) -> None:

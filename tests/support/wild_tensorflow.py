@@ -6,7 +6,7 @@ from pathlib import Path
 import checkpoint_forms as forms
 import numpy as np
 import wild_model
-from wild_model import Source, flat_model, source
+from wild_model import CONFIG, Source, flat_model, source
 from wild_table import weights
 
 NEEDS = ("tensorflow",)
@@ -67,6 +67,18 @@ def adam_slots(folder):
 @weights("hparams-of-forks", "forks whose hparams.json also has dropout rates", transformers=False, needs=NEEDS)
 def hparams_of_forks(folder):
     write(folder, source().flat, "model-7", res_dropout=0.1, attn_dropout=0.1)
+    return source()
+
+
+@weights("tensorflow-V1", "TensorFlow 1's Saver in format V1: one file", transformers=False, needs=NEEDS)
+def tensorflow_v1(folder):
+    tf = forms.import_tensorflow()
+    names, arrays = zip(*forms.variables_of(source().flat).items(), strict=True)
+    with tf.device("CPU"):
+        tf.raw_ops.Save(filename=str(folder / "model.ckpt"), tensor_names=names, data=arrays)
+    (folder / "model.ckpt.meta").write_bytes(b"\n")
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n', encoding="utf-8")
+    (folder / "hparams.json").write_text(json.dumps(CONFIG.to_hparams()))
     return source()
 
 

@@ -25,16 +25,12 @@ def template(*pieces: str) -> dict:
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
-def edited(name: str, writer: str, settings=None, model=None, two_files=False, **changes) -> None:
+def edited(name: str, writer: str, settings=None, two_files=False, **changes) -> None:
     """Add a row for a tokenizer.json with changes, beside the settings of tokenizer_config.json."""
 
     @vocabulary(name, writer, transformers=True)
     def make(folder):
-        path = folder / "tokenizer.json"
-        forms.write_tokenizer_json(path, gpt2_jax.embedded_model(), **changes)
-        if model:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            path.write_text(json.dumps(fields | {"model": fields["model"] | model}))
+        forms.write_tokenizer_json(folder / "tokenizer.json", gpt2_jax.embedded_model(), **changes)
         if two_files:
             embedded_files(folder)
         if settings is not None:
@@ -62,7 +58,6 @@ edited(
     "tokenizer_config.json with the class GPT2TokenizerFast",
     FAST | {"tokenizer_class": "GPT2TokenizerFast"},
 )
-edited("ignore_merges", "`ignore_merges` of tokenizers, class PreTrainedTokenizerFast", FAST, {"ignore_merges": True})
 edited("padding-and-truncation", "tokenizer.json with the padding and truncation of a training run", FAST,
        truncation={"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
        padding={"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1280,
@@ -203,16 +198,35 @@ by_transformers_four("fast-GPT2Tokenizer", "transformers 4.34 to 4.57, the fast 
 # ---- merges that are not canonical, and other kinds of tokenizers
 
 
-@vocabulary("merges-not-canonical", "merges whose result has several ways: `b c`, `a b`, `ab c`", transformers=True)
-def not_canonical(folder):
+def not_canonical() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids and merges with which "abc" becomes "a", "bc", although the token "abc" can be made from "ab", "c"."""
     letters = json.loads((gpt2_jax.embedded_model() / "encoder.json").read_text(encoding="utf-8"))
     ids = {token: i for i, token in enumerate(token for token in letters if len(token) == 1)}
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]
-    for left, right in merges:
-        ids[left + right] = len(ids)
-    ids[EOT] = len(ids)
+    for token in [*("".join(pair) for pair in merges), EOT]:
+        ids[token] = len(ids)
+    return ids, merges
+
+
+@vocabulary("merges-not-canonical", "merges that make a token in several ways: `b c`, `a b`, `ab c`", transformers=True)
+def several_ways(folder):
+    ids, merges = not_canonical()
     (folder / "vocab.json").write_text(json.dumps(ids))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    lines = "".join(f"{left} {right}\n" for left, right in merges)
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}", encoding="utf-8")
+    write_config(folder, len(ids))
+
+
+@vocabulary("ignore_merges", "`ignore_merges` with these merges, class PreTrainedTokenizerFast", transformers=True)
+def ignore_merges(folder):
+    ids, merges = not_canonical()
+    path = folder / "tokenizer.json"
+    tokens = [{"id": ids[EOT], "content": EOT} | FLAGS]
+    forms.write_tokenizer_json(path, gpt2_jax.embedded_model(), added_tokens=tokens)
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    model = fields["model"] | {"ignore_merges": True, "vocab": ids, "merges": merges}
+    path.write_text(json.dumps(fields | {"model": model}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(FAST))
     write_config(folder, len(ids))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 import wild_model
+from checkpoint_forms import write_shard_index
 from wild_model import CONFIG, Source, flat_model, hf_tensors, source
 from wild_table import weights
 
@@ -63,6 +64,29 @@ def build_nanogpt(folder):
     fields = NANOGPT | {"vocab_size": CONFIG.n_vocab, "activation_function": "gelu_new"}
     (folder / "config.json").write_text(json.dumps(fields))
     return source()
+
+
+@weights("minGPT", "minGPT: masks stored, a head of its own, `gelu_new` in words of `model_args`", transformers=False)
+def mingpt(folder):
+    head = wild_model.another_head()
+    tensors = linear(hf_tensors(source().flat)) | {"lm_head.weight": head}
+    for i in range(CONFIG.n_layer):
+        mask = np.tri(CONFIG.n_ctx, dtype=np.float32)[None, None]
+        tensors[f"transformer.h.{i}.attn.bias"] = mask
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    fields = NANOGPT | {"vocab_size": CONFIG.n_vocab, "activation_function": "gelu_new"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return source(head=head)
+
+
+@weights("mlx-lm", "mlx-lm, `mlx_lm.convert`: `model.`, (out, in), an index of one file", transformers=False)
+def mlx_lm(folder):
+    flat = flat_model(dtype="bfloat16")
+    tensors = linear(hf_tensors(flat, "model."))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
+    write_shard_index(folder, dict.fromkeys(tensors, "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(wild_model.hf_fields(flat)))
+    return Source(flat)
 
 
 # ---- the books (rasbt/LLMs-from-scratch): separate query, key and value, a head of its own

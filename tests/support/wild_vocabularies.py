@@ -66,6 +66,36 @@ def two_files(folder):
     write_config(folder, 1281)
 
 
+@vocabulary("CRLF", "vocab.json and merges.txt that Git on Windows wrote", transformers=True)
+def windows(folder):
+    embedded_files(folder)
+    merges = (folder / "merges.txt").read_bytes()
+    (folder / "merges.txt").write_bytes(merges.replace(b"\n", b"\r\n"))
+    write_config(folder, 1281)
+
+
+@vocabulary("no-version-line", "a merges.txt that begins with a merge and ends without a newline", transformers=True)
+def no_version_line(folder):
+    embedded_files(folder)
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    (folder / "merges.txt").write_text("\n".join(lines[1:]).rstrip("\n"), encoding="utf-8")
+    write_config(folder, 1281)
+
+
+@vocabulary("ids-with-a-gap", "`<|endoftext|>` at a round id above the others", transformers=True)
+def ids_with_a_gap(folder):
+    embedded_files(folder)
+    ids, _ = embedded_vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(ids | {EOT: 1300}))
+    write_config(folder, 1301)
+
+
+@vocabulary("no-config", "a folder with a tokenizer and no config.json", transformers=True)
+def no_config(folder):
+    forms.write_tokenizer_json(folder / "tokenizer.json", gpt2_jax.embedded_model())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}')
+
+
 @vocabulary("hub-tokenizer", "the hub's `openai-community/gpt2`: all four files", transformers=True)
 def hub_tokenizer(folder):
     embedded_files(folder)

@@ -10,7 +10,7 @@ from wild_forms import FORMS
 
 import gpt2_jax
 
-# Measured over the rows, relative to the largest logit, against NumPy in float64: OURS here, THEIRS in transformers.
+# Measured over the rows, relative to the largest logit, against NumPy in float64: 1.1e-6 here, 7.8e-7 in transformers.
 
 
 @pytest.mark.parametrize("row", rows("weights", "both"))
@@ -62,8 +62,8 @@ def test_transformers_opens_weights_as_the_table_says(row, made, transformers):
         assert forward.relative_error(logits(model), source.logits(TOKENS)) <= BOUND
 
 
-@pytest.mark.parametrize("row", rows("vocabulary", refused=True, all_parity=True))
-def test_transformers_opens_vocabularies_that_are_refused_here(row, made, transformers):
+@pytest.mark.parametrize("row", rows("vocabulary", refused=None, all_parity=True))
+def test_transformers_opens_vocabularies_as_the_table_says(row, made, transformers):
     folder, _ = made(row)
     assert ids(tokenizer_of(transformers, folder), "one 2")
     assert row.transformers
