@@ -7,7 +7,7 @@ import pytest
 from wild_checks import REASON
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def transformers():
     """The library, quiet and without a network."""
     pytest.importorskip("torch", reason=REASON)
@@ -16,12 +16,16 @@ def transformers():
             warnings.simplefilter("ignore")  # what an import says is not about our files
             library = pytest.importorskip("transformers", reason=REASON)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+        logging = library.utils.logging
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         yield library
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def made(tmp_path_factory, request):
     """Return `make(row)` -> (folder, source)."""
     done = {}
