@@ -2,7 +2,6 @@
 
 # The order of these imports is the order of the table.
 # ruff: noqa: I001, F401
-import wild_folders
 import wild_weights
 import wild_arithmetic
 import wild_tensorflow
@@ -10,6 +9,7 @@ import wild_jax
 import wild_torch
 import wild_vocabularies
 import wild_tokenizer_files
+import wild_folders
 
 from wild_table import FORMS, Form
 
