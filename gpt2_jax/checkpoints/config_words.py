@@ -1,0 +1,46 @@
+"""The words in which programs describe a GPT-2 in config.json, brought to Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# transformers' GPT2Config accepts both. Old files also have n_ctx beside n_positions; transformers reads n_positions.
+SYNONYMS = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+BOOK = {"emb_dim": "n_embd", "n_heads": "n_head", "n_layers": "n_layer", "context_length": "n_positions"}
+NANOGPT = {"block_size": "n_positions"}
+RATES = {"dropout": ("embd_pdrop", "attn_pdrop", "resid_pdrop"), "drop_rate": ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+BOOK_RATES = {"drop_rate_emb": "embd_pdrop", "drop_rate_attn": "attn_pdrop", "drop_rate_shortcut": "resid_pdrop"}
+
+
+def in_hugging_face_words(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json under Hugging Face's names.
+
+    The words of the build-an-LLM book (emb_dim, ...) and of nanoGPT (block_size, ...) are accepted, and the synonyms
+    that transformers accepts. nanoGPT's model computes the exact GELU, so its config means that unless it says otherwise.
+
+    Raises:
+      ValueError: two names of one field have different values.
+    """
+    found = dict(fields)
+    if "block_size" in found and {"bias", "dropout"} & found.keys():
+        found.setdefault("activation_function", "gelu")
+    for word, ours in (SYNONYMS | BOOK | NANOGPT | BOOK_RATES).items():
+        if word in found:
+            _set(found, ours, found[word], word)
+    for word, rates in RATES.items():
+        for ours in rates if word in found else ():
+            found.setdefault(ours, found[word])
+    if "n_ctx" in found:
+        found.setdefault("n_positions", found["n_ctx"])
+    return found
+
+
+def _set(fields: dict[str, Any], name: str, value: Any, word: str) -> None:
+    if fields.setdefault(name, value) != value:
+        raise ValueError(f"{word} = {value!r} and {name} = {fields[name]!r} are two names of one field: remove one")
