@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,8 @@ WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 BUFFER = re.compile(r"(.+\.)?(attn\.(masked_)?bias|att\.mask|position_ids|(rotary(_emb)?\.)?inv_freq)")
 # Heads for other tasks. They are not part of the language model, so `load` warns that it leaves them out.
 OTHER_HEAD = re.compile(r"(v_head|value_head|score|classifier|qa_outputs|multiple_choice_head)\..+")
+# What a training state holds under the same names as the params.
+MOMENTS = re.compile(r"(^|\.)(opt_state|optimizer|opt|mu|nu|m|v|ema|ema_params)\.")
 
 _DENSE_OF_BOOK = {"attn/c_proj": "att.out_proj", "mlp/c_fc": "ff.layers.0", "mlp/c_proj": "ff.layers.2"}
 _NORM_OF_BOOK = {"ln_1": "norm1", "ln_2": "norm2", "ln_f": "final_norm"}
@@ -88,6 +90,19 @@ def naming_of(keys: Iterable[str]) -> Callable[[str], tuple[str, ...]] | None:
     """Return the naming in which short names contain the token embedding. None if there is none."""
     there = set(keys)
     return next((naming for naming in NAMINGS if naming("wte")[0] in there), None)
+
+
+def params_of(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's part of a training state, by its names there: "params.params.wte" becomes "wte".
+
+    Args:
+      tree: {name with dots: array}. If it holds several models, or none, it is returned as it is.
+    """
+    ends = [naming("wte")[0] for naming in NAMINGS]
+    roots = {key.removesuffix(end) for key in tree for end in ends if f".{key}".endswith(f".{end}")}
+    roots = {root.removesuffix(ROOT) for root in roots if not MOMENTS.search(root)}
+    root = roots.pop() if len(roots) == 1 else ""
+    return {key[len(root) :]: array for key, array in tree.items() if key.startswith(root)}
 
 
 @dataclasses.dataclass(frozen=True)
