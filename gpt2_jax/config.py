@@ -10,10 +10,28 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.checks import real_number, whole_number
+from gpt2_jax.checks import choice, real_number, whole_number
 
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+VARIANTS = (  # fields under Hugging Face's names, in which other GPT-2s differ from OpenAI's
+    "activation_function",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "tie_word_embeddings",
+)
+ACTIVATIONS = {  # Hugging Face's names of activation functions -> ours. The names of one function differ in rounding only
+    "gelu_new": "gelu_new",  # the tanh form of GELU
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu": "gelu",  # exact: with the error function
+    "gelu_python": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 BOOK_WORDS = {  # names in the configs of the build-an-LLM books; they also have drop_rate and qkv_bias
     "vocab_size": "n_vocab",
     "context_length": "n_ctx",
@@ -27,7 +45,9 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Hyperparameters under the names of OpenAI's hparams.json, dropout rates and dtypes.
+    """Hyperparameters under the names of OpenAI's hparams.json, dropout rates, dtypes and variants of the arithmetic.
+
+    The defaults of the variants are OpenAI's GPT-2. Their names are those of Hugging Face's config.json.
 
     It is frozen and hashable, so it can be a static argument of a jitted function.
 
@@ -42,6 +62,12 @@ class GPT2Config:
       qkv_bias: False means that the query, key and value biases are 0 and get no gradient.
       param_dtype: dtype of the stored parameters.
       compute_dtype: dtype of the inputs of matrix products; LayerNorm, softmax and logits are at least float32.
+      activation_function: the MLP's nonlinearity: "gelu_new" (the tanh form of GELU), "gelu" (exact), "relu" or "silu".
+        Hugging Face's other names of these functions become one of the four: gelu_pytorch_tanh, gelu_python_tanh,
+        gelu_fast and gelu_accurate; gelu_python; swish.
+      scale_attn_by_inverse_layer_idx: True also divides the attention scores of layer i by i + 1.
+      reorder_and_upcast_attn: kept for export. It changes nothing here: attention scores are always at least float32.
+      tie_word_embeddings: False means that the output head is a parameter of its own, `lm_head` [V, D], and not `wte`.
 
     Raises:
       ValueError: a value has the wrong type or is out of range.
@@ -58,6 +84,10 @@ class GPT2Config:
     qkv_bias: bool = True
     param_dtype: Any = "float32"
     compute_dtype: Any = "float32"
+    activation_function: str = "gelu_new"
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         for name in HPARAMS:
@@ -66,8 +96,11 @@ class GPT2Config:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         for name in DROPOUT_RATES:
             object.__setattr__(self, name, real_number(name, getattr(self, name), 0, 1, open_high=True))
-        if not isinstance(self.qkv_bias, bool):
-            raise ValueError(f"qkv_bias must be True or False, not {self.qkv_bias!r}")
+        for name in ("qkv_bias", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        activation = ACTIVATIONS[choice("activation_function", self.activation_function, ACTIVATIONS)]
+        object.__setattr__(self, "activation_function", activation)
         for name in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, name, float_dtype(name, getattr(self, name)))
 
@@ -110,15 +143,23 @@ class GPT2Config:
         return self.n_embd // self.n_head
 
     @property
+    def variants(self) -> dict[str, Any]:
+        """The fields in which this model's arithmetic differs from OpenAI's GPT-2, with their values."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in VARIANTS if getattr(self, name) != defaults[name]}
+
+    @property
     def param_counts(self) -> dict[str, int]:
-        """Exact number of parameters by part, over all layers. The output head is `wte` itself and is counted once."""
+        """Exact number of parameters by part, over all layers. A tied output head is `wte` itself, counted once."""
         d, n = self.n_embd, self.n_layer
+        head = {} if self.tie_word_embeddings else {"lm_head": self.n_vocab * d}
         return {
             "wte": self.n_vocab * d,
             "wpe": self.n_ctx * d,
             "attn": n * (4 * d * d + 4 * d),
             "mlp": n * (8 * d * d + 5 * d),
             "ln": (2 * n + 1) * 2 * d,
+            **head,
         }
 
     @property

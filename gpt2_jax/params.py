@@ -26,6 +26,11 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
+def output_head(params: Mapping[str, Any]) -> Any:
+    """Return the array [V, D] that turns hidden states into logits: `lm_head` if there is one, else `wte`."""
+    return params["lm_head"] if "lm_head" in params else params["wte"]
+
+
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> list[str]:
     """Compare two flat trees of arrays, or of other objects with shape and dtype; `dtypes=False` ignores dtypes.
 
