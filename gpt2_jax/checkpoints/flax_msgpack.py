@@ -35,8 +35,9 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
     arrays: dict[str, np.ndarray] = {}
     for path in _files(directory):
         arrays |= dict(_flat(_restore(path)))
-    source = directory / WEIGHTS
-    matched = names.match(names.params_of(arrays), config, source, "config.json", lambda some: some.items(), dtype)
+    source, root = directory / WEIGHTS, names.root_of(arrays)
+    arrays = {name.removeprefix(root): array for name, array in arrays.items() if name.startswith(root)}
+    matched = names.match(arrays, config, source, "config.json", lambda some: some.items(), dtype)
     return matched.config, matched.leaves(_drain(dict(matched.tensors)))
 
 

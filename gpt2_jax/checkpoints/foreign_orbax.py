@@ -8,7 +8,7 @@ hashes: only the damage that Orbax notices is found.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,8 @@ DEPTH = 3  # folders below the given one: CheckpointManager writes STEP/ITEM
 
 def find(directory: Path) -> Path | None:
     """Return the folder of the tree with the params: of the newest step, if there are several. None without a tree."""
-    trees = [path for path in _trees(directory, DEPTH)]
-    best = max(trees, key=lambda path: _preference(path.relative_to(directory)), default=None)
-    return best
+    trees = _trees(directory, DEPTH)
+    return max(trees, key=lambda path: _preference(path.relative_to(directory)), default=None)
 
 
 def _trees(directory: Path, depth: int) -> Iterator[Path]:
@@ -61,28 +60,42 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
     path = find(directory)
     if path is None:
         raise FileNotFoundError(f"{directory} holds no folder that Orbax wrote")
-    arrays = names.params_of(_restore(path.resolve()))
+    arrays = _restore(path.resolve())
     config_file = "config.json" if is_hugging_face else "hparams.json"
     matched = names.match(arrays, config, path, config_file, lambda some: some.items(), dtype)
     return matched.config, matched.leaves(iter(matched.tensors.items()))
 
 
 def _restore(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of a tree except an optimizer's moments, as {name with dots: array}."""
+    """Read the params in a tree, without the rest of a training state, as {name with dots: array}."""
     import jax
     import orbax.checkpoint as ocp
 
+    def is_leaf(node: Any) -> bool:
+        return hasattr(node, "shape")
+
     try:
-        with parts.quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with parts.clear_errors(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
-            leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
-            wanted = names.params_of({_name(keys): leaf for keys, leaf in leaves})
+            leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+            root = names.root_of(_name(keys) for keys, _ in leaves)
+            item = jax.tree_util.tree_map_with_path(
+                lambda keys, leaf: leaf if _is_param(_name(keys), root) else ocp.PLACEHOLDER, tree, is_leaf=is_leaf
+            )
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=is_leaf)
+            found = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=how))
     except MemoryError:
         raise
     except Exception as error:  # Orbax passes on the errors of the libraries below it
         raise DamagedError(f"{path} is damaged, Orbax says: {one_line(error)}") from error
-    return wanted
+    arrays = {_name(keys): array for keys, array in jax.tree_util.tree_leaves_with_path(found)}
+    return {name.removeprefix(root): array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+
+
+def _is_param(name: str, root: str) -> bool:
+    return name.startswith(root) and not names.MOMENTS.search(name)
 
 
 def _name(keys: Any) -> str:
+    """Return the path of a leaf with dots."""
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)

@@ -45,7 +45,7 @@ ARITHMETIC = {  # the allowed values of each field; the first one is also the de
 
 def hugging_face_name(name: str) -> str:
     """Return Hugging Face's name of a parameter: "h0/attn/c_attn/w" becomes "transformer.h.0.attn.c_attn.weight"."""
-    return names.ROOT + names.hugging_face_keys(name)[0]
+    return ("" if name == "lm_head" else names.ROOT) + names.hugging_face_keys(name)[0]
 
 
 def read_config(directory: Path) -> GPT2Config:

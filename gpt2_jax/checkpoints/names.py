@@ -40,6 +40,8 @@ MOMENTS = re.compile(r"(^|\.)(opt_state|optimizer|opt|mu|nu|m|v|ema|ema_params)\
 
 _DENSE_OF_BOOK = {"attn/c_proj": "att.out_proj", "mlp/c_fc": "ff.layers.0", "mlp/c_proj": "ff.layers.2"}
 _NORM_OF_BOOK = {"ln_1": "norm1", "ln_2": "norm2", "ln_f": "final_norm"}
+Naming = Callable[[str], tuple[str, ...]]
+"""Returns the names of a parameter's tensors: one, or one each for query, key and value."""
 Read = Callable[[Mapping[str, Any]], Iterable[tuple[str, np.ndarray]]]
 """Reads some of the tensors: takes {name: tensor}, and yields (name, array) in any order."""
 
@@ -86,23 +88,22 @@ def book_keys(name: str) -> tuple[str, ...]:
 NAMINGS = (hugging_face_keys, flax_keys, book_keys, openai_keys)
 
 
-def naming_of(keys: Iterable[str]) -> Callable[[str], tuple[str, ...]] | None:
-    """Return the naming in which short names contain the token embedding. None if there is none."""
+def naming_of(keys: Iterable[str]) -> Naming | None:
+    """Return the naming in which short names contain the token embedding or the output head. None if there is none."""
     there = set(keys)
-    return next((naming for naming in NAMINGS if naming("wte")[0] in there), None)
+    return next((naming for naming in NAMINGS if {*naming("wte"), *naming("lm_head")} & there), None)
 
 
-def params_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's part of a training state, by its names there: "params.params.wte" becomes "wte".
+def root_of(keys: Iterable[str]) -> str:
+    """Return what precedes the params' names in a training state: "params." for "params.wte" and "opt_state.0.mu.wte".
 
     Args:
-      tree: {name with dots: array}. If it holds several models, or none, it is returned as it is.
+      keys: the names of all arrays, with dots. If they are those of several models, or of none, the root is "".
     """
     ends = [naming("wte")[0] for naming in NAMINGS]
-    roots = {key.removesuffix(end) for key in tree for end in ends if f".{key}".endswith(f".{end}")}
+    roots = {key.removesuffix(end) for key in keys for end in ends if f".{key}".endswith(f".{end}")}
     roots = {root.removesuffix(ROOT) for root in roots if not MOMENTS.search(root)}
-    root = roots.pop() if len(roots) == 1 else ""
-    return {key[len(root) :]: array for key, array in tree.items() if key.startswith(root)}
+    return roots.pop() if len(roots) == 1 else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,18 +163,15 @@ def match(
     """
     tensors = _merge_prefixes(found, source, read)
     naming = naming_of(tensors) or hugging_face_keys
-    head = naming("lm_head")[0]
-    if naming("wte")[0] not in tensors and head in tensors:  # the same array under its other name
-        tensors[naming("wte")[0]] = tensors.pop(head)
     if config.n_layer > len(tensors):  # checked before a tree of that many layers is built
         raise ValueError(f"{config_file} says n_layer = {config.n_layer}, but {source} has {len(tensors)} tensors")
-    if head in tensors:
-        _check_tied(tensors, naming, source, read)
-        del tensors[head]
+    config = _tie(tensors, naming, config, source, read)
     shapes = flatten(abstract_params(config))
     keys = {name: naming(name) for name in shapes}
     transposed = _transposed(tensors, keys, shapes)
-    config, keys = _without_biases(tensors, config, keys, bool(transposed), naming)
+    if naming is flax_keys and "lm_head" in shapes:
+        transposed |= {*keys["lm_head"]}  # a linear layer of Flax, which is (in, out)
+    config, keys = _without_biases(tensors, config, keys, transposed, naming)
     expected: dict[str, Any] = {}
     for name, parts in keys.items():
         *rows, last = shapes[name].shape
@@ -228,14 +226,25 @@ def _equal(one: Any, other: Any, read: Read) -> bool:
     return np.array_equal(*(array.reshape(-1).view(np.uint8) for array in arrays))
 
 
-def _check_tied(tensors: Mapping[str, Any], naming: Callable, source: object, read: Read) -> None:
-    """Check that a stored output head is equal to `wte`. GPT-2 uses one array for both."""
+def _tie(tensors: dict[str, Any], naming: Naming, config: GPT2Config, source: object, read: Read) -> GPT2Config:
+    """Remove a stored output head that is `wte` itself. GPT-2 uses one array for both, unless its config says otherwise.
+
+    The book's configs do not say it, so its tensors decide.
+    """
     wte, head = naming("wte")[0], naming("lm_head")[0]
-    if wte not in tensors or not _equal(tensors[wte], tensors[head], read):
-        raise ValueError(
-            f"{head} in {source} is not equal to {wte}: a separate output head is not supported, because GPT-2 uses one "
-            "array for both"
-        )
+    if wte not in tensors and head in tensors:  # the same array under its other name
+        tensors[wte] = tensors[head]
+    if head not in tensors or not config.tie_word_embeddings:
+        return config
+    if tensors[wte] is tensors[head] or _equal(tensors[wte], tensors[head], read):
+        del tensors[head]
+        return config
+    if naming is book_keys:
+        return config.replace(tie_word_embeddings=False)
+    raise ValueError(
+        f"{head} in {source} is not equal to {wte}, but the config says that GPT-2 uses one array for both: set "
+        "tie_word_embeddings to false in the config if the model has a separate output head"
+    )
 
 
 def _transposed(
@@ -254,8 +263,8 @@ def _without_biases(
     tensors: Mapping[str, Any],
     config: GPT2Config,
     keys: Mapping[str, tuple[str, ...]],
-    transposed: bool,
-    naming: Callable,
+    transposed: set[str],
+    naming: Naming,
 ) -> tuple[GPT2Config, dict[str, tuple[str, ...]]]:
     """Leave out the biases that a program did not create. They are zero.
 
@@ -266,7 +275,7 @@ def _without_biases(
     absent: set[str] = set()
     if naming is book_keys and not any(key in tensors for name in qkv for key in keys[name]):
         absent, config = qkv, config.replace(qkv_bias=False)
-    elif transposed and not any(key in tensors for name in biases for key in keys[name]):
+    elif not transposed.isdisjoint(keys["h0/mlp/c_fc/w"]) and not any(key in tensors for name in biases for key in keys[name]):
         absent = biases
     return config, {name: () if name in absent else parts for name, parts in keys.items()}
 

@@ -166,7 +166,11 @@ def clear_errors() -> Iterator[None]:
     """Turn errors into an OSError of one sentence, and drop the traces that Orbax logs for the same errors."""
 
     def is_news(record: logging.LogRecord) -> bool:
-        known = ("Skipping merge of OCDBT checkpoints", "_SignalingThread.run() raised an exception")
+        known = (
+            "Skipping merge of OCDBT checkpoints",
+            "_SignalingThread.run() raised an exception",
+            "Metadata file does not exist",  # of a folder that holds one of several items
+        )
         return not any(text in str(record.msg) for text in known)
 
     logger = logging.getLogger("absl")
