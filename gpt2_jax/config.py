@@ -39,6 +39,7 @@ BOOK_WORDS = {  # names in the configs of the build-an-LLM books; they also have
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
+BOOK_RATES = {"drop_rate_emb": "embd_pdrop", "drop_rate_attn": "attn_pdrop", "drop_rate_shortcut": "resid_pdrop"}
 LARGEST = 2**31 - 1  # largest value of a hyperparameter: JAX uses int32
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -120,14 +121,24 @@ class GPT2Config:
 
         The names are vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate (for all three dropout rates)
         and qkv_bias. For the released weights set qkv_bias to True, as the books do: those weights have these biases.
+        drop_rate_emb, drop_rate_attn and drop_rate_shortcut set one dropout rate each. kv_window_size, the size of the
+        book's KV cache, is accepted if it does not shorten the context.
 
         Raises:
           ValueError: a name is unknown or missing, or a value is out of range.
         """
-        _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"))
-        rates: dict[str, Any] = dict.fromkeys(DROPOUT_RATES, settings["drop_rate"])
+        _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"), (*BOOK_RATES, "kv_window_size"))
+        rates: dict[str, Any] = dict.fromkeys(DROPOUT_RATES, settings.get("drop_rate"))
+        rates |= {ours: settings[word] for word, ours in BOOK_RATES.items() if word in settings}
         hparams = {ours: settings[word] for word, ours in BOOK_WORDS.items()}
-        return cls(**hparams, **rates, qkv_bias=settings["qkv_bias"])
+        config = cls(**hparams, **rates, qkv_bias=settings["qkv_bias"])
+        window = settings.get("kv_window_size")
+        if window is not None and whole_number("kv_window_size", window, 1, LARGEST) < config.n_ctx:
+            raise ValueError(
+                f"kv_window_size ({window}) is less than context_length ({config.n_ctx}): attention to only the last "
+                "tokens is not supported"
+            )
+        return config
 
     def to_hparams(self) -> dict[str, int]:
         """Return the contents of OpenAI's hparams.json."""
@@ -182,13 +193,14 @@ class GPT2Config:
         return 4 * 4 * self.n_params
 
 
-def _check_names(values: Mapping[str, Any], names: tuple[str, ...]) -> None:
+def _check_names(values: Mapping[str, Any], names: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     if not isinstance(values, Mapping):
         raise ValueError(f"hyperparameters must be a mapping of names to numbers, not a {type(values).__name__}")
-    unknown = [str(name) for name in values if name not in names]
-    missing = [name for name in names if name not in values]
+    unknown = [str(name) for name in values if name not in (*names, *optional)]
+    whole = set(BOOK_RATES) <= set(values)  # the rates of all parts are there, so drop_rate need not be
+    missing = [name for name in names if name not in values and not (whole and name == "drop_rate")]
     if unknown:
-        raise ValueError(f"unknown hyperparameters {', '.join(unknown)}: the names are {', '.join(names)}")
+        raise ValueError(f"unknown hyperparameters {', '.join(unknown)}: the names are {', '.join((*names, *optional))}")
     if missing:
         raise ValueError(f"missing hyperparameters {', '.join(missing)}")
 

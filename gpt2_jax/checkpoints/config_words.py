@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gpt2_jax.config import BOOK_RATES, DROPOUT_RATES
+
 # transformers' GPT2Config accepts both. Old files also have n_ctx beside n_positions; transformers reads n_positions.
 SYNONYMS = {
     "hidden_size": "n_embd",
@@ -14,8 +16,7 @@ SYNONYMS = {
 }
 BOOK = {"emb_dim": "n_embd", "n_heads": "n_head", "n_layers": "n_layer", "context_length": "n_positions"}
 NANOGPT = {"block_size": "n_positions"}
-RATES = {"dropout": ("embd_pdrop", "attn_pdrop", "resid_pdrop"), "drop_rate": ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-BOOK_RATES = {"drop_rate_emb": "embd_pdrop", "drop_rate_attn": "attn_pdrop", "drop_rate_shortcut": "resid_pdrop"}
+ALL_RATES = ("dropout", "drop_rate")  # nanoGPT's and the book's word for one rate in all places
 
 
 def in_hugging_face_words(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def in_hugging_face_words(fields: Mapping[str, Any]) -> dict[str, Any]:
     for word, ours in (SYNONYMS | BOOK | NANOGPT | BOOK_RATES).items():
         if word in found:
             _set(found, ours, found[word], word)
-    for word, rates in RATES.items():
-        for ours in rates if word in found else ():
+    for word in ALL_RATES:
+        for ours in DROPOUT_RATES if word in found else ():
             found.setdefault(ours, found[word])
     if "n_ctx" in found:
         found.setdefault("n_positions", found["n_ctx"])

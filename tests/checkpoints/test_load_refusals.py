@@ -162,7 +162,7 @@ BAD_TENSORS = {
     "renamed": (rename, [r"missing.*h1/mlp/c_fc/w|missing.*h\.1\.mlp\.c_fc\.weight", "c_fc.kernel"]),
     "missing": (lambda t: t.pop("transformer.ln_f.bias"), [r"ln_f[./]b"]),
     "extra": (lambda t: t.update({"transformer.h.2.ln_1.weight": np.ones(15, "f4")}), [r"h\.?2[./]ln_1"]),
-    "extra head": (lambda t: t.update({"score.weight": np.ones((2, 15), "f4")}), [r"score\.weight"]),
+    "extra head": (lambda t: t.update({"pooler.weight": np.ones((2, 15), "f4")}), [r"pooler\.weight"]),
     "transposed": (lambda t: put(t, "transformer.h.0.mlp.c_fc.weight", lambda a: a.T.copy()), [r"mlp[./]c_fc", "60"]),
     "one row short": (lambda t: put(t, "transformer.wte.weight", lambda a: a[:-1].copy()), ["wte", "36"]),
     "mixed dtypes": (
