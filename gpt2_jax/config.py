@@ -20,7 +20,7 @@ VARIANTS = (  # fields under Hugging Face's names, in which other GPT-2s differ 
     "reorder_and_upcast_attn",
     "tie_word_embeddings",
 )
-ACTIVATIONS = {  # Hugging Face's names of activation functions -> ours. The names of one function differ in rounding only
+ACTIVATIONS = {  # Hugging Face's names of activation functions -> ours; those of one function differ only in rounding
     "gelu_new": "gelu_new",  # the tanh form of GELU
     "gelu_pytorch_tanh": "gelu_new",
     "gelu_python_tanh": "gelu_new",

@@ -7,7 +7,8 @@ from typing import Any
 
 from gpt2_jax.config import BOOK_RATES, DROPOUT_RATES
 
-# transformers' GPT2Config accepts both. Old files also have n_ctx beside n_positions; transformers reads n_positions.
+# transformers' GPT2Config accepts both, and uses these if both are there. Old files also have n_ctx beside n_positions;
+# transformers reads n_positions.
 SYNONYMS = {
     "hidden_size": "n_embd",
     "num_attention_heads": "n_head",
@@ -26,12 +27,13 @@ def in_hugging_face_words(fields: Mapping[str, Any]) -> dict[str, Any]:
     that transformers accepts. nanoGPT's model computes the exact GELU, so its config means that unless it says otherwise.
 
     Raises:
-      ValueError: two names of one field have different values.
+      ValueError: a word of the book or of nanoGPT and Hugging Face's word for the same field have different values.
     """
     found = dict(fields)
     if "block_size" in found and {"bias", "dropout"} & found.keys():
         found.setdefault("activation_function", "gelu")
-    for word, ours in (SYNONYMS | BOOK | NANOGPT | BOOK_RATES).items():
+    found |= {ours: found[word] for word, ours in SYNONYMS.items() if word in found}
+    for word, ours in (BOOK | NANOGPT | BOOK_RATES).items():
         if word in found:
             _set(found, ours, found[word], word)
     for word in ALL_RATES:

@@ -17,7 +17,7 @@ from gpt2_jax.checkpoints import names, safetensors
 from gpt2_jax.checkpoints.config_words import in_hugging_face_words
 from gpt2_jax.checkpoints.huggingface_tokenizer import write_json
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, write_manifest
-from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, GPT2Config
+from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, VARIANTS, GPT2Config
 from gpt2_jax.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,13 +31,10 @@ HPARAM_NAMES = {
 }
 ARITHMETIC = {  # the allowed values of each field; the first one is also the default
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
-    "tie_word_embeddings": (True,),
     "quantization_config": (None,),
     "pruned_heads": ({}, None),
 }
@@ -49,11 +46,13 @@ def hugging_face_name(name: str) -> str:
 
 
 def read_config(directory: Path) -> GPT2Config:
-    """Read config.json. The param_dtype is always float32; the weights may have another one.
+    """Read config.json. The param_dtype is always float32, and the head is tied if the file says so or says nothing.
+
+    The weights may have another dtype, and an output head of their own: `read` returns the config that fits them.
 
     Raises:
       FileNotFoundError: the file is not there.
-      ValueError: it is malformed, or requires arithmetic that is not GPT-2's. The message names the field.
+      ValueError: it is malformed, or requires arithmetic that GPT2Config does not have. The message names the field.
     """
     path = directory / "config.json"
     fields = read_json(path)
@@ -69,9 +68,9 @@ def read_config(directory: Path) -> GPT2Config:
             raise ValueError(f"{path} has {field} = {value!r}, which is not supported: GPT-2 has {allowed[0]!r}")
     if missing := [name for name in HPARAM_NAMES.values() if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    rates = {name: fields[name] for name in DROPOUT_RATES if name in fields}
+    more = {name: fields[name] for name in (*DROPOUT_RATES, *VARIANTS) if name in fields}
     try:
-        config = GPT2Config(**{ours: fields[theirs] for ours, theirs in HPARAM_NAMES.items()}, **rates)
+        config = GPT2Config(**{ours: fields[theirs] for ours, theirs in HPARAM_NAMES.items()}, **more)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if fields.get("n_inner") not in (None, 4 * config.n_embd):
@@ -86,7 +85,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
     """Read a directory in Hugging Face's format: one weights file, or several with an index.
 
     The tensors may have the names of any program in `names`, with the prefixes of wrappers. Mask buffers and heads for
-    other tasks are skipped by name. A stored output head must equal `wte`.
+    other tasks are skipped by name.
 
     Args:
       directory: the folder.
@@ -94,7 +93,12 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
 
     Returns:
       config, leaves. The config's param_dtype is the dtype of the tensors, or `dtype`. Each leaf is read when it is
-      requested, in its stored dtype.
+      requested, in its stored dtype. As in transformers 5, the output head is tied if config.json says so and no other
+      head is stored.
+
+    Warns:
+      UserWarning: a head for another task is left out; or config.json says that the head is tied, but the stored one is
+        not equal to `wte`.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -107,7 +111,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
     if manifest is not None:
         saved, more = read_manifest(manifest, source)
         hashes = {names.short(key): value for key, value in more["sha256"].items()}
-        wrong = [name for name in HPARAMS if getattr(saved, name) != getattr(config, name)]
+        wrong = [name for name in (*HPARAMS, *VARIANTS) if getattr(saved, name) != getattr(config, name)]
         if wrong:
             message = ", ".join(f"{name} = {getattr(config, name)} instead of {getattr(saved, name)}" for name in wrong)
             raise DamagedError(f"{directory / 'config.json'} does not match {source}: it has {message}")
@@ -165,6 +169,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     safetensors.write(directory / WEIGHTS, arrays, {"format": "pt", "gpt2_jax": manifest})
     fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in HPARAM_NAMES.items()}
     fields |= {name: getattr(config, name) for name in DROPOUT_RATES}
+    fields |= {name: getattr(config, name) for name in VARIANTS}
     fields |= {field: values[0] for field, values in ARITHMETIC.items() if values[0] not in (None, {})}
     end_of_text = min(config.n_vocab, SIZES["124M"].n_vocab) - 1  # the last id, or GPT-2's if rows were added
     fields |= {

@@ -33,8 +33,12 @@ def sha256(array: np.ndarray) -> str:
 
 
 def write_manifest(config: GPT2Config, hashes: Mapping[str, str], **more: Any) -> str:
-    """Return JSON with the config (without compute_dtype, which each run chooses), the hashes, and a digest of all."""
-    kept = {name: getattr(config, name) for name in KEPT} | {"param_dtype": config.param_dtype.name}
+    """Return JSON with the config, the hashes, and a digest of all.
+
+    The config is without compute_dtype, which each run chooses, and without the variants that the model does not use:
+    a manifest of OpenAI's arithmetic is the same as before there were variants.
+    """
+    kept = {name: getattr(config, name) for name in KEPT} | config.variants | {"param_dtype": config.param_dtype.name}
     manifest = {"config": kept, "sha256": dict(hashes), **more}
     return sealed(manifest)
 

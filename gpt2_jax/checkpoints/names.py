@@ -232,6 +232,8 @@ def _tie(tensors: dict[str, Any], naming: Naming, config: GPT2Config, source: ob
     The book's configs do not say it, so its tensors decide.
     """
     wte, head = naming("wte")[0], naming("lm_head")[0]
+    if head not in tensors and not config.tie_word_embeddings:
+        raise ValueError(f"config.json says tie_word_embeddings = False, but {source} has no {head}: the output head")
     if wte not in tensors and head in tensors:  # the same array under its other name
         tensors[wte] = tensors[head]
     if head not in tensors or not config.tie_word_embeddings:
@@ -239,12 +241,12 @@ def _tie(tensors: dict[str, Any], naming: Naming, config: GPT2Config, source: ob
     if tensors[wte] is tensors[head] or _equal(tensors[wte], tensors[head], read):
         del tensors[head]
         return config
-    if naming is book_keys:
-        return config.replace(tie_word_embeddings=False)
-    raise ValueError(
-        f"{head} in {source} is not equal to {wte}, but the config says that GPT-2 uses one array for both: set "
-        "tie_word_embeddings to false in the config if the model has a separate output head"
-    )
+    if naming is not book_keys:
+        warn(
+            f"config.json says that the output head is tied, but {head} in {source} is not equal to {wte}: the head is "
+            "loaded as a parameter of its own, lm_head, as in transformers 5"
+        )
+    return config.replace(tie_word_embeddings=False)
 
 
 def _transposed(

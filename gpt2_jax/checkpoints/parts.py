@@ -20,6 +20,8 @@ import contextlib
 import logging
 import os
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from gpt2_jax.files import hash_files
 from gpt2_jax.params import flatten, unflatten
 
 MANIFEST, VERSION = "checkpoint.json", 1
+QUIET = 0.5  # seconds without a report after which the threads of a failed call are taken to have ended
 
 Parts = Mapping[str, Mapping[str, Any]]
 """{"params": {"h0/attn/c_attn/w": array}, ...}: the arrays (or jax.ShapeDtypeStruct) of each part by flat name."""
@@ -163,7 +166,7 @@ def plain_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn errors into an OSError of one sentence, and drop the traces that Orbax logs for the same errors."""
+    """Turn errors into an OSError of one sentence, and drop the traces that Orbax leaves for the same errors."""
 
     def is_news(record: logging.LogRecord) -> bool:
         known = (
@@ -176,7 +179,8 @@ def clear_errors() -> Iterator[None]:
     logger = logging.getLogger("absl")
     logger.addFilter(is_news)
     try:
-        yield
+        with _late_errors_dropped():
+            yield
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a full disk gives different types of errors
@@ -185,3 +189,29 @@ def clear_errors() -> Iterator[None]:
         raise OSError(f"Orbax says: {one_line(error)}") from error
     finally:
         logger.removeFilter(is_news)
+
+
+@contextlib.contextmanager
+def _late_errors_dropped() -> Iterator[None]:
+    """After an error in the block, wait until the threads of the failed call have ended, and drop what they report.
+
+    They write to the folder and report to an event loop that is closed, which Python prints as a traceback each.
+    """
+    print_error, latest = sys.unraisablehook, 0.0
+
+    def drop(unraisable: Any) -> None:
+        nonlocal latest
+        latest = time.monotonic()
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_error(unraisable)
+
+    sys.unraisablehook = drop
+    try:
+        yield
+    except Exception:
+        start = latest = time.monotonic()
+        while (now := time.monotonic()) - latest < QUIET and now - start < 10 * QUIET:
+            time.sleep(QUIET / 20)
+        raise
+    finally:
+        sys.unraisablehook = print_error

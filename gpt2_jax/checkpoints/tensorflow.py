@@ -121,6 +121,21 @@ def check_path(path: Path) -> None:
         raise ValueError(f"{path}: TensorFlow treats [ in a path as a pattern; choose another folder")
 
 
+def check_config(config: GPT2Config) -> None:
+    """Check that OpenAI's files can describe a model. They have no place for other arithmetic than OpenAI's.
+
+    `reorder_and_upcast_attn` is accepted and not stored, because it does not change the arithmetic here.
+
+    Raises:
+      ValueError: the arithmetic is another. The message names the fields.
+    """
+    lost = [f"{name} = {value!r}" for name, value in config.variants.items() if name != "reorder_and_upcast_attn"]
+    if lost:
+        raise ValueError(
+            f"the tensorflow format cannot hold {', '.join(lost)}: save the model in the format huggingface or orbax"
+        )
+
+
 def read_hparams(path: Path) -> GPT2Config:
     """Read `hparams.json`. For a prefix, it is in the same folder or in the parent of that folder.
 

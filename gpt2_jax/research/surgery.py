@@ -68,8 +68,8 @@ def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> 
       config, params: the model.
       order: numbers of old layers. [0, 2, 2, 1] drops the layers from h3 on, uses h2 twice, and moves h1 after it. A
         layer that is used twice takes memory once: both are the same arrays. A program that donates params needs
-        copies, `jax.tree.map(jnp.copy, params)`. With scale_attn_by_inverse_layer_idx, the scores of a layer are divided
-        by its new number plus 1.
+        copies, `jax.tree.map(jnp.copy, params)`. If the config says scale_attn_by_inverse_layer_idx, a layer's scores
+        are divided by its new number plus 1.
 
     Raises:
       ValueError: a layer is out of range, or `order` is empty.

@@ -23,8 +23,8 @@ def token_loss(
     """Return the sum over all positions of `weight * -log p(target)`, in nats, in float32 or wider.
 
     The logits `h @ head.T` are computed for a chunk of positions at a time. If a gradient is needed, it is computed
-    while the logits of the chunk exist. This takes three products with the head, as with all logits at once, and no logits
-    are computed twice.
+    while the logits of the chunk exist. This takes three products with the head, as with all logits at once, and no
+    logits are computed twice.
 
     Args:
       h_BTD: the model's last hidden states; the products take inputs of this dtype.

@@ -330,11 +330,12 @@ def test_the_synonyms_of_transformers(tmp_path, flat, words):
     assert_loads_as(foreign.write(tmp_path, fields, hf_tensors(flat)), CONFIG, flat)
 
 
-def test_two_words_for_one_field_must_agree(tmp_path, flat):
-    write_huggingface(tmp_path, CONFIG, hf_tensors(flat), hidden_size=15)
+def test_two_words_for_one_field(tmp_path, flat):
+    """transformers uses its synonym. A word of another program must agree."""
+    write_huggingface(tmp_path, CONFIG, hf_tensors(flat), hidden_size=15, n_embd=18)
     assert_loads_as(tmp_path, CONFIG, flat)
-    write_huggingface(tmp_path, CONFIG, hf_tensors(flat), hidden_size=18)
-    with pytest.raises(ValueError, match=r"config\.json: hidden_size = 18 and n_embd = 15"):
+    write_huggingface(tmp_path, CONFIG, hf_tensors(flat), emb_dim=18)
+    with pytest.raises(ValueError, match=r"config\.json: emb_dim = 18 and n_embd = 15"):
         gpt2_jax.load(tmp_path)
 
 
