@@ -200,7 +200,9 @@ def _check_names(values: Mapping[str, Any], names: tuple[str, ...], optional: tu
     whole = set(BOOK_RATES) <= set(values)  # the rates of all parts are there, so drop_rate need not be
     missing = [name for name in names if name not in values and not (whole and name == "drop_rate")]
     if unknown:
-        raise ValueError(f"unknown hyperparameters {', '.join(unknown)}: the names are {', '.join((*names, *optional))}")
+        raise ValueError(
+            f"unknown hyperparameters {', '.join(unknown)}: the names are {', '.join((*names, *optional))}"
+        )
     if missing:
         raise ValueError(f"missing hyperparameters {', '.join(missing)}")
 

@@ -24,7 +24,7 @@ def in_hugging_face_words(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config.json under Hugging Face's names.
 
     The words of the build-an-LLM book (emb_dim, ...) and of nanoGPT (block_size, ...) are accepted, and the synonyms
-    that transformers accepts. nanoGPT's model computes the exact GELU, so its config means that unless it says otherwise.
+    that transformers accepts. nanoGPT's model computes the exact GELU, so its config means that if it does not say.
 
     Raises:
       ValueError: a word of the book or of nanoGPT and Hugging Face's word for the same field have different values.

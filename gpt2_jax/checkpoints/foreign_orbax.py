@@ -1,8 +1,8 @@
 """Params that other programs wrote with Orbax, beside a config.json or hparams.json.
 
-Orbax has several interfaces, and each lays out its folders in its own way. All of them mark the folder of a tree with the
-file _METADATA. The tree may be a training state, such as Flax's TrainState, that holds the params and more. There are no
-hashes: only the damage that Orbax notices is found.
+Orbax has several interfaces, and each lays out its folders in its own way. All of them mark the folder of a tree with
+the file _METADATA. The tree may be a training state, such as Flax's TrainState, that holds the params and more. There
+are no hashes: only the damage that Orbax notices is found.
 """
 
 from __future__ import annotations

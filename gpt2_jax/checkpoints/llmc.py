@@ -52,7 +52,9 @@ def read(path: Path) -> tuple[GPT2Config, Leaves]:
       ValueError: the version is not supported.
     """
     config, n_rows = _read_header(path)
-    n_bytes = 4 * N_HEADER + config.param_dtype.itemsize * sum(math.prod(shape) for _, shape in _tensors(config, n_rows))
+    n_bytes = 4 * N_HEADER + config.param_dtype.itemsize * sum(
+        math.prod(shape) for _, shape in _tensors(config, n_rows)
+    )
     if path.stat().st_size != n_bytes:
         raise DamagedError(f"{path} is damaged: it has {path.stat().st_size:,} bytes, but should have {n_bytes:,}")
     return config, _leaves(path, config, n_rows)
@@ -73,7 +75,9 @@ def _read_header(path: Path) -> tuple[GPT2Config, int]:
         content = file.read(4 * N_HEADER)
     if len(content) < 4 * N_HEADER:
         raise DamagedError(f"{path} is damaged: it ends inside its header")
-    magic, version, n_ctx, n_vocab, n_layer, n_head, n_embd, n_rows = (int(n) for n in np.frombuffer(content, "<i4")[:8])
+    magic, version, n_ctx, n_vocab, n_layer, n_head, n_embd, n_rows = (
+        int(n) for n in np.frombuffer(content, "<i4")[:8]
+    )
     if magic != MAGIC:
         raise DamagedError(f"{path} does not begin like a model file of llm.c")
     if version not in DTYPES:

@@ -65,7 +65,9 @@ def other_weights(directory: Path) -> str | None:
     for suffix, advice in _ADVICE.items():
         if names := [path.name for path in paths if path.name.endswith(suffix)]:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            return f"{directory} holds {listed}, but no weights that can be read: " + advice.format(d=directory, name=names[0])
+            return f"{directory} holds {listed}, but no weights that can be read: " + advice.format(
+                d=directory, name=names[0]
+            )
     return None
 
 
@@ -79,11 +81,11 @@ _ADVICE = {
         "which lists the parts"
     ),
     ".h5": (
-        "these are the weights for Keras; convert them with transformers 4 and TensorFlow: python -c \"from "
+        'these are the weights for Keras; convert them with transformers 4 and TensorFlow: python -c "from '
         "transformers import GPT2LMHeadModel as M; M.from_pretrained('{d}', from_tf=True).save_pretrained('{d}')\""
     ),
     ".gguf": (
-        "this is a file of llama.cpp; convert it with transformers and gguf: python -c \"from transformers import "
+        'this is a file of llama.cpp; convert it with transformers and gguf: python -c "from transformers import '
         "GPT2LMHeadModel as M; M.from_pretrained('{d}', gguf_file='{name}').save_pretrained('{d}')\""
     ),
 }

@@ -91,7 +91,9 @@ def test_flax_msgpack(tmp_path):
 def test_flax_msgpack_in_several_files(tmp_path):
     tree = foreign.flax()
     (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
-    halves = [{"transformer": {k: v for k, v in tree["transformer"].items() if (k == "h") == first}} for first in (1, 0)]
+    halves = [
+        {"transformer": {k: v for k, v in tree["transformer"].items() if (k == "h") == first}} for first in (1, 0)
+    ]
     names = [f"flax_model-0000{i}-of-00002.msgpack" for i in (1, 2)]
     weight_map = {}
     for name, half in zip(names, halves, strict=True):
@@ -151,7 +153,10 @@ def test_the_book(tmp_path, qkv_bias, tied):
     ("changes", "rates"),
     [
         ({}, (0.1, 0.1, 0.1)),
-        ({"drop_rate_emb": 0.2, "drop_rate_attn": 0.3, "drop_rate_shortcut": 0.4, "kv_window_size": 11}, (0.2, 0.3, 0.4)),
+        (
+            {"drop_rate_emb": 0.2, "drop_rate_attn": 0.3, "drop_rate_shortcut": 0.4, "kv_window_size": 11},
+            (0.2, 0.3, 0.4),
+        ),
         ({"drop_rate_attn": 0.3, "kv_window_size": None}, (0.1, 0.3, 0.1)),
     ],
 )
@@ -283,7 +288,10 @@ def cast_some(flat, dtype, chosen):
 MIXTURES = {
     "float64": (lambda f: cast_some(f, "f8", lambda name: True), "float64"),
     "float16, norms float32": (lambda f: cast_some(f, "f2", lambda name: "ln_" not in name), "float16, float32"),
-    "bfloat16, norms float32": (lambda f: cast_some(f, "bfloat16", lambda name: "ln_" not in name), "bfloat16, float32"),
+    "bfloat16, norms float32": (
+        lambda f: cast_some(f, "bfloat16", lambda name: "ln_" not in name),
+        "bfloat16, float32",
+    ),
     "one float64": (lambda f: cast_some(f, "f8", lambda name: name == "wpe"), "float32, float64"),
 }
 
