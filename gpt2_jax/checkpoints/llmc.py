@@ -1,7 +1,7 @@
 """llm.c's model files: a header of 256 int32 with the config, then the weights of all layers one after another.
 
-The file has no checksums: a changed weight cannot be found. The linear layers are (out, in). The embedding is padded to a
-multiple of 128 rows, which llm.c never reads; they are left out.
+The file has no checksums: a changed weight cannot be found. The linear layers are (out, in). The embedding is padded to
+a multiple of 128 rows, which llm.c never reads; they are left out.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from gpt2_jax.checkpoints import (
 from gpt2_jax.checkpoints.forms import FormName
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES, Leaves, count_non_finite
 from gpt2_jax.checkpoints.released import use_release
-from gpt2_jax.checkpoints.sources import Found, find, folder_of, locate, size_meant
+from gpt2_jax.checkpoints.sources import Found, find, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, flatten, unflatten

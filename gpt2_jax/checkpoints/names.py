@@ -1,14 +1,14 @@
 """Tensors under the names of other programs, and which parameter each of them is.
 
-| Names                        | Who writes them                                                   |
-|------------------------------|-------------------------------------------------------------------|
-| `h.0.attn.c_attn.weight`     | Hugging Face (in, out); nanoGPT, whose linear layers are (out, in) |
-| `h.0.attn.c_attn.kernel`     | Flax, also Hugging Face's `FlaxGPT2LMHeadModel`, which is (out, in) |
-| `trf_blocks.0.att.W_query.weight` | the build-an-LLM book, with query, key and value apart, (out, in) |
-| `h0.attn.c_attn.w`           | OpenAI and this package                                           |
+| Names                             | Who writes them                                                     |
+|-----------------------------------|---------------------------------------------------------------------|
+| `h.0.attn.c_attn.weight`          | Hugging Face (in, out); nanoGPT, whose linear layers are (out, in)  |
+| `h.0.attn.c_attn.kernel`          | Flax, also Hugging Face's `FlaxGPT2LMHeadModel`, which is (out, in) |
+| `trf_blocks.0.att.W_query.weight` | the build-an-LLM book, with query, key and value apart, (out, in)   |
+| `h0.attn.c_attn.w`                | OpenAI and this package                                             |
 
-Wrappers put prefixes before these names. The orientation of the weights is found from the shapes of the weights that are
-not square, and is the same for all.
+Wrappers put prefixes before these names. The orientation of the weights is found from the shapes of the weights that
+are not square, and is the same for all.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
 
 ROOT = "transformer."
-# Names of the modules that wrap a model: DataParallel and DDP, torch.compile, FSDP, activation checkpointing, Lightning,
-# PEFT, TRL, and `params` in a Flax TrainState.
+# Names of the modules that wrap a model: DataParallel and DDP, torch.compile, FSDP, activation checkpointing,
+# Lightning, PEFT, TRL, and `params` in a Flax TrainState.
 PREFIX = re.compile(r"((module|model|base_model|pretrained_model|transformer|_forward_module|params)\.)+")
 WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What old programs store beside the weights although it is not learned: causal masks, positions, rotary frequencies.
@@ -199,8 +199,8 @@ def check_differences(
     names = sorted({tensor.dtype.name for tensor in found.values()})
     if not differences(found, expected, dtypes=False) and set(names) <= set(FLOATS):
         raise ValueError(
-            f'{source} holds tensors of several dtypes ({", ".join(names)}): pass the one to load, as in dtype="float32"'
-            + listed
+            f"{source} holds tensors of several dtypes ({', '.join(names)}): pass the one to load, as in "
+            f'dtype="float32"{listed}'
         )
     raise ValueError(f"{source} does not hold the GPT-2 that {config_file} describes{listed}")
 
@@ -227,7 +227,7 @@ def _equal(one: Any, other: Any, read: Read) -> bool:
 
 
 def _tie(tensors: dict[str, Any], naming: Naming, config: GPT2Config, source: object, read: Read) -> GPT2Config:
-    """Remove a stored output head that is `wte` itself. GPT-2 uses one array for both, unless its config says otherwise.
+    """Remove a stored output head that is `wte` itself, unless the config says that the model has a head of its own.
 
     The book's configs do not say it, so its tensors decide.
     """

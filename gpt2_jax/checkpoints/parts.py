@@ -17,6 +17,7 @@ Orbax's v1 interface is used, with these workarounds (Orbax 0.12.8):
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -170,14 +171,16 @@ def clear_errors() -> Iterator[None]:
 
     def is_news(record: logging.LogRecord) -> bool:
         known = (
+            "Task exception was never retrieved",  # asyncio's, of a task that another error stopped
             "Skipping merge of OCDBT checkpoints",
             "_SignalingThread.run() raised an exception",
             "Metadata file does not exist",  # of a folder that holds one of several items
         )
         return not any(text in str(record.msg) for text in known)
 
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_news)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(is_news)
     try:
         with _late_errors_dropped():
             yield
@@ -188,7 +191,8 @@ def clear_errors() -> Iterator[None]:
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise OSError(f"Orbax says: {one_line(error)}") from error
     finally:
-        logger.removeFilter(is_news)
+        for logger in loggers:
+            logger.removeFilter(is_news)
 
 
 @contextlib.contextmanager
@@ -212,6 +216,7 @@ def _late_errors_dropped() -> Iterator[None]:
         start = latest = time.monotonic()
         while (now := time.monotonic()) - latest < QUIET and now - start < 10 * QUIET:
             time.sleep(QUIET / 20)
+        gc.collect()  # asyncio logs the errors of its tasks when they are collected
         raise
     finally:
         sys.unraisablehook = print_error

@@ -49,9 +49,8 @@ def refusal(path: Path) -> str:
     if config.is_file():
         return message
     return (
-        f"{message} (and write the model's config to {config}: the file that belongs to the weights, or the settings of "
-        f"the program that wrote them, such as {_BOOK}; nanoGPT's settings are in its ckpt.pt, and the command writes "
-        "them)"
+        f"{message} (and write the model's config to {config}: the file that belongs to the weights, or the settings "
+        f"of the program that wrote them, such as {_BOOK}; the command does this for nanoGPT's ckpt.pt)"
     )
 
 

@@ -40,8 +40,8 @@ def locate(source: str | os.PathLike, part: Part = "model") -> Path:
     """Return the path of a source. For a size or a hub id, the files that `part` needs are fetched first.
 
     Args:
-      source: a directory; a model file of llm.c; a TensorFlow checkpoint by its name ("run1/model-1000"); a size ("124M",
-        also "117M", "gpt2", "gpt2-xl", ...); a hub id ("distilbert/distilgpt2", "owner/name@revision"); or
+      source: a directory; a model file of llm.c; a TensorFlow checkpoint by its name ("run1/model-1000"); a size
+        ("124M", also "117M", "gpt2", "gpt2-xl", ...); a hub id ("distilbert/distilgpt2", "owner/name@revision"); or
         "shakespeare", the model in this package. A local folder with that name takes precedence (for a size, only if
         it holds a model). The model of a training run's folder is RUN/best, or the newest checkpoint if RUN/best does
         not exist.

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import gpt2_jax
 
-# n_vocab and n_ctx differ from every multiple of n_embd. An odd width: no two of the weights' sides are equal by chance.
+# An odd width, and n_vocab and n_ctx that are no multiples of it: no two sides are equal by chance.
 CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=11, n_embd=15, n_head=3, n_layer=2)
 TOKENS = np.array([3, 1, 4, 1, 5, 9, 2, 6])
 BOOK = {
