@@ -44,8 +44,8 @@ def fetch(repository: str, tokenizer_only: bool = False, revision: str | None = 
     folder = _snapshot(repository, revision, MODEL_FILES)
     if any(folder.glob("*.safetensors")):
         return folder
-    names = _list_files(repository, revision)
-    if any(name in FLAX_FILES for name in names) or any(folder.glob("*.msgpack")):
+    names = [] if any(folder.glob("*.msgpack")) else _list_files(repository, revision)
+    if not names or any(name in FLAX_FILES for name in names):
         return _snapshot(repository, revision, (*TOKENIZER_FILES, *FLAX_FILES))
     listed = ", ".join(name for name in names if name.endswith(WEIGHTS)) or "no weights"
     raise ValueError(
@@ -58,7 +58,7 @@ def fetch(repository: str, tokenizer_only: bool = False, revision: str | None = 
 def _snapshot(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     import huggingface_hub
 
-    with _clear_errors(repository):
+    with _clear_errors(repository, "vocabulary is" if files is TOKENIZER_FILES else "weights are"):
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
 
 
@@ -70,12 +70,12 @@ def _list_files(repository: str, revision: str | None) -> list[str]:
     """
     import huggingface_hub
 
-    with _clear_errors(repository, "its weights are not in the hub's cache, and"):
+    with _clear_errors(repository):
         return huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
 
 
 @contextlib.contextmanager
-def _clear_errors(repository: str, cached: str = "it is not a local directory, and") -> Iterator[None]:
+def _clear_errors(repository: str, what: str = "weights are") -> Iterator[None]:
     """Turn the errors of huggingface_hub into one sentence."""
     from huggingface_hub import errors
 
@@ -86,5 +86,8 @@ def _clear_errors(repository: str, cached: str = "it is not a local directory, a
         message = f"{repository} is not a local directory, and not a model on the Hugging Face hub that you can read"
         raise FileNotFoundError(f"{message}: {one_line(error)}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        message = f"{repository} cannot be fetched: {cached} the Hugging Face hub cannot be reached"
+        message = (
+            f"{repository} is not a local directory, its {what} not in the hub's cache, and the Hugging Face hub cannot "
+            "be reached"
+        )
         raise ConnectionError(f"{message}: {one_line(error)}") from error

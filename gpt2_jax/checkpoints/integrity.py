@@ -79,7 +79,7 @@ def stored_dtype(dtypes: Iterable[Any], source: object, wanted: np.dtype | None 
     Raises:
       ValueError: the tensors are not float32, bfloat16 or float16. With a wanted dtype, float64 is accepted too.
     """
-    names = [name for name, _ in collections.Counter(dtype.name for dtype in dtypes).most_common()] or ["nothing"]
+    names = [name for name, _ in collections.Counter(dtype.name for dtype in dtypes).most_common()] or ["float32"]
     if wanted is not None and set(names) <= set(FLOATS):
         return wanted
     if names[0] == "float64":

@@ -277,9 +277,7 @@ def _without_biases(
     absent: set[str] = set()
     if naming is book_keys and not any(key in tensors for name in qkv for key in keys[name]):
         absent, config = qkv, config.replace(qkv_bias=False)
-    elif not transposed.isdisjoint(keys["h0/mlp/c_fc/w"]) and not any(
-        key in tensors for name in biases for key in keys[name]
-    ):
+    elif transposed >= {*keys["h0/mlp/c_fc/w"]} and not any(key in tensors for name in biases for key in keys[name]):
         absent = biases
     return config, {name: () if name in absent else parts for name, parts in keys.items()}
 

@@ -64,9 +64,8 @@ def other_weights(directory: Path) -> str | None:
     for suffix, advice in _ADVICE.items():
         if names := [path.name for path in paths if path.name.endswith(suffix)]:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            return f"{directory} holds {listed}, but no weights that can be read: " + advice.format(
-                d=directory, name=names[0]
-            )
+            advice = advice.format(d=directory, name=names[0])
+            return f"{directory} holds {listed}, but no weights that can be read: {advice}"
     return None
 
 

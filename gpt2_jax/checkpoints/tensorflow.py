@@ -1,7 +1,7 @@
 """OpenAI's TensorFlow checkpoints: `hparams.json` and the variables, with OpenAI's names.
 
 A checkpoint is a prefix: `model-1000` for `model-1000.index` and `model-1000.data-00000-of-00001`. In the oldest
-version, V1, it is one file of that name. A path is a folder, whose `checkpoint` file names the prefix, or a prefix itself.
+version, V1, it is one file of that name. A path is a folder, whose `checkpoint` file names the prefix, or a prefix.
 
 TensorFlow is imported inside the functions that need it, and the accelerators are hidden from it. Only its checkpoint
 reader and writer are used.

@@ -58,13 +58,14 @@ def report(
     """Report on a loaded model and its directory as plain data, which `json.dumps(..., allow_nan=False)` accepts.
 
     Args:
-      directory: the directory that the model was loaded from.
+      directory: the path that the model was loaded from, as `checkpoints.locate` returns it.
       config, params: the result of `load`.
       track: wraps the iteration over the list of (name, tensor), to show progress.
 
     Returns:
       A dict with the keys
-        directory; form: "tensorflow", "huggingface", "orbax", or "checkpoint" for a checkpoint of a training run;
+        directory; form: "tensorflow", "huggingface", "orbax", "checkpoint" for a checkpoint of a training run, or "flax",
+        "llmc" or "orbax_tree" for the files of other programs;
         size: "124M", ..., or None for a shape that was not released;
         files: see `list_files`; hyperparameters: n_vocab, n_ctx, n_embd, n_head, n_layer;
         variants: the fields in which the arithmetic differs from OpenAI's GPT-2, such as {"activation_function":
