@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax import checkpoints
+from gpt2_jax.checkpoints.sources import find
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.inspection.files import list_files
 from gpt2_jax.params import Params, flatten
@@ -74,16 +75,16 @@ def report(
         tensors: name and `describe_tensor` of each tensor: wte, wpe and lm_head first, then by layer;
         finite: True if no tensor holds NaN or an infinite value; vocabulary: see `describe_vocabulary`.
     """
-    form = checkpoints.form_of(directory)
+    found = find(directory)
     first = {"wte": 0, "wpe": 1, "lm_head": 2}  # the embeddings come first
     named = sorted(flatten(params).items(), key=lambda item: first.get(item[0], len(first)))
     tensors = [{"name": name} | describe_tensor(leaf) for name, leaf in track(named)]
     hparams = config.to_hparams()
     return {
         "directory": str(directory),
-        "form": form,
+        "form": found.form,
         "size": next((size for size, released in SIZES.items() if released.to_hparams() == hparams), None),
-        "files": list_files(directory, form),
+        "files": list_files(found.path, found.form),
         "hyperparameters": hparams,
         "variants": config.variants,
         "param_dtype": config.param_dtype.name,
@@ -91,7 +92,7 @@ def report(
         "memory": memory(config),
         "tensors": tensors,
         "finite": not any(tensor["nan"] or tensor["infinite"] for tensor in tensors),
-        "vocabulary": describe_vocabulary(directory),
+        "vocabulary": describe_vocabulary(checkpoints.folder_of(directory)),
     }
 
 

@@ -37,8 +37,7 @@ WEIGHTS = {
     "orbax_tree": {
         "config.json": "the hyperparameters; text",
         "hparams.json": "the five hyperparameters; text",
-        "*/": "a folder that may hold the weights, as Orbax writes them",
-        "d/": "the weights, as Orbax writes them",
+        "*/": "the weights, as Orbax writes them, perhaps in a folder inside",
         "_METADATA": "the names of the tensors; text",
     },
     "checkpoint": {
