@@ -46,7 +46,7 @@ AXES = MappingProxyType({**BEFORE, **BLOCK, **AFTER})
 - `ln_*/scale`: sqrt(variance + epsilon); normalized: (x - mean) / scale, before g and b; out: after g and b.
 - attn/scores: the input of the softmax, -1e10 where masked; pattern: the output of the softmax.
 - attn/z: each head's weighted sum of values. attn/out, mlp/out: what is added to the residual stream, with the bias.
-- mlp/pre, mlp/post: the neurons before and after GELU.
+- mlp/pre, mlp/post: the neurons before and after the activation function.
 
 embed and pos_embed have `param_dtype`. scale, normalized, scores and pattern are at least float32. All others have
 `compute_dtype`.

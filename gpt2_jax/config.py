@@ -10,10 +10,28 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.checks import real_number, whole_number
+from gpt2_jax.checks import choice, real_number, whole_number
 
 HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+VARIANTS = (  # fields under Hugging Face's names, in which other GPT-2s differ from OpenAI's
+    "activation_function",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "tie_word_embeddings",
+)
+ACTIVATIONS = {  # Hugging Face's names of activation functions -> ours; those of one function differ only in rounding
+    "gelu_new": "gelu_new",  # the tanh form of GELU
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu": "gelu",  # exact: with the error function
+    "gelu_python": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 BOOK_WORDS = {  # names in the configs of the build-an-LLM books; they also have drop_rate and qkv_bias
     "vocab_size": "n_vocab",
     "context_length": "n_ctx",
@@ -21,13 +39,16 @@ BOOK_WORDS = {  # names in the configs of the build-an-LLM books; they also have
     "n_heads": "n_head",
     "n_layers": "n_layer",
 }
+BOOK_RATES = {"drop_rate_emb": "embd_pdrop", "drop_rate_attn": "attn_pdrop", "drop_rate_shortcut": "resid_pdrop"}
 LARGEST = 2**31 - 1  # largest value of a hyperparameter: JAX uses int32
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Hyperparameters under the names of OpenAI's hparams.json, dropout rates and dtypes.
+    """Hyperparameters under the names of OpenAI's hparams.json, dropout rates, dtypes and variants of the arithmetic.
+
+    The defaults of the variants are OpenAI's GPT-2. Their names are those of Hugging Face's config.json.
 
     It is frozen and hashable, so it can be a static argument of a jitted function.
 
@@ -42,6 +63,12 @@ class GPT2Config:
       qkv_bias: False means that the query, key and value biases are 0 and get no gradient.
       param_dtype: dtype of the stored parameters.
       compute_dtype: dtype of the inputs of matrix products; LayerNorm, softmax and logits are at least float32.
+      activation_function: the MLP's nonlinearity: "gelu_new" (the tanh form of GELU), "gelu" (exact), "relu" or "silu".
+        Hugging Face's other names of these functions become one of the four: gelu_pytorch_tanh, gelu_python_tanh,
+        gelu_fast and gelu_accurate; gelu_python; swish.
+      scale_attn_by_inverse_layer_idx: True also divides the attention scores of layer i by i + 1.
+      reorder_and_upcast_attn: kept for export. It changes nothing here: attention scores are always at least float32.
+      tie_word_embeddings: False means that the output head is a parameter of its own, `lm_head` [V, D], and not `wte`.
 
     Raises:
       ValueError: a value has the wrong type or is out of range.
@@ -58,6 +85,10 @@ class GPT2Config:
     qkv_bias: bool = True
     param_dtype: Any = "float32"
     compute_dtype: Any = "float32"
+    activation_function: str = "gelu_new"
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         for name in HPARAMS:
@@ -66,8 +97,11 @@ class GPT2Config:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         for name in DROPOUT_RATES:
             object.__setattr__(self, name, real_number(name, getattr(self, name), 0, 1, open_high=True))
-        if not isinstance(self.qkv_bias, bool):
-            raise ValueError(f"qkv_bias must be True or False, not {self.qkv_bias!r}")
+        for name in ("qkv_bias", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        activation = ACTIVATIONS[choice("activation_function", self.activation_function, ACTIVATIONS)]
+        object.__setattr__(self, "activation_function", activation)
         for name in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, name, float_dtype(name, getattr(self, name)))
 
@@ -87,14 +121,24 @@ class GPT2Config:
 
         The names are vocab_size, context_length, emb_dim, n_heads, n_layers, drop_rate (for all three dropout rates)
         and qkv_bias. For the released weights set qkv_bias to True, as the books do: those weights have these biases.
+        drop_rate_emb, drop_rate_attn and drop_rate_shortcut set one dropout rate each. kv_window_size, the size of the
+        book's KV cache, is accepted if it does not shorten the context.
 
         Raises:
           ValueError: a name is unknown or missing, or a value is out of range.
         """
-        _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"))
-        rates: dict[str, Any] = dict.fromkeys(DROPOUT_RATES, settings["drop_rate"])
+        _check_names(settings, (*BOOK_WORDS, "drop_rate", "qkv_bias"), (*BOOK_RATES, "kv_window_size"))
+        rates: dict[str, Any] = dict.fromkeys(DROPOUT_RATES, settings.get("drop_rate"))
+        rates |= {ours: settings[word] for word, ours in BOOK_RATES.items() if word in settings}
         hparams = {ours: settings[word] for word, ours in BOOK_WORDS.items()}
-        return cls(**hparams, **rates, qkv_bias=settings["qkv_bias"])
+        config = cls(**hparams, **rates, qkv_bias=settings["qkv_bias"])
+        window = settings.get("kv_window_size")
+        if window is not None and whole_number("kv_window_size", window, 1, LARGEST) < config.n_ctx:
+            raise ValueError(
+                f"kv_window_size ({window}) is less than context_length ({config.n_ctx}): attention to only the last "
+                "tokens is not supported"
+            )
+        return config
 
     def to_hparams(self) -> dict[str, int]:
         """Return the contents of OpenAI's hparams.json."""
@@ -110,15 +154,23 @@ class GPT2Config:
         return self.n_embd // self.n_head
 
     @property
+    def variants(self) -> dict[str, Any]:
+        """The fields in which this model's arithmetic differs from OpenAI's GPT-2, with their values."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in VARIANTS if getattr(self, name) != defaults[name]}
+
+    @property
     def param_counts(self) -> dict[str, int]:
-        """Exact number of parameters by part, over all layers. The output head is `wte` itself and is counted once."""
+        """Exact number of parameters by part, over all layers. A tied output head is `wte` itself, counted once."""
         d, n = self.n_embd, self.n_layer
+        head = {} if self.tie_word_embeddings else {"lm_head": self.n_vocab * d}
         return {
             "wte": self.n_vocab * d,
             "wpe": self.n_ctx * d,
             "attn": n * (4 * d * d + 4 * d),
             "mlp": n * (8 * d * d + 5 * d),
             "ln": (2 * n + 1) * 2 * d,
+            **head,
         }
 
     @property
@@ -141,13 +193,16 @@ class GPT2Config:
         return 4 * 4 * self.n_params
 
 
-def _check_names(values: Mapping[str, Any], names: tuple[str, ...]) -> None:
+def _check_names(values: Mapping[str, Any], names: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
     if not isinstance(values, Mapping):
         raise ValueError(f"hyperparameters must be a mapping of names to numbers, not a {type(values).__name__}")
-    unknown = [str(name) for name in values if name not in names]
-    missing = [name for name in names if name not in values]
+    unknown = [str(name) for name in values if name not in (*names, *optional)]
+    whole = set(BOOK_RATES) <= set(values)  # the rates of all parts are there, so drop_rate need not be
+    missing = [name for name in names if name not in values and not (whole and name == "drop_rate")]
     if unknown:
-        raise ValueError(f"unknown hyperparameters {', '.join(unknown)}: the names are {', '.join(names)}")
+        raise ValueError(
+            f"unknown hyperparameters {', '.join(unknown)}: the names are {', '.join((*names, *optional))}"
+        )
     if missing:
         raise ValueError(f"missing hyperparameters {', '.join(missing)}")
 

@@ -29,6 +29,12 @@ from gpt2_jax.params import Params, check, flatten, unflatten
 from gpt2_jax.products import product
 
 EPSILON = 1e-5  # the original's value; Flax's default is 1e-6
+ACTIVATION_FUNCTIONS = {
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
 
 
 @struct.dataclass
@@ -101,6 +107,7 @@ class Attention(nn.Module):
     """Multi-head attention. The columns of c_attn are q, k and v, in this order."""
 
     config: GPT2Config
+    layer: int = 0
 
     @nn.compact
     def __call__(
@@ -137,12 +144,13 @@ class Attention(nn.Module):
             k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
         dropout = functools.partial(Dropout(config.attn_pdrop), deterministic=deterministic)
         see = [functools.partial(taps, self, name) for name in ("scores", "pattern")]
+        divisor = self.layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
         if past is not None or k_BNHS.shape[-1] != x_BTD.shape[1]:
-            z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past, *see)
+            z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past, *see, divisor)
         elif taps.on(self, "scores", "pattern"):  # from here on there are only the new tokens: `start` is 0
-            z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see)
+            z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see, divisor)
         else:
-            z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout)
+            z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, divisor)
         z_BTD = taps(self, "z", z_BTNH).reshape(x_BTD.shape)
         out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTD)
         out_BTD = Dropout(config.resid_pdrop)(out_BTD, deterministic)
@@ -150,7 +158,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with the tanh form of GELU between them. The width F is 4 D."""
+    """Two dense layers with an activation function between them, the tanh form of GELU by default. F is 4 D."""
 
     config: GPT2Config
 
@@ -158,7 +166,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array, deterministic: bool = True, taps: Taps = NO_TAPS) -> jax.Array:
         """Return what the MLP adds to the residual stream [B, T, D]."""
         h_BTF = taps(self, "pre", Conv1D(self.config, 4 * self.config.n_embd, name="c_fc")(x_BTD))
-        h_BTF = taps(self, "post", jax.nn.gelu(h_BTF, approximate=True))
+        h_BTF = taps(self, "post", ACTIVATION_FUNCTIONS[self.config.activation_function](h_BTF))
         out_BTD = Conv1D(self.config, self.config.n_embd, name="c_proj")(h_BTF)
         return taps(self, "out", Dropout(self.config.resid_pdrop)(out_BTD, deterministic))
 
@@ -167,6 +175,7 @@ class Block(nn.Module):
     """One pre-norm layer: attention, then MLP. Each is added to the residual stream."""
 
     config: GPT2Config
+    layer: int = 0
 
     @nn.compact
     def __call__(
@@ -182,7 +191,8 @@ class Block(nn.Module):
         """Return the residual stream after this layer, and its new (k_BNHS, v_BNSH). Arguments: see Attention."""
         x_BTD = taps(self, "resid_pre", x_BTD)
         h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD, taps)
-        h_BTD, kv = Attention(self.config, name="attn")(h_BTD, mask_BTS, kv, start, past, deterministic, taps)
+        attn = Attention(self.config, self.layer, name="attn")
+        h_BTD, kv = attn(h_BTD, mask_BTS, kv, start, past, deterministic, taps)
         x_BTD = taps(self, "resid_mid", x_BTD + h_BTD)
         h_BTD = LayerNorm(self.config, name="ln_2")(x_BTD, taps)
         x_BTD = x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic, taps)
@@ -208,7 +218,7 @@ class GPT2(nn.Module):
             ...
 
     def setup(self):
-        """Declare wte, wpe, h0 ... and ln_f."""
+        """Declare wte, wpe, h0 ..., ln_f, and lm_head if the head is not tied."""
         config = self.config
         if "float64" in (config.param_dtype.name, config.compute_dtype.name) and not _has_float64():
             raise ValueError('float64 needs jax.config.update("jax_enable_x64", True); without it JAX uses float32')
@@ -216,8 +226,10 @@ class GPT2(nn.Module):
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
         block = nn.remat(Block, static_argnums=(6, 7)) if self.remat else Block  # `deterministic` and `taps`
         for i in range(config.n_layer):
-            setattr(self, f"h{i}", block(config))
+            setattr(self, f"h{i}", block(config, i))
         self.ln_f = LayerNorm(config)
+        tied = config.tie_word_embeddings
+        self.head = self.wte if tied else param(self, "lm_head", normal(0.02), (config.n_vocab, config.n_embd))
         self.embd_dropout = Dropout(config.embd_pdrop)
 
     def __call__(
@@ -288,10 +300,13 @@ class GPT2(nn.Module):
         return self.ln_f(x_BTD, seen), cache
 
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
-        """Return the logits [..., V] of hidden states [..., D]: a product with `wte`, summed in at least float32."""
+        """Return the logits [..., V] of hidden states [..., D]: a product with the output head.
+
+        The head is `wte`, or `lm_head` if the config's tie_word_embeddings is False. Sums are at least float32.
+        """
         dtype = self.config.compute_dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        return product(h_BTD.astype(dtype), self.wte.astype(dtype), transposed=True, dtype=wide)
+        return product(h_BTD.astype(dtype), self.head.astype(dtype), transposed=True, dtype=wide)
 
     def _taps(self, taps: Mapping[str, Tap] | None, position_BT: jax.Array) -> Taps:
         if not taps:
@@ -353,7 +368,7 @@ def _has_float64() -> bool:
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
     """Return new params with the original's initial values: w and wte N(0, 0.02), wpe N(0, 0.01), b 0, g 1.
 
-    N(m, s) is the normal distribution with mean m and standard deviation s.
+    N(m, s) is the normal distribution with mean m and standard deviation s. An untied lm_head is N(0, 0.02).
 
     Raises:
       ValueError: `key` is not a key (`jax.random.key(seed)`).

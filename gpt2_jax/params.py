@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 Params = dict[str, Any]
@@ -24,6 +25,11 @@ def flatten(params: Params) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> Params:
     """Return the nested dicts of {"h0/attn/c_attn/w": array, ...}: the inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def output_head(params: Mapping[str, Any]) -> Any:
+    """Return the array [V, D] that turns hidden states into logits: `lm_head` if there is one, else `wte`."""
+    return params["lm_head"] if "lm_head" in params else params["wte"]
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = True) -> list[str]:
@@ -54,8 +60,11 @@ def check(params: Params, expected: Mapping[str, Any], dtypes: bool = True) -> N
     except (TypeError, AssertionError, AttributeError) as error:
         raise ValueError(f"params must be nested dicts of arrays, not {reprlib.repr(params)}") from error
     for name, leaf in flat.items():
-        if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"params must hold an array of floats at {name}, not {reprlib.repr(leaf)}")
+        dtype = getattr(leaf, "dtype", None)  # a torch tensor has one too, of another type
+        if not hasattr(leaf, "shape") or not isinstance(dtype, np.dtype) or not jnp.issubdtype(dtype, jnp.floating):
+            torch = type(leaf).__module__.startswith("torch")
+            hint = ": convert torch tensors with tensor.detach().numpy()" if torch else ""
+            raise ValueError(f"params must hold an array of floats at {name}, not {reprlib.repr(leaf)}{hint}")
     if wrong := differences(flat, expected, dtypes):
         raise ValueError("params do not match the config:\n  " + "\n  ".join(wrong))
 

@@ -21,7 +21,9 @@ KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bo
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The model to train. n_ctx, n_embd, n_head and n_layer are used only with random weights.
+    """The model to train. With a source, only `source`, `tokenizer` and `dropout` are used.
+
+    All other fields, except tokenizer and dropout, describe a model with random weights.
 
     Attributes:
       source: the model to start from, any that `load` takes; "" starts from random weights of the shape below.
@@ -32,6 +34,9 @@ class Model:
       tokenizer: a model or folder whose vocabulary is used; "" means that of `source`.
       dropout: dropout rate after the embeddings, on the attention weights and on what each block adds to the residual
         stream; 0 or more, less than 1.
+      activation_function: gelu_new (the tanh form of GELU, which GPT-2 has), gelu (exact), relu or silu.
+      scale_attn_by_inverse_layer_idx: divide the attention scores of layer i also by i + 1.
+      tie_word_embeddings: the output head is the token embedding; false gives it weights of its own.
     """
 
     source: str = "shakespeare"
@@ -41,11 +46,15 @@ class Model:
     n_layer: int = 12
     tokenizer: str = ""
     dropout: float = 0.1
+    activation_function: Literal["gelu_new", "gelu", "relu", "silu"] = "gelu_new"
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         for name in ("n_ctx", "n_embd", "n_head", "n_layer"):
             _whole(self, name, 1)
         _real(self, "dropout", 0, 1, open_high=True)
+        _choice(self, "activation_function")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +115,7 @@ class Optimizer:
     weight_decay: float = 0.1
     clip: float = 1.0
     learning_rates: Rules = ((".*", 1.0),)
-    decay: Rules = ((r"(^|/)(w|wte|wpe)$", 1.0), (".*", 0.0))
+    decay: Rules = ((r"(^|/)(w|wte|wpe|lm_head)$", 1.0), (".*", 0.0))
 
     def __post_init__(self):
         _choice(self, "name")

@@ -17,7 +17,7 @@ DATA, MODEL = "data", "model"
 ALL = (MODEL, DATA)
 RULES = (
     # Along n_embd: 50,257 tokens are not divisible by any usual number of devices.
-    (r"(^|/)(wte|wpe)$", PartitionSpec(None, ALL)),
+    (r"(^|/)(wte|wpe|lm_head)$", PartitionSpec(None, ALL)),
     # As in Megatron: c_attn and c_fc are divided by their outputs, c_proj by its inputs.
     (r"(c_attn|c_fc)/w$", PartitionSpec(DATA, MODEL)),
     (r"c_proj/w$", PartitionSpec(MODEL, DATA)),

@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.checkpoints import safetensors, tensorflow
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, write_manifest
+from gpt2_jax.checkpoints.integrity import (
+    STORED_DTYPES,
+    DamagedError,
+    Leaves,
+    read_manifest,
+    sha256,
+    write_manifest,
+)
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import cache_dir
 from gpt2_jax.model import abstract_params
@@ -22,8 +29,12 @@ from gpt2_jax.params import differences, flatten
 from gpt2_jax.progress import reading
 
 
-def read(directory: Path) -> tuple[GPT2Config, Leaves]:
+def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]:
     """Read a TensorFlow checkpoint from its copy. If there is none, read it with TensorFlow and keep a copy.
+
+    Args:
+      directory: the folder, or the prefix of one of its checkpoints. A folder has one copy, of what was read last.
+      dtype: as in `tensorflow.read`. Variables of float64, or of different dtypes, are not copied.
 
     Raises:
       FileNotFoundError, ValueError: as in `tensorflow.read`. A copy that is damaged or cannot be written only
@@ -36,7 +47,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         opened = None
         warnings.warn(f"{error}; the copy is made again from {directory}", stacklevel=2)
     if opened is None:
-        config, arrays = _make(directory, source)
+        config, arrays = _make(directory, source, dtype)
         return config, _drain(arrays)
     config, leaves = opened
     return config, _or_make_again(directory, source, leaves)
@@ -53,6 +64,7 @@ def read_config(directory: Path) -> GPT2Config | None:
 
 def copy_path(directory: Path) -> Path:
     """Return the path of a directory's copy."""
+    directory = directory if directory.is_dir() else directory.parent
     name = hashlib.sha256(str(directory.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
     return cache_dir() / "copies" / f"{name}.safetensors"
 
@@ -81,14 +93,20 @@ def _or_make_again(directory: Path, source: dict[str, object], leaves: Leaves) -
         return
     except (DamagedError, OSError) as error:
         warnings.warn(f"{error}; the copy is made again from {directory}", stacklevel=2)
-    _, arrays = _make(directory, source)
+    _, arrays = _make(directory, source, None)
     yield from ((name, array) for name, array in _drain(arrays) if name not in done)
 
 
-def _make(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, dict[str, np.ndarray]]:
+def _make(
+    directory: Path, source: dict[str, object], dtype: np.dtype | None
+) -> tuple[GPT2Config, dict[str, np.ndarray]]:
     """Read the original and keep a copy. `source` was made before: if the files changed since, the copy is not used."""
-    config, leaves = tensorflow.read(directory)
+    config, leaves = tensorflow.read(directory, dtype)
     arrays = dict(reading(leaves, f"reading {directory.name}", config.param_bytes))
+    stored = {array.dtype.name for array in arrays.values()}
+    if len(stored) > 1 or not stored <= set(STORED_DTYPES):
+        return config, arrays
+    config = config.replace(param_dtype=stored.pop())
     manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)
     try:
         path = copy_path(directory)
@@ -111,9 +129,9 @@ def _drain(arrays: dict[str, np.ndarray]) -> Leaves:
 
 def _fingerprint(directory: Path) -> dict[str, object]:
     """Return what identifies the version of a checkpoint, in types that JSON does not change."""
+    data = tensorflow.data_files(directory)
     prefix = tensorflow.find_checkpoint(directory)
-    data = sorted(directory.glob(tensorflow.data_pattern(prefix)))
-    index = (directory / f"{prefix.name}.index").read_bytes()
+    index = b"" if tensorflow.is_v1(prefix) else prefix.with_name(f"{prefix.name}.index").read_bytes()
     return {
         "data": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in data],
         "index": hashlib.sha256(index).hexdigest(),

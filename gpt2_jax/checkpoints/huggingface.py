@@ -1,29 +1,26 @@
 """Hugging Face's format of GPT-2: config.json and safetensors, with Hugging Face's names and OpenAI's orientation.
 
-Hugging Face's GPT-2 keeps OpenAI's Conv1D, so nothing is transposed. A file that this project wrote contains a sha256
+Hugging Face's GPT-2 keeps OpenAI's Conv1D, so nothing is transposed. Names and orientations of other programs are read
+too (`names`). A file that this project wrote contains a sha256
 of each tensor. In other files, only the header, the names, the shapes and the finiteness of the values can be checked.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checkpoints import safetensors
+from gpt2_jax.checkpoints import names, safetensors
+from gpt2_jax.checkpoints.config_words import in_hugging_face_words
 from gpt2_jax.checkpoints.huggingface_tokenizer import write_json
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, stored_dtype, write_manifest
-from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, GPT2Config
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, write_manifest
+from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, VARIANTS, GPT2Config
 from gpt2_jax.files import read_json
-from gpt2_jax.model import abstract_params
-from gpt2_jax.params import differences, flatten
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ROOT = "transformer."
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old files store as a tensor
 
 HPARAM_NAMES = {
     "n_vocab": "vocab_size",
@@ -34,13 +31,10 @@ HPARAM_NAMES = {
 }
 ARITHMETIC = {  # the allowed values of each field; the first one is also the default
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
-    "tie_word_embeddings": (True,),
     "quantization_config": (None,),
     "pruned_heads": ({}, None),
 }
@@ -48,30 +42,35 @@ ARITHMETIC = {  # the allowed values of each field; the first one is also the de
 
 def hugging_face_name(name: str) -> str:
     """Return Hugging Face's name of a parameter: "h0/attn/c_attn/w" becomes "transformer.h.0.attn.c_attn.weight"."""
-    *path, last = re.sub(r"^h(\d+)/", r"h/\1/", name).split("/")
-    return ROOT + ".".join([*path, {"w": "weight", "g": "weight", "b": "bias"}.get(last, f"{last}.weight")])
+    return ("" if name == "lm_head" else names.ROOT) + names.hugging_face_keys(name)[0]
 
 
 def read_config(directory: Path) -> GPT2Config:
-    """Read config.json. The param_dtype is always float32; the weights may have another one.
+    """Read config.json. The param_dtype is always float32, and the head is tied if the file says so or says nothing.
+
+    The weights may have another dtype, and an output head of their own: `read` returns the config that fits them.
 
     Raises:
       FileNotFoundError: the file is not there.
-      ValueError: it is malformed, or requires arithmetic that is not GPT-2's. The message names the field.
+      ValueError: it is malformed, or requires arithmetic that GPT2Config does not have. The message names the field.
     """
     path = directory / "config.json"
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold fields and values")
+    try:
+        fields = in_hugging_face_words(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     for field, allowed in ARITHMETIC.items():
         value = fields.get(field, allowed[0])
         if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
             raise ValueError(f"{path} has {field} = {value!r}, which is not supported: GPT-2 has {allowed[0]!r}")
     if missing := [name for name in HPARAM_NAMES.values() if name not in fields]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    rates = {name: fields[name] for name in DROPOUT_RATES if name in fields}
+    more = {name: fields[name] for name in (*DROPOUT_RATES, *VARIANTS) if name in fields}
     try:
-        config = GPT2Config(**{ours: fields[theirs] for ours, theirs in HPARAM_NAMES.items()}, **rates)
+        config = GPT2Config(**{ours: fields[theirs] for ours, theirs in HPARAM_NAMES.items()}, **more)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if fields.get("n_inner") not in (None, 4 * config.n_embd):
@@ -82,13 +81,24 @@ def read_config(directory: Path) -> GPT2Config:
     return config
 
 
-def read(directory: Path) -> tuple[GPT2Config, Leaves]:
+def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]:
     """Read a directory in Hugging Face's format: one weights file, or several with an index.
 
-    The prefix `transformer.` of keys is optional. Mask buffers are skipped by name. `lm_head.weight` must equal `wte`.
+    The tensors may have the names of any program in `names`, with the prefixes of wrappers. Mask buffers and heads for
+    other tasks are skipped by name.
+
+    Args:
+      directory: the folder.
+      dtype: the dtype into which the caller casts. Then the tensors may have any float dtypes, also different ones.
 
     Returns:
-      config, leaves. The config's param_dtype is the dtype of the tensors. Each leaf is read when it is requested.
+      config, leaves. The config's param_dtype is the dtype of the tensors, or `dtype`. Each leaf is read when it is
+      requested, in its stored dtype. As in transformers 5, the output head is tied if config.json says so and no other
+      head is stored.
+
+    Warns:
+      UserWarning: a head for another task is left out; or config.json says that the head is tied, but the stored one is
+        not equal to `wte`.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -100,82 +110,48 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     hashes = None
     if manifest is not None:
         saved, more = read_manifest(manifest, source)
-        hashes = {_short(key): value for key, value in more["sha256"].items()}
-        wrong = [name for name in HPARAMS if getattr(saved, name) != getattr(config, name)]
+        hashes = {names.short(key): value for key, value in more["sha256"].items()}
+        wrong = [name for name in (*HPARAMS, *VARIANTS) if getattr(saved, name) != getattr(config, name)]
         if wrong:
             message = ", ".join(f"{name} = {getattr(config, name)} instead of {getattr(saved, name)}" for name in wrong)
             raise DamagedError(f"{directory / 'config.json'} does not match {source}: it has {message}")
         config = config.replace(qkv_bias=saved.qkv_bias)
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" not in tensors:  # the same array under its other name
-        tensors["wte.weight"], head = head, None
-    if config.n_layer > len(tensors):  # checked before a tree of that many layers is built
-        raise ValueError(f"config.json says n_layer = {config.n_layer}, but {source} has {len(tensors)} tensors")
-    config = config.replace(param_dtype=stored_dtype((tensor.dtype for tensor in tensors.values()), source))
-    expected = flatten(abstract_params(config))
-    names = {_short(hugging_face_name(name)): name for name in expected}
-    if wrong := differences(tensors, {key: expected[name] for key, name in names.items()}):
-        raise ValueError(f"{source} does not hold the GPT-2 that config.json describes:\n  " + "\n  ".join(wrong))
-    return config, _leaves(tensors, names, hashes, head)
-
-
-def _leaves(
-    tensors: Mapping[str, safetensors.Stored],
-    names: Mapping[str, str],
-    hashes: Mapping[str, str] | None,
-    head: safetensors.Stored | None,
-) -> Leaves:
-    for key, array in safetensors.read(tensors, hashes):
-        if key == "wte.weight" and head is not None:
-            _check_tied(array, head)
-        yield names[key], array
-
-
-def _check_tied(wte: np.ndarray, head: safetensors.Stored) -> None:
-    """Check that a stored output head is equal to `wte`. GPT-2 uses one array for both."""
-    same = head.shape == wte.shape and head.dtype == wte.dtype
-    if same:
-        _, array = next(safetensors.read({"lm_head.weight": head}, None))
-        same = np.array_equal(array.view(np.uint8), wte.view(np.uint8))
-    if not same:
-        raise ValueError(
-            f"lm_head.weight in {head.path} is not equal to wte.weight: a separate output head is not supported, "
-            "because GPT-2 uses one array for both"
-        )
+    matched = names.match(tensors, config, source, "config.json", lambda some: safetensors.read(some, None), dtype)
+    return matched.config, matched.leaves(safetensors.read(matched.tensors, hashes))
 
 
 def _find_tensors(directory: Path) -> tuple[dict[str, safetensors.Stored], str | None, Path]:
-    """Return the tensors by their short keys, the manifest or None, and the file to name in messages."""
+    """Return the tensors by their names, the manifest or None, and the file to name in messages."""
     index = directory / INDEX
     if (directory / WEIGHTS).is_file() or not index.is_file():
         tensors, metadata = safetensors.read_header(directory / WEIGHTS)
-        return _shorten(tensors, directory / WEIGHTS), metadata.get("gpt2_jax"), directory / WEIGHTS
+        return tensors, metadata.get("gpt2_jax"), directory / WEIGHTS
     weight_map = read_json(index)
     weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index} must map each tensor to its file, under weight_map")
-    found = {}
+    found: dict[str, safetensors.Stored] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise ValueError(f"{index} names {file}, which is not a file in the same folder")
         tensors, _ = safetensors.read_header(directory / file)
-        listed = {key for key, where in weight_map.items() if where == file}
-        if listed != tensors.keys():
-            key = min(listed ^ tensors.keys())
-            raise ValueError(f"{index} and {directory / file} do not agree on whether {key} is in that file")
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{found[twice[0]].path} and {directory / file} both hold {twice[0]}")
+        _check_listed(weight_map, file, tensors, index)
         found |= tensors
-    return _shorten(found, index), None, index
+    return found, None, index
 
 
-def _shorten(tensors: Mapping[str, safetensors.Stored], source: Path) -> dict[str, safetensors.Stored]:
-    short = {_short(key): tensor for key, tensor in tensors.items()}
-    if len(short) < len(tensors):
-        raise ValueError(f"{source} holds names both with and without the prefix {ROOT}")
-    return {key: tensor for key, tensor in short.items() if not MASKS.fullmatch(key)}
+def _check_listed(weight_map: Mapping[str, str], file: str, tensors: Mapping[str, Any], index: Path) -> None:
+    """Check that an index and one of its files agree on the tensors in that file.
 
-
-def _short(key: str) -> str:
-    return key.removeprefix(ROOT)
+    Some programs list the output head, which is stored under its other name, or leave a buffer out of the index.
+    """
+    listed = {key for key, where in weight_map.items() if where == file}
+    absent = {key for key in listed - tensors.keys() if names.short(key) != "lm_head.weight"}
+    unlisted = {key for key in tensors.keys() - listed if key in weight_map}
+    if wrong := sorted(absent | unlisted):
+        raise ValueError(f"{index} and {index.parent / file} do not agree on whether {wrong[0]} is in that file")
 
 
 def is_ours(directory: Path) -> bool:
@@ -193,6 +169,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     safetensors.write(directory / WEIGHTS, arrays, {"format": "pt", "gpt2_jax": manifest})
     fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in HPARAM_NAMES.items()}
     fields |= {name: getattr(config, name) for name in DROPOUT_RATES}
+    fields |= {name: getattr(config, name) for name in VARIANTS}
     fields |= {field: values[0] for field, values in ARITHMETIC.items() if values[0] not in (None, {})}
     end_of_text = min(config.n_vocab, SIZES["124M"].n_vocab) - 1  # the last id, or GPT-2's if rows were added
     fields |= {

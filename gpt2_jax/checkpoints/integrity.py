@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ Leaves = Iterator[tuple[str, np.ndarray]]
 """Every parameter once: its flat name ("h0/attn/c_attn/w") and its array on the host, with its shape in params."""
 
 STORED_DTYPES = ("float32", "bfloat16", "float16")
+FLOATS = (*STORED_DTYPES, "float64")  # the dtypes that can be cast to one of those
 KEPT = (*HPARAMS, *DROPOUT_RATES, "qkv_bias")
 
 
@@ -30,8 +33,12 @@ def sha256(array: np.ndarray) -> str:
 
 
 def write_manifest(config: GPT2Config, hashes: Mapping[str, str], **more: Any) -> str:
-    """Return JSON with the config (without compute_dtype, which each run chooses), the hashes, and a digest of all."""
-    kept = {name: getattr(config, name) for name in KEPT} | {"param_dtype": config.param_dtype.name}
+    """Return JSON with the config, the hashes, and a digest of all.
+
+    The config is without compute_dtype, which each run chooses, and without the variants that the model does not use:
+    a manifest of OpenAI's arithmetic is the same as before there were variants.
+    """
+    kept = {name: getattr(config, name) for name in KEPT} | config.variants | {"param_dtype": config.param_dtype.name}
     manifest = {"config": kept, "sha256": dict(hashes), **more}
     return sealed(manifest)
 
@@ -61,22 +68,34 @@ def check_hash(name: str, array: np.ndarray, hashes: Mapping[str, str] | None, s
         raise DamagedError(f"{source} is damaged: {name} is not what was written (its sha256 differs)")
 
 
-def stored_dtype(dtypes: Iterable[Any], source: object) -> np.dtype:
-    """Return the dtype that most tensors have.
+def stored_dtype(dtypes: Iterable[Any], source: object, wanted: np.dtype | None = None) -> np.dtype:
+    """Return the dtype of the params that are loaded: the wanted one, or the one that most tensors have.
 
     Args:
       dtypes: one object with a `name` for each tensor.
       source: the file or folder to name in the message.
+      wanted: the dtype to which the caller casts the tensors. None means that they keep their dtype.
 
     Raises:
-      ValueError: the dtype is not float32, bfloat16 or float16.
+      ValueError: the tensors are not float32, bfloat16 or float16. With a wanted dtype, float64 is accepted too.
     """
-    (name, _), *_ = collections.Counter(dtype.name for dtype in dtypes).most_common(1) or [("nothing", 0)]
-    if name not in STORED_DTYPES:
-        raise ValueError(
-            f"{source} holds {name}: tensors must be {', '.join(STORED_DTYPES[:-1])} or {STORED_DTYPES[-1]}"
-        )
-    return jnp.dtype(name)
+    names = [name for name, _ in collections.Counter(dtype.name for dtype in dtypes).most_common()] or ["float32"]
+    if wanted is not None and set(names) <= set(FLOATS):
+        return wanted
+    if names[0] == "float64":
+        raise ValueError(f'{source} holds float64: pass the dtype to load, as in dtype="float32"')
+    if names[0] in STORED_DTYPES and wanted is None:
+        return jnp.dtype(names[0])
+    name = next(name for name in names if name not in FLOATS)
+    raise ValueError(f"{source} holds {name}: tensors must be {', '.join(STORED_DTYPES[:-1])} or {STORED_DTYPES[-1]}")
+
+
+def warn(message: str) -> None:
+    """Warn the caller of this package: the warning names the first line outside it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("gpt2_jax."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def count_non_finite(array: np.ndarray) -> int:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import copies, huggingface, huggingface_tokenizer, orbax, run_weights, runs, tensorflow
+from gpt2_jax.checkpoints import (
+    copies,
+    flax_msgpack,
+    foreign_orbax,
+    huggingface,
+    huggingface_tokenizer,
+    llmc,
+    orbax,
+    run_weights,
+    runs,
+    tensorflow,
+)
+from gpt2_jax.checkpoints.forms import FormName
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES, Leaves, count_non_finite
 from gpt2_jax.checkpoints.released import use_release
-from gpt2_jax.checkpoints.sources import form_of, locate, size_meant
+from gpt2_jax.checkpoints.sources import Found, find, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, flatten, unflatten
@@ -54,27 +66,39 @@ def load(
     """
     dtype = None if dtype is None else float_dtype("dtype", dtype, STORED_DTYPES)
 
-    def open_and_place(directory: Path) -> tuple[GPT2Config, Params]:
-        return _place(*read(directory, keep_copy), dtype, sharding)
+    def open_and_place(path: Path) -> tuple[GPT2Config, Params]:
+        return _place(*read(path, keep_copy, dtype), dtype, sharding)
 
     size = size_meant(source)
     return open_and_place(locate(source)) if size is None else use_release(size, None, open_and_place)
 
 
-def read(directory: Path, keep_copy: bool = True) -> tuple[GPT2Config, Leaves]:
-    """Read a directory in any format onto the host."""
-    form = form_of(directory)
-    if form == "huggingface":
-        config, leaves = huggingface.read(directory)
-    elif form == "orbax":
-        config, leaves = orbax.read(directory)
-    elif form == "checkpoint":
-        config, leaves = run_weights.read(directory)
-    elif keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0":
-        config, leaves = copies.read(directory)
+def read(path: Path, keep_copy: bool = True, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]:
+    """Read the model at a path that `locate` returned onto the host.
+
+    Args:
+      path: a directory, a file, or the prefix of a TensorFlow checkpoint.
+      keep_copy: as in `load`.
+      dtype: the dtype into which the caller casts. Then the tensors of a file may have any float dtypes.
+    """
+    found = find(path)
+    if found.form == "tensorflow" and keep_copy and os.environ.get("GPT2_JAX_KEEP_COPY", "1") != "0":
+        config, leaves = copies.read(found.path, dtype)
     else:
-        config, leaves = tensorflow.read(directory)
-    return config, reading(leaves, f"reading {directory.name}", config.param_bytes)
+        config, leaves = READERS[found.form](found.path, dtype)
+    return config, reading(leaves, f"reading {path.name}", config.param_bytes)
+
+
+READERS: Mapping[FormName, Callable[[Path, np.dtype | None], tuple[GPT2Config, Leaves]]] = {
+    "tensorflow": tensorflow.read,
+    "huggingface": huggingface.read,
+    "flax": flax_msgpack.read,
+    "orbax_tree": foreign_orbax.read,
+    # The others have one dtype, which can always be loaded.
+    "llmc": lambda path, _: llmc.read(path),
+    "orbax": lambda path, _: orbax.read(path),
+    "checkpoint": lambda path, _: run_weights.read(path),
+}
 
 
 def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding: Any) -> tuple[GPT2Config, Params]:
@@ -111,21 +135,31 @@ def load_config(source: str | os.PathLike) -> GPT2Config:
     """
     if size := size_meant(source):
         return SIZES[size]
-    directory = locate(source)
-    form = form_of(directory)
-    if form == "huggingface":
-        return huggingface.read(directory)[0]
-    if form == "orbax":
-        return orbax.read_config(directory)
-    if form == "checkpoint":
-        return run_weights.read_config(directory)
-    config = tensorflow.read_hparams(directory)
+    found = find(locate(source))
+    if found.form == "tensorflow":
+        return _tensorflow_config(found)
+    quick = {"orbax": orbax.read_config, "checkpoint": run_weights.read_config, "llmc": llmc.read_config}
+    if found.form in quick:
+        return quick[found.form](found.path)
+    return _config_of_any_dtype(found)
+
+
+def _config_of_any_dtype(found: Found) -> GPT2Config:
+    """Return the config of a model. Where `load` needs a dtype, param_dtype is float32."""
     try:
-        data = directory.glob(tensorflow.data_pattern(tensorflow.find_checkpoint(directory)))
+        return READERS[found.form](found.path, None)[0]
+    except ValueError:
+        return READERS[found.form](found.path, np.dtype("float32"))[0]
+
+
+def _tensorflow_config(found: Found) -> GPT2Config:
+    config = tensorflow.read_hparams(found.path)
+    try:
+        data = tensorflow.data_files(found.path)
     except FileNotFoundError:
         return config
-    if sum(path.stat().st_size for path in data) != 4 * config.n_params:  # not float32, or not complete
-        return copies.read_config(directory) or tensorflow.read(directory)[0]
+    if sum(path.stat().st_size for path in data) != 4 * config.n_params:  # not float32, or not only the model
+        return copies.read_config(found.path) or _config_of_any_dtype(found)
     return config
 
 

@@ -1,12 +1,12 @@
 """The Orbax format: gpt2_jax.json beside the params as Orbax writes them.
 
 gpt2_jax.json holds the config and a sha256 of each tensor and file, because Orbax finds only the damage that its
-decompression notices. Only Orbax's v1 interface is used.
+decompression notices. The params are written as Orbax's first interface lays them out, which both of its interfaces
+open; earlier versions of this package wrote the layout of v1, which is read too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,12 +81,12 @@ def _leaves(
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
     """Write gpt2_jax.json and the params into an empty directory."""
-    from orbax.checkpoint import v1 as ocp
+    import orbax.checkpoint as ocp
 
     path = (directory / TREE).resolve()
-    odd = "[" in str(path)  # Orbax's database format treats [ as a pattern
-    with parts.clear_errors(), parts.plain_files() if odd else contextlib.nullcontext():
-        ocp.save(str(path), unflatten(flat))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt="[" not in str(path))  # its database treats [ as a pattern
+    with parts.clear_errors(), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(unflatten(flat)))
     hashes = {name: sha256(array) for name, array in flat.items()}
     manifest = write_manifest(config, hashes, files=hash_files(path))
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")

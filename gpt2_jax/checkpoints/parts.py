@@ -17,9 +17,12 @@ Orbax's v1 interface is used, with these workarounds (Orbax 0.12.8):
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from gpt2_jax.files import hash_files
 from gpt2_jax.params import flatten, unflatten
 
 MANIFEST, VERSION = "checkpoint.json", 1
+QUIET = 0.5  # seconds without a report after which the threads of a failed call are taken to have ended
 
 Parts = Mapping[str, Mapping[str, Any]]
 """{"params": {"h0/attn/c_attn/w": array}, ...}: the arrays (or jax.ShapeDtypeStruct) of each part by flat name."""
@@ -163,16 +167,23 @@ def plain_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn errors into an OSError of one sentence, and drop the traces that Orbax logs for the same errors."""
+    """Turn errors into an OSError of one sentence, and drop the traces that Orbax leaves for the same errors."""
 
     def is_news(record: logging.LogRecord) -> bool:
-        known = ("Skipping merge of OCDBT checkpoints", "_SignalingThread.run() raised an exception")
+        known = (
+            "Task exception was never retrieved",  # asyncio's, of a task that another error stopped
+            "Skipping merge of OCDBT checkpoints",
+            "_SignalingThread.run() raised an exception",
+            "Metadata file does not exist",  # of a folder that holds one of several items
+        )
         return not any(text in str(record.msg) for text in known)
 
-    logger = logging.getLogger("absl")
-    logger.addFilter(is_news)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(is_news)
     try:
-        yield
+        with _late_errors_dropped():
+            yield
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a full disk gives different types of errors
@@ -180,4 +191,32 @@ def clear_errors() -> Iterator[None]:
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise OSError(f"Orbax says: {one_line(error)}") from error
     finally:
-        logger.removeFilter(is_news)
+        for logger in loggers:
+            logger.removeFilter(is_news)
+
+
+@contextlib.contextmanager
+def _late_errors_dropped() -> Iterator[None]:
+    """After an error in the block, wait until the threads of the failed call have ended, and drop what they report.
+
+    They write to the folder and report to an event loop that is closed, which Python prints as a traceback each.
+    """
+    print_error, latest = sys.unraisablehook, 0.0
+
+    def drop(unraisable: Any) -> None:
+        nonlocal latest
+        latest = time.monotonic()
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_error(unraisable)
+
+    sys.unraisablehook = drop
+    try:
+        yield
+    except Exception:
+        start = latest = time.monotonic()
+        while (now := time.monotonic()) - latest < QUIET and now - start < 10 * QUIET:
+            time.sleep(QUIET / 20)
+        gc.collect()  # asyncio logs the errors of its tasks when they are collected
+        raise
+    finally:
+        sys.unraisablehook = print_error

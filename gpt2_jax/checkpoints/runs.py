@@ -22,7 +22,7 @@ from typing import Any
 from gpt2_jax.checkpoints import parts
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import check_replaceable, expanded, read_json, replacing_file
-from gpt2_jax.recipe import Recipe, from_dict, to_dict
+from gpt2_jax.recipe import Optimizer, Recipe, from_dict, to_dict
 from gpt2_jax.tokenizer import OPENAI_FILES, Tokenizer, fingerprint
 
 RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
@@ -32,6 +32,7 @@ MARK, VERSION = "gpt2_jax_run", 1
 # The settings that may change when a run is resumed. They affect the steps still to come, the monitoring, or how the
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
 # the hash of the data is compared.
+EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 FREE = re.compile(
     r"recipe\.(steps|accumulate|remat|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
@@ -157,7 +158,7 @@ def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
     Raises:
       ValueError: the runs differ in fields that determine what was computed so far. The message lists them.
     """
-    before, now = dict(_fields(_to_json(old))), dict(_fields(_to_json(new)))
+    before, now = dict(_fields(_comparable(old))), dict(_fields(_comparable(new)))
     names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
     if names:
         listed = ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in names)
@@ -208,6 +209,15 @@ def _to_json(run: Run) -> dict[str, Any]:
     dtypes = {name: config[name].name for name in ("param_dtype", "compute_dtype")}
     fields = {"config": config | dtypes, "recipe": to_dict(run.recipe), "data": run.data, "tokenizer": run.tokenizer}
     return {MARK: VERSION} | fields
+
+
+def _comparable(run: Run) -> dict[str, Any]:
+    """Return a run as JSON values in which equal settings are equal: two decay rules mean the same for a tied head."""
+    fields = _to_json(run)
+    optimizer = fields["recipe"]["optimizer"]
+    if run.config.tie_word_embeddings and optimizer["decay"] == EARLIER_DECAY:
+        optimizer["decay"] = to_dict(Optimizer())["decay"]
+    return fields
 
 
 def _fields(fields: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -48,7 +48,8 @@ def save(
       params: params as `load` returns them, on any devices of this host.
       format: "tensorflow", OpenAI's own files (variables `model/h0/attn/c_attn/w` (1, in, out), hparams.json);
         "huggingface", which `GPT2LMHeadModel.from_pretrained` opens; or "orbax". The last two also hold a sha256 of
-        each tensor, and the config's dropout rates and qkv_bias, which OpenAI's files cannot hold.
+        each tensor, and the config's dropout rates and qkv_bias, which OpenAI's files cannot hold. A config whose
+        arithmetic is not OpenAI's (`config.variants`) is refused in the format "tensorflow".
       tokenizer: written too, in the files of the format: encoder.json and vocab.bpe, or Hugging Face's files. None
         writes only weights and config.
 
@@ -67,6 +68,7 @@ def save(
     directory = files.expanded(directory)
     if format == "tensorflow":
         tensorflow.check_path(directory)
+        tensorflow.check_config(config)
     check = functools.partial(check_replaceable, directory, with_vocabulary=tokenizer is not None)
     check()
     flat = _on_host(config, params)

@@ -1,72 +1,99 @@
-"""Sources of models: a directory, a released size, or an id on the Hugging Face hub."""
+"""Sources of models: a directory or a file, a released size, or an id on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import Literal
 
-from gpt2_jax.checkpoints import hub, runs
+from gpt2_jax.checkpoints import foreign_orbax, hub, llmc, pickles, runs, tensorflow
+from gpt2_jax.checkpoints.forms import FORMS, UNDERSTOOD, FormName
 from gpt2_jax.config import SIZES
 from gpt2_jax.files import expanded
 from gpt2_jax.release import download
 from gpt2_jax.tokenizer import OPENAI_FILES
 
-Form = Literal["tensorflow", "huggingface", "orbax", "checkpoint"]
 Part = Literal["model", "tokenizer"]
 
 EMBEDDED = "shakespeare"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-CONFIGS: dict[str, Form] = {"hparams.json": "tensorflow", "config.json": "huggingface"}
-WEIGHTS: dict[str, Form] = {
-    "*.data-*-of-*": "tensorflow",
-    "model.safetensors": "huggingface",
-    "model.safetensors.index.json": "huggingface",
-    "gpt2_jax.json": "orbax",
-}
-UNDERSTOOD = """supported formats:
-  OpenAI's layout: hparams.json, checkpoint, model.ckpt.index, model.ckpt.data-00000-of-00001
-  Hugging Face's format: config.json, model.safetensors (or model.safetensors.index.json and its files)
-  Orbax, written by gpt2_jax.save: gpt2_jax.json, params
-  a training run of gpt2_jax: run.json, and best or checkpoints"""
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+CONFIGS: dict[str, FormName] = {"hparams.json": "tensorflow", "config.json": "huggingface"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model on this machine.
+
+    Attributes:
+      form: its form.
+      path: what the form's reader opens: a directory, a file, or the prefix of a TensorFlow checkpoint.
+    """
+
+    form: FormName
+    path: Path
 
 
 def locate(source: str | os.PathLike, part: Part = "model") -> Path:
-    """Return the directory of a source. For a size or a hub id, the files that `part` needs are fetched first.
+    """Return the path of a source. For a size or a hub id, the files that `part` needs are fetched first.
 
     Args:
-      source: a directory; a size ("124M", also "117M", "gpt2", "gpt2-xl", ...); a hub id ("distilbert/distilgpt2"); or
+      source: a directory; a model file of llm.c; a TensorFlow checkpoint by its name ("run1/model-1000"); a size
+        ("124M", also "117M", "gpt2", "gpt2-xl", ...); a hub id ("distilbert/distilgpt2", "owner/name@revision"); or
         "shakespeare", the model in this package. A local folder with that name takes precedence (for a size, only if
         it holds a model). The model of a training run's folder is RUN/best, or the newest checkpoint if RUN/best does
         not exist.
-      part: "model" for all files, "tokenizer" for the files that the tokenizer needs.
+      part: "model" for all files, "tokenizer" for the files that the tokenizer needs. The path is then a directory.
 
     Raises:
       FileNotFoundError: there is no such source.
-      ValueError: the source is not a path or a name.
+      ValueError: the source is not a path or a name, or is a file that cannot be read.
       OSError: the files cannot be fetched.
     """
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"a model must be named by a path, a size or a hub id, not {source!r}")
     if size := size_meant(source):
         return download.fetch(size, files=_PARTS[part])
-    directory = expanded(source)
-    if directory.is_dir():
-        return runs.model_folder(directory) if part == "model" and runs.is_run(directory) else directory
-    if directory.exists():
-        raise FileNotFoundError(f"{directory} is a file: name the directory that holds the model")
+    path = expanded(source)
+    if path.is_dir():
+        return runs.model_folder(path) if part == "model" and runs.is_run(path) else path
+    if (file := _file(path)) is not None:
+        return file if part == "model" else file.absolute().parent
     name = os.fspath(source)
     if name == EMBEDDED:
         return embedded_model()
-    if HUB_ID.fullmatch(name):
-        return hub.fetch(name, tokenizer_only=part == "tokenizer")
+    if match := HUB_ID.fullmatch(name):
+        return hub.fetch(match[1], tokenizer_only=part == "tokenizer", revision=match[2])
     raise FileNotFoundError(
         f"no such model: {name!r} is not a directory, a released size ({', '.join(SIZES)}), {EMBEDDED!r} "
-        "or an id on the Hugging Face hub (owner/name)"
+        f"or an id on the Hugging Face hub (owner/name){_hint(name)}"
     )
+
+
+def _file(path: Path) -> Path | None:
+    """Return the model file or the prefix that a path names. None if there is nothing.
+
+    Raises:
+      ValueError, FileNotFoundError: the file holds pickles, or is only a part of a model.
+    """
+    prefix = tensorflow.prefix_of(path)
+    if prefix is not None or llmc.is_model(path):
+        return prefix or path
+    if not path.exists():
+        return None
+    if pickles.is_pickle(path):
+        raise ValueError(pickles.refusal(path))
+    raise FileNotFoundError(f"{path} is a file: name the directory that holds the model")
+
+
+def _hint(name: str) -> str:
+    """Return "; did you mean ..." for a name that lacks the owner on the hub. Without a guess, return ""."""
+    if name in hub.OWNERS:
+        return f"; did you mean {hub.OWNERS[name]}/{name}?"
+    near = difflib.get_close_matches(name, hub.OWNERS, n=1, cutoff=0.85)
+    return f"; did you mean {hub.OWNERS[near[0]]}/{near[0]}?" if near else ""
 
 
 def size_meant(source: object) -> str | None:
@@ -80,50 +107,73 @@ def size_meant(source: object) -> str | None:
 _PARTS = {"model": download.FILES, "tokenizer": ("hparams.json", *OPENAI_FILES)}
 
 
-def form_of(directory: Path) -> Form:
-    """Return the format of the model in a directory, recognized by its files.
+def form_of(path: Path) -> FormName:
+    """Return the form of the model at a path that `locate` returned, as `find` does."""
+    return find(path).form
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder of a path that `locate` returned: the path, or the folder of the file."""
+    return path if path.is_dir() else path.absolute().parent
+
+
+def find(path: Path) -> Found:
+    """Find the model at a path that `locate` returned. Its form is recognized by its files.
 
     Raises:
       FileNotFoundError: the directory holds no model. The message lists its files and the supported formats.
-      ValueError: the directory holds several models, or only pickled weights.
+      ValueError: the directory holds several models, or only weights that are not read.
     """
-    if runs.is_checkpoint(directory):
-        return "checkpoint"
-    for patterns in (WEIGHTS, CONFIGS):
-        forms: dict[Form, str] = {form: pattern for pattern, form in patterns.items() if any(directory.glob(pattern))}
-        if len(forms) > 1:
-            raise ValueError(
-                f"{directory} holds several models ({', '.join(forms.values())}): keep each in its own folder"
-            )
-        if forms and not (patterns is CONFIGS and _pickles(directory)):
-            return next(iter(forms))
-    found = sorted(path.name for path in directory.iterdir())
-    if pickles := _pickles(directory):
-        raise ValueError(
-            f"{directory} holds {', '.join(pickles)}; pickled weights are not read, because opening them can run code; "
-            f"convert them to model.safetensors with: {_conversion(directory, pickles[0])}"
-        )
-    listed = ", ".join(found[:20]) + (f" and {len(found) - 20} more" if len(found) > 20 else "")
-    raise FileNotFoundError(f"{directory} holds no model; found: {listed or 'nothing'}; {UNDERSTOOD}")
+    if not path.is_dir():
+        return Found("llmc" if llmc.is_model(path) else "tensorflow", path)
+    if runs.is_checkpoint(path):
+        return Found("checkpoint", path)
+    for weights in (_weights(path, rank=0), _other_weights(path)):
+        if len(weights) > 1:
+            listed = ", ".join(weights)
+            raise ValueError(f"{path} holds several models ({listed}): keep each in its own folder{_or_name(weights)}")
+        if weights:
+            return next(iter(weights.values()))
+    advice = pickles.other_weights(path)
+    if found := pickles.found_in(path):
+        raise ValueError(pickles.refusal(path / found[0]))
+    if advice:
+        raise ValueError(advice)
+    configs = [form for name, form in CONFIGS.items() if (path / name).is_file()]
+    if len(configs) == 1:
+        return Found(configs[0], path)  # its reader names the file that is missing
+    names = sorted(entry.name for entry in path.iterdir())
+    listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    raise FileNotFoundError(f"{path} holds no model; found: {listed or 'nothing'}; {UNDERSTOOD}")
 
 
-def _conversion(directory: Path, pickle: str) -> str:
-    """Return the shell command that converts pickled weights to safetensors."""
-    if (directory / "config.json").is_file():
-        read = f"d = {str(directory)!r}; M.from_pretrained(d).save_pretrained(d)"
-        return f"python -c {shlex.quote(f'from transformers import GPT2LMHeadModel as M; {read}')}"
-    tensors = f"{{k: v.clone() for k, v in torch.load({str(directory / pickle)!r}, weights_only=True).items()}}"
-    code = f"import torch, safetensors.torch as s; s.save_file({tensors}, {str(directory / 'model.safetensors')!r})"
-    return f"python -c {shlex.quote(code)} (and put the model's config.json there too)"
+def _weights(directory: Path, rank: int) -> dict[str, Found]:
+    """Return the forms of a rank in a directory that file names tell, by the pattern of the files."""
+    found = {}
+    for name, form in FORMS.items():
+        pattern = next((p for p in form.patterns if form.rank == rank and any(directory.glob(p))), None)
+        if pattern is not None:
+            found[pattern] = Found(name, directory)
+    return found
 
 
-def _pickles(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+def _other_weights(directory: Path) -> dict[str, Found]:
+    """Return the models of rank 1 in a directory, some of which only the contents of files tell, by file name."""
+    found = _weights(directory, rank=1)
+    found |= {file.name: Found("llmc", file) for file in sorted(directory.glob("*.bin")) if llmc.is_model(file)}
+    if any((directory / name).is_file() for name in CONFIGS) and foreign_orbax.find(directory) is not None:
+        found["a folder of Orbax"] = Found("orbax_tree", directory)
+    return found
+
+
+def _or_name(weights: dict[str, Found]) -> str:
+    return ", or load one file by its path" if all(found.form == "llmc" for found in weights.values()) else ""
 
 
 def _holds_model(directory: Path) -> bool:
     ours = runs.is_run(directory) or runs.is_checkpoint(directory)
-    return ours or any(any(directory.glob(pattern)) for pattern in (*WEIGHTS, *CONFIGS))
+    configs = any((directory / name).is_file() for name in CONFIGS)
+    return ours or configs or bool(_weights(directory, 0)) or bool(_other_weights(directory))
 
 
 def embedded_model() -> Path:

@@ -69,6 +69,8 @@ def _hyperparameters(report: dict[str, Any], console: Console) -> Iterable[Any]:
     table = plain_table("name", ">value", "in the books", "meaning")
     for name, value in hparams.items():
         table.add_row(name, f"{value:,}", book[name], MEANINGS[name].format(width=width))
+    for name, value in report["variants"].items():
+        table.add_row(name, str(value), "", "OpenAI's GPT-2 has another value")
     yield _title("Hyperparameters")
     yield table
 

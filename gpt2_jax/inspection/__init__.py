@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax import checkpoints
+from gpt2_jax.checkpoints.sources import find
 from gpt2_jax.config import SIZES, GPT2Config
 from gpt2_jax.inspection.files import list_files
 from gpt2_jax.params import Params, flatten
@@ -36,6 +37,9 @@ FORMULAS = {
     "ln": ("ln_1, ln_2, ln_f", "(2·L + 1)·2·D"),
 }
 FORMULA = "V·D + C·D + L·(12·D² + 13·D) + 2·D"
+# With an output head of its own
+UNTIED_FORMULAS = FORMULAS | {"wte": ("tokens", "V·D"), "lm_head": ("output head", "V·D")}
+UNTIED_FORMULA = f"2·{FORMULA}"
 SYMBOLS = {"V": "n_vocab", "C": "n_ctx", "D": "n_embd", "L": "n_layer"}
 
 
@@ -55,36 +59,40 @@ def report(
     """Report on a loaded model and its directory as plain data, which `json.dumps(..., allow_nan=False)` accepts.
 
     Args:
-      directory: the directory that the model was loaded from.
+      directory: the path that the model was loaded from, as `checkpoints.locate` returns it.
       config, params: the result of `load`.
       track: wraps the iteration over the list of (name, tensor), to show progress.
 
     Returns:
       A dict with the keys
-        directory; form: "tensorflow", "huggingface", "orbax", or "checkpoint" for a checkpoint of a training run;
+        directory; form: "tensorflow", "huggingface", "orbax", "checkpoint" for a checkpoint of a training run, or "flax",
+        "llmc" or "orbax_tree" for the files of other programs;
         size: "124M", ..., or None for a shape that was not released;
         files: see `list_files`; hyperparameters: n_vocab, n_ctx, n_embd, n_head, n_layer;
+        variants: the fields in which the arithmetic differs from OpenAI's GPT-2, such as {"activation_function":
+        "gelu"}, usually none;
         param_dtype: its name; parameters: see `count_parameters`; memory: see `memory`, in bytes;
-        tensors: name and `describe_tensor` of each tensor: wte and wpe first, then by layer;
+        tensors: name and `describe_tensor` of each tensor: wte, wpe and lm_head first, then by layer;
         finite: True if no tensor holds NaN or an infinite value; vocabulary: see `describe_vocabulary`.
     """
-    form = checkpoints.form_of(directory)
-    first = {"wte": 0, "wpe": 1}  # the embeddings come first
+    found = find(directory)
+    first = {"wte": 0, "wpe": 1, "lm_head": 2}  # the embeddings come first
     named = sorted(flatten(params).items(), key=lambda item: first.get(item[0], len(first)))
     tensors = [{"name": name} | describe_tensor(leaf) for name, leaf in track(named)]
     hparams = config.to_hparams()
     return {
         "directory": str(directory),
-        "form": form,
+        "form": found.form,
         "size": next((size for size, released in SIZES.items() if released.to_hparams() == hparams), None),
-        "files": list_files(directory, form),
+        "files": list_files(found.path, found.form),
         "hyperparameters": hparams,
+        "variants": config.variants,
         "param_dtype": config.param_dtype.name,
         "parameters": count_parameters(config, params),
         "memory": memory(config),
         "tensors": tensors,
         "finite": not any(tensor["nan"] or tensor["infinite"] for tensor in tensors),
-        "vocabulary": describe_vocabulary(directory),
+        "vocabulary": describe_vocabulary(checkpoints.folder_of(directory)),
     }
 
 
@@ -97,21 +105,25 @@ def count_parameters(config: GPT2Config, params: Params) -> dict[str, Any]:
 
     Returns:
       A dict with the keys parts: a list with part, holds, formula, counted (in the tensors) and closed_form (from the
-      config) for "wte", "wpe", "attn", "mlp" and "ln"; formula, counted, closed_form: those of the whole model; agree:
-      True if both counts are equal in every part; symbols: the names and values of V, C, D and L.
+      config) for "wte", "wpe", "attn", "mlp", "ln" and, if the head is not tied, "lm_head"; formula, counted,
+      closed_form: those of the whole model; agree: True if both counts are equal in every part; symbols: the names and
+      values of V, C, D and L.
     """
-    counted = dict.fromkeys(FORMULAS, 0)
+    formulas, formula = FORMULAS, FORMULA
+    if not config.tie_word_embeddings:
+        formulas, formula = UNTIED_FORMULAS, UNTIED_FORMULA
+    counted = dict.fromkeys(formulas, 0)
     for name, leaf in flatten(params).items():
         part = "ln" if "ln_" in name else name.split("/")[min(1, name.count("/"))]
         counted[part] += int(leaf.size)
     closed = config.param_counts
     parts = [
         {"part": part, "holds": holds, "formula": formula, "counted": counted[part], "closed_form": closed[part]}
-        for part, (holds, formula) in FORMULAS.items()
+        for part, (holds, formula) in formulas.items()
     ]
     return {
         "parts": parts,
-        "formula": FORMULA,
+        "formula": formula,
         "counted": sum(counted.values()),
         "closed_form": config.n_params,
         "agree": counted == closed,

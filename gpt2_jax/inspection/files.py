@@ -28,6 +28,18 @@ WEIGHTS = {
         "gpt2_jax.json": "the hyperparameters and the sha256 of each tensor; text",
         "params/": "the weights, as Orbax writes them",
     },
+    "flax": {
+        "config.json": "the hyperparameters; text",
+        "flax_model*.msgpack": "the weights, as nested dicts of arrays",
+        "flax_model.msgpack.index.json": "which file holds which array; text",
+    },
+    "llmc": {"*.bin": "a header with the hyperparameters, then the weights, one tensor after another"},
+    "orbax_tree": {
+        "config.json": "the hyperparameters; text",
+        "hparams.json": "the five hyperparameters; text",
+        "*/": "the weights, as Orbax writes them, perhaps in a folder inside",
+        "_METADATA": "the names of the tensors; text",
+    },
     "checkpoint": {
         "checkpoint.json": "the names and shapes of all tensors and the sha256 of each file; text",
         "params/": "the weights, as Orbax writes them",
@@ -63,24 +75,33 @@ NOT_READ = {
 }
 
 
-def list_files(directory: Path, form: str) -> list[dict[str, Any]]:
+def list_files(path: Path, form: str) -> list[dict[str, Any]]:
     """List the files in a model's directory. Those that `load` and `load_tokenizer` read come first.
+
+    Args:
+      path: the directory; or the file, or the prefix of a TensorFlow checkpoint, that is read in its folder.
+      form: the form of the model.
 
     Returns:
       For each file or folder ("params/"): name, bytes (of all files in it), used, purpose ("" if it is not known).
     """
+    directory = path if path.is_dir() else path.absolute().parent
     paths = {path.name + "/" * path.is_dir(): path for path in sorted(directory.iterdir())}
     vocabulary = next((files for files in VOCABULARIES if files.keys() & paths.keys()), {})
     weights = WEIGHTS[form]
     newest = _newest(directory) if form == "tensorflow" else None
-    if newest:
+    newest = path.name if path != directory else newest
+    if newest and form == "llmc":
+        weights = {glob.escape(newest): text for text in weights.values()}
+    elif newest:
+        weights = {glob.escape(newest): "the weights, one tensor after another", **weights}
         weights = {pattern.replace("*.", glob.escape(newest) + "."): text for pattern, text in weights.items()}
     if "model.safetensors" in paths:  # it is read even if there is an index too
         weights = {pattern: text for pattern, text in weights.items() if pattern not in SHARDED}
     rows = []
-    for name, path in paths.items():
+    for name, entry in paths.items():
         used = _purpose(name, weights | vocabulary)
-        size = sum(part.stat().st_size for part in (path.rglob("*") if path.is_dir() else [path]) if part.is_file())
+        size = sum(part.stat().st_size for part in (entry.rglob("*") if entry.is_dir() else [entry]) if part.is_file())
         purpose = _purpose(name, NOT_READ) if used is None else used
         rows.append({"name": name, "bytes": size, "used": used is not None, "purpose": purpose})
     return sorted(rows, key=lambda row: not row["used"])

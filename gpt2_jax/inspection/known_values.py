@@ -127,6 +127,8 @@ KNOWN: Mapping[str, KnownValues] = MappingProxyType(
 
 
 def known_for(config: GPT2Config) -> KnownValues | None:
-    """Return the known values for weights of this shape; None if there are none."""
+    """Return the known values for weights of this shape; None if there are none, or the arithmetic is not OpenAI's."""
+    if config.variants:
+        return None
     hparams = config.to_hparams()
     return next((known for known in KNOWN.values() if known.hparams == hparams), None)

@@ -19,7 +19,7 @@ DENSE = {  # color and line style; a dashed line over a solid one shows both whe
     "mlp/c_fc": ("#d55e00", "--"),
     "mlp/c_proj": ("#e69f00", "--"),
 }
-EMBEDDINGS = {"wte": ("#222222", "-"), "wpe": ("#009e73", "--")}
+EMBEDDINGS = {"wte": ("#222222", "-"), "wpe": ("#009e73", "--"), "lm_head": ("#cc79a7", "--")}
 NORMS = {"ln_1": ("#0072b2", "-"), "ln_2": ("#d55e00", "--")}
 CHUNK = 2**18  # values converted to float64 at a time
 BINS = 201  # odd: so one bin is centered on zero
@@ -73,7 +73,7 @@ def draw(config: GPT2Config, params: Params) -> Any:
 def _draw_distributions(ax: Any, config: GPT2Config, flat: dict[str, np.ndarray]) -> None:
     """Draw the share of the values in each bin, on a log scale. There, an exponential tail is a straight line."""
     kinds = {kind: [flat[f"h{i}/{kind}/w"] for i in range(config.n_layer)] for kind in DENSE}
-    kinds |= {kind: [flat[kind]] for kind in EMBEDDINGS}
+    kinds |= {kind: [flat[kind]] for kind in EMBEDDINGS if kind in flat}
     sizes = {kind: _rms(arrays) for kind, arrays in kinds.items()}
     most = max(max(_extent(array) for array in arrays) for arrays in kinds.values())
     limit = min(most, WIDEST * max((size for size in sizes.values() if np.isfinite(size)), default=0)) or 1.0

@@ -22,7 +22,7 @@ from gpt2_jax.params import Params, differences, flatten
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
 
 PASS, FAIL, NOT_APPLICABLE = "pass", "fail", "not applicable"
-NOT_KNOWN = "the shape is not that of a released size or of the embedded model"
+NOT_KNOWN = "the shape or the arithmetic is not that of a released size or of the embedded model"
 SHOWN = 3  # tensors that a check names
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative: covers the rounding of a value
 

@@ -2,10 +2,11 @@
 
 The residual stream is the sum of the embeddings and of what each layer adds. The last step to a logit,
 
-    ((x - mean(x)) / scale * g + b) @ wte[token],
+    ((x - mean(x)) / scale * g + b) @ head[token],
 
 is linear in x if ln_f's scale is held at its value in the run. So the logit is a sum too: each part p of the stream
-contributes ((p - mean(p)) / scale * g) @ wte[token], and ln_f's bias contributes b @ wte[token]. (Elhage et al. 2021,
+contributes ((p - mean(p)) / scale * g) @ head[token], and ln_f's bias contributes b @ head[token]. `head` is `wte`, or
+`lm_head` if the head is not tied. (Elhage et al. 2021,
 "A Mathematical Framework for Transformer Circuits"; Wang et al. 2022, "Interpretability in the Wild", section 3.1.)
 
 Shape letters: B batch, T query, P positions asked for, L layers, D n_embd, N heads, H head width, F mlp width.
@@ -28,7 +29,7 @@ from jax.core import Tracer
 from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
-from gpt2_jax.params import Params
+from gpt2_jax.params import Params, output_head
 from gpt2_jax.research._forward import as_params, as_tokens, forward, places, slots
 
 By = Literal["component", "head", "neuron"]
@@ -174,9 +175,10 @@ def _attribute(
     rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(config.compute_dtype).astype(wide), params)
     params = rounded | {"ln_f": jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(wide), params["ln_f"])}
     with jax.default_matmul_precision("highest"):
-        unembed_BPD = _rows(params["wte"], asked["answers"])
+        head_VD = output_head(params)
+        unembed_BPD = _rows(head_VD, asked["answers"])
         if asked["against"] is not None:
-            unembed_BPD = unembed_BPD - _rows(params["wte"], asked["against"])
+            unembed_BPD = unembed_BPD - _rows(head_VD, asked["against"])
         # (p - mean(p)) @ u = p @ (u - mean(u)): so the vector that multiplies the part is centered, not the part.
         read_BPD = unembed_BPD * params["ln_f"]["g"]
         read_BPD = (read_BPD - read_BPD.mean(-1, keepdims=True)) / at("ln_f/scale")
@@ -202,8 +204,8 @@ def _part(config: GPT2Config, name: str, block: Params, value: jax.Array, read_B
     return {name: jnp.moveaxis(units, -1, 0), f"{room}/c_proj/b": read_BPD @ c_proj["b"]}
 
 
-def _rows(wte_VD: jax.Array, ids: jax.Array) -> jax.Array:
-    return wte_VD.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+def _rows(head_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    return head_VD.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _alike(n_rows: int, **values: Any) -> dict[str, Any]:

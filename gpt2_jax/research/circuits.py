@@ -4,7 +4,8 @@ A head's circuit is the product of a [D, H] and an [H, D] matrix, and is kept as
 [V, V] matrix. Vectors are rows, as in the params: x @ W.
 
 - OV, W_V @ W_O: a head that attends to a token with stream x adds x @ OV to the stream of the query token.
-- QK, W_Q @ W_K.T: the score of a query token with stream x for a key token with stream y is x @ QK @ y / sqrt(H).
+- QK, W_Q @ W_K.T: the score of a query token with stream x for a key token with stream y is x @ QK @ y / sqrt(H),
+  divided by i + 1 in layer i if the config says scale_attn_by_inverse_layer_idx.
 
 x and y are what the head reads: the stream after ln_1. The score is the input of the softmax. The weights are used as
 they are, without their biases. The weights of `fold_layer_norm(config, params)` include ln_1's g.
@@ -24,7 +25,7 @@ from flax import struct
 
 from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.params import Params
+from gpt2_jax.params import Params, output_head
 from gpt2_jax.research._forward import as_params
 from gpt2_jax.research.trees import product, wide
 from gpt2_jax.research.units import split_heads
@@ -95,7 +96,8 @@ def top_tokens(
       vectors: [..., D]: a row of v from `svd()`, which an OV circuit writes, or a column of u, which it reads.
       k: how many tokens to return for each vector.
       ln_f: False computes wte @ vector: the tokens whose embeddings are most like the vector. True also applies ln_f's
-        g and subtracts the mean, without division by the scale: the tokens whose logits the vector raises most.
+        g and subtracts the mean, without division by the scale: the tokens whose logits the vector raises most. These
+        are read from the output head, which is `lm_head` if it is not tied.
 
     Raises:
       ValueError: params do not match the config, vectors are not n_embd wide, or k is not from 1 to n_vocab.
@@ -105,7 +107,8 @@ def top_tokens(
     vectors = jnp.asarray(vectors)
     if vectors.shape[-1:] != (config.n_embd,):
         raise ValueError(f"vectors must have the shape [..., {config.n_embd}] (n_embd), not {list(vectors.shape)}")
-    values, ids = jax.lax.top_k(product(vectors, _unembedding(params, ln_f).T), k)
+    tokens_VD = _unembedding(params, ln_f=True) if ln_f else wide(jnp.asarray(params["wte"]))
+    values, ids = jax.lax.top_k(product(vectors, tokens_VD.T), k)
     return ids, values
 
 
@@ -126,9 +129,10 @@ def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k
 def copying_scores(config: GPT2Config, params: Params, *, ln_f: bool = False) -> jax.Array:
     """Return for each head, [L, N], whether attending to a token raises that token's logit: 1 copies, -1 suppresses.
 
-    The score is the sum of the eigenvalues of the full OV circuit, wte @ OV @ wte.T, divided by the sum of their
-    absolute values. The eigenvalues that are not 0 are those of the [H, H] matrix W_O @ wte.T @ wte @ W_V. The score is
-    NaN where all are 0. (Elhage et al. 2021, "Summarizing OV/QK Matrices".)
+    The score is the sum of the eigenvalues of the full OV circuit, wte @ OV @ head.T, divided by the sum of their
+    absolute values. The output head is wte, or lm_head if it is not tied. The eigenvalues that are not 0 are those of
+    the [H, H] matrix W_O @ head.T @ wte @ W_V. The score is NaN where all are 0. (Elhage et al. 2021, "Summarizing
+    OV/QK Matrices".)
 
     Args:
       config, params: the model.
@@ -153,11 +157,11 @@ def _triangle(a: jax.Array) -> jax.Array:
 
 
 def _unembedding(params: Params, ln_f: bool) -> jax.Array:
-    """Return [V, D]: the rows of wte, or, with `ln_f`, the vectors that turn the stream into logits."""
-    wte_VD = wide(jnp.asarray(params["wte"]))
+    """Return [V, D]: the rows of the output head, or, with `ln_f`, the vectors that turn the stream into logits."""
+    head_VD = wide(jnp.asarray(output_head(params)))
     if not ln_f:
-        return wte_VD
-    read_VD = wte_VD * wide(jnp.asarray(params["ln_f"]["g"]))
+        return head_VD
+    read_VD = head_VD * wide(jnp.asarray(params["ln_f"]["g"]))
     return read_VD - read_VD.mean(-1, keepdims=True)
 
 
@@ -184,7 +188,7 @@ def _composition(config: GPT2Config, params: Params, kind: str) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _copying(config: GPT2Config, ln_f: bool, params: Params) -> jax.Array:
-    in_out_DD = product(_unembedding(params, ln_f).T, _unembedding(params, False))
+    in_out_DD = product(_unembedding(params, ln_f).T, wide(jnp.asarray(params["wte"])))
     scores = []
     for layer in range(config.n_layer):
         weights = _weights(config, params, layer)

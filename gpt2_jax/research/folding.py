@@ -3,11 +3,12 @@
 Nothing in the package does this on its own. Each function returns the params of a plain GPT-2, and rounds the new
 weights to the dtype of the old ones. So fold float32 weights, and cast afterwards.
 
-The output head is tied: `wte` is also the embedding. So two changes that are common for untied models are missing here:
+The output head of GPT-2 is tied: `wte` is also the embedding. So two changes that are common for untied models are
+missing here. They are missing for an untied head (`lm_head`) too, so that all models are treated alike:
 
-- ln_f's g and b stay. Multiplying the head's columns by g would multiply the embedding by it.
+- ln_f's g and b stay. Multiplying a tied head's columns by g would multiply the embedding by it.
 - What is written to the residual stream is not centered over D. Every LayerNorm subtracts the mean, but the rows of
-  `wte` are also multiplied with ln_f's output, whose sum over D is not 0.
+  a tied head are also multiplied with ln_f's output, whose sum over D is not 0.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ def fold_layer_norm(config: GPT2Config, params: Params) -> Params:
 
 
 def center_unembed(params: Params) -> Params:
-    """Subtract the mean over the vocabulary from each column of `wte`, and add it to each row of `wpe`.
+    """Subtract the mean over the vocabulary from each column of the output head.
 
-    The sum of a token's and a position's embedding does not change, so the stream is the same. All logits of a position
-    decrease by the same number, their mean. Probabilities are the same, up to rounding.
+    All logits of a position decrease by the same number, their mean. Probabilities are the same, up to rounding. If the
+    head is `wte`, the mean is added to each row of `wpe`: the sum of a token's and a position's embedding does not
+    change, so the stream is the same. If there is an untied `lm_head`, only `lm_head` changes.
 
     Raises:
       ValueError: `wte` or `wpe` is missing.
@@ -55,8 +57,10 @@ def center_unembed(params: Params) -> Params:
     flat = flatten(params)
     if missing := [name for name in ("wte", "wpe") if name not in flat]:
         raise ValueError(f"params have no {' and no '.join(missing)}")
-    wte_VD, wpe_CD = wide(flat["wte"]), wide(flat["wpe"])
-    mean_D = wte_VD.mean(0)
-    flat["wte"] = (wte_VD - mean_D).astype(flat["wte"].dtype)
-    flat["wpe"] = (wpe_CD + mean_D).astype(flat["wpe"].dtype)
+    name = "lm_head" if "lm_head" in flat else "wte"
+    head_VD = wide(flat[name])
+    mean_D = head_VD.mean(0)
+    flat[name] = (head_VD - mean_D).astype(flat[name].dtype)
+    if name == "wte":
+        flat["wpe"] = (wide(flat["wpe"]) + mean_D).astype(flat["wpe"].dtype)
     return unflatten(flat)

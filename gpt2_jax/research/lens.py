@@ -1,6 +1,6 @@
 """The logit lens: what each layer's residual stream predicts if it is read like the last one.
 
-The stream after each layer goes through ln_f and `wte`, as if no layer followed (nostalgebraist 2020,
+The stream after each layer goes through ln_f and the output head, as if no layer followed (nostalgebraist 2020,
 "interpreting GPT: the logit lens").
 
 Shape letters: B batch, T query, D n_embd, V vocab, L activations read, K tokens kept.
@@ -83,7 +83,7 @@ def logit_lens(
 
 
 def stream_logits(config: GPT2Config, params: Params, stream_BTD: jax.Array) -> jax.Array:
-    """Return the logits [B, T, V] of a residual stream, read through ln_f and `wte` like the model's last one.
+    """Return the logits [B, T, V] of a residual stream, read through ln_f and the head like the model's last one.
 
     Args:
       config, params: the model.

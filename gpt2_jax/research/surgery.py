@@ -68,7 +68,8 @@ def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> 
       config, params: the model.
       order: numbers of old layers. [0, 2, 2, 1] drops the layers from h3 on, uses h2 twice, and moves h1 after it. A
         layer that is used twice takes memory once: both are the same arrays. A program that donates params needs
-        copies, `jax.tree.map(jnp.copy, params)`.
+        copies, `jax.tree.map(jnp.copy, params)`. If the config says scale_attn_by_inverse_layer_idx, a layer's scores
+        are divided by its new number plus 1.
 
     Raises:
       ValueError: a layer is out of range, or `order` is empty.
@@ -77,7 +78,7 @@ def arrange_layers(config: GPT2Config, params: Params, order: Iterable[int]) -> 
     old = [whole_number("layer", layer, 0, config.n_layer - 1) for layer in _listed(order)]
     if not old:
         raise ValueError("no layer is left: a GPT-2 needs at least one")
-    tree = {name: params[name] for name in ("wte", "wpe", "ln_f")}
+    tree = {name: params[name] for name in params if name not in {f"h{i}" for i in range(config.n_layer)}}
     tree |= {f"h{new}": params[f"h{i}"] for new, i in enumerate(old)}
     return config.replace(n_layer=len(old)), unflatten(flatten(tree))  # new dicts, old arrays
 

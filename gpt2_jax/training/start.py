@@ -47,7 +47,9 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     elif model.source:
         config = load_config(model.source)
     else:
-        config = GPT2Config(tokenizer.n_vocab, model.n_ctx, model.n_embd, model.n_head, model.n_layer)
+        names = ("n_ctx", "n_embd", "n_head", "n_layer", "activation_function")
+        names += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+        config = GPT2Config(tokenizer.n_vocab, **{name: getattr(model, name) for name in names})
     plan = make_plan(config, recipe)
     check_tokenizer(plan, tokenizer)
     check_memory(plan)

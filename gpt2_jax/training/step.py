@@ -16,7 +16,7 @@ from jax import lax
 
 from gpt2_jax.data.batching import Batch
 from gpt2_jax.model import GPT2, check_params
-from gpt2_jax.params import Params
+from gpt2_jax.params import Params, output_head
 from gpt2_jax.sharding import DATA
 from gpt2_jax.training.loss import CHUNK, token_loss
 from gpt2_jax.training.plan import Plan
@@ -109,7 +109,7 @@ def _make_gradients(plan: Plan) -> Callable:
         params = _gathered(plan, model_params(state.with_trained(changing), recipe))
         rngs = None if deterministic else {"dropout": key}
         h_BTD, _ = model.apply({"params": params}, tokens_BT, None, None, deterministic, method="hidden", rngs=rngs)
-        return token_loss(h_BTD, params["wte"], target_BT, weight_BT, chunk)
+        return token_loss(h_BTD, output_head(params), target_BT, weight_BT, chunk)
 
     def gradients(state, changing, batch, n_tokens):
         weights = batch.weights.astype(wide) / jnp.where(n_tokens > 0, n_tokens, 1).astype(wide)
@@ -135,7 +135,8 @@ def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params = _gathered(plan, params)
         h_BTD, _ = model.apply({"params": params}, batch.tokens, method="hidden")
-        return token_loss(h_BTD, params["wte"], batch.targets, batch.weights, chunk), batch.weights.sum()
+        loss = token_loss(h_BTD, output_head(params), batch.targets, batch.weights, chunk)
+        return loss, batch.weights.sum()
 
     return jax.jit(eval_step, in_shardings=(_shardings(plan.state.params), plan.over_rows()))
 

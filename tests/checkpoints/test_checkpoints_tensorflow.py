@@ -128,7 +128,7 @@ def test_the_pointer_is_followed_by_name_alone(directory):
 def test_missing_extra_and_misshaped_variables_are_all_named(directory, params):
     variables = variables_of(params)
     variables["model/h1/mlp/c_fc/kernel"] = variables.pop("model/h1/mlp/c_fc/w")
-    variables["global_step"] = np.int64(3)
+    variables["global_steps"] = np.int64(3)
     variables["model/h0/mlp/c_proj/w"] = variables["model/h0/mlp/c_proj/w"].transpose(0, 2, 1)
     variables["model/wpe"] = variables["model/wpe"].astype(np.float64)
     write_variables(directory, variables)
@@ -137,7 +137,7 @@ def test_missing_extra_and_misshaped_variables_are_all_named(directory, params):
     assert set(str(error.value).split("\n  ")[1:]) == {
         "missing: model/h1/mlp/c_fc/w float32[1, 15, 60]",
         "extra: model/h1/mlp/c_fc/kernel float32[1, 15, 60]",
-        "extra: global_step int64[]",
+        "extra: global_steps int64[]",
         "misshaped: model/h0/mlp/c_proj/w is float32[1, 15, 60], expected float32[1, 60, 15]",
         "misshaped: model/wpe is float64[11, 15], expected float32[11, 15]",
     }
@@ -184,7 +184,7 @@ def test_a_changed_byte_of_the_weights_is_told(directory, seed):
         ("", "Expecting value"),
         ("[" * 99_999, "recursion"),
         (json.dumps(CONFIG.to_hparams() | {"n_layer": -1}), "n_layer must be a whole number, from 1 to"),
-        (json.dumps(CONFIG.to_hparams() | {"dtype": 1}), "unknown hyperparameters dtype"),
+        (json.dumps(CONFIG.to_hparams() | {"experts": 1}), "unknown hyperparameters experts"),
     ],
 )
 def test_malformed_hparams_are_told_with_the_file(directory, text, message):

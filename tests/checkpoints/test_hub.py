@@ -7,11 +7,25 @@ import checkpoint_forms as forms
 import forks
 import pytest
 from fake_hub import FakeHub
+from flax import serialization
 
 import gpt2_jax
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each call")
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer=2)
+
+
+def flax_tree(flat):
+    """The params of FlaxGPT2LMHeadModel. Its kernels are (out, in)."""
+    tree = {}
+    for name, array in flat.items():
+        path = forms.hf_name(name).split(".")
+        last = {"w": "kernel", "g": "scale", "b": "bias"}.get(name.split("/")[-1], "embedding")
+        branch = tree
+        for part in path[:-1]:
+            branch = branch.setdefault(part, {})
+        branch[last] = array.T if last == "kernel" else array
+    return {"transformer": tree}
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +39,10 @@ def hub(tmp_path_factory, model_dir):
         (folder / name / "README.md").write_text("# A model")
     (folder / "both" / "pytorch_model.bin").write_bytes(b"\x80\x04." * 999)
     forms.write_huggingface(folder / "llama", CONFIG, tensors, model_type="llama")
+    (folder / "flax").mkdir()
+    (folder / "flax" / "config.json").write_text(json.dumps(forms.hf_config(CONFIG)))
+    (folder / "flax" / "flax_model.msgpack").write_bytes(serialization.to_bytes(flax_tree(flat)))
+    (folder / "flax" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     (folder / "pickled").mkdir()
     (folder / "pickled" / "config.json").write_text(json.dumps(forms.hf_config(CONFIG)))
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
@@ -125,3 +143,30 @@ def test_what_is_no_id_is_refused_without_asking(hub, call, wrong):
     assert {"FileNotFoundError", "ValueError"} & set(answer["kinds"]), answer
     assert wrong.rstrip("/") in answer["error"]
     assert len(hub.requests) == asked
+
+
+def test_a_revision(hub, call):
+    asked = len(hub.requests)
+    assert call("owner/one@v2.0", "load")["load"] == ""
+    asked_for = [request for request in hub.requests[asked:] if "owner/one" in request]
+    assert any("/revision/v2.0" in request for request in asked_for)
+    assert not any("/main" in request for request in asked_for)
+
+
+def test_a_repository_of_flax(hub, call):
+    """Its msgpack file is fetched, because there are no safetensors. Its pickle is not."""
+    asked = len(hub.requests)
+    assert call("owner/flax", "load")["load"] == ""
+    assert any("flax_model.msgpack" in request for request in hub.requests[asked:])
+    assert not any("pytorch_model.bin" in request for request in hub.requests[asked:])
+    assert call("owner/flax", "load", HF_HUB_OFFLINE="1")["load"] == ""
+
+
+def test_offline_with_only_the_tokenizer_in_the_cache(call):
+    """It is not known what weights the repository holds, so the message does not speak of pickles."""
+    call("owner/one", "load_tokenizer")
+    for env in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        answer = call("owner/one", "load", **env)
+        assert "ConnectionError" in answer["kinds"], answer
+        assert "its weights are not in the hub's cache" in answer["error"]
+        assert "pickle" not in answer["error"]

@@ -30,6 +30,12 @@ FOLDERS = {
         ["config.json", "model.safetensors"],
         ["model.safetensors.index.json", "model-00001-of-00002.safetensors"],
     ),
+    "FlaxGPT2LMHeadModel's": (
+        "flax",
+        ["config.json", "flax_model.msgpack", "vocab.json", "merges.txt"],
+        ["pytorch_model.bin", "tf_model.h5"],
+    ),
+    "Orbax's": ("orbax_tree", ["hparams.json", "state/"], ["notes.txt"]),
     "ours": ("orbax", ["gpt2_jax.json", "params/", "encoder.json", "vocab.bpe"], ["vocab.json", "other/"]),
 }
 
@@ -54,3 +60,20 @@ def test_what_each_file_is_for(tmp_path, form, used, unused):
     assert all(file["purpose"] for file in found if file["used"])
     sizes = {file["name"]: file["bytes"] for file in found} | {"checkpoint": 7}
     assert sizes == {name: size for size, name in enumerate([*used, *unused], start=7)} | {"checkpoint": 7}
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "used"),
+    [
+        ("llmc", "model_00000200.bin", ["model_00000200.bin"]),
+        ("tensorflow", "model-500", ["hparams.json", "model-500.data-00000-of-00001", "model-500.index"]),
+    ],
+)
+def test_a_file_or_a_checkpoint_by_its_name(tmp_path, form, name, used):
+    """The other files of the folder are listed too, as files that are not read."""
+    others = ["gpt2_tokenizer.bin", "model-1000.index", "model-1000.data-00000-of-00001", "model_00000100.bin"]
+    for file in (*used, *others):
+        (tmp_path / file).write_bytes(b"x")
+    found = files.list_files(tmp_path / name, form)
+    assert [file["name"] for file in found if file["used"]] == used
+    assert {file["name"] for file in found} == {*used, *others}

@@ -6,6 +6,7 @@ import pytest
 
 REASON = "needs transformer-lens, of the `parity` extra: pip install -e '.[parity]'"
 LEAVES = {"w": "weight", "g": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
+VARIANTS = ("activation_function", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings")
 
 
 def bridge_of(config, params, tokenizer=None):
@@ -35,6 +36,7 @@ def torch_model(config, params):
         bos_token_id=None,
         eos_token_id=None,
         attn_implementation="eager",
+        **{name: getattr(config, name) for name in VARIANTS},
     )
     model = transformers.GPT2LMHeadModel(hf_config).eval().requires_grad_(False)
     model.to(getattr(torch, config.param_dtype.name))
@@ -55,6 +57,8 @@ def by_torch_name(tree):
 def _torch_name(path):
     """Return transformer.h.3.attn.c_attn.weight for h3/attn/c_attn/w. Both are (in, out)."""
     *modules, leaf = (entry.key for entry in path)
+    if leaf == "lm_head":
+        return "lm_head.weight"
     modules = [f"h.{name[1:]}" if name[0] == "h" else name for name in modules]
     return ".".join(["transformer", *modules, LEAVES[leaf]])
 

@@ -26,6 +26,8 @@ def shapes(config) -> dict[str, tuple[int, ...]]:
     """The release's variables, listed a second time so that the tests find mistakes in the package's own list."""
     d = config.n_embd
     found = {"wte": (config.n_vocab, d), "wpe": (config.n_ctx, d), "ln_f/g": (d,), "ln_f/b": (d,)}
+    if not config.tie_word_embeddings:
+        found["lm_head"] = found["wte"]
     dense = {"attn/c_attn": (d, 3 * d), "attn/c_proj": (d, d), "mlp/c_fc": (d, 4 * d), "mlp/c_proj": (4 * d, d)}
     for h in (f"h{i}" for i in range(config.n_layer)):
         found |= {f"{h}/{norm}/{leaf}": (d,) for norm in ("ln_1", "ln_2") for leaf in "gb"}
@@ -156,7 +158,8 @@ def hf_name(name: str) -> str:
 
 
 def hf_tensors(flat, prefix="transformer."):
-    return {prefix + hf_name(name): array for name, array in flat.items()}
+    names = {name: "lm_head.weight" if name == "lm_head" else prefix + hf_name(name) for name in flat}
+    return {names[name]: array for name, array in flat.items()}
 
 
 def hf_config(config, **changes):

@@ -24,11 +24,22 @@ def unseen(name, x):
     return x
 
 
-def attention(x_TD, p, n_head, see=unseen, name="attn"):
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+ACTIVATIONS = {"gelu_new": gelu_tanh, "gelu": gelu_erf, "relu": relu, "silu": silu}
+
+
+def attention(x_TD, p, n_head, see=unseen, name="attn", divisor=1):
     length, width = x_TD.shape
     qkv_T3NH = (x_TD @ p["c_attn"]["w"] + p["c_attn"]["b"]).reshape(length, 3, n_head, width // n_head)
     q_TNH, k_TNH, v_TNH = (see(f"{name}/{part}", qkv_T3NH[:, i]) for i, part in enumerate("qkv"))
-    scores_NTS = q_TNH.swapaxes(0, 1) @ k_TNH.transpose(1, 2, 0) / math.sqrt(width // n_head)
+    scores_NTS = q_TNH.swapaxes(0, 1) @ k_TNH.transpose(1, 2, 0) / math.sqrt(width // n_head) / divisor
     scores_NTS = see(f"{name}/scores", np.where(np.tri(length, dtype=bool), scores_NTS, MASKED))
     pattern_NTS = np.exp(scores_NTS - scores_NTS.max(-1, keepdims=True, initial=MASKED))
     pattern_NTS = see(f"{name}/pattern", pattern_NTS / pattern_NTS.sum(-1, keepdims=True))
@@ -36,10 +47,13 @@ def attention(x_TD, p, n_head, see=unseen, name="attn"):
     return see(f"{name}/out", z_TNH.reshape(length, width) @ p["c_proj"]["w"] + p["c_proj"]["b"])
 
 
-def row(params, tokens_T, n_head, see=unseen, *, eps=1e-5, gelu=gelu_tanh, first_position=0, layers=None):
+def row(
+    params, tokens_T, n_head, see=unseen, *, eps=1e-5, gelu=gelu_tanh, first_position=0, layers=None, inverse_layer=False
+):
     """Logits [T, V] of one text without padding. `see` gets each activation by name and returns its replacement.
 
-    `params` are float64. Tests set `eps`, `gelu`, `first_position` and `layers` (the block order) to wrong values."""
+    `params` are float64. Tests set `eps`, `gelu`, `first_position` and `layers` (the block order) to wrong values.
+    `inverse_layer` also divides the scores of layer i by i + 1. An `lm_head` among the params is the output head."""
 
     def norm(name, x_TD, p):
         centred_TD = x_TD - x_TD.mean(-1, keepdims=True)
@@ -56,9 +70,10 @@ def row(params, tokens_T, n_head, see=unseen, *, eps=1e-5, gelu=gelu_tanh, first
         h, block = f"h{layer}", params[f"h{layer}"]
         x_TD = see(f"{h}/resid_pre", x_TD)
         normed_TD = norm(f"{h}/ln_1", x_TD, block["ln_1"])
-        x_TD = see(f"{h}/resid_mid", x_TD + attention(normed_TD, block["attn"], n_head, see, f"{h}/attn"))
+        divisor = layer + 1 if inverse_layer else 1
+        x_TD = see(f"{h}/resid_mid", x_TD + attention(normed_TD, block["attn"], n_head, see, f"{h}/attn", divisor))
         x_TD = see(f"{h}/resid_post", x_TD + mlp(f"{h}/mlp", norm(f"{h}/ln_2", x_TD, block["ln_2"]), block["mlp"]))
-    return norm("ln_f", x_TD, params["ln_f"]) @ params["wte"].T
+    return norm("ln_f", x_TD, params["ln_f"]) @ params.get("lm_head", params["wte"]).T
 
 
 def forward(params, tokens_BT, n_head, mask_BT=None, **wrong):
@@ -95,4 +110,6 @@ def random_params(config, rng):
         attn = {"c_attn": linear(width, 3 * width), "c_proj": linear(width, width)}
         mlp = {"c_fc": linear(width, 4 * width), "c_proj": linear(4 * width, width)}
         params[f"h{layer}"] = {"ln_1": norm(), "attn": attn, "ln_2": norm(), "mlp": mlp}
+    if not config.tie_word_embeddings:
+        params["lm_head"] = normal((config.n_vocab, width), 0.15)
     return params

@@ -1,0 +1,89 @@
+"""Pickled weights, which are never opened, and other files that cannot be read: what to do with each.
+
+The commands for pickles need only torch and safetensors. They keep the names in the file, which `load` knows, and write
+nanoGPT's settings to config.json.
+"""
+
+from __future__ import annotations
+
+import glob
+import shlex
+from pathlib import Path
+
+from gpt2_jax.checkpoints import llmc, tensorflow
+
+SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_BOOK = '{"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12, "drop_rate": 0.1}'
+_CONVERT = (  # GPTConfig is the class in the checkpoints of build-nanogpt; only its values are read
+    "import glob, json, os, torch, safetensors.torch as s; "
+    "torch.serialization.add_safe_globals([type('GPTConfig', (), {{}})]); "
+    "d = {{}}; [d.update(torch.load(f, map_location='cpu', weights_only=True)) for f in sorted(glob.glob({files!r}))]; "
+    "w = next((d[k] for k in ('model', 'model_state_dict', 'state_dict', 'module') if k in d), d); "
+    "s.save_file({{k: v.clone().contiguous() for k, v in w.items() if torch.is_tensor(v)}}, {to!r}); "
+    "a = d.get('model_args') or getattr(d.get('config'), '__dict__', None); c = {config!r}; "
+    "a and not os.path.exists(c) and json.dump(a, open(c, 'w'))"
+)
+
+
+def found_in(directory: Path) -> list[str]:
+    """Return the names of the files in a directory that are pickles, or may be."""
+    paths = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    return [path.name for path in paths if is_pickle(path)]
+
+
+def is_pickle(path: Path) -> bool:
+    """Say whether a file is a pickle, or may be: its name ends like one, and it is not a known file of another kind."""
+    return path.suffix in SUFFIXES and not (llmc.is_of_llmc(path) or tensorflow.is_v1(path))
+
+
+def refusal(path: Path) -> str:
+    """Return the sentences that refuse a pickle: why, and the command that converts it."""
+    directory = path.parent
+    files = path.with_name("pytorch_model*.bin") if path.name.startswith("pytorch_model") else path
+    config = directory / "config.json"
+    code = _CONVERT.format(files=_pattern(files), to=str(directory / "model.safetensors"), config=str(config))
+    message = (
+        f"{path} holds pickled weights, which are not read, because opening them can run code; convert them to "
+        f"model.safetensors with: python -c {shlex.quote(code)}"
+    )
+    if config.is_file():
+        return message
+    return (
+        f"{message} (and write the model's config to {config}: the file that belongs to the weights, or the settings "
+        f"of the program that wrote them, such as {_BOOK}; the command does this for nanoGPT's ckpt.pt)"
+    )
+
+
+def _pattern(path: Path) -> str:
+    return glob.escape(str(path.parent)) + "/" + path.name if "*" in path.name else glob.escape(str(path))
+
+
+def other_weights(directory: Path) -> str | None:
+    """Return what to do with the weights of other kinds in a directory, one sentence. None if there are none."""
+    paths = [path for path in sorted(directory.iterdir()) if path.is_file()]
+    for suffix, advice in _ADVICE.items():
+        if names := [path.name for path in paths if path.name.endswith(suffix)]:
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            advice = advice.format(d=directory, name=names[0])
+            return f"{directory} holds {listed}, but no weights that can be read: {advice}"
+    return None
+
+
+_ADVICE = {
+    "adapter_model.safetensors": (
+        "this is a PEFT adapter without its model: merge them with model.merge_and_unload(), and save the result with "
+        "save_pretrained"
+    ),
+    ".safetensors": (
+        "rename the file to model.safetensors, or, if it is one of several parts, add model.safetensors.index.json, "
+        "which lists the parts"
+    ),
+    ".h5": (
+        'these are the weights for Keras; convert them with transformers 4 and TensorFlow: python -c "from '
+        "transformers import GPT2LMHeadModel as M; M.from_pretrained('{d}', from_tf=True).save_pretrained('{d}')\""
+    ),
+    ".gguf": (
+        'this is a file of llama.cpp; convert it with transformers and gguf: python -c "from transformers import '
+        "GPT2LMHeadModel as M; M.from_pretrained('{d}', gguf_file='{name}').save_pretrained('{d}')\""
+    ),
+}

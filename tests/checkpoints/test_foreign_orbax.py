@@ -1,0 +1,171 @@
+"""Trees of Orbax's other interfaces; Orbax's usual readers on ours; a full disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoint_forms as forms
+import foreign_models as foreign
+import numpy as np
+import pytest
+from checkpoint_forms import CONFIG, assert_loads_as, hf_config
+
+import gpt2_jax
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    forms.import_tensorflow()
+    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def flat():
+    return forms.random_model()
+
+
+def refusal(source, error=(ValueError, FileNotFoundError)) -> str:
+    with pytest.raises(error) as caught:
+        gpt2_jax.load(source)
+    assert forms.is_clear(caught.value), caught.value
+    return str(caught.value)
+
+
+def train_state(params):
+    import optax
+    from flax.training import train_state
+
+    return train_state.TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-3))
+
+
+def save_tree(path, tree, writer):
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import v1
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if writer == "PyTreeCheckpointer":
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, tree)
+    elif writer == "StandardCheckpointer":
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, tree)
+    elif writer == "v1":
+        v1.save(str(path), tree)
+    elif writer == "CheckpointManager":
+        with ocp.CheckpointManager(path) as manager:
+            for step in (5, 10):
+                manager.save(step, args=ocp.args.StandardSave(tree))
+    else:
+        items = ocp.args.Composite(params=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave({"a": 1}))
+        with ocp.CheckpointManager(path, item_names=("params", "extra")) as manager:
+            manager.save(10, args=items)
+
+
+WRITERS = ("PyTreeCheckpointer", "StandardCheckpointer", "v1", "CheckpointManager", "CheckpointManager with items")
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    "wrap", [lambda p: p, train_state, lambda p: {"params": {"params": p}}], ids=["", "state", "2"]
+)
+@pytest.mark.parametrize("beside", ["hparams.json", "config.json"])
+def test_trees_of_orbaxs_interfaces(tmp_path, flat, writer, wrap, beside):
+    import jax
+
+    params = jax.tree.map(jax.numpy.asarray, forms.nested(flat))
+    save_tree(tmp_path / "model" / "tree", wrap(params), writer)
+    fields = CONFIG.to_hparams() if beside == "hparams.json" else hf_config(CONFIG)
+    (tmp_path / "model" / beside).write_text(json.dumps(fields))
+    assert_loads_as(tmp_path / "model", CONFIG, flat)
+    assert gpt2_jax.load_config(tmp_path / "model") == CONFIG
+
+
+def test_the_config_may_be_in_the_tree_itself(tmp_path, flat):
+    save_tree(tmp_path / "tree", forms.nested(flat), "StandardCheckpointer")
+    (tmp_path / "tree" / "hparams.json").write_text(json.dumps(CONFIG.to_hparams()))
+    assert_loads_as(tmp_path / "tree", CONFIG, flat)
+
+
+def test_a_tree_under_the_names_of_flax(tmp_path):
+    """What a user of FlaxGPT2LMHeadModel saves with Orbax."""
+    tree = foreign.flax()
+    save_tree(tmp_path / "tree", tree, "StandardCheckpointer")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
+    _, params = gpt2_jax.load(tmp_path)
+    kernel = tree["transformer"]["h"]["1"]["mlp"]["c_fc"]["kernel"]
+    assert np.array_equal(params["h1"]["mlp"]["c_fc"]["w"], kernel.T)
+
+
+def test_a_tree_of_another_model(tmp_path, flat):
+    del flat["h1/mlp/c_fc/w"]
+    save_tree(tmp_path / "tree", forms.nested(flat), "StandardCheckpointer")
+    (tmp_path / "hparams.json").write_text(json.dumps(CONFIG.to_hparams()))
+    assert "h1.mlp.c_fc.w" in refusal(tmp_path)
+
+
+def test_a_damaged_tree(tmp_path, flat):
+    save_tree(tmp_path / "tree", forms.nested(flat), "StandardCheckpointer")
+    (tmp_path / "hparams.json").write_text(json.dumps(CONFIG.to_hparams()))
+    (tmp_path / "tree" / "_METADATA").write_text("{")
+    assert "damaged" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["model", "odd [1]"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_orbaxs_usual_readers_open_ours(tmp_path, flat, folder, dtype):
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import v1
+
+    half = {name: array.astype(dtype) for name, array in flat.items()}
+    gpt2_jax.save(tmp_path / folder, CONFIG.replace(param_dtype=dtype), forms.nested(half), format="orbax")
+    path = tmp_path / folder / "params"
+    with ocp.StandardCheckpointer() as standard, ocp.PyTreeCheckpointer() as pytree:
+        for tree in (standard.restore(path), pytree.restore(path), v1.load(str(path))):
+            assert forms.difference(tree, half) == ""
+
+
+def test_a_tree_of_the_layout_of_earlier_versions(tmp_path, flat):
+    """Orbax's v1 interface wrote it."""
+    from orbax.checkpoint import v1
+
+    from gpt2_jax.checkpoints.integrity import sha256, write_manifest
+    from gpt2_jax.files import hash_files
+
+    v1.save(str(tmp_path / "params"), forms.nested(flat))
+    hashes = {name: sha256(array) for name, array in flat.items()}
+    text = write_manifest(CONFIG, hashes, files=hash_files(tmp_path / "params"))
+    (tmp_path / "gpt2_jax.json").write_text(text)
+    assert_loads_as(tmp_path, CONFIG, flat)
+
+
+FULL_DISK = """
+import resource, sys
+import checkpoint_forms as forms
+import gpt2_jax
+params = forms.nested(forms.random_model())
+for limit in (200, 2000, 20000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        gpt2_jax.save(sys.argv[1], forms.CONFIG, params, format="orbax")
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_leaves_one_sentence_and_no_folder(tmp_path):
+    """Threads of Orbax go on after the error. They must neither print tracebacks nor make the folder again."""
+    paths = [str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "model")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert (
+        done.stdout.splitlines() == [f"{tmp_path / 'model'} cannot be written, and was not changed: File too large"] * 3
+    )
+    assert list(tmp_path.iterdir()) == []

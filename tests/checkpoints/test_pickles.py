@@ -1,0 +1,178 @@
+"""Pickles and other weights that are not read: what the message says, and that its command works."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import checkpoint_forms as forms
+import foreign_models as foreign
+import numpy as np
+import pytest
+from checkpoint_forms import CONFIG, assert_loads_as, hf_config
+
+import gpt2_jax
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    forms.import_tensorflow()
+    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def flat():
+    return forms.random_model()
+
+
+def refusal(source, error=(ValueError, FileNotFoundError)) -> str:
+    with pytest.raises(error) as caught:
+        gpt2_jax.load(source)
+    assert forms.is_clear(caught.value), caught.value
+    return str(caught.value)
+
+
+def convert(directory) -> None:
+    """Run the command that the message about a pickle offers."""
+    said = refusal(directory, ValueError)
+    assert "pickled weights" in said
+    line = said[said.index("python -c ") :]
+    command = shlex.split(line.partition(" (and write")[0])
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, text=True)
+
+
+def torch_state(state):
+    import torch
+
+    found = {key: torch.from_numpy(np.array(array)) for key, array in state.items()}
+    if "lm_head.weight" in found:  # tied, as in memory: one storage under two names
+        found["lm_head.weight"] = found["transformer.wte.weight"]
+    return found
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "module"])
+def test_the_command_converts_nanogpts_checkpoint(tmp_path, wrapper):
+    """With its settings and optimizer, as nanoGPT's train.py saves it; other loops have other words for the model."""
+    import torch
+
+    state = foreign.nanogpt()
+    content = {
+        wrapper: torch_state({f"_orig_mod.{key}": array for key, array in state.items()}),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
+        "model_args": foreign.NANOGPT, "iter_num": 5, "best_val_loss": torch.tensor(1.0), "config": {"device": "cpu"},
+    }  # fmt: skip
+    torch.save(content, tmp_path / "ckpt.pt")
+    convert(tmp_path)
+    config, params = gpt2_jax.load(tmp_path)
+    assert (config.activation_function, config.n_head) == ("gelu", 3)
+    assert np.array_equal(params["h1"]["mlp"]["c_fc"]["w"], state["transformer.h.1.mlp.c_fc.weight"].T)
+
+
+BUILD_NANOGPT = """
+import dataclasses, sys, torch
+
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int = 11
+    vocab_size: int = 37
+    n_layer: int = 2
+    n_head: int = 3
+    n_embd: int = 15
+
+state = torch.load(sys.argv[1])
+torch.save({"model": state, "config": GPTConfig(), "step": 5, "val_loss": 3.0}, sys.argv[2])
+"""
+
+
+@pytest.mark.parity
+def test_the_command_converts_build_nanogpts_checkpoint(tmp_path):
+    """karpathy/build-nanogpt saves its config as an object of a class in its script. Its GELU is the one of GPT-2."""
+    import torch
+
+    state = foreign.nanogpt()
+    torch.save(torch_state(state), tmp_path / "state")
+    path = tmp_path / "model" / "model_00005.pt"
+    path.parent.mkdir()
+    subprocess.run([sys.executable, "-c", BUILD_NANOGPT, str(tmp_path / "state"), str(path)], check=True)
+    convert(path.parent)
+    config, params = gpt2_jax.load(path.parent)
+    assert (config.activation_function, config.n_head) == ("gelu_new", 3)
+    assert np.array_equal(params["wte"], state["transformer.wte.weight"])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("wrapper", [None, "model_state_dict"])
+def test_the_command_converts_the_books_model(tmp_path, wrapper):
+    """The user writes the book's settings beside it, as the message says."""
+    import torch
+
+    state = foreign.in_torch_names(foreign.book(tied=False))
+    content = torch_state(state)
+    torch.save({wrapper: content, "optimizer_state_dict": {}} if wrapper else content, tmp_path / "model.pth")
+    assert "config.json" in refusal(tmp_path)
+    assert "emb_dim" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(foreign.BOOK))
+    convert(tmp_path)
+    config, params = gpt2_jax.load(tmp_path)
+    assert not config.tie_word_embeddings
+    assert np.array_equal(params["lm_head"], state["out_head.weight"])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "names", [("pytorch_model.bin",), tuple(f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2))]
+)
+@pytest.mark.parametrize("folder", ["model", "it's [a] folder"])
+def test_the_command_converts_hugging_faces_pickles(tmp_path, flat, names, folder):
+    import torch
+
+    directory = tmp_path / folder
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(hf_config(CONFIG)))
+    tensors = list(torch_state(forms.hf_tensors(flat) | {"lm_head.weight": flat["wte"]}).items())
+    for i, name in enumerate(names):
+        torch.save(dict(tensors[i :: len(names)]), directory / name)
+    convert(directory)
+    assert_loads_as(directory, CONFIG, flat)
+
+
+def test_a_pickle_by_its_path_is_refused_with_the_command(tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"\x80\x04.")
+    assert "ckpt.pt holds pickled weights" in refusal(tmp_path / "ckpt.pt", ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tf_model.h5", "from_tf=True"),
+        ("gpt2.Q8_0.gguf", "gguf_file="),
+        ("model-00001-of-00002.safetensors", r"model.safetensors.index.json"),
+        ("adapter_model.safetensors", "merge_and_unload"),
+        ("gpt2_tokenizer.bin", "holds no model|no such file"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_other_weights_are_named_with_what_to_do(tmp_path, name, said, config):
+    content = np.array([20240328, 2, 37], "<i4").tobytes() if name.endswith("bin") else b"GGUF"
+    (tmp_path / name).write_bytes(content)
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
+    assert re.search(said, refusal(tmp_path)), refusal(tmp_path)
+    if not name.endswith("bin"):
+        assert name in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("distilgpt2", "distilbert/distilgpt2"),
+        ("DialoGPT-small", "microsoft/DialoGPT-small"),
+        ("distillgpt2", "distilgpt2"),
+    ],
+)
+def test_names_without_their_owner(tmp_path, monkeypatch, name, meant):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(name)
+    assert f"did you mean {meant}" in said or f"/{meant}?" in said
