@@ -106,7 +106,7 @@ def test_another_head_than_the_config_says_is_loaded_with_a_warning(tmp_path, pr
         with pytest.warns(UserWarning, match=r"lm_head.weight in .*is not equal to wte.weight") as caught:
             assert call() == UNTIED
         assert len(caught) == 1
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="tied") as caught:
         gpt2_jax.load(tmp_path)
     assert caught[0].filename == __file__
 

@@ -25,7 +25,10 @@ def test_a_step_takes_the_gradient_of_the_plain_loss(name):
     """SGD subtracts the gradient. The chunked loss is compared with one from all logits at once, in float64."""
     with jax.enable_x64(True):
         optimizer = {"name": "sgd", "learning_rate": 1.0, "momentum": 0.0}
-        recipe, config = ts.recipe(compute_dtype="float64", optimizer=optimizer), ts.DEEP.replace(**variants.CASES[name])
+        recipe, config = (
+            ts.recipe(compute_dtype="float64", optimizer=optimizer),
+            ts.DEEP.replace(**variants.CASES[name]),
+        )
         batch = ts.batch(recipe)
         state, (metrics,) = ts.run(recipe, [batch], config)
         before = ts.params_of(ts.config_of(recipe, config))
@@ -82,7 +85,9 @@ def test_a_run_with_random_weights_of_every_variant(tmp_path, tokenizer):
     assert again.variants == config.variants
     jax.tree.map(np.testing.assert_array_equal, same, trained)
     with pytest.raises(ValueError, match=r"config\.activation_function was \"gelu\" and is \"relu\""):
-        runs.write_run(tmp_path / "run", plan.config.replace(activation_function="relu"), recipe, {"sha256": data.digests()})
+        runs.write_run(
+            tmp_path / "run", plan.config.replace(activation_function="relu"), recipe, {"sha256": data.digests()}
+        )
 
 
 def _written(run_dir, decay, config):
