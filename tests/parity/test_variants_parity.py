@@ -107,7 +107,7 @@ def test_gradients_of_every_parameter(transformers, case, dtype):
 def test_reorder_and_upcast_attn_is_what_we_always_do(transformers, dtype):
     """In low precision their field makes the scores float32. Ours are float32 with and without it.
 
-    Measured: XXX
+    Measured errors, ours and theirs with the field: 0.0076 and 0.0077 in bfloat16, 9.2e-4 and 8.7e-4 in float16.
     """
     import torch
 
@@ -118,7 +118,6 @@ def test_reorder_and_upcast_attn_is_what_we_always_do(transformers, dtype):
     model = torch_model(config, rounded).to(getattr(torch, dtype))
     exact = variants.expected(config, params, tokens_BT)
     ours = relative_error(logits_of(low, params, tokens_BT), exact)
-    print(dtype, ours, relative_error(theirs(model, tokens_BT), exact))
     assert ours <= 1.5 * relative_error(theirs(model, tokens_BT), exact)
     np.testing.assert_array_equal(
         logits_of(low, params, tokens_BT), logits_of(low.replace(reorder_and_upcast_attn=False), params, tokens_BT)
