@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpt2_jax.checkpoints.integrity import one_line
-from gpt2_jax.tokenizer import ADDED_TOKENS, HUGGING_FACE_FILES, TOKENIZER_CONFIG
+from gpt2_jax.tokenizer import ADDED_TOKENS, HUGGING_FACE_FILES, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
-TOKENIZER_FILES = ("config.json", *HUGGING_FACE_FILES, TOKENIZER_CONFIG, ADDED_TOKENS)
+TOKENIZER_FILES = ("config.json", *HUGGING_FACE_FILES, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
 MODEL_FILES = (*TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 
 
