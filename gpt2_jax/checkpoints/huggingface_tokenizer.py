@@ -65,8 +65,12 @@ def read(directory: Path) -> Tokenizer:
     whole = _is_whole(directory, settings, config)
     path = directory / TOKENIZER_JSON
     files = _from_tokenizer_json(path, settings, whole) if path.is_file() else _from_two_files(directory, settings)
-    added = huggingface_added.read(directory, settings, files.fields["added_tokens"], whole)
-    files.fields["added_tokens"] = files.fields["added_tokens"] if whole else []
+    own = files.fields["added_tokens"]
+    padding = files.fields.get("padding") if whole else None
+    if isinstance(padding, dict) and padding.get("pad_token"):
+        settings = {"pad_token": padding["pad_token"]} | settings
+    added = huggingface_added.read(directory, settings, own, whole)
+    files.fields["added_tokens"] = own if whole else []
     fields = _add(files, added.tokens)
     if not path.is_file():
         fields["post_processor"] = _asked_template(settings, added.names, _ids(fields))
@@ -179,8 +183,8 @@ def _warn_of_ignored(path: Path, fields: Mapping[str, Any], read: Mapping[str, A
         ignored.append("pre_tokenizer")
     if ignored:
         warnings.warn(
-            f"{path} has a {' and a '.join(ignored)} that transformers does not use with {OWN}, and that are not used "
-            f'here either: set tokenizer_class to "PreTrainedTokenizerFast" in {TOKENIZER_CONFIG} to use them',
+            f"{path} asks for {', '.join(ignored)}, which the class {OWN} of transformers leaves out, and so does this "
+            f'package: set tokenizer_class to "PreTrainedTokenizerFast" in {TOKENIZER_CONFIG} to use it',
             stacklevel=6,
         )
 
@@ -264,7 +268,8 @@ def _end_of_text(
 
     transformers adds `<|endoftext|>` to a vocabulary without it. Such a token has no row, and no text was ended by it.
     """
-    own = END_OF_TEXT in files.fields["model"]["vocab"] or END_OF_TEXT in added.stated
+    fields = files.fields
+    own = END_OF_TEXT in {*fields["model"]["vocab"], *added.stated, *(t["content"] for t in fields["added_tokens"])}
     eos = config.get("eos_token_id")
     candidates = [
         tokenizer.tokens.get(END_OF_TEXT) if own else None,

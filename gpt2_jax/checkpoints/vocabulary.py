@@ -47,18 +47,23 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
 
 
 def warn_of_another_model(tokenizer: Tokenizer, n_vocab: int, name: str, stacklevel: int) -> None:
-    """Warn if a vocabulary plainly belongs to a model with another number of rows.
-
-    Embeddings are often padded, to 50,304 rows for example, and added tokens often have no row. So only a token that
-    is not an added one must have a row, and fewer than 1,024 rows may have no id.
-    """
-    own = max((i for token, i in tokenizer.tokens.items() if token not in tokenizer.added), default=-1) + 1
-    if own > n_vocab or n_vocab - tokenizer.n_vocab >= PADDING:
+    """Warn if a vocabulary does not fit an embedding. `name` begins the message."""
+    if not fits(tokenizer, n_vocab):
         warnings.warn(
             f"{name} has {tokenizer.n_vocab:,} ids, but the embedding has n_vocab = {n_vocab:,} rows: it seems to "
             "belong to another model",
             stacklevel=stacklevel + 1,
         )
+
+
+def fits(tokenizer: Tokenizer, n_vocab: int) -> bool:
+    """Return whether a vocabulary can belong to an embedding with this many rows.
+
+    Embeddings are often padded, to 50,304 rows for example, and added tokens often have no row. So only tokens that are
+    not added must have a row, and fewer than 1,024 rows may have no id.
+    """
+    own = max((i for token, i in tokenizer.tokens.items() if token not in tokenizer.added), default=-1) + 1
+    return own <= n_vocab < tokenizer.n_vocab + PADDING
 
 
 def has_vocabulary(source: str | os.PathLike) -> bool:

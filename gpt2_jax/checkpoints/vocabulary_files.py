@@ -45,7 +45,7 @@ def huggingface_files(tokenizer: Tokenizer, n_ctx: int | None = None) -> dict[st
 
 def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the fields of tokenizer_config.json that were read, with a name for the end of text."""
-    if not tokenizer.settings:  # it was not read from Hugging Face's files
+    if tokenizer.settings is None:  # it was not read from Hugging Face's files
         return dict.fromkeys(NAMED, None if tokenizer.eot is None else name_of(tokenizer, tokenizer.eot))
     settings = dict.fromkeys(NAMED) | dict(tokenizer.settings)  # GPT2Tokenizer would use `<|endoftext|>`
     if tokenizer.eot is not None and tokenizer.tokens.get(END_OF_TEXT) != tokenizer.eot:
@@ -62,7 +62,7 @@ def special_ids(tokenizer: Tokenizer, n_vocab: int) -> dict[str, int | None]:
     """Return bos_token_id, eos_token_id and pad_token_id for config.json. An id without a row is left out."""
 
     def named(name: str) -> int | None:
-        i = tokenizer.tokens.get(tokenizer.settings.get(name) or "")
+        i = tokenizer.tokens.get((tokenizer.settings or {}).get(name) or "")
         return i if i is not None and i < n_vocab else None
 
     end = named("eos_token")

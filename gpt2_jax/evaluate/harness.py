@@ -96,11 +96,11 @@ class _Answers:
     @property
     def eot_token_id(self) -> int:
         """The id of `<|endoftext|>`, which is put before a text."""
-        return self.tokenizer.eot
+        return self.tokenizer.end_of_text("a task without a context")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of a text. `<|endoftext|>` in it becomes the special id. No special id is added."""
-        return self.tokenizer.encode(string, allow_special=True)
+        return self.tokenizer.encode(string, allow_special=True, template=False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False

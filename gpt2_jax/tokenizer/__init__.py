@@ -46,7 +46,7 @@ class Tokenizer:
         a fine-tune, are always found.
       prefix, suffix: ids that the template of a Hugging Face tokenizer puts before and after a text; mostly empty.
       settings: the fields of tokenizer_config.json that are kept when the tokenizer is saved in Hugging Face's format,
-        such as the names of special tokens.
+        such as the names of special tokens; None if it was not read from such files.
     """
 
     eot: int | None
@@ -57,7 +57,7 @@ class Tokenizer:
     special: set[str]
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -99,7 +99,6 @@ class Tokenizer:
         self.eot = tokens.get(END_OF_TEXT)
         self.added = {token: i for token, i in self.tokens.items() if token in added}
         self.special = {token for token in self.added if added[token]}
-        self.settings = {}
         if _digest(self.merges) == _RELEASED or openai.is_canonical(self.tokens, self.merges):
             self._backend = Tiktoken(ranks, self.tokens, self.added, self.special)
         else:
@@ -126,7 +125,6 @@ class Tokenizer:
         self.added = {token["content"]: token["id"] for token in backend.added}
         self.special = {token["content"] for token in backend.added if token["special"]}
         self.prefix, self.suffix = backend.prefix, backend.suffix
-        self.settings = {}
         return self
 
     @classmethod

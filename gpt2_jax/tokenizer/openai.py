@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -295,10 +296,9 @@ def ends_of(post_processor: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | No
         return (), ()
     try:
         special = post_processor["special_tokens"]
-        parts = [
-            special[p["SpecialToken"]["id"]]["ids"] if "SpecialToken" in p else None for p in post_processor["single"]
-        ]
-        middle = parts.index(None)
-        return tuple(sum(parts[:middle], [])), tuple(sum(parts[middle + 1 :], []))
+        names = [part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in post_processor["single"]]
+        middle = names.index(None)
+        before, after = ([special[name]["ids"] for name in part] for part in (names[:middle], names[middle + 1 :]))
+        return tuple(itertools.chain(*before)), tuple(itertools.chain(*after))
     except (KeyError, TypeError, ValueError):  # another kind, malformed, or the text is there twice or not at all
         return None

@@ -3,7 +3,7 @@
 import functools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,21 @@ EOT = "<|endoftext|>"
 ROOT = Path(__file__).parents[2]
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+CONFIG = {"n_positions": 8, "n_embd": 4, "n_head": 2, "n_layer": 1}
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 @functools.cache
 def corpus() -> list[str]:
     text = (ROOT / "examples" / "the-verdict.txt").read_text(encoding="utf-8")
-    return [*text.split("\n"), "Zürich 1234 5678", "def f(x):\n    return x", "Привет, мир!", "漢字 かな", "<user> hi </user>"]
+    return [
+        *text.split("\n"),
+        "Zürich 1234 5678",
+        "def f(x):\n    return x",
+        "Привет, мир!",
+        "漢字 かな",
+        "<user> hi </user>",
+    ]
 
 
 @functools.cache
@@ -44,7 +52,9 @@ def embedded() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def trained(special: list[str], size: int = 700) -> ByteLevelBPETokenizer:
     """A vocabulary as the examples of Hugging Face train it."""
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(corpus(), vocab_size=size, min_frequency=2, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(
+        corpus(), vocab_size=size, min_frequency=2, special_tokens=special, show_progress=False
+    )
     return tokenizer
 
 
@@ -85,8 +95,7 @@ def template(before: list[str], after: list[str], ids: dict[str, int]) -> dict[s
 def write(folder: Path, n_vocab: int = 0, **files: Any) -> Path:
     """Write config.json of a GPT-2, and other JSON files."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "gpt2", "n_positions": 8, "n_embd": 4, "n_head": 2, "n_layer": 1}
-    files = {"config": config | ({"vocab_size": n_vocab} if n_vocab else {"vocab_size": 1281})} | files
+    files = {"config": CONFIG | {"model_type": "gpt2", "vocab_size": n_vocab or 1281}} | files
     for name, fields in files.items():
         (folder / f"{name}.json").write_text(json.dumps(fields), encoding="utf-8")
     return folder
@@ -182,7 +191,7 @@ ROUND = template([EOT], [EOT], {EOT: 1280})
 MAP = {
     "pad_token": "[PAD]",
     "eos_token": {"content": "<e>", "single_word": False, "lstrip": True, "rstrip": False, "normalized": True},
-    "additional_special_tokens": ["<x>", {"content": "<y>", "lstrip": False, "rstrip": True, "normalized": False}],
+    "additional_special_tokens": ["<x>", "<y>"],
 }
 NAMED = {
     "bos_token": {"__type": "AddedToken", **{k: v for k, v in added(EOT).items() if k != "special"}},
@@ -293,9 +302,9 @@ FORMS: dict[str, Callable[[Path], Path]] = {
         ),
         tokenizer_config=FAST,
     ),
-    "no class": lambda path: write(path, tokenizer=described(**LOWER), config={"vocab_size": 1281}),
+    "no class": lambda path: write(path, tokenizer=described(**LOWER), config=CONFIG | {"vocab_size": 1281}),
     "class in config.json": lambda path: write(
-        path, tokenizer=described(**LOWER), config={"model_type": "gpt2", "vocab_size": 1281} | FAST
+        path, tokenizer=described(**LOWER), config=CONFIG | {"model_type": "gpt2", "vocab_size": 1281} | FAST
     ),
     "unk in vocab, wordlevel": lambda path: saved(path, word_level(), tokenizer_config=FAST),
     "no end of text wanted": lambda path: two_files(
@@ -307,18 +316,43 @@ FORMS: dict[str, Callable[[Path], Path]] = {
 
 def word_level() -> Tokenizer:
     words = sorted({word for line in corpus() for word in line.split()})
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", EOT, *words])}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(["<unk>", EOT, *words])}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(EOT, special=True)])
     return tokenizer
 
 
-def hostile_texts(count: int, seed: int, tokens: list[str] = []) -> list[str]:
+def hostile_texts(count: int, seed: int, tokens: Sequence[str] = ()) -> list[str]:
     """Texts of special characters, parts of special tokens, long runs, digits and scripts; the same for a seed."""
     draw = random.Random(seed)
-    pieces = [*vocabularies.SNIPPETS, *SPECIALS, *tokens, "abc", "ddd", "abc ddd", "THE the", "12345", "\u2581", "<0x0A>"]
+    pieces = [
+        *vocabularies.SNIPPETS,
+        *SPECIALS,
+        *tokens,
+        "abc",
+        "ddd",
+        "abc ddd",
+        "THE the",
+        "12345",
+        "\u2581",
+        "<0x0A>",
+    ]
     pieces += [token[:cut] for token in (*tokens, EOT, "<pad>") for cut in (1, -1)]
-    pieces += ["ab<c>", "\u00e9t\u00e9", "e\u0301te\u0301", "thee", "methee", "<sp 1>", "[PAD]", "<user>x", "thou", "\u0130", "\u1e9e"]
+    pieces += [
+        "ab<c>",
+        "\u00e9t\u00e9",
+        "e\u0301te\u0301",
+        "thee",
+        "methee",
+        "<sp 1>",
+        "[PAD]",
+        "<user>x",
+        "thou",
+        "\u0130",
+        "\u1e9e",
+    ]
 
     def piece() -> str:
         kind = draw.random()
@@ -330,4 +364,6 @@ def hostile_texts(count: int, seed: int, tokens: list[str] = []) -> list[str]:
             return draw.choice("a 0\n!é") * draw.randrange(1, 40)
         return draw.choice(["  ", " ", "\n"]) + draw.choice(pieces)
 
-    return ["".join(piece() for _ in range(draw.randrange(12))).encode("utf-8", "replace").decode() for _ in range(count)]
+    return [
+        "".join(piece() for _ in range(draw.randrange(12))).encode("utf-8", "replace").decode() for _ in range(count)
+    ]
