@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoints import safetensors
-from gpt2_jax.checkpoints.vocabulary_files import write_json
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, stored_dtype, write_manifest
+from gpt2_jax.checkpoints.vocabulary_files import write_json
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, GPT2Config
 from gpt2_jax.files import read_json
 from gpt2_jax.model import abstract_params

@@ -1,9 +1,9 @@
-"""Tokens that Hugging Face's files add to a vocabulary, and the names of special tokens, as transformers 5 reads them."""
+"""Tokens that Hugging Face's files add to a vocabulary, and names of special tokens, as transformers 5 reads them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ def read(directory: Path, settings: Mapping[str, Any], own: Sequence[Token], who
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         named, extra = named | extra, []
+    _check((*(value for value in named.values() if value is not None), *extra), directory / TOKENIZER_CONFIG)
     if "added_tokens_decoder" in settings:
         by_id = _by_id(settings["added_tokens_decoder"], directory / TOKENIZER_CONFIG)
     else:
@@ -75,6 +76,19 @@ def read(directory: Path, settings: Mapping[str, Any], own: Sequence[Token], who
 
 def _is_name(name: str, value: Any) -> bool:
     return name in NAMES or (name.endswith("_token") and isinstance(value, str | dict))
+
+
+def _check(values: Iterable[Any], path: Path) -> None:
+    """Check that values are special tokens, as strings or objects.
+
+    Raises:
+      ValueError: one is not.
+    """
+    for value in values:
+        try:
+            _content(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _content(value: Any) -> str:
@@ -115,6 +129,7 @@ def _with_map(path: Path, named: dict[str, Any], extra: list) -> tuple[dict[str,
     if isinstance(more, dict):
         found, more = found | more, []
     own = {name: value for name, value in found.items() if _is_name(name, value)}
+    _check((*own.values(), *more), path)
     return named | own, [*extra, *(token for token in more if token not in extra)]
 
 
@@ -134,5 +149,5 @@ def warn_of_other_ids(added: Added, tokenizer: Tokenizer, directory: Path) -> No
         warnings.warn(
             f"{directory} gives {token!r} the id {i}, but its id is {tokenizer.tokens.get(token)} in transformers, and "
             f"here too{more}: added tokens get the next free ids",
-            stacklevel=5,
+            stacklevel=4,
         )

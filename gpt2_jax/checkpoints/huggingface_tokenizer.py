@@ -78,8 +78,10 @@ def read(directory: Path) -> Tokenizer:
     huggingface_added.warn_of_other_ids(added, tokenizer, directory)
     tokenizer.eot = _end_of_text(tokenizer, files, added, config)
     kept = {name: value for name, value in settings.items() if name not in NOT_KEPT}
-    extra = {"extra_special_tokens": added.extra} if added.extra else {}
-    tokenizer.settings = kept | dict(added.names) | extra
+    own_names = {name: token for name, token in added.names.items() if not name.endswith("_token")}
+    extra = own_names or added.extra
+    names = {name: token for name, token in added.names.items() if name not in own_names}
+    tokenizer.settings = kept | names | ({"extra_special_tokens": extra} if extra else {})
     return tokenizer
 
 
@@ -110,7 +112,7 @@ def _is_whole(directory: Path, settings: Mapping[str, Any], config: Mapping[str,
         warnings.warn(
             f"{directory / source} has tokenizer_class = {name!r}, which is not GPT-2's tokenizer: {TOKENIZER_JSON} is "
             "read as it is, and transformers may give other ids",
-            stacklevel=5,
+            stacklevel=4,
         )
     return has_json
 
@@ -169,7 +171,7 @@ def _warn_of_other_vocabulary(path: Path, model: Mapping[str, Any]) -> None:
         warnings.warn(
             f"{path} does not hold the vocabulary of {VOCAB_JSON} and {MERGES} beside it: {path.name} is read, as "
             "transformers does",
-            stacklevel=6,
+            stacklevel=5,
         )
 
 
@@ -185,7 +187,7 @@ def _warn_of_ignored(path: Path, fields: Mapping[str, Any], read: Mapping[str, A
         warnings.warn(
             f"{path} asks for {', '.join(ignored)}, which the class {OWN} of transformers leaves out, and so does this "
             f'package: set tokenizer_class to "PreTrainedTokenizerFast" in {TOKENIZER_CONFIG} to use it',
-            stacklevel=6,
+            stacklevel=5,
         )
 
 

@@ -20,7 +20,7 @@ from gpt2_jax.data.encoding import PREPARED, encode_all, processes_for
 from gpt2_jax.data.sources import Fields, Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
 from gpt2_jax.data.token_files import FILES, MANIFEST, SPLITS, VERSION, Prepared, id_dtype, open_prepared
-from gpt2_jax.tokenizer import Tokenizer, fingerprint
+from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 
 
 def prepare(
@@ -84,7 +84,7 @@ def prepare(
     target = files.expanded(folder)
     check = functools.partial(check_replaceable, target, overwrite)
     check()
-    found = Sources(sources, fields, tokenizer.n_vocab, tokenizer.end_of_text(PREPARED))
+    found = Sources(sources, fields, tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
     with files.replacing(target, check) as temporary:
         written = _write_all(temporary, found, tokenizer, n_processes or processes_for(found.n_bytes), shown)
         division = divide(np.frombuffer(written.ends, np.int64), val_fraction, split, seed)

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt2_jax.data.sources import BLOCK, Piece
 from gpt2_jax.data.token_files import id_dtype
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
+from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
 
 WORTHWHILE = 32 * BLOCK  # bytes of text; with less, starting other processes takes longer than it saves
 MOST_PROCESSES = 16  # one process reads for all of them
@@ -138,7 +138,7 @@ def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
             part = tokenizer.encode(part)
         ids.append(np.asarray(part, dtype))
         if piece.ends:
-            ids.append(np.asarray([tokenizer.end_of_text(PREPARED)], dtype))
+            ids.append(np.asarray([end_of_text(tokenizer, PREPARED)], dtype))
         counts.append(np.full(len(part) + piece.ends, piece.counts, np.uint8))
         n_ids += len(part) + piece.ends
         if piece.ends:

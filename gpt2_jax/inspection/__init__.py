@@ -219,8 +219,8 @@ def describe_vocabulary(directory: Path) -> dict[str, Any]:
 
     Returns:
       missing: None, or the reason why there is no vocabulary; then all other values are None. n_ids; end_of_text: the
-      id of `<|endoftext|>`, None if there is none; first_tokens and last_tokens: {id, token (as in the file, where Ġ is a space), text};
-      n_merges; first_merges and last_merges: pairs of tokens.
+      id of `<|endoftext|>`, None if there is none; first_tokens and last_tokens: {id, token (as in the file, where Ġ is
+      a space), text}; n_merges; first_merges and last_merges: pairs of tokens.
     """
     names = ("n_ids", "end_of_text", "first_tokens", "last_tokens", "n_merges", "first_merges", "last_merges")
     try:

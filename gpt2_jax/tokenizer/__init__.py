@@ -202,20 +202,7 @@ class Tokenizer:
           ValueError: the text is empty, and the vocabulary has no end-of-text token.
         """
         ids = [*self.prefix, *self.encode(text, allow_special, template=False)]
-        return ids or [self.end_of_text("an empty prompt")]
-
-    def end_of_text(self, what: str) -> int:
-        """Return `eot`. `what` needs it, and is named in the message.
-
-        Raises:
-          ValueError: the vocabulary has no end-of-text token.
-        """
-        if self.eot is None:
-            raise ValueError(
-                f"{what} needs an end-of-text token, and the vocabulary has none: name one as eos_token in "
-                f"{TOKENIZER_CONFIG}, or set the tokenizer's eot"
-            )
-        return self.eot
+        return ids or [end_of_text(self, "an empty prompt")]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of a sequence of ids. Bytes that are not UTF-8 become U+FFFD.
@@ -256,6 +243,20 @@ class Tokenizer:
         return Tokenizer, (self.tokens, self.merges, "the tokens", "the merges", 1, added), state
 
 
+def end_of_text(tokenizer: Tokenizer, what: str) -> int:
+    """Return the tokenizer's `eot`. `what` needs it, and is named in the message.
+
+    Raises:
+      ValueError: the vocabulary has no end-of-text token.
+    """
+    if tokenizer.eot is None:
+        raise ValueError(
+            f"{what} needs an end-of-text token, and the vocabulary has none: name one as eos_token in "
+            f"{TOKENIZER_CONFIG}, or set the tokenizer's eot"
+        )
+    return tokenizer.eot
+
+
 def read_merges(path: Path) -> tuple[list[tuple[str, ...]], int]:
     """Return the pairs in a file of merges, and the line of the first.
 
@@ -274,8 +275,9 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     """Return the sha256, in hexadecimal, of what determines the ids of ordinary text."""
     merges = [list(pair) for pair in tokenizer.merges]
     parts: list[Any] = [tokenizer.tokens, merges]
-    always_found = tokenizer.added.keys() - tokenizer.special
-    if always_found or not isinstance(tokenizer._backend, Tiktoken):
+    if isinstance(tokenizer, Tokenizer) and not (
+        tokenizer.is_openai_form and tokenizer.special >= tokenizer.added.keys()
+    ):
         fields = tokenizer.description()
         model = {name: value for name, value in fields["model"].items() if name not in ("vocab", "merges")}
         names = ("added_tokens", "normalizer", "pre_tokenizer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpt2_jax.tokenizer.openai import spelled_bytes
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 MODELS = ("BPE", "WordLevel")
+LONGEST = 2**18
+_SPACE = re.compile(r"(?<=\S) ")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -53,7 +55,11 @@ class HuggingFace:
     def encode(self, text: str, special: bool) -> list[int]:
         """Return the ids of a text, without the template. Special tokens are found in it only if `special` is True."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
-        return (self._parsing if special else self._plain).encode(text, add_special_tokens=False).ids
+        tokenizer = self._parsing if special else self._plain
+        ids: list[int] = []
+        for part in _cut(text) if self._is_cut_by_spaces else [text]:
+            ids += tokenizer.encode(part, add_special_tokens=False).ids
+        return ids
 
     @functools.cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -68,6 +74,18 @@ class HuggingFace:
         plain.add_tokens([added_token(token) for token in self.added])
         plain.encode_special_tokens = True
         return plain
+
+    @functools.cached_property
+    def _is_cut_by_spaces(self) -> bool:
+        """Whether a token always ends before a space that follows another character, and none depends on both sides.
+
+        That holds for GPT-2's pattern, also after digits were split, if no added token takes spaces with it.
+        """
+        splitter = self.fields["pre_tokenizer"] or {}
+        *before, last = splitter.get("pretokenizers", [splitter])
+        by_pattern = last.get("type") == "ByteLevel" and last["use_regex"] and not self.fields["normalizer"]
+        with_spaces = (token["lstrip"] or token["rstrip"] or " " in token["content"] for token in self.added)
+        return by_pattern and all(one["type"] == "Digits" for one in before) and not any(with_spaces)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids in the vocabulary."""
@@ -114,6 +132,18 @@ class HuggingFace:
         if encoded.ids[start:end] != own or not all(encoded.special_tokens_mask[end:]):
             raise ValueError("its post_processor does more than to put tokens before and after a text")
         return tuple(encoded.ids[:start]), tuple(encoded.ids[end:])
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Cut a text before spaces, into parts of LONGEST characters and a little more.
+
+    The library needs about 250 bytes of memory for each character of a part.
+    """
+    start = 0
+    while len(text) - start > LONGEST and (space := _SPACE.search(text, start + LONGEST)):
+        yield text[start : space.start()]
+        start = space.start()
+    yield text[start:]
 
 
 def added_token(token: dict[str, Any]) -> tokenizers.AddedToken:

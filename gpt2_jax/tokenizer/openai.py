@@ -196,7 +196,7 @@ def check_complete(
         return
     first = max((i for token, i in tokens.items() if len(token) == 1), default=-1)
     end_of_text = tokens.get(END_OF_TEXT, -1)
-    appended = end_of_text if end_of_text > max((tokens.get(token, -1) for token in made), default=-1) else None
+    appended = end_of_text if end_of_text > max([first, *(tokens.get(token, -1) for token in made)]) else None
     for token in sorted(unmade, key=tokens.__getitem__):
         i = tokens[token]
         if i > first and not (appended is not None and i > appended) and is_one_piece(token):

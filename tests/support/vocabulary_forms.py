@@ -1,4 +1,4 @@
-"""Folders with the vocabularies that people have, written by the libraries that people use, and texts that break tokenizers."""
+"""Folders with the vocabularies that people have, by the libraries that people use, and texts that break tokenizers."""
 
 import functools
 import json
@@ -128,8 +128,8 @@ def hub_layout(folder: Path, directory: Path) -> Path:
     tokens = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
     lines = (directory / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
     merges = [tuple(line.split(" ")) for line in lines]
-    added = {"id": tokens[EOT], "content": EOT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}  # fmt: skip
-    fields = described(added_tokens=[added], model={"vocab": tokens, "merges": lines})
+    end = {"id": tokens[EOT], **added(EOT, normalized=True, special=True)}
+    fields = described(added_tokens=[end], model={"vocab": tokens, "merges": lines})
     fields["post_processor"] = BYTE_LEVEL | {"trim_offsets": False}
     return two_files(folder, tokens, merges, tokenizer=fields, tokenizer_config={"model_max_length": 1024})
 
@@ -138,7 +138,8 @@ def of_64000(folder: Path) -> Path:
     """The released vocabulary, continued by merges of two words, with special tokens in front."""
     directory = vocabularies.real_vocabulary_dir()
     tokens = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
-    merges = [tuple(line.split(" ")) for line in (directory / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]]
+    lines = (directory / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    merges = [tuple(line.split(" ")) for line in lines]
     words = [token for token in tokens if token.isalpha() and token.isascii()]
     draw, names = random.Random(7), [*SPECIALS, *(token for token in tokens if token != EOT)]
     known = set(names)
@@ -201,7 +202,7 @@ NAMED = {
 
 def not_canonical() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Merges "bc", "ab", "ab c": in "abc" only "bc" merges. tiktoken finds the whole token."""
-    tokens, merges = embedded()
+    tokens, _ = embedded()
     alphabet = [token for token in tokens if len(token) == 1]
     more = [("b", "c"), ("a", "b"), ("ab", "c"), ("\u0120", "a"), ("d", "d"), ("dd", "d"), ("d", "dd")]
     names = dict.fromkeys([*alphabet, *(left + right for left, right in more), EOT])
@@ -224,14 +225,47 @@ def bytes_missing() -> dict[str, Any]:
     return fields
 
 
-FORMS: dict[str, Callable[[Path], Path]] = {
+Maker = Callable[[Path], Path]
+
+
+def config(**fields: Any) -> Maker:
+    """vocab.json, merges.txt and a tokenizer_config.json."""
+    return lambda path: two_files(path, tokenizer_config=fields)
+
+
+def fast(settings: dict[str, Any] | None = None, **changes: Any) -> Maker:
+    """tokenizer.json and a tokenizer_config.json with the class that takes it as it is."""
+    return lambda path: write(path, tokenizer=described(**changes), tokenizer_config=FAST | (settings or {}))
+
+
+def slow(settings: dict[str, Any] | None = None, **changes: Any) -> Maker:
+    """tokenizer.json and perhaps a tokenizer_config.json, for the class GPT2Tokenizer."""
+    files = {} if settings is None else {"tokenizer_config": settings}
+    return lambda path: write(path, tokenizer=described(**changes), **files)
+
+
+def files(**contents: Any) -> Maker:
+    """vocab.json, merges.txt and other JSON files."""
+    return lambda path: two_files(path, **contents)
+
+
+OF_TRAINED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+NO_NAMES = dict.fromkeys(("bos_token", "eos_token", "unk_token"))
+PADDED = {
+    "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "!",
+    },
+}  # fmt: skip
+WITHOUT_END = {"model_type": "gpt2", "vocab_size": 1280, **CONFIG}
+
+FORMS: dict[str, Maker] = {
     "hub layout": lambda path: hub_layout(path, vocabularies.real_vocabulary_dir()),
     "two files": two_files,
     "special first, save_model": lambda path: model_saved(path, SPECIALS),
     "special first, save": lambda path: saved(path, trained(SPECIALS)),
-    "special first, named": lambda path: model_saved(
-        path, SPECIALS, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    ),
+    "special first, named": lambda path: model_saved(path, SPECIALS, tokenizer_config=OF_TRAINED),
     "special first, fast": lambda path: saved(path, trained(SPECIALS), tokenizer_config=FAST | {"eos_token": "</s>"}),
     "pad and end of text first": lambda path: model_saved(path, ["<pad>", EOT]),
     "end of text first": lambda path: saved(path, trained([EOT])),
@@ -242,76 +276,50 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "course, GPT2Tokenizer": lambda path: saved(path, course()),
     "64,000 ids": of_64000,
     "bytes missing": lambda path: write(path, tokenizer=bytes_missing(), tokenizer_config=FAST),
-    "bytes missing, GPT2Tokenizer": lambda path: write(path, tokenizer=bytes_missing(), tokenizer_config={"tokenizer_class": "GPT2Tokenizer"}),
-    "normalizer": lambda path: write(path, tokenizer=described(**LOWER), tokenizer_config=FAST),
-    "normalizer, GPT2Tokenizer": lambda path: write(path, tokenizer=described(**LOWER)),
-    "digits": lambda path: write(path, tokenizer=described(**DIGITS), tokenizer_config=FAST),
-    "digits, GPT2Tokenizer": lambda path: write(path, tokenizer=described(**DIGITS)),
-    "prefix space": lambda path: two_files(path, tokenizer_config={"add_prefix_space": True}),
-    "prefix space, fast": lambda path: write(path, tokenizer=described(**PREFIX), tokenizer_config=FAST),
-    "prefix space, asked otherwise": lambda path: write(
-        path, tokenizer=described(**PREFIX), tokenizer_config={"add_prefix_space": False}
-    ),
-    "identity template": lambda path: write(path, tokenizer=described(post_processor=IDENTITY)),
-    "end of text before": lambda path: write(path, tokenizer=described(post_processor=FIRST)),
-    "end of text around, fast": lambda path: write(
-        path, tokenizer=described(post_processor=ROUND), tokenizer_config=FAST
-    ),
+    "bytes missing, GPT2Tokenizer": lambda path: write(path, tokenizer=bytes_missing()),
+    "normalizer": fast(**LOWER),
+    "normalizer, GPT2Tokenizer": slow(**LOWER),
+    "digits": fast(**DIGITS),
+    "digits, GPT2Tokenizer": slow(**DIGITS),
+    "prefix space": config(add_prefix_space=True),
+    "prefix space, fast": fast(**PREFIX),
+    "prefix space, not in tokenizer_config.json": slow({"add_prefix_space": False}, **PREFIX),
+    "identity template": slow(post_processor=IDENTITY),
+    "end of text before": slow(post_processor=FIRST),
+    "end of text around, fast": fast(post_processor=ROUND),
     "template beside two files": lambda path: two_files(path, tokenizer=described(post_processor=FIRST)),
-    "bos and eos asked": lambda path: two_files(
-        path, tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_eos_token": True}
-    ),
-    "bos asked, tokenizer.json": lambda path: write(
-        path, tokenizer=described(), tokenizer_config={"add_bos_token": True}
-    ),
-    "bos and a prefix space": lambda path: two_files(
-        path, tokenizer_config={"add_bos_token": True, "add_prefix_space": True}
-    ),
+    "bos and eos asked": config(tokenizer_class="GPT2Tokenizer", add_bos_token=True, add_eos_token=True),
+    "bos asked, tokenizer.json": slow({"add_bos_token": True}),
+    "bos and a prefix space": config(add_bos_token=True, add_prefix_space=True),
     "not canonical": lambda path: two_files(path, *not_canonical()),
     "not in order": lambda path: two_files(path, *unordered()),
-    "ignore merges": lambda path: write(
-        path, tokenizer=described(model={"ignore_merges": True, "merges": embedded()[1][:200]}), tokenizer_config=FAST
-    ),
+    "ignore merges": lambda path: fast(model={"ignore_merges": True, "merges": embedded()[1][:200]})(path),
     "byte fallback": sentencepiece_like,
-    "added_tokens.json": lambda path: two_files(path, added_tokens={"[PAD]": 1281, "<speaker1>": 1282}),
-    "added tokens with gaps": lambda path: two_files(path, added_tokens={"[PAD]": 1290, "<speaker1>": 1281}),
-    "added_tokens_decoder": lambda path: two_files(path, tokenizer_config={"added_tokens_decoder": PLAIN_TOKENS}),
-    "added tokens that strip": lambda path: two_files(path, tokenizer_config={"added_tokens_decoder": ODD_TOKENS}),
-    "added tokens that overlap": lambda path: two_files(path, tokenizer_config={"added_tokens_decoder": OVERLAPPING}),
-    "added tokens, fast": lambda path: write(
-        path, tokenizer=described(), tokenizer_config=FAST | {"added_tokens_decoder": ODD_TOKENS}
-    ),
-    "added tokens, tokenizer.json": lambda path: write(
-        path, tokenizer=described(added_tokens=[{"id": int(i), **t} for i, t in PLAIN_TOKENS.items()])
-    ),
-    "special_tokens_map.json": lambda path: two_files(path, special_tokens_map=MAP),
+    "words": lambda path: saved(path, word_level(), tokenizer_config=FAST),
+    "added_tokens.json": files(added_tokens={"[PAD]": 1281, "<speaker1>": 1282}),
+    "added tokens with other ids": files(added_tokens={"[PAD]": 1290, "<speaker1>": 1281}),
+    "added_tokens_decoder": config(added_tokens_decoder=PLAIN_TOKENS),
+    "added tokens that strip": config(added_tokens_decoder=ODD_TOKENS),
+    "added tokens that overlap": config(added_tokens_decoder=OVERLAPPING),
+    "added tokens, fast": fast({"added_tokens_decoder": ODD_TOKENS}),
+    "added tokens, tokenizer.json": slow(added_tokens=[{"id": int(i), **token} for i, token in PLAIN_TOKENS.items()]),
+    "special_tokens_map.json": files(special_tokens_map=MAP),
     "special_tokens_map.json, fast": lambda path: write(
         path, tokenizer=described(), special_tokens_map=MAP, tokenizer_config=FAST
     ),
-    "named tokens": lambda path: two_files(path, tokenizer_config=NAMED),
-    "extra special tokens": lambda path: two_files(path, tokenizer_config={"extra_special_tokens": {"v": "<v>"}}),
-    "special tokens split": lambda path: two_files(path, tokenizer_config={"split_special_tokens": True}),
-    "special tokens split, fast": lambda path: write(
-        path, tokenizer=described(**DIGITS), tokenizer_config=FAST | {"split_special_tokens": True}
-    ),
-    "truncation and padding": lambda path: write(
-        path,
-        tokenizer=described(
-            truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
-            padding={"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"},
-        ),
-        tokenizer_config=FAST,
-    ),
+    "named tokens": config(**NAMED),
+    "extra special tokens": config(extra_special_tokens={"v": "<v>"}),
+    "special tokens split": config(split_special_tokens=True),
+    "special tokens split, fast": fast({"split_special_tokens": True}, **DIGITS),
+    "truncation and padding": fast(**PADDED),
     "no class": lambda path: write(path, tokenizer=described(**LOWER), config=CONFIG | {"vocab_size": 1281}),
     "class in config.json": lambda path: write(
-        path, tokenizer=described(**LOWER), config=CONFIG | {"model_type": "gpt2", "vocab_size": 1281} | FAST
+        path, tokenizer=described(**LOWER), config=CONFIG | FAST | {"model_type": "gpt2", "vocab_size": 1281}
     ),
-    "unk in vocab, wordlevel": lambda path: saved(path, word_level(), tokenizer_config=FAST),
-    "no end of text wanted": lambda path: two_files(
-        path, {t: i for t, i in embedded()[0].items() if t != EOT},
-        tokenizer_config={"bos_token": None, "eos_token": None, "unk_token": None},
+    "no end of text": lambda path: two_files(
+        path, {t: i for t, i in embedded()[0].items() if t != EOT}, config=WITHOUT_END, tokenizer_config=NO_NAMES
     ),
-}  # fmt: skip
+}
 
 
 def word_level() -> Tokenizer:
