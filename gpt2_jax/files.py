@@ -247,6 +247,19 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the contents of a JSON file that holds an object.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      ValueError: it is not UTF-8 text, not JSON, or not an object.
+    """
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {str(fields)[:40]!r}")
+    return fields
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -6,9 +6,10 @@ Each format has a module: `tensorflow`, `huggingface`, `orbax`, and `parts` for 
 """
 
 from gpt2_jax.checkpoints.book import download_and_load_gpt2, from_blocks, to_blocks
-from gpt2_jax.checkpoints.loading import has_vocabulary, load, load_config, load_tokenizer
+from gpt2_jax.checkpoints.loading import load, load_config
 from gpt2_jax.checkpoints.saving import check_replaceable, save
 from gpt2_jax.checkpoints.sources import embedded_model, folder_of, form_of, locate
+from gpt2_jax.checkpoints.vocabulary import has_vocabulary, load_tokenizer
 
 __all__ = [
     "check_replaceable",

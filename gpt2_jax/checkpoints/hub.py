@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gpt2_jax.checkpoints.integrity import one_line
-from gpt2_jax.tokenizer import ADDED_TOKENS, HUGGING_FACE_FILES, TOKENIZER_CONFIG
+from gpt2_jax.tokenizer import ADDED_TOKENS, HUGGING_FACE_FILES, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
-TOKENIZER_FILES = ("config.json", *HUGGING_FACE_FILES, TOKENIZER_CONFIG, ADDED_TOKENS)
+TOKENIZER_FILES = ("config.json", *HUGGING_FACE_FILES, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
 MODEL_FILES = (*TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 FLAX_FILES = ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*-of-*.msgpack")
 WEIGHTS = (".bin", ".pt", ".h5", ".msgpack", ".gguf", ".safetensors", ".onnx")

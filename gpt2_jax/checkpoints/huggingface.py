@@ -15,8 +15,8 @@ import numpy as np
 
 from gpt2_jax.checkpoints import names, safetensors
 from gpt2_jax.checkpoints.config_words import in_hugging_face_words
-from gpt2_jax.checkpoints.huggingface_tokenizer import write_json
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, write_manifest
+from gpt2_jax.checkpoints.vocabulary_files import write_json
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, VARIANTS, GPT2Config
 from gpt2_jax.files import read_json
 

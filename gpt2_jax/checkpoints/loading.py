@@ -1,28 +1,17 @@
-"""`load`, `load_config` and `load_tokenizer`, for any source and format."""
+"""`load` and `load_config`, for any source and format."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import (
-    copies,
-    flax_msgpack,
-    foreign_orbax,
-    huggingface,
-    huggingface_tokenizer,
-    llmc,
-    orbax,
-    run_weights,
-    runs,
-    tensorflow,
-)
+from gpt2_jax.checkpoints import copies, flax_msgpack, foreign_orbax, huggingface, llmc, orbax, run_weights, tensorflow
 from gpt2_jax.checkpoints.forms import FormName
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES, Leaves, count_non_finite
 from gpt2_jax.checkpoints.released import use_release
@@ -31,7 +20,6 @@ from gpt2_jax.config import SIZES, GPT2Config, float_dtype
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.progress import reading
-from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, Tokenizer
 
 
 def load(
@@ -161,54 +149,3 @@ def _tensorflow_config(found: Found) -> GPT2Config:
     if sum(path.stat().st_size for path in data) != 4 * config.n_params:  # not float32, or not only the model
         return copies.read_config(found.path) or _config_of_any_dtype(found)
     return config
-
-
-def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
-    """Load a model's tokenizer: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json.
-
-    Raises:
-      FileNotFoundError: there is no such source, or it has no vocabulary.
-      ValueError: a file is malformed, or the number of ids differs from the model's n_vocab.
-    """
-    directory = runs.run_of(locate(source, "tokenizer"))
-    if _any_of(directory, OPENAI_FILES):
-        encoder, merges = (directory / name for name in OPENAI_FILES)
-        tokenizer = Tokenizer.from_files(encoder, merges)
-    elif _any_of(directory, HUGGING_FACE_FILES):
-        tokenizer = huggingface_tokenizer.read(directory)
-    else:
-        raise FileNotFoundError(
-            f"{directory} holds no vocabulary: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
-        )
-    for name, read_config in _CONFIGS.items():
-        if (
-            (directory / name).is_file()
-            and (name != runs.RUN or runs.is_run(directory))
-            and (n_vocab := read_config(directory).n_vocab) != tokenizer.n_vocab
-        ):
-            raise ValueError(
-                f"the vocabulary in {directory} has {tokenizer.n_vocab} ids, but the embedding has n_vocab = {n_vocab} "
-                "rows: the vocabulary belongs to another model"
-            )
-    return tokenizer
-
-
-def has_vocabulary(source: str | os.PathLike) -> bool:
-    """Return whether a source has at least one file of a vocabulary.
-
-    Raises:
-      FileNotFoundError, ValueError, OSError: the source cannot be found or fetched.
-    """
-    return _any_of(runs.run_of(locate(source, "tokenizer")), (*OPENAI_FILES, *HUGGING_FACE_FILES))
-
-
-def _any_of(directory: Path, names: Sequence[str]) -> bool:
-    return any((directory / name).is_file() for name in names)
-
-
-_CONFIGS = {
-    "hparams.json": tensorflow.read_hparams,
-    "config.json": huggingface.read_config,
-    orbax.MANIFEST: orbax.read_config,
-    runs.RUN: run_weights.read_config,
-}

@@ -1,7 +1,7 @@
 """A training run's folder, and run.json, which describes what is trained and how.
 
 RUN/run.json              the config, the recipe and a description of the data
-RUN/encoder.json, RUN/vocab.bpe
+RUN/encoder.json, RUN/vocab.bpe, or Hugging Face's tokenizer files
 RUN/data/                 the text as tokens, if the run prepared it
 RUN/checkpoints/1600/     written by `parts`: params, lora (if LoRA is trained) and trainer
 RUN/best/                 a model written by `save`
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax.checkpoints import parts
+from gpt2_jax.checkpoints.vocabulary_files import own_files
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import check_replaceable, expanded, read_json, replacing_file
 from gpt2_jax.recipe import Optimizer, Recipe, from_dict, to_dict
-from gpt2_jax.tokenizer import OPENAI_FILES, Tokenizer, fingerprint
+from gpt2_jax.tokenizer import Tokenizer, fingerprint
 
 RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
@@ -145,10 +146,11 @@ def write_run(
     directory.mkdir(parents=True, exist_ok=True)
     with replacing_file(directory / RUN) as temporary:
         temporary.write_text(json.dumps(_to_json(run), indent=1) + "\n", encoding="utf-8")
-    vocabulary = [directory / name for name in OPENAI_FILES]
-    if tokenizer and not all(path.is_file() for path in vocabulary):
-        with replacing_file(vocabulary[0]) as encoder, replacing_file(vocabulary[1]) as merges:
-            tokenizer.to_files(encoder, merges)
+    vocabulary = own_files(tokenizer) if tokenizer else {}
+    for name, text in vocabulary.items():
+        if not (directory / name).is_file():
+            with replacing_file(directory / name) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="\n")
     return resumed
 
 

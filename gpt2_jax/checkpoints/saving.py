@@ -12,10 +12,12 @@ import jax
 import numpy as np
 
 from gpt2_jax import files
-from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, tensorflow
+from gpt2_jax.checkpoints import huggingface, orbax, tensorflow, vocabulary_files
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES
+from gpt2_jax.checkpoints.vocabulary import warn_of_another_model
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.files import read_object
 from gpt2_jax.model import check_params
 from gpt2_jax.params import Params, flatten
 from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, TOKENIZER_CONFIG, Tokenizer
@@ -50,21 +52,25 @@ def save(
         "huggingface", which `GPT2LMHeadModel.from_pretrained` opens; or "orbax". The last two also hold a sha256 of
         each tensor, and the config's dropout rates and qkv_bias, which OpenAI's files cannot hold. A config whose
         arithmetic is not OpenAI's (`config.variants`) is refused in the format "tensorflow".
-      tokenizer: written too, in the files of the format: encoder.json and vocab.bpe, or Hugging Face's files. None
-        writes only weights and config.
+      tokenizer: written too, in the files of the format: encoder.json and vocab.bpe, or Hugging Face's files. A
+        tokenizer that OpenAI's two files cannot hold is written in Hugging Face's files in every format. None writes
+        only weights and config.
+
+    Warns:
+      UserWarning: the tokenizer seems to belong to another model, because its number of ids is not the config's.
 
     Raises:
       FileExistsError: the directory holds files that are not part of a saved model, or holds a vocabulary while
         `tokenizer` is None.
       OSError: the disk is full, or the directory cannot be written.
-      ValueError: the format is unknown, the params do not match the config, or the dtype or tokenizer does not fit.
+      ValueError: the format is unknown, the params do not match the config, or the dtype does not fit.
     """
     choice("format", format, WRITERS)
     check_params(config, params)
     if config.param_dtype.name not in STORED_DTYPES:
         raise ValueError(f"params must be {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
-    if tokenizer is not None and tokenizer.n_vocab != config.n_vocab:
-        raise ValueError(f"the tokenizer has {tokenizer.n_vocab} ids, but the config has n_vocab = {config.n_vocab}")
+    if tokenizer is not None:
+        warn_of_another_model(tokenizer, config.n_vocab, "the tokenizer", stacklevel=2)
     directory = files.expanded(directory)
     if format == "tensorflow":
         tensorflow.check_path(directory)
@@ -75,16 +81,24 @@ def save(
     try:
         with files.replacing(directory, check) as temporary:
             WRITERS[format](temporary, config, flat)
-            if tokenizer is not None and format == "huggingface":
-                huggingface_tokenizer.write(temporary, tokenizer, config.n_ctx)
-            elif tokenizer is not None:
-                tokenizer.to_files(*(temporary / name for name in OPENAI_FILES))
+            if tokenizer is not None:
+                _write_vocabulary(temporary, config, tokenizer, format)
     except FileExistsError:
         raise
     except OSError as error:
         clear = OSError(f"{directory} cannot be written, and was not changed: {error.strerror or error}")
         clear.errno = error.errno
         raise clear from error
+
+
+def _write_vocabulary(directory: Path, config: GPT2Config, tokenizer: Tokenizer, format: Format) -> None:
+    if format != "huggingface":
+        vocabulary_files.write(directory, vocabulary_files.own_files(tokenizer, config.n_ctx))
+        return
+    vocabulary_files.write(directory, vocabulary_files.huggingface_files(tokenizer, config.n_ctx))
+    path = directory / "config.json"
+    fields = read_object(path) | vocabulary_files.special_ids(tokenizer, config.n_vocab)
+    vocabulary_files.write_json(path, fields)
 
 
 def check_replaceable(directory: Path, with_vocabulary: bool, overwrite: bool = True) -> None:

@@ -64,7 +64,7 @@ class Model:
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a prompt. An empty prompt becomes `<|endoftext|>`, after which a model starts a new text."""
-    return tokenizer.encode(text) or [tokenizer.eot]
+    return tokenizer.prompt(text)
 
 
 def as_json(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:

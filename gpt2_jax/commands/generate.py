@@ -47,8 +47,9 @@ class Options(Settings):
     They are a table after each sample, or in the samples of --output."""
 
     def settings(self, tokenizer: Tokenizer) -> Settings:
-        """Return the settings for the library."""
-        return Settings.among(vars(self) | {"stop_ids": (tokenizer.eot,) if self.stop_at_eot else ()})
+        """Return the settings for the library. Without an end-of-text token no id stops a sample."""
+        stops = self.stop_at_eot and tokenizer.eot is not None
+        return Settings.among(vars(self) | {"stop_ids": (tokenizer.eot,) if stops else ()})
 
 
 @dataclasses.dataclass

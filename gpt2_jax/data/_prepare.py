@@ -16,11 +16,11 @@ import numpy as np
 
 from gpt2_jax import files, progress
 from gpt2_jax.checks import choice, real_number, whole_number
-from gpt2_jax.data.encoding import encode_all, processes_for
+from gpt2_jax.data.encoding import PREPARED, encode_all, processes_for
 from gpt2_jax.data.sources import Fields, Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
 from gpt2_jax.data.token_files import FILES, MANIFEST, SPLITS, VERSION, Prepared, id_dtype, open_prepared
-from gpt2_jax.tokenizer import Tokenizer, fingerprint
+from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 
 
 def prepare(
@@ -71,7 +71,8 @@ def prepare(
     Raises:
       FileNotFoundError: a source does not exist.
       FileExistsError: the folder is not empty, and may not be replaced.
-      ValueError: a source is malformed, there is no text, or too little for this split; the message says where.
+      ValueError: a source is malformed, there is no text, or too little for this split; the message says where. Or the
+        vocabulary has no end-of-text token.
       OSError: files cannot be read or written, or an encoding process died.
     """
     choice("split", split, ("auto", "documents", "tail"))
@@ -83,7 +84,7 @@ def prepare(
     target = files.expanded(folder)
     check = functools.partial(check_replaceable, target, overwrite)
     check()
-    found = Sources(sources, fields, tokenizer.n_vocab, tokenizer.eot)
+    found = Sources(sources, fields, tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
     with files.replacing(target, check) as temporary:
         written = _write_all(temporary, found, tokenizer, n_processes or processes_for(found.n_bytes), shown)
         division = divide(np.frombuffer(written.ends, np.int64), val_fraction, split, seed)

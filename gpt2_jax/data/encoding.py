@@ -16,11 +16,12 @@ import numpy as np
 
 from gpt2_jax.data.sources import BLOCK, Piece
 from gpt2_jax.data.token_files import id_dtype
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
+from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
 
 WORTHWHILE = 32 * BLOCK  # bytes of text; with less, starting other processes takes longer than it saves
 MOST_PROCESSES = 16  # one process reads for all of them
 DIED = "died, perhaps because memory ran out: use fewer processes"
+PREPARED = "text that is prepared for training"  # what needs an end-of-text token
 Pipe = Any  # multiprocessing's Connection, on Windows its PipeConnection
 
 
@@ -85,7 +86,7 @@ def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
     The processes of a pool share one pipe. A pool waits forever if a process dies in the middle of an answer.
     """
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, tokenizer.tokens, tokenizer.merges), daemon=True)
+    process = context.Process(target=_work, args=(theirs, tokenizer), daemon=True)
     try:
         process.start()
         theirs.close()
@@ -97,9 +98,8 @@ def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
             process.join()
 
 
-def _work(pipe: Pipe, tokens: dict[str, int], merges: list[tuple[str, str]]) -> None:
+def _work(pipe: Pipe, tokenizer: Tokenizer) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
-    tokenizer = Tokenizer(tokens, merges)
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         pipe.send(None)
         while True:
@@ -121,7 +121,11 @@ def _receive(worker: Pipe, trouble: str = DIED) -> Encoded:
 
 
 def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
-    """Encode some pieces. The characters `<|endoftext|>` inside a text stay ordinary text."""
+    """Encode some pieces. The characters `<|endoftext|>` inside a text stay ordinary text.
+
+    Raises:
+      ValueError: a piece ends a document, and the vocabulary has no end-of-text token.
+    """
     dtype = id_dtype(tokenizer.n_vocab)
     ids, counts, ends = [], [], []
     n_ids = n_characters = n_bytes = n_markers = 0
@@ -134,7 +138,7 @@ def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
             part = tokenizer.encode(part)
         ids.append(np.asarray(part, dtype))
         if piece.ends:
-            ids.append(np.asarray([tokenizer.eot], dtype))
+            ids.append(np.asarray([end_of_text(tokenizer, PREPARED)], dtype))
         counts.append(np.full(len(part) + piece.ends, piece.counts, np.uint8))
         n_ids += len(part) + piece.ends
         if piece.ends:

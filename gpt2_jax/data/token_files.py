@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -38,12 +38,14 @@ class Tokens:
       n_tokens: the number of ids.
       n_vocab: every id is below this.
       mask_path: the file that says which tokens count in the loss; None if all do.
+      n_rows: rows of the model that reads the ids; None if they are not known. An id without a row is refused.
     """
 
     path: Path
     n_tokens: int
     n_vocab: int
     mask_path: Path | None = None
+    n_rows: int | None = None
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ids int32 [count] from token `start` on, and counts float32 [count], 1 where a token is a target.
@@ -60,6 +62,11 @@ class Tokens:
             raise ValueError(
                 f"{self.path}: token {at:,} is the id {ids[at - start]}, outside the vocabulary of {self.n_vocab:,} "
                 "ids: it was written with another tokenizer, or another dtype"
+            )
+        if count and self.n_rows is not None and int(ids.max()) >= self.n_rows:
+            raise ValueError(
+                f"{self.path} has the id {int(ids.max())}, but the model has only {self.n_rows:,} rows: resize its "
+                "embedding, or prepare the text without this added token"
             )
         if self.mask_path is None:
             return ids.astype(np.int32), np.ones(count, np.float32)
@@ -86,6 +93,11 @@ class Prepared:
     train: Tokens
     val: Tokens | None
     manifest: dict[str, Any] | None
+
+    def within(self, n_rows: int) -> Prepared:
+        """Return the same text for a model with this many rows. An id without a row is refused when it is read."""
+        train, val = (split and dataclasses.replace(split, n_rows=n_rows) for split in (self.train, self.val))
+        return Prepared(cast("Tokens", train), val, self.manifest)
 
     def digests(self) -> dict[str, str]:
         """Return {file name: sha256} of all files, read from the disk: about one second per GB."""

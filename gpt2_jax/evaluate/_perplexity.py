@@ -14,7 +14,7 @@ from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.detokenizers import DETOKENIZERS
 from gpt2_jax.generation.scoring import as_stride, score
 from gpt2_jax.params import Params
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Tokenizer, end_of_text
 
 UNITS = ("token", "word", "byte")
 
@@ -126,7 +126,8 @@ def _rows(tokenizer: Tokenizer, documents: list[str], detokenizer: str, bos: boo
     for i, text in enumerate(documents):
         if not isinstance(text, str):
             raise ValueError(f"documents[{i}] must be a str, not {type(text).__name__}")
-        row = [tokenizer.eot] * bos + tokenizer.encode(DETOKENIZERS[detokenizer](text))
+        before = [end_of_text(tokenizer, "bos")] if bos else []
+        row = before + tokenizer.encode(DETOKENIZERS[detokenizer](text))
         if len(row) < 2:
             help = "give a longer one" if bos or not row else "give a longer one, or set bos to score the first token"
             n_tokens = len(row) - bos

@@ -25,7 +25,7 @@ from gpt2_jax.generation.decoding import complete
 from gpt2_jax.generation.scoring import score
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.params import Params
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer
+from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -96,11 +96,11 @@ class _Answers:
     @property
     def eot_token_id(self) -> int:
         """The id of `<|endoftext|>`, which is put before a text."""
-        return self.tokenizer.eot
+        return end_of_text(self.tokenizer, "a task without a context")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of a text. `<|endoftext|>` in it becomes the special id. No special id is added."""
-        return self.tokenizer.encode(string, allow_special=True)
+        return self.tokenizer.encode(string, allow_special=True, template=False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False

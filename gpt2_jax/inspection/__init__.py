@@ -231,8 +231,8 @@ def describe_vocabulary(directory: Path) -> dict[str, Any]:
 
     Returns:
       missing: None, or the reason why there is no vocabulary; then all other values are None. n_ids; end_of_text: the
-      id of `<|endoftext|>`; first_tokens and last_tokens: {id, token (as in the file, where Ġ is a space), text};
-      n_merges; first_merges and last_merges: pairs of tokens.
+      id of `<|endoftext|>`, None if there is none; first_tokens and last_tokens: {id, token (as in the file, where Ġ is
+      a space), text}; n_merges; first_merges and last_merges: pairs of tokens.
     """
     names = ("n_ids", "end_of_text", "first_tokens", "last_tokens", "n_merges", "first_merges", "last_merges")
     try:
@@ -255,7 +255,7 @@ def describe_vocabulary(directory: Path) -> dict[str, Any]:
 
 def _tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> list[dict[str, Any]]:
     token_of = {i: token for token, i in tokenizer.tokens.items()}
-    return [{"id": i, "token": token_of[i], "text": tokenizer.decode([i])} for i in ids]
+    return [{"id": i, "token": token_of.get(i, ""), "text": tokenizer.decode([i])} for i in ids]
 
 
 def _number(value: Any) -> float | None:

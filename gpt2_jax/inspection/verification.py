@@ -128,7 +128,7 @@ def _check_one_greedy(config: GPT2Config, params: Params, tokenizer: Tokenizer |
         about = f"greedy continuation of {known.prompt!r}"
         if tokenizer is None:
             return _not_applicable(about, "the model has no vocabulary")
-        prompt = tokenizer.encode(known.prompt)
+        prompt = tokenizer.prompt(known.prompt)
     else:
         prompt = list(known.prompt)
         about = f"greedy continuation of {prompt}"

@@ -91,7 +91,7 @@ def fit(
     run_dir, n_steps, save_every = expanded(run_dir), plan.recipe.steps, plan.recipe.monitor.save_every
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
-    check_data(plan, data)
+    data = check_data(plan, data, tokenizer)
     n_steps_before = runs.read_run(run_dir).recipe.steps if runs.is_run(run_dir) else n_steps
     runs.write_run(run_dir, plan.config, plan.recipe, {"sha256": data.digests()}, tokenizer)
     with contextlib.ExitStack() as resources:

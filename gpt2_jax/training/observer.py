@@ -123,8 +123,9 @@ class Observer:
             self.missed = True
             return
         monitor = self.recipe.monitor
-        prompts = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in monitor.prompts]
-        settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": [tokenizer.eot]}
+        prompts = [tokenizer.prompt(prompt) for prompt in monitor.prompts]
+        stop_ids = [] if tokenizer.eot is None else [tokenizer.eot]
+        settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": stop_ids}
         rows: Any = generate(self.plan.config, params, prompts, monitor.sample_tokens, overflow="slide", **settings)
         overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
         for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
+from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.sources import STDIN, Fields, Sources
@@ -85,23 +86,28 @@ def new_params(config: GPT2Config, seed: int) -> Params:
 
 
 def check_tokenizer(plan: Plan, tokenizer: Tokenizer | None) -> None:
-    """Check that the tokenizer, if there is one, has as many ids as the model.
+    """Check that the tokenizer, if there is one, has as many ids as the model, apart from padding and added tokens.
 
     Raises:
-      ValueError: the numbers differ.
+      ValueError: it has not.
     """
-    if tokenizer is not None and tokenizer.n_vocab != plan.config.n_vocab:
+    if tokenizer is not None and not fits(tokenizer, plan.config.n_vocab):
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, but the model has {plan.config.n_vocab:,}")
 
 
-def check_data(plan: Plan, data: Prepared) -> None:
+def check_data(plan: Plan, data: Prepared, tokenizer: Tokenizer | None = None) -> Prepared:
     """Check that the text fits the model and the recipe.
+
+    Returns:
+      The text, in which an id without a row in the model is refused when it is read. Only added tokens of the
+      tokenizer can have such ids.
 
     Raises:
       ValueError: the text does not fit.
     """
     n_vocab, monitor = plan.config.n_vocab, plan.recipe.monitor
-    if data.train.n_vocab > n_vocab:
+    added = tokenizer is not None and tokenizer.n_vocab == data.train.n_vocab and fits(tokenizer, n_vocab)
+    if data.train.n_vocab > n_vocab and not added:
         raise ValueError(f"the text may have up to {data.train.n_vocab:,} different ids, the model only {n_vocab:,}")
     if data.train.n_tokens < 2:
         raise ValueError(f"{data.train.path} has {data.train.n_tokens} tokens: there is nothing to predict")
@@ -113,6 +119,7 @@ def check_data(plan: Plan, data: Prepared) -> None:
         raise ValueError(f"{data.val.path} has no token that counts in the loss: all tokens are prompts")
     if monitor.patience and (data.val is None or not monitor.evaluate_every):
         raise ValueError("monitor.patience needs validation losses: set monitor.evaluate_every, and validation text")
+    return data.within(n_vocab)
 
 
 def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:

@@ -90,7 +90,7 @@ def test_the_vocabulary_survives_to_the_byte(tmp_path, model_dir, vocabulary, fi
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_tokenizer_is_optional_and_must_fit(tmp_path, model_dir, form):
+def test_a_tokenizer_is_optional_and_should_fit(tmp_path, model_dir, form):
     flat = forms.random_model()
     params = forms.nested(flat)
     gpt2_jax.save(tmp_path / "bare", CONFIG, params, format=form)
@@ -100,9 +100,9 @@ def test_a_tokenizer_is_optional_and_must_fit(tmp_path, model_dir, form):
     }
     with pytest.raises(FileNotFoundError, match=r"bare"):
         gpt2_jax.load_tokenizer(tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"1,?281"):
+    with pytest.warns(UserWarning, match=r"the tokenizer has 1,281 ids, but .* another model") as caught:
         gpt2_jax.save(tmp_path / "other", CONFIG, params, format=form, tokenizer=gpt2_jax.load_tokenizer(model_dir))
-    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("form", ["huggingface", "orbax"])

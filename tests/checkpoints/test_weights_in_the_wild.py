@@ -142,28 +142,6 @@ def test_a_fine_tune_with_an_added_token(tmp_path, model_dir, tokenizer, files):
         assert (again.tokens, again.merges, again.added) == (found.tokens, found.merges, found.added)
 
 
-@pytest.mark.parametrize("field", ["add_prefix_space", "add_bos_token"])
-def test_a_tokenizer_that_reads_text_otherwise_is_refused(tmp_path, tokenizer, field):
-    tokenizer.to_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({field: False}))
-    assert gpt2_jax.load_tokenizer(tmp_path).tokens == tokenizer.tokens
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({field: True}))
-    with pytest.raises(ValueError, match=rf"tokenizer_config\.json has {field} = True"):
-        gpt2_jax.load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "change", [{"post_processor": {"type": "TemplateProcessing"}}, {"model": {"ignore_merges": True}}]
-)
-def test_a_tokenizer_json_that_reads_text_otherwise_is_refused(tmp_path, model_dir, change):
-    forms.write_tokenizer_json(tmp_path / "tokenizer.json", model_dir)
-    fields = json.loads((tmp_path / "tokenizer.json").read_text())
-    fields = {**fields, **change, "model": {**fields["model"], **change.get("model", {})}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"tokenizer\.json does not split text as GPT-2"):
-        gpt2_jax.load_tokenizer(tmp_path)
-
-
 def test_warnings_say_what_became_of_which_values(tmp_path, flat):
     flat["h1/mlp/c_fc/b"][3] = 1e38
     export(tmp_path / "large", flat)

@@ -87,11 +87,16 @@ def test_wrong_encoder(vocabulary_dir, edit):
 
 
 def test_no_end_of_text(vocabulary_dir):
+    """It is None. What needs it says so."""
     path = vocabulary_dir / "encoder.json"
     ids = json.loads(path.read_text(encoding="utf-8"))
     del ids[EOT]
     path.write_text(json.dumps(ids), encoding="utf-8")
-    assert "encoder.json" in assert_refused(vocabulary_dir, r"<\|endoftext\|>")
+    tokenizer = gpt2_jax.load_tokenizer(vocabulary_dir)
+    assert (tokenizer.eot, tokenizer.n_vocab, tokenizer.added) == (None, 1280, {})
+    assert tokenizer.encode(f"a{EOT}", allow_special=True) == tokenizer.encode(f"a{EOT}")
+    with pytest.raises(ValueError, match="an empty prompt needs an end-of-text token, and the vocabulary has none"):
+        tokenizer.prompt("")
 
 
 MERGES_EDITS = {
@@ -127,14 +132,23 @@ def test_malformed_merges(vocabulary_dir, content):
     assert_refused(vocabulary_dir, r"vocab\.bpe")
 
 
-@pytest.mark.parametrize("n_vocab", [1283, 1279, 50257])
+@pytest.mark.parametrize("n_vocab", [1281 + 1024, 1279, 50257])
 def test_vocabulary_of_another_model(vocabulary_dir, model_dir, n_vocab):
-    """A vocabulary next to another model's hparams.json has other ids: the message has both sizes."""
+    """A vocabulary next to another model's hparams.json has other ids: the warning has both sizes."""
     hparams = json.loads((model_dir / "hparams.json").read_text(encoding="utf-8")) | {"n_vocab": n_vocab}
     (vocabulary_dir / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
-    message = assert_refused(vocabulary_dir, "n_vocab|hparams").replace(",", "")
-    assert "1281" in message
-    assert str(n_vocab) in message
+    with pytest.warns(UserWarning, match=rf"1,281 ids, but .* n_vocab = {n_vocab:,} rows: .* another model") as caught:
+        gpt2_jax.load_tokenizer(vocabulary_dir)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("n_vocab", [1280, 1281, 1344, 1281 + 1023])
+def test_a_padded_embedding_and_an_added_token_without_a_row(vocabulary_dir, model_dir, n_vocab):
+    """50,304 rows for 50,257 ids (karpathy/build-nanogpt#95), and "[PAD]" without a row (transformers#29899)."""
+    hparams = json.loads((model_dir / "hparams.json").read_text(encoding="utf-8")) | {"n_vocab": n_vocab}
+    (vocabulary_dir / "hparams.json").write_text(json.dumps(hparams), encoding="utf-8")
+    tokenizer = gpt2_jax.load_tokenizer(vocabulary_dir)
+    assert (tokenizer.n_vocab, tokenizer.eot) == (1281, None if n_vocab == 1280 else 1280)
 
 
 def test_a_token_that_no_merge_makes_is_named(tmp_path):
@@ -142,13 +156,13 @@ def test_a_token_that_no_merge_makes_is_named(tmp_path):
     vocabularies = pytest.importorskip("vocabularies")
     shutil.copy(vocabularies.real_vocabulary_dir() / "vocab.bpe", tmp_path)
     ids = json.loads((vocabularies.real_vocabulary_dir() / "encoder.json").read_text(encoding="utf-8"))
-    ids |= {"<|pad|>": 50256, "<|endoftext|>": 50257}
+    ids |= {"padpad": 50256, "<|endoftext|>": 50257}
     (tmp_path / "encoder.json").write_text(json.dumps(ids), encoding="utf-8")
-    assert_refused(tmp_path, r"holds '<\|pad\|>', id 50256, which no line of .*vocab\.bpe makes")
+    assert_refused(tmp_path, r"holds 'padpad', id 50256, which no line of .*vocab\.bpe makes")
 
 
-def test_tokens_added_after_the_end_of_text_are_no_texts(tmp_path, model_dir, tokenizer):
-    """As in fine-tuned models: text that spells such a token stays text, and the id decodes to its name."""
+def test_tokens_added_after_the_end_of_text(tmp_path, model_dir, tokenizer):
+    """Text that spells such a token stays text, unless special tokens are allowed. The id decodes to its name."""
     shutil.copy(model_dir / "vocab.bpe", tmp_path)
     ids = tokenizer.tokens | {"[PAD]": 1281, "<|user|>": 1282}
     (tmp_path / "encoder.json").write_text(json.dumps(ids), encoding="utf-8")
@@ -157,10 +171,12 @@ def test_tokens_added_after_the_end_of_text_are_no_texts(tmp_path, model_dir, to
     assert more.added == {"<|endoftext|>": 1280, "[PAD]": 1281, "<|user|>": 1282}
     text = "a [PAD]<|user|> b<|endoftext|>"
     assert more.encode(text) == tokenizer.encode(text)
-    assert more.encode(text, allow_special=True) == tokenizer.encode(text, allow_special=True)
+    a, b = tokenizer.encode("a "), tokenizer.encode(" b")
+    assert more.encode(text, allow_special=True) == [*a, 1281, 1282, *b, 1280]
     assert more.decode([1282, *tokenizer.encode(" b"), 1281]) == "<|user|> b[PAD]"
-    more.to_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
-    assert gpt2_jax.load_tokenizer(tmp_path).tokens == ids
+    more.to_files(tmp_path / "again.json", tmp_path / "again.bpe")
+    again = gpt2_jax.Tokenizer.from_files(tmp_path / "again.json", tmp_path / "again.bpe")
+    assert (again.tokens, again.added) == (ids, more.added)
 
 
 def test_merges_that_spell_the_end_of_text_are_refused(vocabulary_dir):

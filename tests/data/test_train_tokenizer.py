@@ -15,7 +15,7 @@ from vocabularies import printable_alphabet
 import gpt2_jax
 from gpt2_jax.commands import train_tokenizer as command
 from gpt2_jax.data.bpe import train_tokenizer, write_tokenizer
-from gpt2_jax.tokenizer import SPLIT
+from gpt2_jax.tokenizer.openai import SPLIT
 
 CORPUS = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
 

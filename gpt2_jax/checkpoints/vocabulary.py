@@ -1,0 +1,87 @@
+"""`load_tokenizer`, and how a vocabulary is found, compared with its model and written beside it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, run_weights, runs, tensorflow
+from gpt2_jax.checkpoints.sources import locate
+from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, Tokenizer
+
+PADDING = 1024  # an embedding may have fewer than this many rows more than the vocabulary has ids
+
+
+def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
+    """Load a model's tokenizer: OpenAI's encoder.json and vocab.bpe, or the files of Hugging Face's tokenizers.
+
+    Hugging Face's files are read as `AutoTokenizer.from_pretrained` of transformers 5 reads them, with the same ids.
+
+    Warns:
+      UserWarning: files disagree, so that ids depend on which is read, or the embedding's number of rows does not fit
+        the vocabulary. A few rows more than ids are padding. Added tokens may lack rows until one of them is used.
+
+    Raises:
+      FileNotFoundError: there is no such source, or it has no vocabulary.
+      ValueError: a file is malformed, or files do not belong together.
+    """
+    directory = runs.run_of(locate(source, "tokenizer"))
+    if _any_of(directory, OPENAI_FILES):
+        encoder, merges = (directory / name for name in OPENAI_FILES)
+        tokenizer = Tokenizer.from_files(encoder, merges)
+    elif _any_of(directory, HUGGING_FACE_FILES):
+        tokenizer = huggingface_tokenizer.read(directory)
+    else:
+        raise FileNotFoundError(
+            f"{directory} holds no vocabulary: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
+        )
+    for name, read_config in _CONFIGS.items():
+        if (directory / name).is_file() and (name != runs.RUN or runs.is_run(directory)):
+            n_vocab = read_config(directory).n_vocab
+            warn_of_another_model(tokenizer, n_vocab, f"the vocabulary in {directory}", stacklevel=3)
+            if tokenizer.eot is not None and tokenizer.eot >= n_vocab:
+                tokenizer.eot = None
+    return tokenizer
+
+
+def warn_of_another_model(tokenizer: Tokenizer, n_vocab: int, name: str, stacklevel: int) -> None:
+    """Warn if a vocabulary does not fit an embedding. `name` begins the message."""
+    if not fits(tokenizer, n_vocab):
+        warnings.warn(
+            f"{name} has {tokenizer.n_vocab:,} ids, but the embedding has n_vocab = {n_vocab:,} rows: it seems to "
+            "belong to another model",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def fits(tokenizer: Tokenizer, n_vocab: int) -> bool:
+    """Return whether a vocabulary can belong to an embedding with this many rows.
+
+    Embeddings are often padded, to 50,304 rows for example, and added tokens often have no row. So only tokens that are
+    not added must have a row, and fewer than 1,024 rows may have no id.
+    """
+    own = max((i for token, i in tokenizer.tokens.items() if token not in tokenizer.added), default=-1) + 1
+    return own <= n_vocab < tokenizer.n_vocab + PADDING
+
+
+def has_vocabulary(source: str | os.PathLike) -> bool:
+    """Return whether a source has at least one file of a vocabulary.
+
+    Raises:
+      FileNotFoundError, ValueError, OSError: the source cannot be found or fetched.
+    """
+    return _any_of(runs.run_of(locate(source, "tokenizer")), (*OPENAI_FILES, *HUGGING_FACE_FILES))
+
+
+def _any_of(directory: Path, names: Sequence[str]) -> bool:
+    return any((directory / name).is_file() for name in names)
+
+
+_CONFIGS = {
+    "hparams.json": tensorflow.read_hparams,
+    "config.json": huggingface.read_config,
+    orbax.MANIFEST: orbax.read_config,
+    runs.RUN: run_weights.read_config,
+}

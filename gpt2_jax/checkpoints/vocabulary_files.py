@@ -1,0 +1,88 @@
+"""The files of a vocabulary, as text to write: OpenAI's two, or Hugging Face's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt2_jax.tokenizer import (
+    END_OF_TEXT,
+    MERGES,
+    OPENAI_FILES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    VOCAB_JSON,
+    Tokenizer,
+)
+
+NAMED = ("bos_token", "eos_token", "unk_token")
+
+
+def own_files(tokenizer: Tokenizer, n_ctx: int | None = None) -> dict[str, str]:
+    """Return {name: content} of encoder.json and vocab.bpe, or of Hugging Face's files if these two cannot hold it."""
+    if not tokenizer.fits_openai_files:
+        return huggingface_files(tokenizer, n_ctx)
+    return dict(zip(OPENAI_FILES, tokenizer.openai_texts(), strict=True))
+
+
+def huggingface_files(tokenizer: Tokenizer, n_ctx: int | None = None) -> dict[str, str]:
+    """Return {name: content} of the files that transformers opens with the same ids.
+
+    OpenAI's form has the class GPT2Tokenizer, and vocab.json and merges.txt for programs that need them. Any other
+    tokenizer is in tokenizer.json, as Hugging Face's library writes it.
+    """
+    fields = tokenizer.description()
+    settings = _settings(tokenizer) | ({} if n_ctx is None else {"model_max_length": n_ctx})
+    first: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    texts = {}
+    if tokenizer.is_openai_form:
+        first = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_ctx, "add_prefix_space": False}
+        texts = dict(zip((VOCAB_JSON, MERGES), tokenizer.openai_texts(), strict=True))
+    return texts | {TOKENIZER_JSON: _as_json(fields), TOKENIZER_CONFIG: _as_json(first | settings)}
+
+
+def _settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the fields of tokenizer_config.json that were read, with a name for the end of text."""
+    if tokenizer.settings is None:  # it was not read from Hugging Face's files
+        return dict.fromkeys(NAMED, None if tokenizer.eot is None else name_of(tokenizer, tokenizer.eot))
+    settings = dict.fromkeys(NAMED) | dict(tokenizer.settings)  # GPT2Tokenizer would use `<|endoftext|>`
+    if tokenizer.eot is not None and tokenizer.tokens.get(END_OF_TEXT) != tokenizer.eot:
+        settings["eos_token"] = name_of(tokenizer, tokenizer.eot)
+    return settings
+
+
+def name_of(tokenizer: Tokenizer, i: int) -> str | None:
+    """Return the token with this id."""
+    return next((token for token, other in tokenizer.tokens.items() if other == i), None)
+
+
+def special_ids(tokenizer: Tokenizer, n_vocab: int) -> dict[str, int | None]:
+    """Return bos_token_id, eos_token_id and pad_token_id for config.json. An id without a row is left out."""
+
+    def named(name: str) -> int | None:
+        i = tokenizer.tokens.get((tokenizer.settings or {}).get(name) or "")
+        return i if i is not None and i < n_vocab else None
+
+    end = named("eos_token")
+    ids = {"bos_token_id": named("bos_token"), "eos_token_id": tokenizer.eot if end is None else end}
+    if ids["bos_token_id"] is None:
+        ids["bos_token_id"] = tokenizer.eot
+    pad = named("pad_token")
+    return ids if pad is None else ids | {"pad_token_id": pad}
+
+
+def write(directory: Path, files: Mapping[str, str]) -> None:
+    """Write files into a folder."""
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write a JSON file as Hugging Face does."""
+    write(path.parent, {path.name: _as_json(fields)})
+
+
+def _as_json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"

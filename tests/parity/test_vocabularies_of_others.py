@@ -1,0 +1,103 @@
+"""transformers opens a folder, and so do we, with the same ids for hostile texts; what we export, it opens too."""
+
+import shutil
+import warnings
+
+import pytest
+import vocabulary_forms as forms
+from strength import campaign
+
+import gpt2_jax
+from gpt2_jax.checkpoints import vocabulary_files
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::UserWarning")]
+
+N_TEXTS = campaign(40, 1_000)  # of each form: 20,000 for each backend with --full
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    reason = "needs the `parity` extra: pip install -e '.[parity]'"
+    library = pytest.importorskip("transformers", reason=reason)
+    library.utils.logging.set_verbosity_error()
+    return library
+
+
+def extended(path, library):
+    """A fine-tune with a word, speakers and padding."""
+    tokenizer = library.AutoTokenizer.from_pretrained(forms.two_files(path / "before"))
+    tokenizer.add_tokens(["forsooth", " gramercy"])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<speaker1>", "<speaker2>"]})
+    return tokenizer
+
+
+def retrained(path, library):
+    """The Hugging Face course's way to a vocabulary for code, as CodeParrot went: `<|endoftext|>` has id 0."""
+    old = library.AutoTokenizer.from_pretrained(forms.two_files(path / "before"))
+    return old.train_new_from_iterator(forms.corpus(), 600, show_progress=False)
+
+
+WRITTEN = {
+    "plain": lambda path, library: library.GPT2Tokenizer(*forms.embedded()),
+    "bos": lambda path, library: library.GPT2Tokenizer(*forms.embedded(), add_bos_token=True),
+    "extended": extended,
+    "retrained": retrained,
+    "wrapped": lambda path, library: library.PreTrainedTokenizerFast(
+        tokenizer_object=forms.course(), eos_token=forms.EOT, pad_token=forms.EOT
+    ),
+    "opened again": lambda path, library: library.AutoTokenizer.from_pretrained(
+        forms.FORMS["added tokens that strip"](path / "before")
+    ),
+}
+
+
+def folder_of(name, path, library):
+    """The folder of a form, or one that transformers writes."""
+    if name in forms.FORMS:
+        return forms.FORMS[name](path)
+    tokenizer = WRITTEN[name](path, library)
+    forms.write(path, len(tokenizer))
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def texts_for(tokenizer, seed):
+    return forms.hostile_texts(N_TEXTS, seed, list(tokenizer.added))
+
+
+@pytest.mark.parametrize("name", [*forms.FORMS, *WRITTEN])
+def test_ids_equal_those_of_transformers(transformers, tmp_path, name):
+    """With allow_special=True, template and special tokens. Without, as with its split_special_tokens=True."""
+    folder = folder_of(name, tmp_path / "model", transformers)
+    ours, theirs = gpt2_jax.load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.tokens == theirs.get_vocab()
+    for text in texts_for(ours, 1):
+        assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"], text
+        plain = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text) == plain, text
+
+
+@pytest.mark.parametrize("name", [*forms.FORMS, *WRITTEN])
+def test_an_export_opens_with_the_same_ids_and_names(transformers, tmp_path, name):
+    """In transformers and here again: special tokens stay special, other added tokens stay as they were."""
+    folder = folder_of(name, tmp_path / "model", transformers)
+    ours = gpt2_jax.load_tokenizer(folder)
+    (tmp_path / "export").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "export")
+    vocabulary_files.write(tmp_path / "export", vocabulary_files.huggingface_files(ours, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = gpt2_jax.load_tokenizer(tmp_path / "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    for field in ("eot", "n_vocab", "tokens", "merges", "added", "special", "prefix", "suffix"):
+        assert getattr(again, field) == getattr(ours, field), field
+    for text in texts_for(ours, 2):
+        assert again.encode(text, allow_special=True) == ours.encode(text, allow_special=True), text
+        assert again.encode(text) == ours.encode(text), text
+        assert theirs(text)["input_ids"] == ours.encode(text, allow_special=True), text
+    before = transformers.AutoTokenizer.from_pretrained(folder)
+    names = {name: token for name, token in before.special_tokens_map.items() if name != "eos_token"}
+    assert {name: theirs.special_tokens_map.get(name) for name in names} == names
+    assert set(before.all_special_tokens) - {before.eos_token} <= set(theirs.all_special_tokens)
+    theirs_added = {i: (str(t), t.special) for i, t in theirs.added_tokens_decoder.items()}
+    assert theirs_added == {i: (str(t), t.special) for i, t in before.added_tokens_decoder.items()}
