@@ -32,7 +32,7 @@ def complete_file(model: Model, args: Args, source: Path, target: Path) -> None:
     name = "standard input" if descriptor == 0 else expanded(source)
     n_done = (lines.through if stream else lines.into_a_file)(name, descriptor, target)
     if lines.n_bad:
-        print(f'skipped {lines.n_bad} bad line{"s" * (lines.n_bad > 1)}: "error" of the output line says why', file=sys.stderr)
+        print(f'lines skipped: {lines.n_bad}; "error" of an output line says why', file=sys.stderr)
     print(f"{n_done} prompts in {time.perf_counter() - start:.1f} s, with loading and compilation", file=sys.stderr)
 
 
