@@ -316,7 +316,7 @@ REFUSED = {
     "a stop that is no text": (["--stop=\udcff"], r"--stop is not UTF-8 text: b'\\xff'"),
     "a prompt that is no text": (["--prompt=caf\udce9"], r"--prompt is not UTF-8 text: b'caf\\xe9'"),
     "bad lines of nothing": (["--prompt=x", "--skip-bad-lines"], "--skip-bad-lines.*--input"),
-    "input and a prompt from standard input": (["--input=-", "--output=y", "--prompt-file=-"], "--input.*--prompt-file"),
+    "input and standard input": (["--input=-", "--output=y", "--prompt-file=-"], "--input.*--prompt-file"),
     "logprobs below 0": (["--logprobs=-1"], "logprobs.*-1"),
     "logprobs of more than all": (["--logprobs=1282"], "logprobs.*1282"),
     "batch size 0": (["--batch-size=0"], "batch-size.*0"),
