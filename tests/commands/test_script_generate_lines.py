@@ -120,7 +120,7 @@ def test_bad_lines_are_skipped_by_option(finished):
         assert record.keys() == {"line", "error", "index"}
         assert f"line {record['line']}" in record["error"]
         assert message in record["error"]
-    assert done.err.count("skipped: ") == 5
+    assert len(re.findall("^skipped: .*line", done.err, flags=re.MULTILINE)) == 5
     assert "lines skipped: 5" in done.err
     whole = finished(['"ROMEO:"', *['"x"'] * 5, '"To be"'])[1]
     assert [records[i] for i in (0, 6)] == [whole[i] for i in (0, 6)]
@@ -133,8 +133,7 @@ def test_the_end_of_text_in_a_prompt(run, finished, shakespeare, tokenizer):
     """An option makes it the special id; by default its characters are text."""
     text = "Enough.<|endoftext|>KING"
     done = run("--prompt", text, "--allow-special", "--prompt-logprobs", *OPTIONS)
-    table = done.out.splitlines()
-    assert "'<|endoftext|>'" in table[4]
+    assert "'<|endoftext|>'" in done.out
     assert "'<|endoftext|>'" not in run("--prompt", text, "--prompt-logprobs", *OPTIONS).out
     ids = tokenizer.encode(text, allow_special=True)
     assert tokenizer.eot in ids
