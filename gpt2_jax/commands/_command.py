@@ -96,6 +96,21 @@ def _message(error: Exception) -> str | None:
     return str(error) if isinstance(error, ValueError | OSError) else None
 
 
+def check_text(option: str, texts: Sequence[str]) -> Sequence[str]:
+    """Return the texts of an option. Python keeps bytes of the command line that are not UTF-8 as lone surrogates.
+
+    Raises:
+      ValueError: a text has such bytes.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            data = text.encode(errors="surrogateescape" if "\udc80" <= text[error.start] <= "\udcff" else "replace")
+            raise ValueError(f"{option} is not UTF-8 text: {data!r:.80}") from error
+    return texts
+
+
 def report(prog: str, error: Exception | str) -> None:
     """Write an error to standard error, as one line."""
     print(f"{prog}: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2_jax.commands import _command
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def read_prompts(prompts: Sequence[str], files: Sequence[Path]) -> Iterator[str]
     Raises:
       ValueError, OSError: a prompt or a file is not UTF-8 text, or a file cannot be read.
     """
-    yield from check_text("--prompt", prompts)
+    yield from _command.check_text("--prompt", prompts)
     for path in files:
         if descriptor_of(path) == 0:
             yield _decode(sys.stdin.buffer.read(), "standard input")
@@ -44,22 +45,6 @@ def read_prompts(prompts: Sequence[str], files: Sequence[Path]) -> Iterator[str]
             yield _decode(expanded(path).read_bytes(), str(path))
     if not prompts and not files:
         yield _decode(sys.stdin.buffer.read(), "standard input") if _stdin_has_text() else ""
-
-
-def check_text(option: str, texts: Sequence[str]) -> Sequence[str]:
-    """Return the texts of an option. Python keeps bytes of the command line that are not UTF-8 as lone surrogates.
-
-    Raises:
-      ValueError: a text has such bytes.
-    """
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            data = os.fsencode(text) if re.fullmatch("[^\ud800-\udfff]|[\udc80-\udcff]", text[error.start]) else b"?"
-            message = f"{option} is not UTF-8 text: {data!r:.60}; write the text to a UTF-8 file for --prompt-file"
-            raise ValueError(message) from error
-    return texts
 
 
 def descriptor_of(path: str | os.PathLike) -> int | None:

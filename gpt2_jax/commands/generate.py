@@ -18,7 +18,7 @@ from gpt2_jax.commands import _command, _model
 from gpt2_jax.commands._generate_files import complete_file
 from gpt2_jax.commands._generate_options import Options
 from gpt2_jax.commands._interactive import converse, print_stream
-from gpt2_jax.commands._prompts import check_text, descriptor_of, read_prompts
+from gpt2_jax.commands._prompts import descriptor_of, read_prompts
 from gpt2_jax.commands._samples import logprob_table, tokens_of, tokens_of_prompt
 from gpt2_jax.commands._speaker import Model, Row
 
@@ -30,7 +30,8 @@ class Args:
     model: _model.ModelOption = None
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text to continue; write --prompt=-x if it begins with a dash. If it is empty, the model starts a new text.
-    Without a prompt, standard input is the prompt if it is a pipe or a file. Otherwise the prompt is empty."""
+    Without a prompt, standard input is the prompt if it is a pipe, a socket or a file. Otherwise the
+    prompt is empty."""
     prompt_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A UTF-8 file with one prompt: its whole text, without one newline at the end. - means standard input."""
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
@@ -114,7 +115,7 @@ def _check(args: Args) -> None:
         raise ValueError("--input and --output need each other: prompts come from one, samples go to the other")
     if args.skip_bad_lines and not args.input:
         raise ValueError("--skip-bad-lines is for the lines of --input")
-    check_text("--stop", args.sampling.stop_strings)
+    _command.check_text("--stop", args.sampling.stop_strings)
 
 
 def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:

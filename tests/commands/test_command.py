@@ -98,6 +98,38 @@ def test_an_error_is_a_line_and_a_status(run, text):
         run(raising(RuntimeError("wrong")), text=text)
 
 
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (MemoryError(), ""),
+        (MemoryError("Unable to allocate 4.00 GiB"), "Unable to allocate 4.00 GiB"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating\n 8 bytes"), "Out of memory allocating 8 bytes"),
+    ],
+)
+def test_too_little_memory_is_a_line_and_a_status(run, error, detail):
+    """The second is NumPy's message, the third JAX's."""
+    done = run(raising(error))
+    assert (done.code, done.out, done.err.count("\n")) == (2, "begun\n", 1)
+    assert done.err.startswith("gpt2-test: not enough memory: use a smaller model")
+    assert detail in done.err
+
+
+def test_jax_reports_memory_as_we_expect(run):
+    """An array that no machine can hold."""
+    import jax.numpy as jnp
+
+    done = run(lambda args: jnp.zeros((2**20, 2**20, 2**10), jnp.float32).block_until_ready())
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert done.err.startswith("gpt2-test: not enough memory: ")
+
+
+def test_text_that_is_not_utf8():
+    assert list(_command.check_text("--x", ["caf\xe9", "\U0001f98a"])) == ["caf\xe9", "\U0001f98a"]
+    for text, shown in (("caf\udce9", r"b'caf\\xe9'"), ("\ud83d!", r"b'\?!'")):
+        with pytest.raises(ValueError, match=f"--x is not UTF-8 text: {shown}"):
+            _command.check_text("--x", ["fine", text])
+
+
 def test_a_start_that_fails_is_an_error_too(run):
     def begin():
         raise ValueError("no such recipe")
