@@ -1,6 +1,6 @@
 """The older name of train.py. `python scripts/finetune.py --help` shows the options."""
 
-from gpt2_jax.commands.train import finetune
+from gpt2_jax.commands.start import finetune
 
 if __name__ == "__main__":
     finetune()

@@ -1,6 +1,6 @@
 """Inspect a model before you use it. `python scripts/inspect_checkpoint.py --help` shows the options."""
 
-from gpt2_jax.commands.inspect import main
+from gpt2_jax.commands.start import inspect
 
 if __name__ == "__main__":
-    main()
+    inspect()

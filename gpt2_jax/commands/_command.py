@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
+
+from gpt2_jax.commands import _interrupts, _streams
 
 A = TypeVar("A")
 
@@ -25,8 +28,9 @@ def call(
 ) -> None:
     """Parse a command's arguments and run it. If its exit status is not 0, the process ends with that status.
 
-    ValueError and OSError give status 2, and their message goes to standard error as "PROG: MESSAGE". Ctrl-C gives 130.
-    Otherwise the status is what `run` returns; None means 0.
+    ValueError, OSError and too little memory give status 2. Their message goes to standard error as "PROG: MESSAGE".
+    Ctrl-C gives 130, and SIGTERM 143. Otherwise the status is what `run` returns; None means 0. What is written to a
+    closed standard output or error (`>&-`) is discarded.
 
     Args:
       prog: the command's name.
@@ -37,39 +41,83 @@ def call(
       text: True if standard output is text to read: a character that it cannot show becomes "?", and a closed pipe, as
         after `| head`, ends the command with status 0. False if it is file names, which are written unchanged.
     """
-    args = None
-    try:
-        default: dict[str, Any] = {} if start is None else {"default": start()}
-        args = tyro.cli(args_type, prog=prog, description=inspect.getdoc(args_type), args=argv, **default)
-        if text and isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-        status = run(args)
-        if sys.stdout is not None:  # None if it was closed: `gpt2-generate >&-`
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except SystemExit:  # from the parser
-        _drop_output()
-        raise
-    except (ValueError, OSError) as error:
-        reader_left = isinstance(error, BrokenPipeError) and (text or args is None)  # --help is text, too
-        status = 0 if reader_left else 2
-        if status:
-            report(prog, error)
-        _drop_output()
+    with _streams.present():
+        status = _status(prog, args_type, run, argv, start, text)
     if status:
         sys.exit(status)
 
 
-def report(prog: str, error: Exception) -> None:
+def _status(
+    prog: str,
+    args_type: type[A],
+    run: Callable[[A], int | None],
+    argv: Sequence[str] | None,
+    start: Callable[[], A] | None,
+    text: bool,
+) -> int | None:
+    """Run the command, report its error, and return its exit status."""
+    args = None
+    try:
+        default: dict[str, Any] = {} if start is None else {"default": start()}
+        args = tyro.cli(args_type, prog=prog, description=inspect.getdoc(args_type), args=argv, **default)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            how = {"errors": "replace"} if text else {"encoding": sys.getfilesystemencoding(), "errors": NAMES}
+            sys.stdout.reconfigure(**how)
+        _interrupts.check()
+        status = run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt as stop:
+        return 128 + getattr(stop, "signal", signal.SIGINT)
+    except SystemExit:  # from the parser
+        _drop_output()
+        raise
+    except Exception as error:
+        _interrupts.check()  # an error after a signal is a consequence of it
+        reader_left = isinstance(error, BrokenPipeError) and (text or args is None)  # --help is text, too
+        message = "" if reader_left else _message(error)
+        if message is None:
+            raise
+        if message:
+            report(prog, message)
+        _drop_output()
+        return 0 if reader_left else 2
+
+
+NAMES = sys.getfilesystemencodeerrors()  # so a file name of any bytes can be written
+
+
+def _message(error: Exception) -> str | None:
+    """Return the sentence for a user's error, or None for an error in our code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
+        detail = f" ({text[:200]})" if text else ""
+        return f"not enough memory: use a smaller model, smaller batches or shorter texts{detail}"
+    return str(error) if isinstance(error, ValueError | OSError) else None
+
+
+def check_text(option: str, texts: Sequence[str]) -> Sequence[str]:
+    """Return the texts of an option. Python keeps bytes of the command line that are not UTF-8 as lone surrogates.
+
+    Raises:
+      ValueError: a text has such bytes.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            data = text.encode(errors="surrogateescape" if "\udc80" <= text[error.start] <= "\udcff" else "replace")
+            raise ValueError(f"{option} is not UTF-8 text: {data!r:.80}") from error
+    return texts
+
+
+def report(prog: str, error: Exception | str) -> None:
     """Write an error to standard error, as one line."""
     print(f"{prog}: {error}", file=sys.stderr)
 
 
 def _drop_output() -> None:
     """Discard output that standard output does not accept. The interpreter would fail on it again when it exits."""
-    if sys.stdout is None:
-        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +14,7 @@ import tyro
 
 import gpt2_jax
 from gpt2_jax import progress
-from gpt2_jax.commands import _command, _model, _tables
+from gpt2_jax.commands import _command, _interrupts, _model, _tables
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
@@ -103,7 +103,12 @@ def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenize
     """Return the task's result."""
     from gpt2_jax import evaluate
 
-    more = {"track": progress.tracked(args.task)}
+    def track(batches: Sequence[Any]) -> Iterator[Any]:
+        for batch in progress.tracked(args.task)(batches):
+            _interrupts.check()
+            yield batch
+
+    more: dict[str, Any] = {"track": track}
     if args.task != "lambada":
         more |= {"detokenizer": args.detokenizer}
     if args.task == "perplexity":

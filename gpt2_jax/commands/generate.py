@@ -5,51 +5,22 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
-import os
-import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import tyro
 
 import gpt2_jax
 from gpt2_jax.commands import _command, _model
-from gpt2_jax.commands._speaker import Model, as_json, converse, encode, logprob_table, print_stream
-from gpt2_jax.files import expanded
-from gpt2_jax.generation.settings import Overflow, Settings, TopPRule
-
-if TYPE_CHECKING:
-    from gpt2_jax import GPT2Config, Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Options(Settings):
-    """Settings with the defaults of the command. Fields without a description have that of `Settings`."""
-
-    max_new_tokens: int = 128
-    """Most new tokens per sample, 0 or more; a stop may end a sample earlier.
-    Prompt and new tokens must fit in the model's n_ctx tokens, unless --overflow is slide."""
-    top_k: int = 40
-    top_p_rule: TopPRule = "original"
-    """original leaves out the token that crosses p, like OpenAI's code; common keeps it, like most libraries."""
-    stop_ids: tyro.conf.Suppress[Sequence[int]] = ()
-    stop_strings: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="stop")] = ()
-    """End a sample before this string. In a shell, a blank line is $'\\n\\n'."""
-    stop_at_eot: bool = True
-    """End a sample when the model ends its text with <|endoftext|>."""
-    overflow: Overflow = "error"
-    """If a text becomes longer than n_ctx: error rejects it; slide lets the model read only the last tokens."""
-    logprobs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    """Write the log-probability (base e) of each token, and of this many most likely ones, 0 or more.
-    They are a table after each sample, or in the samples of --output."""
-
-    def settings(self, tokenizer: Tokenizer) -> Settings:
-        """Return the settings for the library. Without an end-of-text token no id stops a sample."""
-        stops = self.stop_at_eot and tokenizer.eot is not None
-        return Settings.among(vars(self) | {"stop_ids": (tokenizer.eot,) if stops else ()})
+from gpt2_jax.commands._generate_files import complete_file
+from gpt2_jax.commands._generate_options import Options
+from gpt2_jax.commands._interactive import converse, print_stream
+from gpt2_jax.commands._prompts import descriptor_of, read_prompts
+from gpt2_jax.commands._samples import logprob_table, tokens_of, tokens_of_prompt
+from gpt2_jax.commands._speaker import Model, Row
 
 
 @dataclasses.dataclass
@@ -59,22 +30,32 @@ class Args:
     model: _model.ModelOption = None
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text to continue; write --prompt=-x if it begins with a dash. If it is empty, the model starts a new text.
-    Without a prompt, standard input is the prompt if it is a pipe or a file. Otherwise the prompt is empty."""
+    Without a prompt, standard input is the prompt if it is a pipe, a socket or a file. Otherwise the
+    prompt is empty."""
     prompt_file: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A UTF-8 file with one prompt: its whole text, without one newline at the end. - means standard input."""
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """A file with many prompts: JSON lines, each {"prompt": "..."} or a string. Needs --output."""
+    """Many prompts: a file of JSON lines, each {"prompt": "..."} or a string; - means standard input. Needs --output.
+    A line may have settings of its own: {"prompt": "...", "settings": {"temperature": 0, "stop": ["\\n"]}}."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """The file for the samples of --input: JSON lines in order, with the input's fields, "samples" and "index".
-    If the process is killed, run the same command again: it resumes."""
+    If the process is killed, run the same command again: it resumes.
+    - means standard output, where each batch is written as soon as it is done, and nothing can be resumed."""
+    skip_bad_lines: bool = False
+    """Go on after a bad line of --input, such as one that is not JSON or too long. Its output line has "line" (its
+    number, from 1), "error" and "index". By default a bad line ends the command before anything is generated."""
     interactive: bool = False
-    """Read prompts from the terminal, with a history. Ctrl-C stops a sample, Ctrl-D ends the program."""
+    """Read prompts from the terminal, with a history. A prompt of several lines begins and ends with \"\"\".
+    Ctrl-C stops a sample, Ctrl-D ends the program."""
     num_samples: int = 1
     """Continuations of each prompt, 1 or more, each with its own random draws."""
     dtype: _model.DtypeOption = None
     """Dtype of weights and matrix products. bfloat16 needs half the memory, but more time on a CPU."""
     echo: bool = True
     """Write the prompt before its continuation."""
+    prompt_logprobs: bool = False
+    """Also write the log-probability (base e) of each token of a prompt, given those before it.
+    They are a table before the first sample, or "prompt_logprobs" of a line of --output."""
     batch_size: int = 16
     """Samples to compute at the same time, 1 or more.
     A larger batch takes less time in total and more memory. The text is the same."""
@@ -91,20 +72,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: Args) -> None:
     """Load the model, generate, print."""
     _check(args)
-    texts = [] if args.interactive or args.input else list(_prompts(args.prompt, args.prompt_file))
+    texts = [] if args.interactive or args.input else list(read_prompts(args.prompt, args.prompt_file))
     from gpt2_jax.generation.prompts import check_prompts
 
     _model.keep_compiled()
     directory = _model.source(args.model)
     config, tokenizer = gpt2_jax.load_config(directory), gpt2_jax.load_tokenizer(directory)
-    settings = args.sampling.settings(tokenizer).check(config, tokenizer)
+    model = Model(args.model, args.dtype, config, tokenizer, args.sampling, args.batch_size)
+    settings = model.settings()
     if texts:  # before weights are loaded: that can take long
-        check_prompts(config, [encode(tokenizer, text) for text in texts], settings)
-    model = Model(args.model, args.dtype, tokenizer, settings, args.batch_size)
+        check_prompts(config, [model.encode(text) for text in texts], settings)
     if args.interactive:
         converse(model, args.sampling.seed, args.echo)
     elif args.input and args.output:
-        _complete_file(model, args, config, expanded(args.input), expanded(args.output))
+        complete_file(model, args, args.input, args.output)
     else:
         _complete_prompts(model, args, texts)
 
@@ -116,89 +97,47 @@ def _check(args: Args) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
     ways = {"--prompt": args.prompt, "--prompt-file": args.prompt_file, "--input": args.input}
     given = [way for way, value in ways.items() if value]
-    if args.interactive and (given or args.num_samples > 1 or args.sampling.logprobs is not None):
-        other = given[0] if given else "--num-samples" if args.num_samples > 1 else "--logprobs"
-        raise ValueError(f"--interactive reads prompts from the terminal and cannot be given with {other}")
+    others = {
+        "--num-samples": args.num_samples > 1,
+        "--logprobs": args.sampling.logprobs is not None,
+        "--prompt-logprobs": args.prompt_logprobs,
+    }
+    if args.interactive and (other := [*given, *(name for name, value in others.items() if value)]):
+        raise ValueError(f"--interactive reads prompts from the terminal and cannot be given with {other[0]}")
     if args.input and len(given) > 1:
         raise ValueError(f"--input has its own prompts and cannot be given with {given[0]}")
-    if [str(path) for path in args.prompt_file].count("-") > 1:
+    from_stdin = [path for path in (*args.prompt_file, args.input) if path and descriptor_of(path) == 0]
+    if len(from_stdin) > 1:
         raise ValueError("--prompt-file - reads all of standard input: it can be given only once")
-    if sys.stdin is None and (args.interactive or "-" in map(str, args.prompt_file)):
+    if sys.stdin is None and (args.interactive or from_stdin):
         raise ValueError("standard input is closed: prompts cannot be read from it")
     if (args.input is None) != (args.output is None):
         raise ValueError("--input and --output need each other: prompts come from one, samples go to the other")
-
-
-def _prompts(prompts: Sequence[str], files: Sequence[Path]) -> Iterator[str]:
-    """Yield the prompts, then the files' texts. Without any: standard input if it is a pipe or a file, else ""."""
-    yield from prompts
-    for path in files:
-        if str(path) == "-":
-            yield _decode(sys.stdin.buffer.read(), "standard input")
-        else:
-            yield _decode(expanded(path).read_bytes(), str(path))
-    if not prompts and not files:
-        yield _decode(sys.stdin.buffer.read(), "standard input") if _stdin_has_text() else ""
-
-
-def _decode(data: bytes, name: str) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def _stdin_has_text() -> bool:
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # no standard input
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    if args.skip_bad_lines and not args.input:
+        raise ValueError("--skip-bad-lines is for the lines of --input")
+    _command.check_text("--stop", args.sampling.stop_strings)
 
 
 def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
     """Print all samples. A single sample is streamed if standard output is a terminal."""
     _ = model.weights  # loaded before the time is taken
-    start, n_new = time.perf_counter(), 0
-    watched = sys.stdout is not None and sys.stdout.isatty()
-    if len(texts) * args.num_samples == 1 and args.sampling.logprobs is None and watched:
+    start, n_new, n_samples = time.perf_counter(), 0, args.num_samples
+    tables = args.sampling.logprobs is not None or args.prompt_logprobs
+    if len(texts) * n_samples == 1 and not tables and sys.stdout.isatty():
         print_stream(model, texts[0], args.sampling.seed, args.echo)
         return
-    for i, completion in enumerate(model.complete(texts, args.num_samples)):
-        text, sample = texts[i // args.num_samples], i % args.num_samples
-        if args.num_samples * len(texts) > 1:
-            prompt = f"prompt {i // args.num_samples + 1} of {len(texts)}, " if len(texts) > 1 else ""
-            print(f"--- {prompt}sample {sample + 1} of {args.num_samples}", file=sys.stderr, flush=True)
-        print((text if args.echo else "") + completion.text, flush=True)
-        if args.sampling.logprobs is not None:
-            print(logprob_table(completion, model.tokenizer), flush=True)
+    settings, prompts = model.settings(), [model.encode(text) for text in texts]
+    scores = model.score(prompts) if args.prompt_logprobs else []
+    rows = [Row(prompts[i // n_samples], settings, i) for i in range(len(prompts) * n_samples)]
+    for i, completion in enumerate(model.complete(rows)):
+        which, sample = divmod(i, n_samples)
+        if len(rows) > 1:
+            prompt = f"prompt {which + 1} of {len(texts)}, " if len(texts) > 1 else ""
+            print(f"--- {prompt}sample {sample + 1} of {n_samples}", file=sys.stderr, flush=True)
+        if scores and sample == 0:
+            print(logprob_table(tokens_of_prompt(prompts[which], scores[which]), model.tokenizer), flush=True)
+        print((texts[which] if args.echo else "") + completion.text, flush=True)
+        if completion.logprobs is not None:
+            print(logprob_table(tokens_of(completion), model.tokenizer), flush=True)
         n_new += len(completion.ids)
     print(f"{n_new} tokens in {time.perf_counter() - start:.1f} s, with compilation", file=sys.stderr)
-
-
-def _complete_file(model: Model, args: Args, config: GPT2Config, source: Path, target: Path) -> None:
-    """Complete the prompts of one file, and write them to another."""
-    from gpt2_jax.generation.jsonl import complete_file, read_prompts
-    from gpt2_jax.generation.prompts import check_fits
-
-    def check(texts: list[str], first: int = 0) -> None:
-        for i, text in enumerate(texts, start=first):
-            check_fits(config, f"{source}: prompt {i} (from 0)", encode(model.tokenizer, text), model.settings)
-
-    def complete(texts: list[str], first: int) -> list[dict[str, Any]]:
-        check(texts, first)
-        samples = [as_json(sample, model.tokenizer) for sample in model.complete(texts, args.num_samples, first)]
-        return [{"samples": samples[i : i + args.num_samples]} for i in range(0, len(samples), args.num_samples)]
-
-    settings = dataclasses.asdict(model.settings) | {"num_samples": args.num_samples}
-    name = args.model or "embedded"
-    if args.model and expanded(args.model).is_dir():
-        name = str(expanded(args.model).resolve())
-    settings |= {"model": name, "dtype": args.dtype}
-    start = time.perf_counter()
-    batch_size = max(1, args.batch_size // args.num_samples)
-    if source.is_file() and not target.exists():  # a pipe can be read only once: its batches are checked later
-        check([record["prompt"] for record in read_prompts(source.read_bytes(), source)])
-    n_done = complete_file(source, target, complete, settings, batch_size)
-    print(f"{n_done} prompts in {time.perf_counter() - start:.1f} s, with loading and compilation", file=sys.stderr)

@@ -54,6 +54,7 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
 
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
+    _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
     from gpt2_jax.training import fit, start_data, start_model
 
     _model.keep_compiled()

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext
 from typing import Any, NamedTuple
 
@@ -88,7 +89,8 @@ def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, tokenizer), daemon=True)
     try:
-        process.start()
+        with _without_ctrl_c():
+            process.start()
         theirs.close()
         yield ours
     finally:
@@ -96,6 +98,20 @@ def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
         if process.pid is not None:
             process.terminate()
             process.join()
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C from their first moment on. Here it takes effect after the block."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process has the same mask
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: Pipe, tokenizer: Tokenizer) -> None:

@@ -8,6 +8,8 @@
     results = lm_eval.simple_evaluate(model, tasks=["lambada_openai", "wikitext"])
     print(lm_eval.utils.make_table(results))
 
+`gpt2_jax.evaluate.lm_eval` gives them to its command line.
+
 Tokens, windows and cuts are those of the harness's own adapter for Hugging Face models (HFLM, in
 lm_eval/models/huggingface.py), so the numbers are comparable. Needs the `lm-eval` package, 0.4.13 or later.
 """

@@ -49,12 +49,14 @@ class Completion:
       ids: the new tokens. If the row ended at a stop string, only those entirely before it.
       stopped: True if the row ended at a stop, False if it ended after max_new_tokens.
       logprobs: the log-probabilities of `ids`; None if they were not requested.
+      stop: the stop id or the stop string that ended the row; None if it ended after max_new_tokens.
     """
 
     text: str
     ids: list[int]
     stopped: bool
     logprobs: Logprobs | None
+    stop: int | str | None = None
 
 
 def generate(
@@ -116,10 +118,12 @@ def complete(
     prompts: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
     settings: Settings,
-    first_row: int = 0,
+    first_row: int | Sequence[int] = 0,
     edits: Edit | Sequence[Edit] = (),
 ) -> list[Completion]:
     """Continue each prompt like `generate`, and return text that ends exactly before a stop string.
+
+    `first_row` is as in `generate`, or a list: row i then draws as row first_row[i].
 
     Raises:
       ValueError: as `generate`.
@@ -128,7 +132,7 @@ def complete(
     rows = _run(config, params, prompts, settings, tokenizer, first_row, edits, wants_text=True)
     wants_logprobs = settings.logprobs is not None
     return [
-        Completion(row.new_text(last=True), row.ids, row.stopped, row.logprobs() if wants_logprobs else None)
+        Completion(row.new_text(last=True), row.ids, row.stopped, row.logprobs() if wants_logprobs else None, row.stop)
         for row in rows
     ]
 
@@ -196,20 +200,30 @@ def _run(
     prompts: Sequence[Sequence[int]],
     settings: Settings,
     tokenizer: Tokenizer | None,
-    first_row: int,
+    first_row: int | Sequence[int],
     edits: Edit | Sequence[Edit],
     wants_text: bool = False,
 ) -> list[_Row]:
     """Decode all rows to their ends."""
     ids = check_prompts(config, prompts, settings)
     check_params(config, params, dtypes=False)
-    first_row = whole_number("first_row", first_row, 0, 2**32 - len(ids))
+    row_B = _row_numbers(first_row, len(ids))
     edits = check_edits(config, edits, whole_rows=False)
     rows = [_Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(ids)]
-    how = {"first_row": first_row, "look_ahead": not settings.stop_strings}
+    how = {"first_row": row_B, "look_ahead": not settings.stop_strings}
     for _ in _decode(config, params, rows, settings, edits, **how):
         pass
     return rows
+
+
+def _row_numbers(first_row: int | Sequence[int], n_rows: int) -> np.ndarray:
+    """Return the numbers with which the rows draw, uint32."""
+    if not isinstance(first_row, Sequence) or isinstance(first_row, str):
+        return whole_number("first_row", first_row, 0, 2**32 - n_rows) + np.arange(n_rows).astype(np.uint32)
+    if len(first_row) != n_rows:
+        raise ValueError(f"first_row has {len(first_row)} numbers for {n_rows} prompts")
+    pairs = enumerate(first_row)
+    return np.array([whole_number(f"first_row[{i}]", row, 0, 2**32 - 1) for i, row in pairs], np.uint32)
 
 
 def _decode(
@@ -239,6 +253,7 @@ class _Row:
         self.picked: list[Picked] = []  # the same with log-probabilities, if requested
         self.pieces: list[str] = []  # pieces of text that were not returned yet
         self.stopped = False
+        self.stop: int | str | None = None  # the stop that ended the row
         self.n_top = settings.logprobs
 
     @property
@@ -258,7 +273,11 @@ class _Row:
         self.all_ids += ids[:n]
         if self.text is not None:
             self.pieces.append(self.text.add(ids[:n]))
-        self.stopped = n < len(ids) or (self.text is not None and self.text.stopped)
+        if self.text is not None and self.text.stopped:
+            self.stop = self.text.stop
+        elif n < len(ids):
+            self.stop = ids[n]
+        self.stopped = self.stop is not None
         return self.stopped
 
     def new_text(self, last: bool = False) -> str:

@@ -234,7 +234,7 @@ def decode_rows(
     prompts: Sequence[np.ndarray],
     settings: Settings,
     finished_B: np.ndarray,
-    first_row: int = 0,
+    first_row: int | np.ndarray = 0,
     steps_a_call: int = RECENT,
     look_ahead: bool = False,
     edits: tuple[Edit, ...] = (),
@@ -247,7 +247,7 @@ def decode_rows(
       prompts: the rows' ids. With the new ids they may exceed n_ctx only if `settings.overflow` is "slide".
       settings: checked settings, with at least one new token.
       finished_B: bool; the caller sets it to True for rows that have ended. Decoding ends when all have.
-      first_row: row b draws like row `first_row + b`.
+      first_row: row b draws like row `first_row + b`, or like row `first_row[b]` of an array [B].
       steps_a_call: maximum number of steps between two yields, at most RECENT.
       look_ahead: start a call before the tokens of the last one are yielded, so that the device does not wait for the
         host. For callers that set `finished_B` only by `settings.stop_ids`, which the device checks too.
@@ -299,12 +299,13 @@ class _Batch:
         self.n_recent = 0
         self._prefill({b: row[-window(self.config.n_ctx, len(row)) :] for b, row in enumerate(self.rows)})
 
-    def first(self, first_row: int) -> Picked:
+    def first(self, first_row: int | np.ndarray) -> Picked:
         """Pick the first new tokens."""
         seen_BV = np.zeros((self.n_rows, self.config.n_vocab), bool)
         for b, row in enumerate(self.rows):
             seen_BV[b, row] = True
-        row_B = (first_row + np.arange(self.n_rows)).astype(np.uint32)
+        row_B = np.zeros(self.n_rows, np.uint32)
+        row_B[: len(self.rows)] = first_row if np.ndim(first_row) else first_row + np.arange(len(self.rows))
         knobs = (np.uint32(self.settings.seed), self.sampling, self.stop_ids, self.settings.logprobs)
         no_row_B = np.arange(self.n_rows) >= len(self.rows)
         self.state, picked = first(self.model, self.params, self.h_BD, seen_BV, no_row_B, row_B, *knobs)

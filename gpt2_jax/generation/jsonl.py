@@ -14,23 +14,30 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax import files, progress
 from gpt2_jax.checks import whole_number
+from gpt2_jax.generation.prompt_lines import INDEX, Check, Complete, Reader, as_line, completed, read_prompts
 
-INDEX = "index"
+MODEL = "model_sha256"
+HEADER = {"settings", "input_sha256", MODEL}
 
 
 def complete_file(
     source: str | os.PathLike,
     target: str | os.PathLike,
-    complete: Callable[[list[str], int], list[dict[str, Any]]],
+    complete: Complete,
     settings: Mapping[str, Any],
     batch_size: int,
     fields: Sequence[str] = ("samples",),
+    *,
+    model: Callable[[], str | None] = lambda: None,
+    check: Check | None = None,
+    skip: Callable[[str], None] | None = None,
+    data: bytes | None = None,
     shown: bool | None = None,
 ) -> int:
     """Complete every prompt of a JSON lines file, and write one line per prompt, in order, to another file.
@@ -45,83 +52,63 @@ def complete_file(
     Args:
       source: the input, UTF-8.
       target: the output, UTF-8; it must not exist yet.
-      complete: takes the prompts of a batch and the index of the first, and returns a dict for each. JSON must be able
-        to hold the dicts.
-      settings: {name: value} of everything else that the results depend on. JSON must be able to hold it.
+      complete: takes the fields of a batch and their indices, and returns a dict for each. JSON must be able to hold
+        the dicts.
+      settings: {name: value} of everything else that the results depend on, except for the model. JSON must be able to
+        hold it.
       batch_size: prompts per call of `complete`, 1 or more; the last call may have fewer.
       fields: the names of all fields that `complete` may return.
+      model: returns the fingerprint of the model. It is called after everything else was checked, so it may load the
+        weights.
+      check: raises ValueError for the fields of a prompt that cannot be completed; called for each prompt at first.
+      skip: takes the message of each bad line. A bad line is then written as {"line", "error", "index"}, and its
+        prompt's number stays unused. None raises the error.
+      data: the input's bytes, if `source` is only their name.
       shown: True shows a progress bar on standard error; None shows it if that is a terminal.
 
     Returns:
-      The number of prompts that this call completed.
+      The number of lines that this call wrote.
 
     Raises:
       FileNotFoundError: the input or the folder of the output does not exist.
       ValueError: raised before anything is generated or written: a line of the input is not a prompt, or the output
-        exists, is the input, is being written by another process, or was started from a different input or settings.
+        exists, is the input, is being written by another process, or was started from a different input, settings or
+        weights.
     """
     batch_size = whole_number("batch_size", batch_size, 1)
     source, target = Path(source), Path(target).resolve()
-    _check_paths(source, target)
-    data = source.read_bytes()
-    prompts = read_prompts(data, source, fields)
-    header = _header(settings, data)
+    if data is None:
+        _check_source(source, target)
+    _check_target(target)
+    data = source.read_bytes() if data is None else data
+    prompts = read_prompts(data, Reader(source, fields, check, skip))
     with _alone(target):
-        if not _begin(target, header, len(prompts)):
+        if not _begin(target, _header(settings, data), len(prompts), model):
             return 0
         part = _part(target)
-        n_done, title = _resume(part, header, len(prompts)), f"writing {target.name}"
+        n_done, title = _resume(part, len(prompts)), f"writing {target.name}"
         # A batch may take minutes, so the speed is averaged over the last hour.
         with progress.bars("count", "left", shown=shown, stay=True, period=3600) as bars, part.open("ab") as file:
             bars.update(title, n_done, len(prompts))
             for first in range(n_done, len(prompts), batch_size):
                 batch = prompts[first : first + batch_size]
-                results = complete([record["prompt"] for record in batch], first)
-                file.write(b"".join(_lines(batch, results, first, fields)))
+                file.write(completed(batch, first, complete, fields))
                 file.flush()
                 bars.update(title, first + len(batch), len(prompts))
         _finish(target)
     return len(prompts) - n_done
 
 
-def read_prompts(data: bytes, source: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return each prompt of a JSON lines file as an object with a "prompt".
-
-    Args:
-      data: the file's bytes.
-      source: its name, for messages.
-      fields: names that the output needs, in addition to "index". No prompt may have them.
-
-    Raises:
-      ValueError: a line is not a prompt; the message says which line, and why.
-    """
-    records = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-            _line({"": record})  # Python reads NaN and numbers too large, which are not JSON
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}, line {number} is not JSON: {error}") from error
-        record = {"prompt": record} if isinstance(record, str) else record
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise ValueError(
-                f'{source}, line {number} is not a prompt: it must be an object with a string "prompt", or a string'
-            )
-        if taken := [name for name in (INDEX, *fields) if name in record]:
-            raise ValueError(f'{source}, line {number} has a field "{taken[0]}", which the output needs: rename it')
-        records.append(record)
-    return records
-
-
-def _check_paths(source: Path, target: Path) -> None:
+def _check_source(source: Path, target: Path) -> None:
     if not source.exists():
         raise FileNotFoundError(f"no such file: {source}")
     if source.is_dir():
         raise ValueError(f"{source} is a folder, not a file of prompts")
     if source.resolve() in (target, _part(target), _new(target)) or (target.exists() and target.samefile(source)):
         raise ValueError(f"{target} is the input: name another --output")
+
+
+def _check_target(target: Path) -> None:
     if target.is_dir():
         raise ValueError(f"{target} is a folder: name a file in it")
     if not target.parent.is_dir():
@@ -153,20 +140,29 @@ def _alone(target: Path) -> Iterator[None]:
 
 def _header(settings: Mapping[str, Any], data: bytes) -> dict[str, Any]:
     header = {"settings": dict(settings), "input_sha256": hashlib.sha256(data).hexdigest()}
-    return json.loads(_line(header))  # as JSON returns it: tuples become lists
+    return json.loads(as_line(header))  # as JSON returns it: tuples become lists
 
 
-def _begin(target: Path, header: dict[str, Any], n_prompts: int) -> bool:
+def _begin(target: Path, header: dict[str, Any], n_prompts: int, model: Callable[[], str | None]) -> bool:
     """Create the part file if there is none. Return False if the target is complete; the part file is then removed."""
     part = _part(target)
+    old = _read_header(part) if part.exists() else None
     if target.exists():
-        if part.exists() and _read_header(part) == header and _has_all(target, part, n_prompts):
+        if old is not None and old == {MODEL: old.get(MODEL)} | header and _has_all(target, part, n_prompts):
             part.unlink()
             return False
         raise ValueError(f"{target} exists and is complete: delete it or name another --output")
-    if not part.exists():
+    if part.exists():
+        _check_header(part, old, header)
+    header |= {MODEL: model()}
+    if old is None:
         with files.replacing_file(part, _new(target)) as new:
-            new.write_bytes(_line(header))
+            new.write_bytes(as_line(header))
+    elif old[MODEL] != header[MODEL]:
+        raise ValueError(
+            f"{part} was started with other weights: the model's SHA-256 was {old[MODEL]} and is {header[MODEL]}. Run "
+            "with the same weights to resume, or delete it to start again"
+        )
     return True
 
 
@@ -182,13 +178,12 @@ def _has_all(target: Path, part: Path, n_prompts: int) -> bool:
     return n_same == n_prompts
 
 
-def _resume(part: Path, header: dict[str, Any], n_prompts: int) -> int:
+def _resume(part: Path, n_prompts: int) -> int:
     """Cut an incomplete last line off the part file, and return how many prompts it has.
 
     Raises:
-      ValueError: not a part file of this command, or started from a different input or settings; nothing was changed.
+      ValueError: a line is not what was written there; nothing was changed.
     """
-    _check_header(part, _read_header(part), header)
     with part.open("rb") as file:
         end = len(file.readline())
         n_done = 0
@@ -213,12 +208,22 @@ def _read_header(part: Path) -> dict[str, Any] | None:
             header = json.loads(file.readline())
         except ValueError:
             return None
-    return header if isinstance(header, dict) and header.keys() == {"settings", "input_sha256"} else None
+    return header if isinstance(header, dict) and header.keys() | {MODEL} == HEADER else None
 
 
 def _check_header(part: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
+    """Check that a part file was started from the same input and settings.
+
+    Raises:
+      ValueError: it was not, or it is not a part file of this command; nothing was changed.
+    """
     if old is None:
         raise ValueError(f"{part} exists and is not an unfinished output: move it away or name another --output")
+    if MODEL not in old:
+        raise ValueError(
+            f"{part} was started by an earlier version, which did not record the weights: finish it with that version, "
+            "or delete it to start again"
+        )
     changes = []
     if old["input_sha256"] != new["input_sha256"]:
         changes.append(f"the input's SHA-256 was {old['input_sha256']} and is {new['input_sha256']}")
@@ -240,20 +245,3 @@ def _finish(target: Path) -> None:
         lines.readline()
         shutil.copyfileobj(lines, file, 2**20)
     _part(target).unlink()
-
-
-def _lines(
-    batch: list[dict[str, Any]], results: list[dict[str, Any]], first: int, fields: Sequence[str]
-) -> Iterable[bytes]:
-    """Yield the output line of each prompt of a batch."""
-    if len(results) != len(batch):
-        raise ValueError(f"complete returned {len(results)} results for {len(batch)} prompts")
-    for i, (record, result) in enumerate(zip(batch, results, strict=True), start=first):
-        if unknown := result.keys() - set(fields):
-            raise ValueError(f"complete returned a field {min(unknown)!r}, which is not in {', '.join(fields)}")
-        yield _line(record | result | {INDEX: i})
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    """Return a line of JSON in UTF-8. A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"

@@ -23,10 +23,12 @@ class RowText:
     Attributes:
       ids: all added ids, or only those entirely before the stop string.
       stopped: True if a stop string was completed. Ids added later are ignored.
+      stop: that stop string: the one that begins earliest, and of several the first in the list; else None.
     """
 
     ids: list[int]
     stopped: bool
+    stop: str | None
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
         """Start with no ids.
@@ -34,7 +36,7 @@ class RowText:
         Raises:
           ValueError: `check_stop_strings` rejects the stop strings.
         """
-        self.ids, self.stopped, self._ended = [], False, False
+        self.ids, self.stopped, self.stop, self._ended = [], False, None, False
         self._tokenizer = tokenizer
         self._stops = check_stop_strings(stop_strings)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the first bytes of a character itself
@@ -78,7 +80,7 @@ class RowText:
         starts = [self._held.find(stop, max(0, n_before - len(stop) + 1)) for stop in self._stops]
         if not (found := [start for start in starts if start >= 0]):
             return
-        self.stopped = True
+        self.stopped, self.stop = True, self._stops[starts.index(min(found))].decode()
         n_beyond = len(self._held) - min(found)
         del self._held[min(found) :]
         while n_beyond > 0:

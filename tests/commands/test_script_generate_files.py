@@ -84,14 +84,19 @@ def test_stops_and_log_probabilities(run, shakespeare, tokenizer, tmp_path):
     options = ["--max-new-tokens", 11, "--temperature", 0, "--logprobs", 3, "--batch-size", 1, "--stop", text[-7:]]
     assert run("--input", tmp_path / "in", "--output", tmp_path / "out", *options).code == 0
     (sample,), (other,) = (record["samples"] for record in read(tmp_path / "out"))
-    assert (sample["text"], sample["finish_reason"]) == (text[:-7], "stop")
-    assert other["finish_reason"] == "length"
+    assert (sample["text"], sample["finish_reason"], sample["stop"]) == (text[:-7], "stop", text[-7:])
+    assert (other["finish_reason"], other["stop"]) == ("length", None)
     assert len(other["logprobs"]) == 11
     assert 0 < len(sample["logprobs"]) < 11
     for i, token in enumerate(sample["logprobs"]):
-        assert token["token"] == tokenizer.decode([ids[0][i]])
+        assert (token["token"], token["id"]) == (tokenizer.decode([ids[0][i]]), ids[0][i])
+        assert bytes(token["bytes"]) == tokenizer.token_bytes(ids[0][i])
         assert token["logprob"] == pytest.approx(given.chosen[i], abs=1e-6)
+        assert [top["id"] for top in token["top"]] == given.top_ids[i].tolist()
         assert [top["token"] for top in token["top"]] == [tokenizer.decode([j]) for j in given.top_ids[i].tolist()]
+        assert [bytes(top["bytes"]) for top in token["top"]] == [
+            tokenizer.token_bytes(j) for j in given.top_ids[i].tolist()
+        ]
         assert [top["logprob"] for top in token["top"]] == pytest.approx(given.top[i].tolist(), abs=1e-6)
 
 
@@ -100,7 +105,7 @@ def test_names_with_a_home(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "in").write_text('"a"', encoding="utf-8")
     assert run("--input=~/in", "--output=~/out", "--max-new-tokens", 0).code == 0
-    assert read(tmp_path / "out")[0]["samples"] == [{"text": "", "finish_reason": "length"}]
+    assert read(tmp_path / "out")[0]["samples"] == [{"text": "", "finish_reason": "length", "stop": None}]
 
 
 def test_interrupted_and_gone_on_with(run, source, tmp_path, monkeypatch):
@@ -109,10 +114,10 @@ def test_interrupted_and_gone_on_with(run, source, tmp_path, monkeypatch):
     assert run("--input", source, "--output", tmp_path / "whole", *OPTIONS).code == 0
     complete = generate.Model.complete
 
-    def interrupted(self, texts, num_samples, first=0):
-        if first >= 2:
+    def interrupted(self, rows):
+        if rows[0].number >= 4:
             raise KeyboardInterrupt
-        return complete(self, texts, num_samples, first)
+        return complete(self, rows)
 
     files = ["--input", source, "--output", tmp_path / "out"]
     with monkeypatch.context() as patch:
@@ -129,7 +134,8 @@ def test_interrupted_and_gone_on_with(run, source, tmp_path, monkeypatch):
             "--dtype=bfloat16": 'dtype was null and is "bfloat16"',
             "--stop=x": "stop_strings was",
             "--no-stop-at-eot": "stop_ids was",
-            f"--model={commands.ROOT / 'models' / 'shakespeare'}": 'model was "embedded"',
+            "--allow-special": "allow_special was false and is true",
+            "--prompt-logprobs": "prompt_logprobs was false and is true",
         }.items():
             done = run(*files, *OPTIONS, changed)
             assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done
@@ -149,7 +155,7 @@ REFUSED = {
     "a line that is no prompt": ('"a"\n{"text": "b"}', "out", "line 2"),
     "a line that is no JSON": ('"a"\n\n"b', "out", "line 3"),
     "a field that the output needs": ('{"prompt": "a", "samples": 3}', "out", '"samples"'),
-    "a prompt too long": ('"a"\n' * 5 + json.dumps("x " * 300) + '\n"a"', "out", "prompt 5 .*n_ctx"),
+    "a prompt too long": ('"a"\n' * 5 + json.dumps("x " * 300) + '\n"a"', "out", "line 6: the prompt .*n_ctx"),
 }
 
 

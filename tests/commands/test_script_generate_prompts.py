@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_a_prompt_file_in_the_home_folder(run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def stdin(monkeypatch, tmp_path):
-    """stdin(data, kind) replaces standard input by a pipe or a file."""
+    """stdin(data, kind) replaces standard input by a pipe, a socket or a file."""
     opened = []
 
     def put(data: bytes, kind: str) -> None:
@@ -132,6 +133,11 @@ def stdin(monkeypatch, tmp_path):
             os.write(writing, data)
             os.close(writing)
             opened.append(os.fdopen(reading))
+        elif kind == "socket":
+            reading, writing = socket.socketpair()
+            writing.sendall(data)
+            writing.close()
+            opened.append(os.fdopen(reading.detach()))
         else:
             (tmp_path / "stdin").write_bytes(data)
             opened.append((tmp_path / "stdin").open())
@@ -142,7 +148,7 @@ def stdin(monkeypatch, tmp_path):
         file.close()
 
 
-@pytest.mark.parametrize("kind", ["pipe", "file"])
+@pytest.mark.parametrize("kind", ["pipe", "file", "socket"])
 def test_standard_input(run, stdin, kind):
     """It is the prompt if there is no other prompt, or if - is given."""
     for options, prompt in [([], "To be"), (["--prompt-file", "-"], "To be"), (["--prompt", "x"], "x")]:
@@ -307,7 +313,10 @@ REFUSED = {
     "penalty inf": (["--repetition-penalty=inf"], "repetition_penalty"),
     "penalty nan": (["--repetition-penalty=nan"], "repetition_penalty"),
     "an empty stop": (["--stop="], "stop"),
-    "a stop that is no text": (["--stop=\udcff"], "stop"),
+    "a stop that is no text": (["--stop=\udcff"], r"--stop is not UTF-8 text: b'\\xff'"),
+    "a prompt that is no text": (["--prompt=caf\udce9"], r"--prompt is not UTF-8 text: b'caf\\xe9'"),
+    "bad lines of nothing": (["--prompt=x", "--skip-bad-lines"], "--skip-bad-lines.*--input"),
+    "input and standard input": (["--input=-", "--output=y", "--prompt-file=-"], "--input.*--prompt-file"),
     "logprobs below 0": (["--logprobs=-1"], "logprobs.*-1"),
     "logprobs of more than all": (["--logprobs=1282"], "logprobs.*1282"),
     "batch size 0": (["--batch-size=0"], "batch-size.*0"),
@@ -322,6 +331,7 @@ REFUSED = {
     "interactive and a prompt file": (["--interactive", "--prompt-file", "-"], "--interactive.*--prompt-file"),
     "interactive and input": (["--interactive", "--input", "x", "--output", "y"], "--interactive.*--input"),
     "interactive and samples": (["--interactive", "--num-samples", "2"], "--interactive.*--num-samples"),
+    "interactive and prompt logprobs": (["--interactive", "--prompt-logprobs"], "--interactive.*--prompt-logprobs"),
     "interactive and logprobs": (["--interactive", "--logprobs", "0"], "--interactive.*--logprobs"),
 }  # fmt: skip
 

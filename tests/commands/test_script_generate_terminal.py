@@ -84,6 +84,37 @@ def test_a_conversation_from_a_pipe(tmp_path):
     assert not done.stdout.startswith(last.out[:50])
 
 
+def test_prompts_of_several_lines(tmp_path):
+    """They begin and end with three quotes; the end of the input ends one too. Ctrl-C in one drops it."""
+    lines = ['"""', "First Citizen:", "", "Speak.", '"""', '"""one line"""', 'a "quoted" line', '"""to the', "end"]
+    done = subprocess.run(
+        [sys.executable, str(commands.SCRIPTS / "generate.py"), "--interactive", "--max-new-tokens=0"],
+        input="\n".join(lines) + "\n",
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert done.stdout == '\nFirst Citizen:\n\nSpeak.\n\none line\na "quoted" line\nto the\nend\n'
+    with commands.OnATerminal("generate", "--interactive", "--max-new-tokens", 0, cwd=tmp_path) as user:
+        user.until('begins and ends with """')
+        user.until("Ctrl-D ends the program.\n> ")
+        user.type('"""KING\n')
+        user.until(r"KING\n\. ")
+        user.until_idle()
+        user.type("\x03")
+        user.until("Ctrl-D ends the program.\n> ")
+        user.type('"""ROMEO:\n')
+        user.until(r"ROMEO:\n\. ")
+        user.type('Ay me"""\n')
+        user.until('Ay me"""\nROMEO:\nAy me\n> ')
+        user.until_idle()
+        user.process.terminate()
+        assert user.end() == 143
+        assert "Traceback" not in user.shown
+
+
 def test_a_text_comes_as_it_is_made(tmp_path, greedy):
     """The command does not read the terminal without --interactive. Ctrl-C ends it with status 130."""
     with commands.OnATerminal("generate", "--prompt", "ROMEO:", "--temperature", 0, *ENDLESS, cwd=tmp_path) as user:

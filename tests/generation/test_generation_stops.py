@@ -8,6 +8,7 @@ from strength import campaign
 from tiny_models import CONFIG, random_params
 
 import gpt2_jax
+from gpt2_jax.generation import Settings, complete
 
 PROMPTS = [[5], [3, 1, 4, 1, 5], [36, 0], [7] * 19, [2, 7, 1], [0], list(range(23))]
 counted = pytest.mark.usefixtures("decode_steps")  # the step counter's model is compiled once for all tests
@@ -290,3 +291,34 @@ def test_wrong_stops_are_refused(tokenizer, settings, message):
         with pytest.raises(ValueError, match=message) as caught:
             gpt2_jax.generate(TEXT_CONFIG, UNTOUCHED, [[1, 2]], n, **{"tokenizer": tokenizer} | settings)
         assert "\n" not in str(caught.value)
+
+
+def test_a_completion_says_which_stop_ended_it(tokenizer):
+    """An id, a string, or None. A string that ends with the last token counts before an id after it."""
+    ids = tokenizer.encode("One two three")
+    params, eot = speaker(ids), tokenizer.eot
+    for stop_ids, stop_strings, n_new, expected in [
+        ([eot], [], N_SAID, eot),
+        ([eot, ids[2]], [], N_SAID, ids[2]),
+        ([eot], ["zzz", "two", "wo"], N_SAID, "two"),
+        ([eot], ["three"], N_SAID, "three"),
+        ([eot], ["zzz"], len(ids), None),
+        ([], [], 3, None),
+        ([eot], [], 0, None),
+    ]:
+        settings = Settings(n_new, 0, stop_ids=stop_ids, stop_strings=stop_strings)
+        (row,) = complete(TEXT_CONFIG, params, [[0]], tokenizer, settings)
+        assert row.stop == expected
+        assert row.stopped == (expected is not None)
+
+
+def test_rows_may_have_any_numbers(tokenizer, text_params):
+    """A row draws with its number, wherever it stands in a batch."""
+    settings = Settings(9, seed=3)
+    rows = complete(TEXT_CONFIG, text_params, [[7]] * 4, tokenizer, settings)
+    mixed = complete(TEXT_CONFIG, text_params, [[7]] * 3, tokenizer, settings, [3, 0, 2])
+    assert [row.ids for row in mixed] == [rows[i].ids for i in (3, 0, 2)]
+    assert len({tuple(row.ids) for row in rows}) == 4
+    for wrong in ([1], [0, 1, -1], [0, 1, 2**32], [0, 1, 2.5], "abc"):
+        with pytest.raises(ValueError, match="first_row"):
+            complete(TEXT_CONFIG, text_params, [[7]] * 3, tokenizer, settings, wrong)

@@ -62,10 +62,10 @@ def whole(tmp_path, source):
 def begin(source, target, n_prompts, batch_size=1):
     """Complete this many prompts, and stop like Ctrl-C."""
 
-    def complete(prompts, first):
-        if first >= n_prompts:
+    def complete(lines, indices):
+        if indices[0] >= n_prompts:
             raise KeyboardInterrupt
-        return fake()(prompts, first)
+        return fake()(lines, indices)
 
     with pytest.raises(KeyboardInterrupt):
         complete_file(source, target, complete, SETTINGS, batch_size)
@@ -89,7 +89,7 @@ def test_a_line_a_prompt_in_order(source, target, tmp_path):
     assert len(lines) == len(TEXTS)
     for i, (line, text) in enumerate(zip(lines, TEXTS, strict=True)):
         record = json.loads(line.decode())
-        samples = fake()([text], i)[0]["samples"]
+        samples = fake()([{"prompt": text}], [i])[0]["samples"]
         given = {} if i % 3 == 1 else {"id": [i, None], "clé": 1.5}
         assert record == {"prompt": text, **given, "samples": samples, "index": i}
     assert "caf\xe9 \U0001f468\u200d\U0001f469".encode() in lines[2]
@@ -121,8 +121,8 @@ def test_input_from_a_pipe(target):
 
 
 def test_several_fields(tmp_path, source, target):
-    def complete(prompts, first):
-        return [{"samples": [], "logprobs": [[-0.5]]} for _ in prompts]
+    def complete(lines, indices):
+        return [{"samples": [], "logprobs": [[-0.5]]} for _ in lines]
 
     complete_file(source, target, complete, SETTINGS, 3, fields=("samples", "logprobs"))
     assert json.loads(target.read_bytes().split(b"\n")[1]) == {
@@ -133,9 +133,9 @@ def test_several_fields(tmp_path, source, target):
 @pytest.mark.parametrize(
     ("complete", "message"),
     [
-        (lambda prompts, first: [{}], "1 results for 3"),
-        (lambda prompts, first: [{"samples": [], "text": ""}] * 3, "'text'"),
-        (lambda prompts, first: [{"samples": [float("nan")]}] * 3, "JSON"),
+        (lambda lines, indices: [{}], "1 results for 3"),
+        (lambda lines, indices: [{"samples": [], "text": ""}] * 3, "'text'"),
+        (lambda lines, indices: [{"samples": [float("nan")]}] * 3, "JSON"),
     ],
 )
 def test_results_that_are_none(source, target, complete, message):
@@ -228,10 +228,10 @@ def test_a_target_that_came_beside_unfinished_work_is_not_touched(source, target
 def test_two_at_once(source, target, whole):
     """The second is rejected, and the first is not affected."""
 
-    def complete(prompts, first):
+    def complete(lines, indices):
         with pytest.raises(ValueError, match=r"another process is writing .*out\.jsonl"):
             complete_file(source, target, None, SETTINGS, 3)
-        return fake()(prompts, first)
+        return fake()(lines, indices)
 
     assert complete_file(source, target, complete, SETTINGS, 3) == len(TEXTS)
     assert target.read_bytes() == whole

@@ -35,15 +35,15 @@ def ids_of_any_kind(draw, tokenizer):
 
 
 def plain(tokenizer, ids, stops):
-    """Return (text, ids, stopped) from the whole text after every token."""
+    """Return (text, ids, stop) from the whole text after every token; stop is None if there was none."""
     token_bytes = [tokenizer.token_bytes(i) for i in ids]
     for n in range(len(ids) + 1):
         whole = b"".join(token_bytes[:n])
-        if found := [whole.index(stop.encode()) for stop in stops if stop.encode() in whole]:
-            cut = min(found)
+        if found := [(whole.index(stop.encode()), i) for i, stop in enumerate(stops) if stop.encode() in whole]:
+            cut, which = min(found)
             n_whole = max(m for m in range(n + 1) if len(b"".join(token_bytes[:m])) <= cut)
-            return whole[:cut].decode("utf-8", "replace"), ids[:n_whole], True
-    return tokenizer.decode(ids), ids, False
+            return whole[:cut].decode("utf-8", "replace"), ids[:n_whole], stops[which]
+    return tokenizer.decode(ids), ids, None
 
 
 def in_calls(tokenizer, ids, stops, sizes):
@@ -61,9 +61,9 @@ def in_calls(tokenizer, ids, stops, sizes):
 @given(st.data(), STOPS, st.lists(st.integers(0, 4), max_size=40))
 def test_pieces_joined_are_the_text_cut_at_the_earliest_stop_string(tokenizer, data, stops, sizes):
     ids = data.draw(ids_of_any_kind(tokenizer))
-    text, counted, stopped = plain(tokenizer, ids, stops)
+    text, counted, stop = plain(tokenizer, ids, stops)
     pieces, row = in_calls(tokenizer, ids, stops, sizes)
-    assert ("".join(pieces), row.ids, row.stopped) == (text, counted, stopped)
+    assert ("".join(pieces), row.ids, row.stop) == (text, counted, stop)
     assert text.startswith(tokenizer.decode(counted).rstrip("\ufffd"))
 
 
@@ -74,11 +74,11 @@ def test_a_stop_string_out_of_the_text_itself_is_found(tokenizer, data, last, st
     ids = [*data.draw(ids_of_any_kind(tokenizer)), *tokenizer.encode(last)]
     text = tokenizer.decode(ids)
     stops = [stop for stop in (text[start : start + length], text[start : start + 2], last) if stop]
-    text, counted, stopped = plain(tokenizer, ids, stops)
-    assert stopped or "\ufffd" in "".join(stops)
+    text, counted, stop = plain(tokenizer, ids, stops)
+    assert stop or "\ufffd" in "".join(stops)
     for sizes in ([], [1] * len(ids), [3, 1, 5]):
         pieces, row = in_calls(tokenizer, ids, stops, sizes)
-        assert ("".join(pieces), row.ids, row.stopped) == (text, counted, stopped)
+        assert ("".join(pieces), row.ids, row.stop) == (text, counted, stop)
 
 
 @settings(max_examples=300)
@@ -160,6 +160,7 @@ def test_of_those_one_token_completes_the_earliest_counts(tokenizer):
     assert row.add([*tokenizer.encode("!"), long, long]) == "!" + text[:1]
     assert row.ids == tokenizer.encode("!")
     assert row.stopped
+    assert row.stop == text[1:]
 
 
 def test_bytes_that_are_no_character_are_no_replacement_character(tokenizer):

@@ -23,6 +23,7 @@ import tyro
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from gpt2_jax.commands import _command
+from gpt2_jax.commands.start import MAINS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -84,16 +85,17 @@ def parse(command: str, *arguments: str) -> Any:
     The command is an installed one or a script: gpt2-train, scripts/train.py. A wrong option raises SystemExit.
     """
     if command.startswith("scripts/"):
-        module, function = re.search(r"from (\S+) import (\w+)", (ROOT / command).read_text(encoding="utf-8")).groups()
+        name = re.search(r"from \S+ import (\w+)", (ROOT / command).read_text(encoding="utf-8"))[1]
     else:
-        module, function = ENTRY_POINTS[command].split(":")
+        name = ENTRY_POINTS[command].split(":")[1]
+    module, function = MAINS[name].split(".")
     parsed = []
 
     def call(prog, args_type, run, argv=None, *, start=None, text=False):
         parsed.append(tyro.cli(args_type, prog=prog, args=argv, **({} if start is None else {"default": start()})))
 
     with mock.patch.object(_command, "call", call), contextlib.chdir(ROOT):
-        getattr(importlib.import_module(module), function)(list(arguments))
+        getattr(importlib.import_module(f"gpt2_jax.commands.{module}"), function)(list(arguments))
     return parsed[0]
 
 

@@ -16,11 +16,12 @@ SETTINGS = {"temperature": 0.5, "stop": ("\n", "caf\xe9"), "model": "124M", "top
 def fake(log=os.devnull, rounds=1):
     """Completes prompts from only the prompt and its index, and takes some time. Each call adds a line to `log`."""
 
-    def complete(prompts, first):
+    def complete(lines, indices):
         with Path(log).open("a") as file:
-            file.write(f"{first} {len(prompts)}\n")
+            file.write(f"{indices[0]} {len(lines)}\n")
         answers = []
-        for i, prompt in enumerate(prompts, start=first):
+        for i, line in zip(indices, lines, strict=True):
+            prompt = line["prompt"]
             digest = prompt.encode(errors="backslashreplace")
             for _ in range(rounds):
                 digest = hashlib.sha256(digest + b"%d" % i).digest()

@@ -1,0 +1,172 @@
+"""`gpt2-generate --input --output`: many prompts, from a file or a stream, into another."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from gpt2_jax.commands._generate_options import IN_A_LINE, ignored
+from gpt2_jax.commands._prompts import descriptor_of
+from gpt2_jax.commands._samples import as_json, tokens_as_json, tokens_of_prompt
+from gpt2_jax.commands._speaker import Model, Row
+from gpt2_jax.files import expanded
+
+if TYPE_CHECKING:
+    from gpt2_jax.commands.generate import Args
+
+SPREAD = 8  # batches of a call if lines have their own settings, so that lines with equal settings can run together
+SHOWN = 5  # bad lines whose messages are shown
+
+
+def complete_file(model: Model, args: Args, source: Path, target: Path) -> None:
+    """Complete the prompts of `source`, and write them to `target`. One that is not a file is read or written once."""
+    lines, start = _Lines(model, args), time.perf_counter()
+    stream, descriptor = is_stream(target), descriptor_of(source)
+    name = "standard input" if descriptor == 0 else expanded(source)
+    n_done = (lines.through if stream else lines.into_a_file)(name, descriptor, target)
+    if lines.n_bad:
+        print(f'lines skipped: {lines.n_bad}; "error" of an output line says why', file=sys.stderr)
+    print(f"{n_done} prompts in {time.perf_counter() - start:.1f} s, with loading and compilation", file=sys.stderr)
+
+
+def is_stream(target: Path) -> bool:
+    """Return whether an output is a pipe, a device or anything else that is not a file. Nothing resumes there."""
+    if descriptor_of(target) is not None:
+        return True
+    try:
+        mode = expanded(target).stat().st_mode
+    except OSError:  # not there yet
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@dataclasses.dataclass
+class _Lines:
+    """Completes the prompts of lines."""
+
+    model: Model
+    args: Args
+    n_bad: int = 0
+    noted: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that the command adds to a line."""
+        return ("samples", "prompt_logprobs") if self.args.prompt_logprobs else ("samples",)
+
+    @property
+    def batch_size(self) -> int:
+        """Lines that are completed at the same time."""
+        return max(1, self.args.batch_size // self.args.num_samples)
+
+    def into_a_file(self, source: str | Path, descriptor: int | None, target: Path) -> int:
+        """Complete the lines into a file, or resume that. Return the number of lines that were written."""
+        from gpt2_jax.checkpoints.fingerprints import fingerprint
+        from gpt2_jax.generation.jsonl import complete_file
+        from gpt2_jax.tokenizer import fingerprint as vocabulary
+
+        model = self.model
+        settings = dataclasses.asdict(model.settings()) | {"dtype": self.args.dtype}
+        settings |= {name: getattr(self.args, name) for name in ("num_samples", "prompt_logprobs")}
+        settings |= {"allow_special": model.options.allow_special, "vocabulary": vocabulary(model.tokenizer)}
+        data = None if descriptor is None else _read(descriptor)
+        spread = SPREAD if IN_A_LINE.encode() in (data or b"") or _has_settings(source) else 1
+        return complete_file(
+            source,
+            expanded(target),
+            self.complete,
+            settings,
+            self.batch_size * spread,
+            self.fields,
+            model=lambda: fingerprint(*model.weights),
+            check=self.check,
+            skip=self.skip if self.args.skip_bad_lines else None,
+            data=data,
+        )
+
+    def through(self, source: str | Path, descriptor: int | None, target: Path) -> int:
+        """Complete the lines into a stream. Return the number of lines that were written."""
+        from gpt2_jax.generation.prompt_lines import Reader, read_prompts
+        from gpt2_jax.generation.prompt_streams import complete_stream, lines_as_they_come
+
+        def reader() -> Reader:
+            return Reader(source, self.fields, self.check, self.skip if self.args.skip_bad_lines else None)
+
+        with _opened(target) as output, contextlib.ExitStack() as stack:
+            if descriptor is None and Path(source).is_file():
+                lines = iter([Path(source).read_bytes().split(b"\n")])
+                read_prompts(Path(source).read_bytes(), reader())  # a bad line shows before anything is done
+                self.n_bad = 0
+            else:
+                opened = os.open(source, os.O_RDONLY) if descriptor is None else os.dup(descriptor)
+                stack.callback(os.close, opened)
+                lines = lines_as_they_come(opened)
+            print("the output is not a file: an interrupted run cannot resume", file=sys.stderr)
+            return complete_stream(lines, output, self.complete, reader(), self.batch_size, self.fields)
+
+    def check(self, line: dict[str, Any]) -> None:
+        """Raise ValueError if a line cannot be completed. Note fields that look like settings, but are not."""
+        from gpt2_jax.generation.prompts import check_fits, check_prompt
+
+        for name in set(ignored(line)) - self.noted:
+            self.noted.add(name)
+            print(
+                f'note: "{name}" of a line has no effect, and is only copied: write it in "{IN_A_LINE}"',
+                file=sys.stderr,
+            )
+        row = self.row(line, 0)
+        check_prompt(self.model.config, "the prompt", row.ids)
+        check_fits(self.model.config, "the prompt", row.ids, row.settings)
+
+    def skip(self, message: str) -> None:
+        """Report a bad line."""
+        self.n_bad += 1
+        if self.n_bad <= SHOWN:
+            print(f"skipped: {message}", file=sys.stderr)
+
+    def row(self, line: dict[str, Any], number: int) -> Row:
+        """Return what is to be completed."""
+        options = self.model.options.changed(line)
+        return Row(self.model.encode(line["prompt"], options), self.model.settings(options), number)
+
+    def complete(self, lines: list[dict[str, Any]], indices: list[int]) -> list[dict[str, Any]]:
+        """Return the new fields of some lines."""
+        n, tokenizer = self.args.num_samples, self.model.tokenizer
+        first = [self.row(line, i * n) for line, i in zip(lines, indices, strict=True)]
+        rows = [dataclasses.replace(row, number=row.number + k) for row in first for k in range(n)]
+        samples = [as_json(sample, tokenizer) for sample in self.model.complete(rows)]
+        results: list[dict[str, Any]] = [{"samples": samples[i * n : (i + 1) * n]} for i in range(len(lines))]
+        if self.args.prompt_logprobs:
+            scores = self.model.score([row.ids for row in first])
+            for result, row, logprobs in zip(results, first, scores, strict=True):
+                tokens = tokens_of_prompt(row.ids, logprobs)
+                result["prompt_logprobs"] = tokens_as_json(tokens, tokenizer, top=False)
+        return results
+
+
+def _read(descriptor: int) -> bytes:
+    """Return everything that a pipe, a socket or a file still has."""
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        return file.read()
+
+
+def _has_settings(source: str | Path) -> bool:
+    return isinstance(source, Path) and source.is_file() and IN_A_LINE.encode() in source.read_bytes()
+
+
+@contextlib.contextmanager
+def _opened(target: Path) -> Iterator[BinaryIO]:
+    descriptor = descriptor_of(target)
+    if str(target) == "-":
+        descriptor = 1
+    if descriptor == 1:
+        sys.stdout.flush()
+    with expanded(target).open("wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb") as file:
+        yield file

@@ -1,0 +1,133 @@
+"""Ctrl-C and SIGTERM in a command. The first ends it cleanly, at any moment; a second Ctrl-C kills it.
+
+The first signal raises `Interrupted`, so reads that wait and long loops end, and temporary files are removed. It is
+also remembered, because the exception can be lost: Python discards it in a callback of the garbage collector, where
+JAX has one (jax-ml/jax#18246), and some libraries turn it into another error. A discarded one is raised again a moment
+later, `check` raises a lost one, and a command that fails after a signal reports no error.
+
+A second Ctrl-C must work while XLA compiles or computes, when no Python code of the main thread runs. So a thread
+watches for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+SAME = 0.1  # seconds; wrappers such as `npm run` send Ctrl-C a second time at once, which is no wish to kill
+AGAIN = 0.05  # seconds until a discarded exception is raised again
+CLEANUP = 2.0  # seconds that the handler of a training run has after its second Ctrl-C
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end.
+
+    Attributes:
+      signal: its number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class _State:
+    """The signals so far."""
+
+    received: int | None = None  # the first one
+    ctrl_c: float | None = None  # time of the first Ctrl-C
+
+
+def install() -> None:
+    """Handle Ctrl-C and SIGTERM from now on. A signal that is ignored stays ignored, as in a shell's background job."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python delivers signals to the main thread only
+    discarded = sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        if not isinstance(args.exc_value, Interrupted):
+            discarded(args)
+        elif hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+
+    sys.unraisablehook = unraisable
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, lambda number, frame: check())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _handle)
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not ours
+        threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+
+
+def remove() -> None:
+    """Let signals end the process at once, without a message: the work is done."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is _handle:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def received() -> int | None:
+    """Return the number of the signal that came first, or None."""
+    return _State.received
+
+
+def check() -> None:
+    """Raise `Interrupted` if a signal came. Call it between two parts of a long task."""
+    if _State.received is not None:
+        raise Interrupted(_State.received)
+
+
+def forget() -> None:
+    """Forget a Ctrl-C that did what the user wanted, such as to stop one sample. The next one is the first again."""
+    _State.received = _State.ctrl_c = None
+
+
+def leave(status: int) -> NoReturn:
+    """End the process without Python's own cleanup, which may fail or wait after an interrupted import."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(status)
+
+
+def _handle(number: int, frame: object) -> None:
+    now = time.monotonic()
+    if _State.received is None:
+        _State.received = number
+        _State.ctrl_c = now if number == signal.SIGINT else None
+        raise Interrupted(number)
+    if number == signal.SIGINT and not hasattr(os, "register_at_fork") and now - (_State.ctrl_c or 0) > SAME:
+        _kill()
+
+
+def _watch(reader: int) -> None:
+    """Kill the process at its second Ctrl-C."""
+    while True:
+        for number in os.read(reader, 64):
+            now = time.monotonic()
+            if number != signal.SIGINT:
+                continue
+            if _State.ctrl_c is None:
+                _State.ctrl_c = now
+            elif now - _State.ctrl_c > SAME:
+                if signal.getsignal(signal.SIGINT) is not _handle:  # a training run ends by itself, if it can
+                    time.sleep(CLEANUP)
+                _kill()
+
+
+def _kill() -> NoReturn:
+    with contextlib.suppress(OSError):
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h\n")  # a progress bar hides the cursor
+    os._exit(128 + signal.SIGINT)
