@@ -46,6 +46,8 @@ class Options(Settings):
     """Write the log-probability (base e) of each token, and of this many most likely ones, 0 or more.
     They are a table after each sample, or in the samples of --output."""
 
+    n_ids: tyro.conf.Suppress[int | None] = None
+
     def settings(self, tokenizer: Tokenizer) -> Settings:
         """Return the settings for the library."""
         return Settings.among(vars(self) | {"stop_ids": (tokenizer.eot,) if self.stop_at_eot else ()})

@@ -125,7 +125,9 @@ class Observer:
         monitor = self.recipe.monitor
         prompts = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in monitor.prompts]
         settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": [tokenizer.eot]}
-        rows: Any = generate(self.plan.config, params, prompts, monitor.sample_tokens, overflow="slide", **settings)
+        rows: Any = generate(
+            self.plan.config, params, prompts, monitor.sample_tokens, overflow="slide", tokenizer=tokenizer, **settings
+        )
         overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
         for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):
             self.report.sample(step, prompt, tokenizer.decode(row), overlap.share)
