@@ -18,7 +18,8 @@ from flax import struct
 from jax import lax
 
 FILTERED = -1e10  # the original sets dropped logits to this
-NO_LOGITS = -1  # `pick` returns this instead of a token if the logits contain NaN
+NO_LOGITS = -1  # `pick` returns this instead of a token if the logits define no probabilities
+ALL_IDS = np.int32(np.iinfo(np.int32).max)
 
 Knob = Any
 """A scalar: a jax.Array inside a program, a NumPy scalar from a caller."""
@@ -35,6 +36,7 @@ class Sampling:
       min_p: float32 in [0, 1]; 0 means all.
       repetition_penalty: float32 above 0; 1 means none.
       keep_crossing: bool; True if top-p keeps the token that crosses p. Most libraries do; the original does not.
+      n_ids: int32; ids from n_ids on are never chosen, whatever their logits. The default excludes none.
     """
 
     temperature: Knob
@@ -43,6 +45,7 @@ class Sampling:
     min_p: Knob = np.float32(0)
     repetition_penalty: Knob = np.float32(1)
     keep_crossing: Knob = np.bool_(False)
+    n_ids: Knob = ALL_IDS
 
 
 def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
@@ -58,14 +61,10 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: ja
         positive logit and multiplies a negative one. None means no penalty.
 
     Returns:
-      token_B int32; NO_LOGITS where the logits contain NaN. In a tie, the greedy choice is the lowest id.
+      token_B int32, below `n_ids`. In a tie, the greedy choice is the lowest id. It is NO_LOGITS where the logits define
+      no probabilities: one of them is NaN or inf, or all logits of allowed ids are -inf.
     """
-    if seen_BV is not None:
-        logits_BV = lax.cond(
-            sampling.repetition_penalty == 1,
-            lambda: logits_BV,
-            lambda: _penalise(logits_BV, seen_BV, sampling.repetition_penalty.astype(logits_BV.dtype)),
-        )
+    logits_BV = _penalised_and_allowed(logits_BV, sampling, seen_BV)
     largest_B1 = logits_BV.max(axis=-1, keepdims=True)
 
     def draw() -> jax.Array:
@@ -76,7 +75,7 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: ja
         return _first_largest(filter_logits(scaled_BV, sampling) + _gumbel(key_B, scaled_BV))
 
     token_B = lax.cond(sampling.temperature == 0, lambda: _first_largest(logits_BV), draw)
-    return jnp.where(jnp.isnan(largest_B1[:, 0]), NO_LOGITS, token_B)
+    return jnp.where(jnp.isfinite(largest_B1[:, 0]), token_B, NO_LOGITS)
 
 
 def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -119,13 +118,18 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(logits_BV < threshold_B1, FILTERED, logits_BV)
 
 
-def token_logprobs(logits_BV: jax.Array, token_B: jax.Array, n_top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def token_logprobs(
+    logits_BV: jax.Array, token_B: jax.Array, n_top: int, n_ids: Knob = ALL_IDS
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return log-probabilities (base e) under the unchanged logits: no penalty, temperature or filter.
+
+    They are those of the model: ids from n_ids on keep their share of the probability.
 
     Args:
       logits_BV: float32 or float64.
       token_B: the chosen tokens.
-      n_top: how many of the most likely tokens to return as well, at most V; 0 means none.
+      n_top: how many of the most likely tokens to return as well, at most n_ids; 0 means none.
+      n_ids: int32; ids from n_ids on are not among the most likely tokens.
 
     Returns:
       chosen_B float32, top_id_BK int32 and top_BK float32, most likely first. In a tie the lower id is first; -0.0
@@ -133,14 +137,34 @@ def token_logprobs(logits_BV: jax.Array, token_B: jax.Array, n_top: int) -> tupl
     """
     logsumexp_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1) - logsumexp_B1
-    top_BK, top_id_BK = lax.top_k(logits_BV, n_top)
+    top_BK, top_id_BK = lax.top_k(_allowed(logits_BV, n_ids), n_top)
     return chosen_B1[:, 0].astype(jnp.float32), top_id_BK, (top_BK - logsumexp_B1).astype(jnp.float32)
+
+
+def _penalised_and_allowed(logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None) -> jax.Array:
+    """Return the logits after the repetition penalty, with -inf for the ids from n_ids on."""
+    unchanged = sampling.n_ids >= logits_BV.shape[-1]
+    if seen_BV is None:
+        return lax.cond(unchanged, lambda: logits_BV, lambda: _allowed(logits_BV, sampling.n_ids))
+    penalty = sampling.repetition_penalty.astype(logits_BV.dtype)
+    return lax.cond(
+        unchanged & (sampling.repetition_penalty == 1),
+        lambda: logits_BV,
+        lambda: _allowed(_penalise(logits_BV, seen_BV, penalty), sampling.n_ids),
+    )
+
+
+def _allowed(logits_BV: jax.Array, n_ids: Knob) -> jax.Array:
+    """Return the logits with -inf for the ids from n_ids on. NaN and inf stay: `pick` finds them."""
+    ids_BV = lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+    return jnp.where((ids_BV >= n_ids) & (logits_BV < jnp.inf), -jnp.inf, logits_BV)
 
 
 def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
     limits = jnp.finfo(logits_BV.dtype)
     less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return jnp.where(seen_BV, jnp.clip(less_BV, limits.min, limits.max), logits_BV)
+    # NaN and infinities stay: `pick` finds them.
+    return jnp.where(seen_BV & jnp.isfinite(logits_BV), jnp.clip(less_BV, limits.min, limits.max), logits_BV)
 
 
 def _gumbel(key_B: jax.Array, like_BV: jax.Array) -> jax.Array:
@@ -159,10 +183,15 @@ def _gumbel(key_B: jax.Array, like_BV: jax.Array) -> jax.Array:
 
 
 def _first_largest(x_BV: jax.Array) -> jax.Array:
-    """Return argmax as int32, for rows without NaN, in two passes. XLA vectorizes these on a CPU, but not argmax."""
+    """Return argmax as int32, or NO_LOGITS for a row with NaN.
+
+    It takes two passes, which XLA vectorizes on a CPU, unlike argmax. The second one looks for NaN, because the first
+    may skip it: on a CPU, XLA's max and min over an axis ignore NaN, depending on the size (openxla/xla#21461).
+    """
     ids_BV = lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
     is_largest_BV = x_BV == x_BV.max(axis=-1, keepdims=True)
-    return jnp.where(is_largest_BV, ids_BV, x_BV.shape[-1]).min(axis=-1)
+    found_BV = jnp.where(is_largest_BV, ids_BV, x_BV.shape[-1])
+    return jnp.where(jnp.isnan(x_BV), NO_LOGITS, found_BV).min(axis=-1)
 
 
 # ---- thresholds

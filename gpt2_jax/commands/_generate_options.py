@@ -38,6 +38,7 @@ class Options(Settings):
     logprobs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
     """Write the log-probability (base e) of each token, and of this many most likely ones, 0 or more.
     They are a table after each sample, or in the samples of --output."""
+    n_ids: tyro.conf.Suppress[int | None] = None
 
     def settings(self, tokenizer: Tokenizer) -> Settings:
         """Return the settings for the library."""
@@ -74,7 +75,7 @@ class Options(Settings):
 NAMES = [
     {"stop_strings": "stop"}.get(field.name, field.name)
     for field in dataclasses.fields(Options)
-    if field.name != "stop_ids"
+    if field.name not in ("stop_ids", "n_ids")
 ]
 """The names that a line's "settings" can have."""
 

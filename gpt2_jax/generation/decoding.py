@@ -13,6 +13,7 @@ from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.generation.engine import Picked, decode_rows
+from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_fits, check_prompt, check_prompts
 from gpt2_jax.generation.settings import Overflow, Settings, TopPRule
 from gpt2_jax.generation.text import RowText
@@ -49,7 +50,7 @@ class Completion:
       ids: the new tokens. If the row ended at a stop string, only those entirely before it.
       stopped: True if the row ended at a stop, False if it ended after max_new_tokens.
       logprobs: the log-probabilities of `ids`; None if they were not requested.
-      stop: the stop id or the stop string that ended the row; None if it ended after max_new_tokens.
+      stop: the id or the string that ended the row; None if it ended after max_new_tokens.
     """
 
     text: str
@@ -77,6 +78,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     overflow: Overflow = Settings.overflow,
     logprobs: int | None = Settings.logprobs,
+    n_ids: int | None = Settings.n_ids,
     first_row: int = 0,
     edits: Edit | Sequence[Edit] = (),
 ) -> list[list[int]] | tuple[list[list[int]], list[Logprobs]]:
@@ -95,8 +97,9 @@ def generate(
       params: the model's parameters, from `load`.
       prompts: a list of token-id sequences of any lengths, each with at least one id.
       max_new_tokens, temperature, top_k, top_p, seed: fields of `gpt2_jax.generation.Settings`, which documents them.
-      min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings, overflow, logprobs: more fields of it.
-      tokenizer: the model's tokenizer, needed for stop_strings.
+      min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings, overflow, logprobs, n_ids: more fields of it.
+      tokenizer: the model's tokenizer, needed for stop_strings. If it has fewer ids than the model has rows of wte, the
+        other rows are padding, and their ids are never chosen.
       first_row: row i draws as row first_row + i, below 2**32. Use it to pass a long list of prompts in several calls.
       edits: activation edits from `gpt2_jax.research`, for every forward pass. A value is the same for all tokens.
 
@@ -104,7 +107,7 @@ def generate(
       The new ids, one list per prompt. With `logprobs`, a tuple of these and a list of Logprobs.
 
     Raises:
-      ValueError: an argument is invalid (raised before tracing), or NaN in the params gives NaN logits (raised later).
+      ValueError: an argument is invalid (raised before tracing), or the logits become NaN or infinite (raised later).
     """
     settings = Settings.among(locals()).check(config, tokenizer)
     rows = _run(config, params, prompts, settings, tokenizer, first_row, edits)
@@ -154,6 +157,7 @@ def stream(
     stop_ids: Sequence[int] = Settings.stop_ids,
     stop_strings: Sequence[str] = Settings.stop_strings,
     overflow: Overflow = Settings.overflow,
+    n_ids: int | None = Settings.n_ids,
     edits: Edit | Sequence[Edit] = (),
 ) -> Generator[str, None, None]:
     """Yield the continuation of a prompt, piece by piece, as text.
@@ -168,7 +172,7 @@ def stream(
       prompt: the text to continue, or its token ids.
       tokenizer: the model's tokenizer, from `load_tokenizer`.
       max_new_tokens, temperature, top_k, top_p, seed: fields of `gpt2_jax.generation.Settings`, which documents them.
-      min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings, overflow: more fields of it.
+      min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings, overflow, n_ids: more fields of it.
       edits: as in `generate`.
 
     Raises:
@@ -236,7 +240,10 @@ def _decode(
     prompts = [row.prompt for row in rows]
     for picked in decode_rows(GPT2(config), placed(params), prompts, settings, finished_B, edits=edits, **how):
         for b in np.flatnonzero(~finished_B):
-            finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
+            try:
+                finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
+            except NoLogits as error:
+                raise ValueError(f"{error}: {cause(config, params, edits)}") from None
         yield
 
 
@@ -252,9 +259,13 @@ class _Row:
         self.all_ids: list[int] = []
         self.picked: list[Picked] = []  # the same with log-probabilities, if requested
         self.pieces: list[str] = []  # pieces of text that were not returned yet
-        self.stopped = False
-        self.stop: int | str | None = None  # the stop that ended the row
+        self.stop: int | str | None = None
         self.n_top = settings.logprobs
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the row has ended at a stop."""
+        return self.stop is not None
 
     @property
     def ids(self) -> list[int]:
@@ -267,7 +278,7 @@ class _Row:
         n = next((i for i, token in enumerate(ids) if token in self.stop_ids or token == NO_LOGITS), len(ids))
         if n < len(ids) and ids[n] == NO_LOGITS:
             step = len(self.all_ids) + n
-            raise ValueError(f"{self.name}: the logits are NaN at new token {step}; check the params for NaN")
+            raise NoLogits(f"{self.name}: the logits are NaN or infinite at new token {step}")
         if self.n_top is not None:
             self.picked.append(jax.tree.map(lambda array_R: array_R[:n], picked))
         self.all_ids += ids[:n]
@@ -277,7 +288,6 @@ class _Row:
             self.stop = self.text.stop
         elif n < len(ids):
             self.stop = ids[n]
-        self.stopped = self.stop is not None
         return self.stopped
 
     def new_text(self, last: bool = False) -> str:

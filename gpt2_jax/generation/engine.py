@@ -42,7 +42,7 @@ class Picked:
     """The tokens that the steps of one call picked.
 
     Attributes:
-      id_BR: int32; 0 for rows that had ended before, NO_LOGITS where the logits contained NaN.
+      id_BR: int32; 0 for rows that had ended before, NO_LOGITS where the logits define no probabilities.
       chosen_BR: float32, the log-probability of each; this and the next two are None if not requested.
       top_id_BRK: int32, the most likely ids, most likely first.
       top_BRK: float32, their log-probabilities.
@@ -190,7 +190,7 @@ def _append(
     picked = Picked(jnp.where(state.done_B, 0, token_B))
     token_B = jnp.maximum(picked.id_BR, 0)
     if n_top is not None:
-        picked = Picked(picked.id_BR, *token_logprobs(logits_BV, token_B, n_top))
+        picked = Picked(picked.id_BR, *token_logprobs(logits_BV, token_B, n_top, sampling.n_ids))
     state = dataclasses.replace(
         state,
         token_B=token_B,

@@ -18,6 +18,7 @@ from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits, taps_of
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
+from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_prompt, check_prompts
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.model import GPT2, check_params
@@ -108,7 +109,7 @@ def score(
       A Score for each prompt, in order.
 
     Raises:
-      ValueError: an argument is invalid (raised before tracing), or NaN in the params gives NaN logits (raised later).
+      ValueError: an argument is invalid (raised before tracing), or the logits become NaN or infinite (raised later).
     """
     rows = check_prompts(config, prompts, Settings(overflow="slide").check(config))
     for i, row in enumerate(rows):
@@ -130,10 +131,13 @@ def score(
             parts = np.split(values.ravel(), np.cumsum([len(window.targets) for window in batch]))
             for window, part in zip(batch, parts[:-1], strict=True):
                 into[window.prompt][window.first - first[window.prompt] :][: len(part)] = part
-    return [
-        _score(i, first[i], logprobs[i], greedy[i], None if aside_V is None else greedy_aside[i])
-        for i in range(len(rows))
-    ]
+    try:
+        return [
+            _score(i, first[i], logprobs[i], greedy[i], None if aside_V is None else greedy_aside[i])
+            for i in range(len(rows))
+        ]
+    except NoLogits as error:
+        raise ValueError(f"{error}: {cause(config, params, edits)}") from None
 
 
 def as_stride(config: GPT2Config, stride: int | None) -> int:
@@ -228,9 +232,8 @@ def _in_chunks(values: np.ndarray, at_most: int, n_at_once: int) -> np.ndarray:
 
 
 def _score(i: int, first: int, logprobs: np.ndarray, greedy: np.ndarray, greedy_aside: np.ndarray | None) -> Score:
-    if np.isnan(logprobs).any():
-        token = np.argmax(np.isnan(logprobs)) + first
-        raise ValueError(f"prompts[{i}]: the logits are NaN at token {token}; check the params for NaN")
+    if not (finite := np.isfinite(logprobs)).all():
+        raise NoLogits(f"prompts[{i}]: the logits are NaN or infinite at token {np.argmin(finite) + first}")
     total = float(logprobs.sum(dtype=np.float64))
     with np.errstate(over="ignore"):  # inf if it exceeds float64
         return Score(logprobs, total, float(np.exp(-total / len(logprobs))), greedy, greedy_aside)

@@ -55,6 +55,9 @@ class Settings:
     these are all that fit. Each time n_ctx is full, they are the last n_ctx // 2, read again at positions from 0."""
     logprobs: int | None = None
     """Also return the log-probability (base e) of each chosen token and of this many most likely ones, 0 or more."""
+    n_ids: int | None = None
+    """Choose only among the first n_ids ids; the rows of wte after them are padding. Log-probabilities count all rows.
+    None means the ids of the tokenizer, if one is given and has fewer than the model's n_vocab; otherwise n_vocab."""
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> Settings:
@@ -72,6 +75,10 @@ class Settings:
 
         if not isinstance(config, GPT2Config):
             raise ValueError(f"config must be a GPT2Config, not a {type(config).__name__}")
+        stop_strings = _stop_strings(self.stop_strings, tokenizer)
+        n_ids = config.n_vocab if tokenizer is None else min(tokenizer.n_vocab, config.n_vocab)
+        if self.n_ids is not None:
+            n_ids = whole_number("n_ids", self.n_ids, 1, config.n_vocab)
         return dataclasses.replace(
             self,
             max_new_tokens=whole_number("max_new_tokens", self.max_new_tokens),
@@ -83,9 +90,10 @@ class Settings:
             repetition_penalty=_float32("repetition_penalty", self.repetition_penalty, open_low=True),
             top_p_rule=choice("top_p_rule", self.top_p_rule, get_args(TopPRule)),
             stop_ids=_stop_ids(config, self.stop_ids),
-            stop_strings=_stop_strings(config, self.stop_strings, tokenizer),
+            stop_strings=stop_strings,
             overflow=choice("overflow", self.overflow, get_args(Overflow)),
-            logprobs=None if self.logprobs is None else whole_number("logprobs", self.logprobs, 0, config.n_vocab),
+            logprobs=None if self.logprobs is None else whole_number("logprobs", self.logprobs, 0, n_ids),
+            n_ids=n_ids,
         )
 
     def sampling(self, config: GPT2Config) -> Sampling:
@@ -101,6 +109,7 @@ class Settings:
             min_p=np.float32(self.min_p),
             repetition_penalty=np.float32(self.repetition_penalty),
             keep_crossing=np.bool_(self.top_p_rule == "common"),
+            n_ids=np.int32(config.n_vocab if self.n_ids is None else self.n_ids),
         )
 
 
@@ -118,7 +127,7 @@ def _stop_ids(config: GPT2Config, stop_ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _stop_strings(config: GPT2Config, stop_strings: Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
+def _stop_strings(stop_strings: Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]:
     from gpt2_jax.generation.text import check_stop_strings
     from gpt2_jax.tokenizer import Tokenizer
 
@@ -126,8 +135,4 @@ def _stop_strings(config: GPT2Config, stop_strings: Sequence[str], tokenizer: To
     if not isinstance(tokenizer, Tokenizer) and (stop_strings or tokenizer is not None):
         needs = "stop_strings needs tokenizer=," if stop_strings else "tokenizer must be"
         raise ValueError(f"{needs} a Tokenizer, from load_tokenizer, not {tokenizer!r}")
-    if tokenizer is not None and tokenizer.n_vocab < config.n_vocab:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.n_vocab} ids, fewer than the model's {config.n_vocab}: some ids have no text"
-        )
     return tuple(stop_strings)

@@ -22,12 +22,11 @@ class RowText:
 
     Attributes:
       ids: all added ids, or only those entirely before the stop string.
-      stopped: True if a stop string was completed. Ids added later are ignored.
-      stop: that stop string: the one that begins earliest, and of several the first in the list; else None.
+      stop: the stop string that ended the row, or None. If several begin at the same place, it is the longest that is
+        complete. Ids added later are ignored.
     """
 
     ids: list[int]
-    stopped: bool
     stop: str | None
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
@@ -36,11 +35,16 @@ class RowText:
         Raises:
           ValueError: `check_stop_strings` rejects the stop strings.
         """
-        self.ids, self.stopped, self.stop, self._ended = [], False, None, False
+        self.ids, self.stop, self._ended = [], None, False
         self._tokenizer = tokenizer
         self._stops = check_stop_strings(stop_strings)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the first bytes of a character itself
         self._held = bytearray()  # bytes that the decoder has not read yet
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was completed."""
+        return self.stop is not None
 
     def add(self, ids: Iterable[int]) -> str:
         """Add new ids, and return the text that is now certain: no later id can change it or cut it off.
@@ -77,12 +81,13 @@ class RowText:
         n_before = len(self._held)
         self._held += token
         self.ids.append(int(i))
-        starts = [self._held.find(stop, max(0, n_before - len(stop) + 1)) for stop in self._stops]
-        if not (found := [start for start in starts if start >= 0]):
+        starts = [(self._held.find(stop, max(0, n_before - len(stop) + 1)), stop) for stop in self._stops]
+        if not (found := [(start, -len(stop), stop) for start, stop in starts if start >= 0]):
             return
-        self.stopped, self.stop = True, self._stops[starts.index(min(found))].decode()
-        n_beyond = len(self._held) - min(found)
-        del self._held[min(found) :]
+        first, _, stop = min(found)
+        self.stop = stop.decode()
+        n_beyond = len(self._held) - first
+        del self._held[first:]
         while n_beyond > 0:
             n_beyond -= len(self._tokenizer.token_bytes(self.ids.pop()))
 

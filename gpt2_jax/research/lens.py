@@ -37,7 +37,7 @@ class Lens:
       logprobs: [L, B, T, K], their log-probabilities, base e, at least float32.
       next_logprobs: [L, B, T], the log-probability of the next token of the row; NaN at the last token and at padding.
       next_ranks: int32 [L, B, T], how many tokens are more likely than the next token of the row: 0 means that it is
-        the prediction. -1 at the last token and at padding.
+        the prediction. -1 at the last token, at padding, and where logits are NaN.
     """
 
     names: tuple[str, ...] = struct.field(pytree_node=False)
@@ -125,7 +125,7 @@ def _read(
         best_K, ids_K = jax.lax.top_k(logits_V, k)
         known = (token >= 0) & (token < config.n_vocab)
         logit = jnp.where(known, logits_V[token], jnp.nan)
-        rank = jnp.where(known, (logits_V > logit).sum(), -1)
+        rank = jnp.where(jnp.isnan(logit - total), -1, (logits_V > logit).sum())
         return {"ids": ids_K, "logprobs": best_K - total, "next_logprobs": logit - total, "next_ranks": rank}
 
     places = stream_LBTD.reshape(-1, config.n_embd), next_LBT.reshape(-1)

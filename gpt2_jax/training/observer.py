@@ -126,7 +126,9 @@ class Observer:
         prompts = [tokenizer.prompt(prompt) for prompt in monitor.prompts]
         stop_ids = [] if tokenizer.eot is None else [tokenizer.eot]
         settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": stop_ids}
-        rows: Any = generate(self.plan.config, params, prompts, monitor.sample_tokens, overflow="slide", **settings)
+        rows: Any = generate(
+            self.plan.config, params, prompts, monitor.sample_tokens, overflow="slide", tokenizer=tokenizer, **settings
+        )
         overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
         for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):
             self.report.sample(step, prompt, tokenizer.decode(row), overlap.share)

@@ -91,10 +91,10 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
 def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, spike: float) -> jax.Array:
     """Return the running mean with one more loss. A spike counts only as `spike * mean`, so it hides no later spike."""
-    first = mean == 0
+    first, counts = mean == 0, jnp.isfinite(loss) & (n_tokens > 0)
     loss = jnp.where(first, loss, jnp.minimum(loss, spike * mean)).astype(mean.dtype)
     new = jnp.where(first, loss, MEAN_DECAY * mean + (1 - MEAN_DECAY) * loss)
-    return jnp.where(jnp.isfinite(loss) & (n_tokens > 0), new, mean)
+    return jnp.where(counts, new, mean)
 
 
 def _make_gradients(plan: Plan) -> Callable:

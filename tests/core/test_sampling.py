@@ -1,11 +1,14 @@
 """sampling.py on cases worked out by hand: what each rule keeps, the greedy choice, the penalty, what compiles."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from measures import COMPILATIONS
 from sampling_reference import keys, knobs
+from strength import campaign
 
 from gpt2_jax import sampling
 from gpt2_jax.sampling import FILTERED, NO_LOGITS
@@ -175,13 +178,63 @@ def test_nan_is_told_apart_in_its_row_alone(settings):
     assert token_B == [NO_LOGITS] * 4
 
 
+# XLA's max over an axis keeps NaN below 4,096 elements on a CPU, and skips it from there on.
+SIZES = [(1, 37), (1, 4095), (3, 4095), (1, 4096), (1, 50304), (3, 50257)]
+NO_SOFTMAX = {
+    "nan": ([0, 0.5, 1], np.nan), "nan with its sign set": ([0.5], -np.nan), "all nan": (slice(None), np.nan),
+    "inf": ([0, 0.5, 1], np.inf), "all inf": (slice(None), np.inf), "all -inf": (slice(None), -np.inf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", campaign(["float32"], ["float32", "float64"]))
+def test_logits_without_probabilities_are_found_at_every_size(size, dtype):
+    """Wherever the value is, for each way to choose. The other rows are not affected."""
+    n_rows, n_vocab = size
+    with jax.enable_x64(dtype == "float64"):
+        plain_BV = np.random.default_rng(3).normal(size=size).astype(dtype)
+        for places, value in NO_SOFTMAX.values():
+            for place in [places] if isinstance(places, slice) else [round(at * (n_vocab - 1)) for at in places]:
+                logits_BV, seen_BV = plain_BV.copy(), np.ones(size, bool)
+                logits_BV[-1, place] = value
+                for settings in EACH_WAY:
+                    token_B = pick(logits_BV, keys(n_rows), knobs(**settings), seen_BV).tolist()
+                    assert token_B.pop() == NO_LOGITS, (value, place, settings)
+                    assert all(0 <= token < n_vocab for token in token_B)
+
+
+EACH_WAY = [
+    {"temperature": 0}, {}, {"top_k": 40}, {"top_p": 0.5, "rule": "common"}, {"min_p": 0.1},
+    {"temperature": 0, "repetition_penalty": 1.3}, {"repetition_penalty": 0.8, "top_p": 0.9},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("n_vocab", [37, 50304])
+def test_ids_from_n_ids_on_are_never_chosen(n_vocab):
+    """Even if their logits are the largest. The choice is that among the first n_ids logits alone."""
+    n_ids = n_vocab - 5
+    logits_BV = np.random.default_rng(4).normal(size=(3, n_vocab)).astype(np.float32)
+    logits_BV[:, n_ids:] = 99
+    seen_BV = logits_BV > 1
+    for settings in EACH_WAY:
+        fewer = dataclasses.replace(knobs(**settings), n_ids=np.int32(n_ids))
+        chosen_B = np.asarray(pick(logits_BV, keys(3), fewer, seen_BV))
+        assert (chosen_B < n_ids).all()
+        hidden_BV = np.where(np.arange(n_vocab) < n_ids, logits_BV, -np.inf)
+        np.testing.assert_array_equal(chosen_B, pick(hidden_BV, keys(3), knobs(**settings), seen_BV))
+    for wrong in (np.nan, np.inf):
+        logits_BV[1, -1] = wrong
+        assert (np.asarray(pick(logits_BV, keys(3), fewer, seen_BV)) == NO_LOGITS).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("temperature", [0, 1e-38, 1e-45, 1, 3e38])
 def test_infinite_logits_are_no_other_tokens(temperature):
     inf = jnp.inf
-    logits_BV = jnp.asarray([[0.0, inf, 3.0], [-inf, -inf, 1.0], [inf, -inf, 1.0]])
+    logits_BV = jnp.asarray([[0.0, -inf, -80.0], [-inf, -inf, 1.0], [0.0, inf, 3.0], [-inf, -inf, -inf]])
     for settings in ({}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}):
-        token_B = pick(logits_BV, keys(3), knobs(temperature, **settings)).tolist()
-        assert token_B == [1, 2, 0], settings
+        token_B = pick(logits_BV, keys(4), knobs(min(temperature, 1), **settings)).tolist()
+        assert token_B == [0, 2, NO_LOGITS, NO_LOGITS], settings
+        assert pick(logits_BV, keys(4), knobs(temperature, **settings)).tolist()[1:] == token_B[1:]
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-20, 1e-5])

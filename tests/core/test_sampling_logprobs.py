@@ -68,3 +68,13 @@ def test_no_second_array_of_the_logits_size_is_kept():
     lowered = jax.jit(functools.partial(token_logprobs, n_top=5)).lower(shape, jax.ShapeDtypeStruct((8,), np.int32))
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1.1 * 8 * 50257 * 4
+
+
+def test_ids_from_n_ids_on_are_no_alternatives_and_keep_their_probability():
+    logits_BV = np.random.default_rng(7).normal(size=(3, 50304)).astype(np.float32)
+    logits_BV[:, 50257:] = 9
+    expected_BV = reference(logits_BV)
+    chosen_B, top_id_BK, top_BK = map(np.asarray, run(logits_BV, np.array([3, 50256, 7]), 5, np.int32(50257)))
+    assert top_id_BK.tolist() == np.argsort(-logits_BV[:, :50257], axis=-1, kind="stable")[:, :5].tolist()
+    np.testing.assert_allclose(chosen_B, expected_BV[range(3), [3, 50256, 7]], rtol=0, atol=BOUND)
+    np.testing.assert_allclose(top_BK, np.take_along_axis(expected_BV, top_id_BK, -1), rtol=0, atol=BOUND)

@@ -156,5 +156,7 @@ def test_params_of_another_config_are_refused(params, message):
 
 def test_nan_in_the_params_is_told_with_its_row():
     params = edited("wpe", jnp.zeros((41, 12)).at[5].set(jnp.nan))  # read by the second row, at its sixth position
-    with pytest.raises(ValueError, match=r"prompts\[1\]: the logits are NaN at new token 2"):
+    with pytest.raises(
+        ValueError, match=r"prompts\[1\]: the logits are NaN or infinite at new token 2: .* params.wpe."
+    ):
         gpt2_jax.generate(CONFIG, params, [[1], [2, 3, 4, 5]], 4, temperature=0)

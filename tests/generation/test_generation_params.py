@@ -46,11 +46,3 @@ def test_rows_count_on_from_the_first(params):
     last = gpt2_jax.generate(CONFIG, params, [[7]] * 3, 17, first_row=2**32 - 3)
     assert gpt2_jax.generate(CONFIG, params, [[7]], 17, first_row=2**32 - 1) == last[2:]
     assert last != whole[:3]
-
-
-def test_a_tokenizer_of_fewer_ids_than_the_model_is_refused(params, tokenizer):
-    config = CONFIG.replace(n_vocab=tokenizer.n_vocab + 1)
-    with pytest.raises(ValueError, match=str(tokenizer.n_vocab)):
-        gpt2_jax.stream(config, random_params(config, 0), [1], tokenizer)
-    with pytest.raises(ValueError, match=str(tokenizer.n_vocab)):
-        gpt2_jax.generate(config, random_params(config, 0), [[1]], 3, stop_strings=["x"], tokenizer=tokenizer)
