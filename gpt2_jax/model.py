@@ -323,7 +323,9 @@ class GPT2(nn.Module):
         tokens_BT = jnp.where(mask_BT, tokens_BT, 0)
         embed_BTD = taps(self, "embed", _rows(self.wte, tokens_BT))
         pos_embed_BTD = taps(self, "pos_embed", _rows(self.wpe, position_BT))
-        return (embed_BTD + pos_embed_BTD).astype(self.config.compute_dtype)
+        dtype = self.config.compute_dtype
+        wide = jnp.promote_types(self.config.param_dtype, dtype)  # float16 weights may be computed with in float32
+        return (embed_BTD.astype(wide) + pos_embed_BTD.astype(wide)).astype(dtype)
 
     def _check(
         self, tokens_BT: jax.Array, mask_BT: jax.Array | None, cache: KVCache | None, deterministic: bool
