@@ -70,7 +70,7 @@ def save(
     if config.param_dtype.name not in STORED_DTYPES:
         raise ValueError(f"params must be {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
     if tokenizer is not None:
-        warn_of_another_model(tokenizer, config.n_vocab, "the tokenizer", stacklevel=2)
+        warn_of_another_model(tokenizer, config.n_vocab, "the tokenizer")
     directory = files.expanded(directory)
     if format == "tensorflow":
         tensorflow.check_path(directory)

@@ -11,6 +11,7 @@ from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, run_
 from gpt2_jax.checkpoints.sources import locate
 from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, Tokenizer
 
+OTHER_KINDS = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 PADDING = 1024  # an embedding may have fewer than this many rows more than the vocabulary has ids
 
 
@@ -34,25 +35,30 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     elif _any_of(directory, HUGGING_FACE_FILES):
         tokenizer = huggingface_tokenizer.read(directory)
     else:
+        if others := [name for name in OTHER_KINDS if (directory / name).is_file()]:
+            raise ValueError(
+                f"{directory} holds {others[0]}, which is the vocabulary of another kind of tokenizer than GPT-2's: if "
+                "transformers opens it, save it there, so that there is a tokenizer.json"
+            )
         raise FileNotFoundError(
             f"{directory} holds no vocabulary: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
         )
     for name, read_config in _CONFIGS.items():
         if (directory / name).is_file() and (name != runs.RUN or runs.is_run(directory)):
             n_vocab = read_config(directory).n_vocab
-            warn_of_another_model(tokenizer, n_vocab, f"the vocabulary in {directory}", stacklevel=3)
+            warn_of_another_model(tokenizer, n_vocab, f"the vocabulary in {directory}")
             if tokenizer.eot is not None and tokenizer.eot >= n_vocab:
                 tokenizer.eot = None
     return tokenizer
 
 
-def warn_of_another_model(tokenizer: Tokenizer, n_vocab: int, name: str, stacklevel: int) -> None:
-    """Warn if a vocabulary does not fit an embedding. `name` begins the message."""
+def warn_of_another_model(tokenizer: Tokenizer, n_vocab: int, name: str) -> None:
+    """Warn the caller of the calling function if a vocabulary does not fit an embedding. `name` begins the message."""
     if not fits(tokenizer, n_vocab):
         warnings.warn(
             f"{name} has {tokenizer.n_vocab:,} ids, but the embedding has n_vocab = {n_vocab:,} rows: it seems to "
             "belong to another model",
-            stacklevel=stacklevel + 1,
+            stacklevel=3,
         )
 
 

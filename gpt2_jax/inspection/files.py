@@ -8,7 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt2_jax.tokenizer import MERGES, OPENAI_FILES, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCAB_JSON
+from gpt2_jax.tokenizer import (
+    ADDED_TOKENS,
+    MERGES,
+    OPENAI_FILES,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    VOCAB_JSON,
+)
 
 # File name patterns and what the files are for, by form, and then for all forms. The first pattern that matches counts.
 WEIGHTS = {
@@ -48,10 +56,15 @@ WEIGHTS = {
 }
 SHARDED = ("model.safetensors.index.json", "model-*-of-*.safetensors")
 IN_TWO = ("the vocabulary: token to id; text", "the merges of byte-pair encoding, in order; text")
+TOKENIZER_SETTINGS = {
+    TOKENIZER_CONFIG: "Hugging Face's tokenizer settings",
+    SPECIAL_TOKENS_MAP: "the names of special tokens",
+    ADDED_TOKENS: "tokens that were added to the vocabulary",
+}
 VOCABULARIES = (  # the first one with a file in the directory is read
     dict(zip(OPENAI_FILES, IN_TWO, strict=True)),
-    dict(zip((VOCAB_JSON, MERGES), IN_TWO, strict=True)),
-    {TOKENIZER_JSON: "the vocabulary and the merges of byte-pair encoding; text"},
+    {TOKENIZER_JSON: "the vocabulary, the merges and how text is split; text"} | TOKENIZER_SETTINGS,
+    dict(zip((VOCAB_JSON, MERGES), IN_TWO, strict=True)) | TOKENIZER_SETTINGS,
 )
 PICKLED = "pickled weights; never opened: a pickle can run code"
 NOT_READ = {
@@ -66,8 +79,7 @@ NOT_READ = {
     "*.msgpack": "the weights for Flax, under Hugging Face's names",
     "*.onnx": "the weights for ONNX",
     "generation_config.json": "Hugging Face's sampling defaults",
-    TOKENIZER_CONFIG: "Hugging Face's tokenizer settings",
-    "special_tokens_map.json": "Hugging Face's tokenizer settings",
+    **TOKENIZER_SETTINGS,
     "trainer/": "the optimizer's state, to resume training",
     **dict.fromkeys(("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt"), "Orbax's metadata"),
     "*.md": "a description",
@@ -87,7 +99,9 @@ def list_files(path: Path, form: str) -> list[dict[str, Any]]:
     """
     directory = path if path.is_dir() else path.absolute().parent
     paths = {path.name + "/" * path.is_dir(): path for path in sorted(directory.iterdir())}
-    vocabulary = next((files for files in VOCABULARIES if files.keys() & paths.keys()), {})
+    vocabulary = next(
+        (files for files in VOCABULARIES if (files.keys() - TOKENIZER_SETTINGS.keys()) & paths.keys()), {}
+    )
     weights = WEIGHTS[form]
     newest = _newest(directory) if form == "tensorflow" else None
     newest = path.name if path != directory else newest

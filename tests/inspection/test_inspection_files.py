@@ -17,13 +17,32 @@ FOLDERS = {
     ),
     "the hub's": (
         "huggingface",
-        ["config.json", "model.safetensors", "vocab.json", "merges.txt"],
-        ["pytorch_model.bin", "tf_model.h5", "generation_config.json", "tokenizer.json", ".gitattributes", "onnx/"],
+        ["config.json", "model.safetensors", "tokenizer.json"],
+        [
+            "pytorch_model.bin",
+            "tf_model.h5",
+            "generation_config.json",
+            "vocab.json",
+            "merges.txt",
+            ".gitattributes",
+            "onnx/",
+        ],
     ),
     "the hub's, in parts": (
         "huggingface",
-        ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json"],
-        ["tokenizer_config.json", "adapter.safetensors"],
+        [
+            "config.json",
+            "model.safetensors.index.json",
+            "model-00001-of-00002.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ],
+        ["adapter.safetensors"],
+    ),
+    "the hub's, with two files of a vocabulary": (
+        "huggingface",
+        ["config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json"],
+        ["tf_model.h5"],
     ),
     "the hub's, whole and in parts": (
         "huggingface",
