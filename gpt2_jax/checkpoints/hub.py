@@ -87,7 +87,7 @@ def _clear_errors(repository: str, what: str = "weights are") -> Iterator[None]:
         raise FileNotFoundError(f"{message}: {one_line(error)}") from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         message = (
-            f"{repository} is not a local directory, its {what} not in the hub's cache, and the Hugging Face hub cannot "
-            "be reached"
+            f"{repository} is not a local directory, its {what} not in the hub's cache, and the Hugging Face hub "
+            "cannot be reached"
         )
         raise ConnectionError(f"{message}: {one_line(error)}") from error

@@ -175,6 +175,8 @@ def clear_errors() -> Iterator[None]:
             "Skipping merge of OCDBT checkpoints",
             "_SignalingThread.run() raised an exception",
             "Metadata file does not exist",  # of a folder that holds one of several items
+            "Failed to read Metadata file",  # the error that follows says it
+            "Failed to get item metadata",
         )
         return not any(text in str(record.msg) for text in known)
 

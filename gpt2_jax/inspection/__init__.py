@@ -65,8 +65,8 @@ def report(
 
     Returns:
       A dict with the keys
-        directory; form: "tensorflow", "huggingface", "orbax", "checkpoint" for a checkpoint of a training run, or "flax",
-        "llmc" or "orbax_tree" for the files of other programs;
+        directory; form: "tensorflow", "huggingface", "orbax", "checkpoint" for a checkpoint of a training run, or
+        "flax", "llmc" or "orbax_tree" for the files of other programs;
         size: "124M", ..., or None for a shape that was not released;
         files: see `list_files`; hyperparameters: n_vocab, n_ctx, n_embd, n_head, n_layer;
         variants: the fields in which the arithmetic differs from OpenAI's GPT-2, such as {"activation_function":

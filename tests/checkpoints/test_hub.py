@@ -4,28 +4,15 @@ import json
 import os
 
 import checkpoint_forms as forms
+import foreign_models as foreign
 import forks
 import pytest
 from fake_hub import FakeHub
-from flax import serialization
 
 import gpt2_jax
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each call")
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer=2)
-
-
-def flax_tree(flat):
-    """The params of FlaxGPT2LMHeadModel. Its kernels are (out, in)."""
-    tree = {}
-    for name, array in flat.items():
-        path = forms.hf_name(name).split(".")
-        last = {"w": "kernel", "g": "scale", "b": "bias"}.get(name.split("/")[-1], "embedding")
-        branch = tree
-        for part in path[:-1]:
-            branch = branch.setdefault(part, {})
-        branch[last] = array.T if last == "kernel" else array
-    return {"transformer": tree}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +26,7 @@ def hub(tmp_path_factory, model_dir):
         (folder / name / "README.md").write_text("# A model")
     (folder / "both" / "pytorch_model.bin").write_bytes(b"\x80\x04." * 999)
     forms.write_huggingface(folder / "llama", CONFIG, tensors, model_type="llama")
-    (folder / "flax").mkdir()
-    (folder / "flax" / "config.json").write_text(json.dumps(forms.hf_config(CONFIG)))
-    (folder / "flax" / "flax_model.msgpack").write_bytes(serialization.to_bytes(flax_tree(flat)))
+    foreign.write_flax(folder / "flax", CONFIG, flat)
     (folder / "flax" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     (folder / "pickled").mkdir()
     (folder / "pickled" / "config.json").write_text(json.dumps(forms.hf_config(CONFIG)))

@@ -10,6 +10,7 @@ import checkpoint_forms as forms
 import numpy as np
 import peer_models
 import safetensors.numpy
+from flax import serialization
 
 import gpt2_jax
 
@@ -86,6 +87,35 @@ def write_llmc(path: Path, config, flat, version=3, rows=128) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(header.tobytes() + b"".join(np.ascontiguousarray(part, dtype).tobytes() for part in parts))
     return path
+
+
+def write_flax(directory: Path, config, flat):
+    """config.json and flax_model.msgpack of FlaxGPT2LMHeadModel, whose kernels are (out, in)."""
+    words, tree = {"w": "kernel", "g": "scale", "b": "bias"}, {}
+    for name, array in flat.items():
+        path, last = forms.hf_name(name).split(".")[:-1], name.split("/")[-1]
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+        branch[words.get(last, "embedding")] = array.T if last == "w" else array
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "flax_model.msgpack").write_bytes(serialization.to_bytes({"transformer": tree}))
+    (directory / "config.json").write_text(json.dumps(forms.hf_config(config)), encoding="utf-8")
+
+
+def write_orbax(directory: Path, config, flat):
+    """hparams.json beside the params as Orbax's StandardCheckpointer writes them."""
+    import orbax.checkpoint as ocp
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory.resolve() / "tree", forms.nested(flat))
+    (directory / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
+
+
+def write_v1_folder(directory: Path, config, flat):
+    write_v1(directory / "model.ckpt", forms.variables_of(flat))
+    (directory / "hparams.json").write_text(json.dumps(config.to_hparams()), encoding="utf-8")
 
 
 def write_v1(path: Path, variables) -> Path:
