@@ -15,6 +15,7 @@ import tyro
 from gpt2_jax.commands import _interrupts, _streams
 
 A = TypeVar("A")
+NAMES = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()  # these can write every file name
 
 
 def call(
@@ -61,8 +62,8 @@ def _status(
         default: dict[str, Any] = {} if start is None else {"default": start()}
         args = tyro.cli(args_type, prog=prog, description=inspect.getdoc(args_type), args=argv, **default)
         if isinstance(sys.stdout, io.TextIOWrapper):
-            how = {"errors": "replace"} if text else {"encoding": sys.getfilesystemencoding(), "errors": NAMES}
-            sys.stdout.reconfigure(**how)
+            encoding, errors = (None, "replace") if text else NAMES
+            sys.stdout.reconfigure(encoding=encoding, errors=errors)
         _interrupts.check()
         status = run(args)
         sys.stdout.flush()
@@ -82,9 +83,6 @@ def _status(
             report(prog, message)
         _drop_output()
         return 0 if reader_left else 2
-
-
-NAMES = sys.getfilesystemencodeerrors()  # so a file name of any bytes can be written
 
 
 def _message(error: Exception) -> str | None:

@@ -101,9 +101,10 @@ class _Lines:
 
         with _opened(target) as output, contextlib.ExitStack() as stack:
             if descriptor is None and Path(source).is_file():
-                lines = iter([Path(source).read_bytes().split(b"\n")])
-                read_prompts(Path(source).read_bytes(), reader())  # a bad line shows before anything is done
-                self.n_bad = 0
+                data = Path(source).read_bytes()
+                lines = iter([data.split(b"\n")])
+                if not self.args.skip_bad_lines:
+                    read_prompts(data, reader())  # a bad line ends the command before anything is done
             else:
                 opened = os.open(source, os.O_RDONLY) if descriptor is None else os.dup(descriptor)
                 stack.callback(os.close, opened)

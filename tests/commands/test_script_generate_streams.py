@@ -63,6 +63,9 @@ def test_from_a_file_into_a_pipe(run, whole, tmp_path):
     done = run("--input=in", "--output=-")
     assert (done.code, done.out) == (2, ""), "a bad line of a file shows before anything is done"
     assert "in, line 4 is not JSON" in done.err
+    done = run("--input=in", "--output=-", "--skip-bad-lines")
+    assert (done.code, done.out[: len(whole)], done.err.count("line 4")) == (0, whole, 1)
+    assert json.loads(done.out[len(whole) :])["line"] == 4
     done = run("--input=-", "--output=-", text=LINES + "no JSON\n")
     assert (done.code, done.out) == (2, whole), "lines of a pipe are completed up to a bad one"
     assert "standard input, line 4 is not JSON" in done.err
