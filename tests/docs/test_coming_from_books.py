@@ -99,6 +99,14 @@ def word(row, book_params):
             gpt2_jax.generate(wrong, gpt2_jax.from_blocks(book_params), [[1, 2]], 1)
 
 
+@CHECKS("drop_rate_emb, drop_rate_attn, drop_rate_shortcut")
+def rates(row):
+    rates = {"drop_rate_emb": 0.1, "drop_rate_attn": 0.2, "drop_rate_shortcut": 0.3}
+    words = {word: value for word, value in WORDS.items() if word != "drop_rate"}
+    found = row.run(config=gpt2_jax.GPT2Config.from_book(words | rates))
+    assert found == tuple(rates.values())
+
+
 @CHECKS(*(row.theirs for row in coming_from.rows("books", "Parameter names")))
 def parameter(row, state, book_params):
     ours = row.run(params=gpt2_jax.from_blocks(book_params), layer=LAYER, D=CONFIG.n_embd)
