@@ -47,6 +47,8 @@ def install() -> None:
     """Handle Ctrl-C and SIGTERM from now on. A signal that is ignored stays ignored, as in a shell's background job."""
     if threading.current_thread() is not threading.main_thread():
         return  # Python delivers signals to the main thread only
+    if "IPython" in sys.modules or hasattr(sys, "ps1"):
+        return  # `%run scripts/generate.py`: the process goes on afterwards
     discarded = sys.unraisablehook
 
     def unraisable(args: Any) -> None:

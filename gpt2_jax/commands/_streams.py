@@ -38,7 +38,7 @@ def prepare() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    if sys.stderr is not None and os.name == "posix":  # a console of Windows is not a file of bytes
+    if isinstance(sys.stderr, io.TextIOWrapper) and os.name == "posix":  # a console of Windows takes no bytes
         sys.stderr.flush()
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(_Messages()), sys.stderr.encoding, "backslashreplace", line_buffering=True

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gpt2_jax.checkpoints import embedded_model, load, load_tokenizer
+from gpt2_jax.checks import whole_number
 from gpt2_jax.evaluate.harness import language_model
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def from_arguments(
         raise ValueError(f"--model_args of {NAME} has model and pretrained, two names of the same argument")
     if not str(batch_size).isdecimal():
         raise ValueError(f"--batch_size of {NAME} must be a whole number, 1 or more, not {batch_size!r}")
+    seed = whole_number("seed", seed, 0, 2**32 - 1)
     named = pretrained if model is None else model
     source = embedded_model() if named is None else str(named)
     tokenizer = load_tokenizer(source)

@@ -7,11 +7,11 @@ import sys
 import warnings
 
 import pytest
-from test_evaluate_harness import SPEECH
 
 from gpt2_jax.evaluate.harness import language_model
 
 pytestmark = pytest.mark.parity
+SPEECH = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n"
 
 
 @pytest.fixture(scope="module")
