@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 from gpt2_jax.activations import Tap, axes, check_names, shape
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.jax_defaults import under_jax_defaults
 
 Where = int | Sequence[int] | jax.Array | None
 END = np.iinfo(np.int32).max
@@ -91,6 +92,7 @@ def patch(
     return _edit(name, "replace", activations[name], positions, heads)
 
 
+@under_jax_defaults
 def _edit(name: str, kind: str, value: Any, positions: Where | slice, heads: Where) -> Edit:
     try:
         letters = axes(name)

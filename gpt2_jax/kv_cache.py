@@ -15,6 +15,7 @@ from jax import lax
 
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.jax_defaults import under_jax_defaults
 
 
 @struct.dataclass
@@ -52,6 +53,7 @@ class KVCache:
         return n_tokens_B if self.past is None else n_tokens_B + self.past.n_tokens_B
 
 
+@under_jax_defaults
 def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
     """Return an empty cache of `length` slots for `batch_size` rows: `config.cache_bytes(batch_size, length)` bytes.
 

@@ -24,6 +24,7 @@ from gpt2_jax.activations import NO_TAPS, Tap, Taps, check_names
 from gpt2_jax.attention import attention, causal_attention, open_causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.dropout import Dropout
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
 from gpt2_jax.products import product
@@ -263,6 +264,7 @@ class GPT2(nn.Module):
         h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic, taps)
         return Output(logits=self.unembed(h_BTD), cache=cache)
 
+    @under_jax_defaults
     def hidden(
         self,
         tokens_BT: jax.Array,
@@ -299,6 +301,7 @@ class GPT2(nn.Module):
             cache = KVCache(k_BNHS, v_BNSH, mask_BS, cache.length + tokens_BT.shape[1], cache.past)
         return self.ln_f(x_BTD, seen), cache
 
+    @under_jax_defaults
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
         """Return the logits [..., V] of hidden states [..., D]: a product with the output head.
 
@@ -367,6 +370,7 @@ def _has_float64() -> bool:
     return jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]  JAX defines it at import
 
 
+@under_jax_defaults
 def init_params(config: GPT2Config, key: jax.Array) -> Params:
     """Return new params with the original's initial values: w and wte N(0, 0.02), wpe N(0, 0.01), b 0, g 1.
 

@@ -61,8 +61,8 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: ja
         positive logit and multiplies a negative one. None means no penalty.
 
     Returns:
-      token_B int32, below `n_ids`. In a tie, the greedy choice is the lowest id. It is NO_LOGITS where the logits define
-      no probabilities: one of them is NaN or inf, or all logits of allowed ids are -inf.
+      token_B int32, below `n_ids`. In a tie, the greedy choice is the lowest id. It is NO_LOGITS where the logits
+      define no probabilities: one of them is NaN or inf, or all logits of allowed ids are -inf.
     """
     logits_BV = _penalised_and_allowed(logits_BV, sampling, seen_BV)
     largest_B1 = logits_BV.max(axis=-1, keepdims=True)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only modules of lower levels or of its own room.
 LEVELS = [
-    {"_lazy", "checks", "files", "progress"},
+    {"_lazy", "checks", "files", "jax_defaults", "progress"},
     {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
     {"kv_cache", "lora", "activations", "recipe", "release", "figures"},
     {"model", "sharding"},

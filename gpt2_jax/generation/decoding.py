@@ -12,33 +12,19 @@ import numpy as np
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
-from gpt2_jax.generation.engine import Picked, decode_rows
+from gpt2_jax.generation.engine import decode_rows
+from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory, row_bytes, rows_together
 from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_fits, check_prompt, check_prompts
+from gpt2_jax.generation.rows import Logprobs, Row
 from gpt2_jax.generation.settings import Overflow, Settings, TopPRule
-from gpt2_jax.generation.text import RowText
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
-from gpt2_jax.sampling import NO_LOGITS
 from gpt2_jax.sharding import placed
 from gpt2_jax.tokenizer import Tokenizer
 
 STEPS_A_PIECE = 4  # decode steps per piece of `stream`: text comes often, even if a step takes 100 ms
-
-
-@dataclasses.dataclass(frozen=True)
-class Logprobs:
-    """Log-probabilities (base e) of one row's n new tokens under the model itself: temperature 1, no filters.
-
-    Attributes:
-      chosen: float32 [n], those of the chosen tokens.
-      top_ids: int32 [n, k], the k most likely tokens, most likely first.
-      top: float32 [n, k], those of `top_ids`.
-    """
-
-    chosen: np.ndarray
-    top_ids: np.ndarray
-    top: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +46,7 @@ class Completion:
     stop: int | str | None = None
 
 
+@under_jax_defaults
 def generate(
     config: GPT2Config,
     params: Params,
@@ -88,6 +75,8 @@ def generate(
     The ids of row i depend only on the seed, on i and on its prompt. They do not depend on the other rows, their
     number, padding or earlier calls. (Products of another batch size may round differently. In float32 this is never
     seen in practice. In bfloat16, or in TF32 on a GPU, it can change a close choice, and the row then differs.)
+    A list that needs more memory than there is for KV caches (4 GiB on a CPU, half of what is free on other devices) is
+    divided, and its parts are decoded one after another.
     Row counts, prompt lengths and total lengths are rounded up to a few sizes (generation/buckets.py). Each size
     compiles once for each config, `logprobs`, and names and kinds of edits, when it is first used. All other arguments
     are traced.
@@ -108,6 +97,7 @@ def generate(
 
     Raises:
       ValueError: an argument is invalid (raised before tracing), or the logits become NaN or infinite (raised later).
+      MemoryError: the device has too little memory.
     """
     settings = Settings.among(locals()).check(config, tokenizer)
     rows = _run(config, params, prompts, settings, tokenizer, first_row, edits)
@@ -115,6 +105,7 @@ def generate(
     return ids if logprobs is None else (ids, [row.logprobs() for row in rows])
 
 
+@under_jax_defaults
 def complete(
     config: GPT2Config,
     params: Params,
@@ -140,6 +131,7 @@ def complete(
     ]
 
 
+@under_jax_defaults
 def stream(
     config: GPT2Config,
     params: Params,
@@ -186,7 +178,7 @@ def stream(
     check_fits(config, "prompt", ids, settings)
     check_params(config, params, dtypes=False)
     edits = check_edits(config, edits, whole_rows=False)
-    row = _Row("prompt", ids, settings, tokenizer, wants_text=True)
+    row = Row("prompt", ids, settings, tokenizer, wants_text=True)
 
     def pieces() -> Generator[str, None, None]:
         for _ in _decode(config, params, [row], settings, edits, steps_a_call=STEPS_A_PIECE):
@@ -207,16 +199,20 @@ def _run(
     first_row: int | Sequence[int],
     edits: Edit | Sequence[Edit],
     wants_text: bool = False,
-) -> list[_Row]:
+) -> list[Row]:
     """Decode all rows to their ends."""
     ids = check_prompts(config, prompts, settings)
     check_params(config, params, dtypes=False)
     row_B = _row_numbers(first_row, len(ids))
     edits = check_edits(config, edits, whole_rows=False)
-    rows = [_Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(ids)]
-    how = {"first_row": row_B, "look_ahead": not settings.stop_strings}
-    for _ in _decode(config, params, rows, settings, edits, **how):
-        pass
+    params = placed(params)
+    rows = [Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(ids)]
+    n_together = rows_together(config, params, len(rows), _longest(rows, settings))
+    for start in range(0, len(rows), n_together):
+        some = slice(start, start + n_together)
+        how = {"first_row": row_B[some], "look_ahead": not settings.stop_strings}
+        for _ in _decode(config, params, rows[some], settings, edits, **how):
+            pass
     return rows
 
 
@@ -230,76 +226,29 @@ def _row_numbers(first_row: int | Sequence[int], n_rows: int) -> np.ndarray:
     return np.array([whole_number(f"first_row[{i}]", row, 0, 2**32 - 1) for i, row in pairs], np.uint32)
 
 
+def _longest(rows: list[Row], settings: Settings) -> int:
+    return max(len(row.prompt) for row in rows) + settings.max_new_tokens
+
+
+@under_jax_defaults
 def _decode(
-    config: GPT2Config, params: Params, rows: list[_Row], settings: Settings, edits: tuple[Edit, ...], **how: Any
+    config: GPT2Config, params: Params, rows: list[Row], settings: Settings, edits: tuple[Edit, ...], **how: Any
 ) -> Iterator[None]:
     """Decode, and add the new tokens to the rows. Yields after each addition."""
     if settings.max_new_tokens == 0:
         return
     finished_B = np.zeros(len(rows), bool)
     prompts = [row.prompt for row in rows]
-    for picked in decode_rows(GPT2(config), placed(params), prompts, settings, finished_B, edits=edits, **how):
-        for b in np.flatnonzero(~finished_B):
-            try:
+    try:
+        for picked in decode_rows(GPT2(config), placed(params), prompts, settings, finished_B, edits=edits, **how):
+            for b in np.flatnonzero(~finished_B):
                 finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
-            except NoLogits as error:
-                raise ValueError(f"{error}: {cause(config, params, edits)}") from None
-        yield
-
-
-class _Row:
-    """The tokens picked so far for one row, cut at its stop."""
-
-    def __init__(
-        self, name: str, prompt: np.ndarray, settings: Settings, tokenizer: Tokenizer | None, wants_text: bool = False
-    ):
-        self.name, self.prompt, self.stop_ids = name, prompt, set(settings.stop_ids)
-        needs_text = wants_text or bool(settings.stop_strings)
-        self.text = RowText(tokenizer, settings.stop_strings) if tokenizer is not None and needs_text else None
-        self.all_ids: list[int] = []
-        self.picked: list[Picked] = []  # the same with log-probabilities, if requested
-        self.pieces: list[str] = []  # pieces of text that were not returned yet
-        self.stop: int | str | None = None
-        self.n_top = settings.logprobs
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the row has ended at a stop."""
-        return self.stop is not None
-
-    @property
-    def ids(self) -> list[int]:
-        """The new ids, up to a stop."""
-        return self.all_ids if self.text is None else self.text.ids
-
-    def take(self, picked: Picked) -> bool:
-        """Add what the next steps picked. Return whether the row has ended."""
-        ids = picked.id_BR.tolist()
-        n = next((i for i, token in enumerate(ids) if token in self.stop_ids or token == NO_LOGITS), len(ids))
-        if n < len(ids) and ids[n] == NO_LOGITS:
-            step = len(self.all_ids) + n
-            raise NoLogits(f"{self.name}: the logits are NaN or infinite at new token {step}")
-        if self.n_top is not None:
-            self.picked.append(jax.tree.map(lambda array_R: array_R[:n], picked))
-        self.all_ids += ids[:n]
-        if self.text is not None:
-            self.pieces.append(self.text.add(ids[:n]))
-        if self.text is not None and self.text.stopped:
-            self.stop = self.text.stop
-        elif n < len(ids):
-            self.stop = ids[n]
-        return self.stopped
-
-    def new_text(self, last: bool = False) -> str:
-        """Return the text since the last call. With `last`, also return the text that was held back."""
-        pieces, self.pieces = self.pieces, []
-        return "".join(pieces) + (self.text.end() if last and self.text is not None else "")
-
-    def logprobs(self) -> Logprobs:
-        """Return the log-probabilities of `ids`."""
-        n = len(self.ids)
-        if not self.picked:  # none were requested
-            none = np.zeros((0, self.n_top or 0), np.float32)
-            return Logprobs(none.sum(-1), none.astype(np.int32), none)
-        picked = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *self.picked)
-        return Logprobs(picked.chosen_BR, picked.top_id_BRK, picked.top_BRK)
+            yield
+    except NoLogits as error:
+        raise ValueError(f"{error}: {cause(config, params, edits)}") from None
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        longest = _longest(rows, settings)
+        what = f"decode {len(rows)} rows of up to {longest} tokens together"
+        raise out_of_memory(config, what, len(rows) * row_bytes(config, longest)) from error

@@ -21,6 +21,7 @@ from jax import lax
 
 from gpt2_jax.edits import Edit, taps_of
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
+from gpt2_jax.generation.memory import RECENT, cache_slots
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.kv_cache import KVCache, init_cache, insert, merge
 from gpt2_jax.model import GPT2
@@ -28,7 +29,6 @@ from gpt2_jax.params import Params
 from gpt2_jax.sampling import Sampling, pick, token_logprobs
 from gpt2_jax.sharding import platform
 
-RECENT = 16  # slots of the cache's recent part, and so the most decode steps per call
 STOP_IDS = 16  # least number of stop ids that a program has room for
 NO_ID = -2  # fills the rest if there are fewer stop ids
 # Tokens of one prefill call. Larger calls do not fit a CPU's caches: 8 prompts of 512 tokens take a quarter longer
@@ -127,7 +127,7 @@ def first(
     state = State(
         recent=init_cache(model.config, len(h_BD), RECENT),
         token_B=jnp.zeros(len(h_BD), jnp.int32),
-        seen_BV=seen_BV,
+        seen_BV=jnp.asarray(seen_BV),  # a NumPy array if jit is disabled
         done_B=done_B,
         key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, row_B),
         n_new=jnp.int32(0),
@@ -293,8 +293,7 @@ class _Batch:
 
         self.n_rows = bucket_rows(len(prompts))
         longest = max(map(len, self.rows)) + settings.max_new_tokens
-        n_slots = min(bucket_length(longest), self.config.n_ctx) + RECENT
-        self.past, self.h_BD = empty(model, self.n_rows, n_slots)
+        self.past, self.h_BD = empty(model, self.n_rows, cache_slots(self.config, longest))
         self.n_cached_B = np.zeros(len(prompts), int)  # tokens in both parts of the cache
         self.n_recent = 0
         self._prefill({b: row[-window(self.config.n_ctx, len(row)) :] for b, row in enumerate(self.rows)})

@@ -18,9 +18,11 @@ from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits, taps_of
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
+from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory
 from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_prompt, check_prompts
 from gpt2_jax.generation.settings import Settings
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sharding import placed, platform
@@ -69,6 +71,7 @@ class Window:
     first: int
 
 
+@under_jax_defaults
 def score(
     config: GPT2Config,
     params: Params,
@@ -110,6 +113,7 @@ def score(
 
     Raises:
       ValueError: an argument is invalid (raised before tracing), or the logits become NaN or infinite (raised later).
+      MemoryError: the device has too little memory.
     """
     rows = check_prompts(config, prompts, Settings(overflow="slide").check(config))
     for i, row in enumerate(rows):
@@ -126,7 +130,7 @@ def score(
     windows = [window for i, row in enumerate(rows) for window in _windows(i, row, config.n_ctx, stride, first[i])]
     most_tokens = TOKENS_PER_CALL.get(platform(params), TOKENS_PER_CALL_ELSEWHERE)
     for n_tokens, batch in track(list(_batches(windows, config.n_ctx, most_tokens))):
-        scored = jax.device_get(_logprobs(GPT2(config), params, edits, *_arrays(batch, n_tokens), aside_V))
+        scored = _scored(config, params, edits, batch, n_tokens, aside_V)
         for into, values in zip((logprobs, greedy, greedy_aside), scored, strict=True):
             parts = np.split(values.ravel(), np.cumsum([len(window.targets) for window in batch]))
             for window, part in zip(batch, parts[:-1], strict=True):
@@ -138,6 +142,24 @@ def score(
         ]
     except NoLogits as error:
         raise ValueError(f"{error}: {cause(config, params, edits)}") from None
+
+
+def _scored(
+    config: GPT2Config,
+    params: Params,
+    edits: tuple[Edit, ...],
+    batch: list[Window],
+    n_tokens: int,
+    aside_V: np.ndarray | None,
+) -> tuple[np.ndarray, ...]:
+    """Return the results of `_logprobs` for the windows of one call."""
+    try:
+        return jax.device_get(_logprobs(GPT2(config), params, edits, *_arrays(batch, n_tokens), aside_V))
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        n_bytes = 4 * CHUNK * config.n_vocab + len(batch) * config.cache_bytes(1, n_tokens)
+        raise out_of_memory(config, f"score {len(batch)} windows of {n_tokens} tokens together", n_bytes) from error
 
 
 def as_stride(config: GPT2Config, stride: int | None) -> int:

@@ -15,12 +15,14 @@ from gpt2_jax.activations import Tap, select
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits, taps_of
 from gpt2_jax.generation.prompts import check_prompt
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache
 from gpt2_jax.model import GPT2, Output, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sharding import placed
 
 
+@under_jax_defaults
 def forward(
     config: GPT2Config,
     params: Params,

@@ -29,6 +29,7 @@ from jax.core import Tracer
 from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
 from gpt2_jax.params import Params, output_head
 from gpt2_jax.research._forward import as_params, as_tokens, forward, places, slots
 
@@ -76,6 +77,7 @@ class Attribution:
         return [*labels, "ln_f/b"], jnp.concatenate([*values, self.parts["ln_f/b"][None]])
 
 
+@may_return_nan
 def logit_attribution(
     config: GPT2Config,
     params: Params,
@@ -122,6 +124,7 @@ def logit_attribution(
     return Attribution({name: parts[name] for name in order}, logits)
 
 
+@under_jax_defaults
 def residual_parts(
     config: GPT2Config,
     params: Params,

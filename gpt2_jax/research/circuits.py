@@ -25,6 +25,7 @@ from flax import struct
 
 from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params, output_head
 from gpt2_jax.research._forward import as_params
 from gpt2_jax.research.trees import product, wide
@@ -62,6 +63,7 @@ class LowRank:
         return jnp.linalg.norm(product(_triangle(self.left), _triangle(self.right.mT).mT), axis=(-2, -1))
 
 
+@under_jax_defaults
 def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> LowRank:
     """Return W_Q @ W_K.T of a head: rows belong to the query token, columns to the key token.
 
@@ -73,6 +75,7 @@ def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
     return LowRank(weights["q"][head], weights["k"][head].mT)
 
 
+@under_jax_defaults
 def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> LowRank:
     """Return W_V @ W_O of a head: rows belong to what the head reads, columns to what it writes.
 
@@ -84,6 +87,7 @@ def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
     return LowRank(weights["v"][head], weights["out"][head])
 
 
+@under_jax_defaults
 def top_tokens(
     config: GPT2Config, params: Params, vectors: Any, k: int = 10, *, ln_f: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -112,6 +116,7 @@ def top_tokens(
     return ids, values
 
 
+@under_jax_defaults
 def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k", "v"]) -> jax.Array:
     """Return how strongly each later head reads what each head writes: [L, N, L, N], the writer first.
 
@@ -126,6 +131,7 @@ def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k
     return _composition(config, as_params(config, params), choice("kind", kind, ("q", "k", "v")))
 
 
+@under_jax_defaults
 def copying_scores(config: GPT2Config, params: Params, *, ln_f: bool = False) -> jax.Array:
     """Return for each head, [L, N], whether attending to a token raises that token's logit: 1 copies, -1 suppresses.
 

@@ -16,6 +16,7 @@ from flax import struct
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params, as_tokens, forward, places
 
@@ -38,6 +39,7 @@ class HeadScores:
     induction: jax.Array
 
 
+@may_return_nan
 def head_scores(
     config: GPT2Config,
     params: Params,
@@ -62,6 +64,7 @@ def head_scores(
     return HeadScores(**_head_scores(config, params, tokens_BT, mask_BT, edits))
 
 
+@may_return_nan
 def mean_attention(
     config: GPT2Config,
     params: Params,
@@ -97,6 +100,7 @@ def mean_attention(
     return {name: found[name] for name in to}
 
 
+@under_jax_defaults
 def repeated_tokens(
     config: GPT2Config, key: jax.Array, n_rows: int, n_tokens: int, first: int | None = None
 ) -> jax.Array:

@@ -19,6 +19,7 @@ from gpt2_jax.activations import axes, select
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params, as_tokens, forward, places
@@ -47,6 +48,7 @@ class Lens:
     next_ranks: jax.Array
 
 
+@may_return_nan
 def logit_lens(
     config: GPT2Config,
     params: Params,
@@ -82,6 +84,7 @@ def logit_lens(
     return Lens(names, **_read(config, names, k, params, tokens_BT, mask_BT, edits))
 
 
+@under_jax_defaults
 def stream_logits(config: GPT2Config, params: Params, stream_BTD: jax.Array) -> jax.Array:
     """Return the logits [B, T, V] of a residual stream, read through ln_f and the head like the model's last one.
 

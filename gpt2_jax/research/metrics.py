@@ -15,6 +15,7 @@ from jax.tree_util import Partial
 
 from gpt2_jax.activations import Tap
 from gpt2_jax.edits import Where
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import places, slots
@@ -23,6 +24,7 @@ Metric = Callable[[jax.Array], jax.Array]
 """A function of logits that returns a number. The logits are [B, V], at one position of each row, or all [B, T, V]."""
 
 
+@under_jax_defaults
 def logit_difference(answer: Any, wrong: Any) -> Metric:
     """Return a metric: the logit of `answer` minus the logit of `wrong` at one position, averaged over rows.
 
@@ -39,6 +41,7 @@ def logit_difference(answer: Any, wrong: Any) -> Metric:
     return Partial(_logit_difference, jnp.asarray(answer, jnp.int32), jnp.asarray(wrong, jnp.int32))
 
 
+@under_jax_defaults
 def _logit_difference(answer: jax.Array, wrong: jax.Array, logits_BV: jax.Array) -> jax.Array:
     if logits_BV.ndim != 2:
         raise ValueError(f"logit_difference takes logits [B, V], at one position, not {logits_BV.shape}: set `at`")

@@ -29,6 +29,7 @@ from gpt2_jax.activations import BLOCK, axes, select, shape
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where, patch, replace, taps_of
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params, as_tokens, forward
@@ -43,6 +44,7 @@ TOKENS_TOGETHER = {"cpu": 512}
 TOKENS_TOGETHER_ELSEWHERE = 8192
 
 
+@under_jax_defaults
 def activation_patching(
     config: GPT2Config,
     params: Params,
@@ -129,6 +131,7 @@ def _patched_runs(
     metric: Metric,
     at_B: jax.Array | None,
 ) -> jax.Array:
+    grid = {axis: jnp.asarray(places) for axis, places in grid.items()}  # NumPy arrays if jit is disabled
     run = functools.partial(forward, model.config, params, mask_BT=mask_BT)
     kept = [*_kept(activation), activation]
     _, before = run(tokens_BT, capture=[f"^h{layer}/{name}$" for layer in layers for name in kept])
@@ -159,6 +162,7 @@ def _kept(activation: str) -> list[str]:
 # ---- by the gradient
 
 
+@under_jax_defaults
 def attribution_patching(
     config: GPT2Config,
     params: Params,

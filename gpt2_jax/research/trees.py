@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import check_params
 from gpt2_jax.params import Params, differences, flatten, unflatten
 
@@ -108,6 +109,7 @@ def _difference(name: str, a: Any, b: Any) -> Difference | None:
 # ---- several trees into one
 
 
+@under_jax_defaults
 def interpolate(a: Params, b: Params, t: Any) -> Params:
     """Return (1 - t) a + t b: exactly a at t = 0, exactly b at t = 1. Outside [0, 1] it extrapolates.
 
@@ -121,6 +123,7 @@ def interpolate(a: Params, b: Params, t: Any) -> Params:
     return _combine([a, b], lambda leaf_a, leaf_b: (1 - t) * leaf_a + t * leaf_b)
 
 
+@under_jax_defaults
 def average(trees: Sequence[Params], weights: Any = None) -> Params:
     """Return the mean of several trees, a "model soup" (Wortsman et al. 2022, section 2).
 
@@ -143,6 +146,7 @@ def average(trees: Sequence[Params], weights: Any = None) -> Params:
     return _combine(trees, lambda *leaves: sum(w / total * leaf for w, leaf in zip(weights, leaves, strict=True)))
 
 
+@under_jax_defaults
 def task_vector(a: Params, b: Params) -> Params:
     """Return a - b: what the fine-tuned model `a` learned beyond its base model `b` (Ilharco et al. 2022, section 2).
 
@@ -156,6 +160,7 @@ def task_vector(a: Params, b: Params) -> Params:
     return unflatten({name: wide(leaf) - wide(flat_b[name]) for name, leaf in flat_a.items()})
 
 
+@under_jax_defaults
 def apply_task_vector(params: Params, vector: Params, scale: Any = 1.0) -> Params:
     """Return params + scale * vector, in the dtypes of params. A negative scale unlearns (Ilharco et al. 2022).
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.research.trees import flat_of, module_of, product, require_alike, wide
 
@@ -20,6 +21,7 @@ Places = Iterable[tuple[int, int]]  # (layer, head) or (layer, neuron)
 Heads = dict[str, dict[str, Any]]
 
 
+@under_jax_defaults
 def ablate_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = None) -> Params:
     """Remove what some heads add to the residual stream: their rows of attn/c_proj/w become 0.
 
@@ -38,6 +40,7 @@ def ablate_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = 
     return _ablate(config, params, "attn", heads, mean)
 
 
+@under_jax_defaults
 def prune_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = None) -> Params:
     """Set all weights of some heads to 0: as `ablate_heads`, and their columns of attn/c_attn/w and b become 0 too.
 
@@ -47,6 +50,7 @@ def prune_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = N
     return _prune(config, params, "attn", heads, mean)
 
 
+@under_jax_defaults
 def ablate_neurons(config: GPT2Config, params: Params, neurons: Places, mean: Any = None) -> Params:
     """Remove what some MLP neurons add to the residual stream: their rows of mlp/c_proj/w become 0.
 
@@ -63,6 +67,7 @@ def ablate_neurons(config: GPT2Config, params: Params, neurons: Places, mean: An
     return _ablate(config, params, "mlp", neurons, mean)
 
 
+@under_jax_defaults
 def prune_neurons(config: GPT2Config, params: Params, neurons: Places, mean: Any = None) -> Params:
     """Set all weights of some neurons to 0: as `ablate_neurons`, and their columns of mlp/c_fc/w and b become 0 too.
 
@@ -136,6 +141,7 @@ def _zeroed(array: Any, index: Any) -> Any:
 # ---- views
 
 
+@under_jax_defaults
 def split_heads(config: GPT2Config, params: Params, layer: int) -> Heads:
     """Return the attention weights of a layer by head.
 
@@ -154,6 +160,7 @@ def split_heads(config: GPT2Config, params: Params, layer: int) -> Heads:
     return {part: {"w": w_D3NH[:, i], "b": b_3NH[i]} for i, part in enumerate("qkv")} | {"out": out}
 
 
+@under_jax_defaults
 def join_heads(config: GPT2Config, params: Params, layer: int, heads: Heads) -> Params:
     """Return params with `heads` as the attention weights of a layer. It is the exact inverse of `split_heads`.
 

@@ -18,6 +18,7 @@ from gpt2_jax.checkpoints import runs
 from gpt2_jax.data.batching import Batch, batches
 from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.files import expanded
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.checkpoints import Checkpoints
@@ -59,6 +60,7 @@ class Fitted:
     failed: bool = False
 
 
+@under_jax_defaults
 def fit(
     plan: Plan, params: Params | None, data: Prepared, run_dir: str | os.PathLike, tokenizer: Tokenizer | None = None
 ) -> Fitted:

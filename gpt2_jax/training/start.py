@@ -17,6 +17,7 @@ from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.sources import STDIN, Fields, Sources
 from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
 from gpt2_jax.files import expanded, replacing_file, sha256_of
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params
 from gpt2_jax.recipe import Recipe
@@ -69,6 +70,7 @@ def _host() -> Any:
         return None
 
 
+@under_jax_defaults
 def new_params(config: GPT2Config, seed: int) -> Params:
     """Return random params for training: GPT-2's initial values, with the residual layers scaled down.
 

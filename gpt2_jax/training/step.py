@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from gpt2_jax.data.batching import Batch
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params, output_head
 from gpt2_jax.sharding import DATA
@@ -25,6 +26,7 @@ from gpt2_jax.training.state import TrainState, bare_state, model_params, seed_k
 MEAN_DECAY = 0.98  # decay of the running mean loss that spikes are compared with
 
 
+@under_jax_defaults
 def init_state(plan: Plan, params: Params) -> TrainState:
     """Return the state before the first step, on the devices of the plan's mesh; `params` are copied.
 
@@ -62,6 +64,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
     gradients = _make_gradients(plan)
     monitor = plan.recipe.monitor
 
+    @under_jax_defaults
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         n_tokens = batch.weights.sum()
         changing = state.trained(plan.trained)
@@ -132,6 +135,7 @@ def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax
     model = GPT2(plan.config)
     chunk = CHUNK * plan.mesh.shape[DATA]
 
+    @under_jax_defaults
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params = _gathered(plan, params)
         h_BTD, _ = model.apply({"params": params}, batch.tokens, method="hidden")

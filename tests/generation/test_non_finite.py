@@ -20,8 +20,8 @@ from gpt2_jax.research import add, replace, scale
 LARGE = gpt2_jax.GPT2Config(n_vocab=50257, n_ctx=64, n_embd=6, n_head=2, n_layer=2)
 PROMPTS = [[7, 8, 9], [5]]
 DTYPES = campaign(["float32", "float16"], ["float32", "bfloat16", "float16", "float64"])
-SAMPLING = campaign([{"temperature": 0}, {"top_k": 40, "repetition_penalty": 1.2, "logprobs": 2}],
-                    [{"temperature": 0}, {}, {"top_k": 40, "repetition_penalty": 1.2, "logprobs": 2}, {"top_p": 0.9}])  # fmt: skip
+PENALISED = {"top_k": 40, "repetition_penalty": 1.2, "logprobs": 2}
+SAMPLING = campaign([{"temperature": 0}, PENALISED], [{"temperature": 0}, PENALISED, {}, {"top_p": 0.9}])
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,10 @@ def test_an_edit_that_is_not_finite_is_named(params, case, tokenizer):
 
 
 def test_an_edit_too_large_is_overflow(params):
-    for dtype, words in (
-        ("float32", "all params are finite, but the values of the edits"),
-        ("float16", "whose largest"),
-    ):
+    finite = "all params are finite, but the values of the edits"
+    for dtype, words in (("float32", finite), ("float16", "whose largest")):
+        config = LARGE.replace(compute_dtype=dtype)
         with pytest.raises(ValueError, match=f"overflow in {dtype}.* {words}"):
-            config = LARGE.replace(compute_dtype=dtype)
             gpt2_jax.generate(config, params, [[1, 2]], edits=replace("ln_f/normalized", 3e38))
 
 
