@@ -48,34 +48,43 @@ def read(directory: Path, settings: Mapping[str, Any], own: Sequence[Token], who
       ValueError: a file is malformed.
     """
     named = {name: value for name, value in settings.items() if _is_name(name, value)}
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    extra, older = settings.get("extra_special_tokens"), settings.get("additional_special_tokens") or []
     if isinstance(extra, dict):
-        named, extra = named | extra, []
+        named, extra = named | extra, older
+    extra = extra or older
     _check((*(value for value in named.values() if value is not None), *extra), directory / TOKENIZER_CONFIG)
     if "added_tokens_decoder" in settings:
         by_id = _by_id(settings["added_tokens_decoder"], directory / TOKENIZER_CONFIG)
     else:
         named, extra = _with_map(directory / SPECIAL_TOKENS_MAP, named, extra)
-        by_id = _legacy(directory / ADDED_TOKENS, {_content(token) for token in (*named.values(), *extra) if token})
+        special = [*(named.get(name) for name in NAMES), *extra]
+        by_id = _legacy(
+            directory / ADDED_TOKENS, {_content(token) for token in special if token and not _is_typed(token)}
+        )
         by_id |= {token["id"]: complete(token) for token in own}
     names_eos = bool(named.get("eos_token"))
     named = named if whole else DEFAULTS | named
     ordered = [name for name in (*NAMES, *(name for name in named if name not in NAMES)) if named.get(name)]
     names = {name: _content(named[name]) for name in ordered}
-    present = [complete(token) for token in own] if whole else []
-    tokens = [token for _, token in sorted(by_id.items()) if token not in present]
-    known = {token["content"]: token for token in (*present, *tokens)}
-    for value in (*(named[name] for name in ordered), *extra):
-        if (name := _content(value)) not in known:
-            known[name] = complete({"special": True} | (value if isinstance(value, dict) else {"content": value}))
-            tokens.append(known[name])
+    tokens = [token for _, token in sorted(by_id.items())]
+    known = {token["content"] for token in (*(own if whole else ()), *tokens)}
+    later = [named[name] for name in ordered] + extra
+    for value in (value for i, value in enumerate(later) if value not in later[:i]):
+        if _content(value) not in known:  # of a token with several descriptions, the last counts
+            fields = {"special": True} | value if isinstance(value, dict) else {"content": value, "special": True}
+            tokens.append(complete(fields))
     tokens = [token | {"special": token["special"] or token["content"] in names.values()} for token in tokens]
     stated = {token["content"]: i for i, token in by_id.items()}
     return Added(tokens, stated, names, names_eos, [_content(token) for token in extra])
 
 
 def _is_name(name: str, value: Any) -> bool:
-    return name in NAMES or (name.endswith("_token") and isinstance(value, str | dict))
+    return name in NAMES or (name.endswith("_token") and (isinstance(value, str) or _is_typed(value)))
+
+
+def _is_typed(value: Any) -> bool:
+    """Return whether this is an added token as transformers writes it into tokenizer_config.json."""
+    return isinstance(value, dict) and "__type" in value
 
 
 def _check(values: Iterable[Any], path: Path) -> None:

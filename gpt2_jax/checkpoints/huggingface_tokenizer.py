@@ -222,8 +222,8 @@ def _asked_template(
     settings: Mapping[str, Any], names: Mapping[str, str], ids: Mapping[str, int]
 ) -> dict[str, Any] | None:
     """Return the template that add_bos_token and add_eos_token ask for."""
-    asked = (names.get(name) if settings.get(f"add_{name}") else None for name in ("bos_token", "eos_token"))
-    prefix, suffix = ([ids[token]] if token in ids else [] for token in asked)
+    asked = ((settings.get(f"add_{name}"), names.get(name, "")) for name in ("bos_token", "eos_token"))
+    prefix, suffix = ([ids[token]] if wanted and token in ids else [] for wanted, token in asked)
     return openai.template(ids, prefix, suffix)
 
 

@@ -35,12 +35,16 @@ def huggingface_files(tokenizer: Tokenizer, n_ctx: int | None = None) -> dict[st
     """
     fields = tokenizer.description()
     settings = _settings(tokenizer) | ({} if n_ctx is None else {"model_max_length": n_ctx})
-    first: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    texts = {}
-    if tokenizer.is_openai_form:
-        first = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_ctx, "add_prefix_space": False}
+    named = {value for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)}
+    if tokenizer.is_openai_form and not named & (tokenizer.added.keys() - tokenizer.special):
         texts = dict(zip((VOCAB_JSON, MERGES), tokenizer.openai_texts(), strict=True))
-    return texts | {TOKENIZER_JSON: _as_json(fields), TOKENIZER_CONFIG: _as_json(first | settings)}
+        own = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_ctx, "add_prefix_space": False}
+        settings = own | settings | {"add_prefix_space": False}
+    else:
+        texts = {}
+        # Without added_tokens_decoder, transformers would make added tokens special because they have a name.
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {}} | settings
+    return texts | {TOKENIZER_JSON: _as_json(fields), TOKENIZER_CONFIG: _as_json(settings)}
 
 
 def _settings(tokenizer: Tokenizer) -> dict[str, Any]:

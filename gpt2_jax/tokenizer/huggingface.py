@@ -53,12 +53,16 @@ class HuggingFace:
         self._bytes_of: dict[int, bytes] = {}
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Return the ids of a text, without the template. Special tokens are found in it only if `special` is True."""
+        """Return the ids of a text, without the template. Special tokens are found in it only if `special` is True.
+
+        Raises:
+          ValueError: the library fails, as it does on some added tokens that strip spaces and share characters.
+        """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
         tokenizer = self._parsing if special else self._plain
         ids: list[int] = []
         for part in _cut(text) if self._is_cut_by_spaces else [text]:
-            ids += tokenizer.encode(part, add_special_tokens=False).ids
+            ids += _encode(tokenizer, part)
         return ids
 
     @functools.cached_property
@@ -144,6 +148,15 @@ def _cut(text: str) -> Iterator[str]:
         yield text[start : space.start()]
         start = space.start()
     yield text[start:]
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except BaseException as error:  # a panic of the library is not an Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"Hugging Face's tokenizers library cannot encode this text: {error}") from error
 
 
 def added_token(token: dict[str, Any]) -> tokenizers.AddedToken:

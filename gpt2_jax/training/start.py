@@ -14,6 +14,7 @@ from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
 from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data._prepare import prepare
+from gpt2_jax.data.encoding import PREPARED
 from gpt2_jax.data.sources import STDIN, Fields, Sources
 from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
 from gpt2_jax.files import expanded, replacing_file, sha256_of
@@ -21,7 +22,7 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params
 from gpt2_jax.recipe import Recipe
-from gpt2_jax.tokenizer import Tokenizer, fingerprint
+from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.plan import Plan, make_plan
 
@@ -166,7 +167,7 @@ def _digest(recipe: Recipe, tokenizer: Tokenizer) -> str:
     if recipe.data.path == STDIN:
         return STDIN
     digest = hashlib.sha256()
-    found = Sources([recipe.data.path], Fields(recipe.data.field), tokenizer.n_vocab, tokenizer.eot)
+    found = Sources([recipe.data.path], Fields(recipe.data.field), tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
     for file in filter(None, found.files):  # None is standard input
         kind = file.suffix.lower()
         field = recipe.data.field if kind in (".jsonl", ".csv") else ""

@@ -101,3 +101,13 @@ def test_an_export_opens_with_the_same_ids_and_names(transformers, tmp_path, nam
     assert set(before.all_special_tokens) - {before.eos_token} <= set(theirs.all_special_tokens)
     theirs_added = {i: (str(t), t.special) for i, t in theirs.added_tokens_decoder.items()}
     assert theirs_added == {i: (str(t), t.special) for i, t in before.added_tokens_decoder.items()}
+
+
+@pytest.mark.parametrize("seed", range(campaign(25, 400)))
+def test_ids_in_random_folders(transformers, tmp_path, seed):
+    """Any tokens are named, added and declared in any files, which may contradict each other."""
+    folder = forms.random_folder(tmp_path / "model", seed)
+    ours, theirs = gpt2_jax.load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.tokens == theirs.get_vocab()
+    for text in forms.hostile_texts(20, seed, forms.NAMES):
+        assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"], text
