@@ -23,6 +23,8 @@ def main(model: str = "shakespeare", text: str = "To be, or not to be, that is t
       text: the text of the loss.
     """
     config, params = gpt2_jax.load(model)
+    if not config.tie_word_embeddings:
+        raise SystemExit(f"{model} has an output head of its own: choose a model whose head is tied")
     ids = jnp.asarray([gpt2_jax.load_tokenizer(model).encode(text)])
     gpt2 = gpt2_jax.GPT2(config)
 

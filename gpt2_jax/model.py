@@ -146,9 +146,9 @@ class Attention(nn.Module):
         see = [functools.partial(taps, self, name) for name in ("scores", "pattern")]
         divisor = self.layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
         if past is not None or k_BNHS.shape[-1] != x_BTD.shape[1]:
-            z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past, *see, divisor)
+            z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past, *see, divisor=divisor)
         elif taps.on(self, "scores", "pattern"):  # from here on there are only the new tokens: `start` is 0
-            z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see, divisor)
+            z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see, divisor=divisor)
         else:
             z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, divisor)
         z_BTD = taps(self, "z", z_BTNH).reshape(x_BTD.shape)

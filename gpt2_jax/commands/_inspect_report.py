@@ -70,7 +70,7 @@ def _hyperparameters(report: dict[str, Any], console: Console) -> Iterable[Any]:
     for name, value in hparams.items():
         table.add_row(name, f"{value:,}", book[name], MEANINGS[name].format(width=width))
     for name, value in report["variants"].items():
-        table.add_row(name, str(value), "", "OpenAI's GPT-2 has another value")
+        table.add_row(name, str(value), "", "differs from OpenAI's GPT-2")
     yield _title("Hyperparameters")
     yield table
 

@@ -135,8 +135,8 @@ def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params = _gathered(plan, params)
         h_BTD, _ = model.apply({"params": params}, batch.tokens, method="hidden")
-        loss = token_loss(h_BTD, output_head(params), batch.targets, batch.weights, chunk)
-        return loss, batch.weights.sum()
+        head_VD = output_head(params)
+        return token_loss(h_BTD, head_VD, batch.targets, batch.weights, chunk), batch.weights.sum()
 
     return jax.jit(eval_step, in_shardings=(_shardings(plan.state.params), plan.over_rows()))
 

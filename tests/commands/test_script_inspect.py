@@ -129,13 +129,17 @@ def test_the_largest_release_fits_on_80_columns():
     found = {
         "directory": "models/1558M", "form": "tensorflow", "size": "1558M", "param_dtype": "float32", "finite": True,
         "files": [{"name": "model.ckpt.data-00000-of-00001", "bytes": 6_230_444_800, "used": True, "purpose": "all"}],
-        "hyperparameters": config.to_hparams(), "memory": inspection.memory(config), "tensors": tensors,
+        "hyperparameters": config.to_hparams(), "variants": {}, "memory": inspection.memory(config), "tensors": tensors,
         "parameters": inspection.count_parameters(config, gpt2_jax.abstract_params(config)),
         "vocabulary": {"missing": "none"},
     }  # fmt: skip
     text = printed(found, 80)
     assert max(map(len, text.splitlines())) <= 80
     assert_report(words(text), found, digits=3)
+    found["variants"] = {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu"}
+    text = printed(found, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert ["activation_function", "gelu", "differs"] in [line[:3] for line in words(text)]
     assert ["total", "24,921,779,200", "23.21", "GiB", "12,460,889,600", "11.61", "GiB"] in words(text)
 
 

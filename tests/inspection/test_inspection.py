@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import gpt2_jax
 from gpt2_jax import inspection
+from gpt2_jax.inspection import plot
 from gpt2_jax.params import flatten
 
 CONFIG = tiny_models.CONFIG
@@ -162,6 +164,18 @@ def test_counts_of_the_released_sizes(size):
         assert evaluated(part["formula"], letters) == part["counted"] == part["closed_form"], part
 
 
+def test_an_untied_head_is_a_part_of_its_own():
+    config = CONFIG.replace(tie_word_embeddings=False)
+    found = strict(inspection.count_parameters(config, gpt2_jax.abstract_params(config)))
+    head = config.n_vocab * config.n_embd
+    assert found["counted"] == found["closed_form"] == CONFIG.n_params + head
+    assert found["agree"] is True
+    letters = {letter: of["value"] for letter, of in found["symbols"].items()}
+    assert evaluated(found["formula"], letters) == CONFIG.n_params + head
+    parts = {part["part"]: (part["counted"], evaluated(part["formula"], letters)) for part in found["parts"]}
+    assert parts["lm_head"] == parts["wte"] == (head, head)
+
+
 def evaluated(formula: str, letters: dict[str, int]) -> int:
     """Evaluate the formula as a reader would."""
     return eval(formula.replace("·", "*").replace("²", "**2"), {}, letters)
@@ -230,6 +244,18 @@ def test_the_shape_of_a_release_is_recognised(monkeypatch, tmp_path, params):
     monkeypatch.setattr(inspection, "SIZES", {"tiny": CONFIG.replace(embd_pdrop=0.3)})
     gpt2_jax.save(tmp_path / "model", CONFIG, params, "orbax")
     assert inspection.inspect(tmp_path / "model")["size"] == "tiny"
+
+
+def test_variants_are_reported(tmp_path):
+    """The head is listed with the embeddings, and the picture of the weights has it."""
+    config = CONFIG.replace(activation_function="gelu", tie_word_embeddings=False)
+    gpt2_jax.save(tmp_path / "model", config, gpt2_jax.init_params(config, jax.random.key(0)), "orbax")
+    found = strict(inspection.inspect(tmp_path / "model"))
+    assert found["variants"] == {"activation_function": "gelu", "tie_word_embeddings": False}
+    assert [tensor["name"] for tensor in found["tensors"]][:3] == ["wte", "wpe", "lm_head"]
+    assert found["parameters"]["agree"] is True
+    axes = plot.draw(*gpt2_jax.load(tmp_path / "model")).axes
+    assert any(text.get_text().startswith("lm_head, RMS 0.02") for text in axes[0].get_legend().get_texts())
 
 
 @pytest.mark.parametrize("form", ["huggingface", "orbax"])

@@ -189,6 +189,13 @@ def test_a_shape_of_which_nothing_is_known(params, real):
     assert failing(verify(CONFIG, broken, real.ours, None)) == {"every value is finite", "logits of a forward pass"}
 
 
+def test_other_arithmetic_on_a_released_shape_is_not_compared_with_the_release():
+    """stanford-crfm's models have the shape of 124M, but other weights and scores."""
+    released = gpt2_jax.SIZES["124M"]
+    assert known_values.known_for(released).name == "124M"
+    assert known_values.known_for(released.replace(scale_attn_by_inverse_layer_idx=True)) is None
+
+
 def test_a_size_of_which_less_is_known(params, known, real):
     checks = verify(CONFIG, params, real.ours, dataclasses.replace(known, values=(), greedy=()))
     assert failing(checks) == set()

@@ -48,7 +48,16 @@ def attention(x_TD, p, n_head, see=unseen, name="attn", divisor=1):
 
 
 def row(
-    params, tokens_T, n_head, see=unseen, *, eps=1e-5, gelu=gelu_tanh, first_position=0, layers=None, inverse_layer=False
+    params,
+    tokens_T,
+    n_head,
+    see=unseen,
+    *,
+    eps=1e-5,
+    gelu=gelu_tanh,
+    first_position=0,
+    layers=None,
+    inverse_layer=False,
 ):
     """Logits [T, V] of one text without padding. `see` gets each activation by name and returns its replacement.
 
