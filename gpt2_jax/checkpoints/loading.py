@@ -41,13 +41,13 @@ def load(
 
     Args:
       source: a directory, a file, a size, or an id on the Hugging Face hub.
-        A directory holds a TensorFlow checkpoint in OpenAI's layout, Hugging Face's config.json and safetensors, a model
-        that `save` wrote, a training run (its best model is loaded, or its newest checkpoint if there is no best model)
-        or one checkpoint of a run ("RUN/checkpoints/1600"); LoRA is merged. It may also hold the weights of Flax,
-        nanoGPT, the build-an-LLM book or Orbax (`checkpoints.forms.FORMS` lists all).
+        A directory holds a TensorFlow checkpoint in OpenAI's layout, Hugging Face's config.json and safetensors, a
+        model that `save` wrote, a training run (its best model is loaded, or its newest checkpoint if there is no best
+        model) or one checkpoint of a run ("RUN/checkpoints/1600"); LoRA is merged. It may also hold the weights of
+        Flax, nanoGPT, the build-an-LLM book or Orbax (`checkpoints.forms.FORMS` lists all).
         A file is a model of llm.c. "run1/model-1000" is one of several TensorFlow checkpoints.
-        A size is "124M", "355M", "774M" or "1558M" (or "117M", "gpt2", "gpt2-xl", ...); it is fetched if it is not there
-        yet. A hub id is, for example, "distilbert/distilgpt2", or with a revision "distilbert/distilgpt2@main".
+        A size is "124M", "355M", "774M" or "1558M" (or "117M", "gpt2", "gpt2-xl", ...); it is fetched if it is not
+        there yet. A hub id is, for example, "distilbert/distilgpt2", or with a revision "distilbert/distilgpt2@main".
         "shakespeare" is the model in this package.
       dtype: float32, bfloat16 or float16. Each tensor is cast to it. None keeps the stored dtype, which must then be
         one of these, and the same for all tensors.
