@@ -28,13 +28,17 @@ def load(
     """Load a model from any source, in any format. Every tensor is checked, and nothing is transposed.
 
     Args:
-      source: a directory, a size, or an id on the Hugging Face hub. A directory holds a TensorFlow checkpoint in
-        OpenAI's layout, Hugging Face's config.json and safetensors, a model that `save` wrote, a training run (its best
-        model is loaded, or its newest checkpoint if there is no best model) or one checkpoint of a run
-        ("RUN/checkpoints/1600"); LoRA is merged. A size is "124M", "355M", "774M" or "1558M" (or "117M", "gpt2",
-        "gpt2-xl", ...); it is fetched if it is not there yet. A hub id is, for example, "distilbert/distilgpt2".
+      source: a directory, a file, a size, or an id on the Hugging Face hub.
+        A directory holds a TensorFlow checkpoint in OpenAI's layout, Hugging Face's config.json and safetensors, a
+        model that `save` wrote, a training run (its best model is loaded, or its newest checkpoint if there is no best
+        model) or one checkpoint of a run ("RUN/checkpoints/1600"); LoRA is merged. It may also hold the weights of
+        Flax, nanoGPT, the build-an-LLM book or Orbax (`checkpoints.forms.FORMS` lists all).
+        A file is a model of llm.c. "run1/model-1000" is one of several TensorFlow checkpoints.
+        A size is "124M", "355M", "774M" or "1558M" (or "117M", "gpt2", "gpt2-xl", ...); it is fetched if it is not
+        there yet. A hub id is, for example, "distilbert/distilgpt2", or with a revision "distilbert/distilgpt2@main".
         "shakespeare" is the model in this package.
-      dtype: float32, bfloat16 or float16. Each tensor is cast to it. None keeps the stored dtype.
+      dtype: float32, bfloat16 or float16. Each tensor is cast to it. None keeps the stored dtype, which must then be
+        one of these, and the same for all tensors.
       sharding: where the params go: a jax Device or Sharding for all of them, or a tree of these with the structure of
         the params. None is the default device.
       keep_copy: keep a copy of a TensorFlow checkpoint as safetensors in the cache folder. The next load reads the
@@ -45,7 +49,7 @@ def load(
       arrays with OpenAI's names, shapes and orientation: `params["h0"]["attn"]["c_attn"]["w"]` is (n_embd, 3 * n_embd).
 
     Warns:
-      UserWarning: a tensor holds values that are NaN or infinite.
+      UserWarning: a tensor holds values that are NaN or infinite; or a head for another task is left out.
 
     Raises:
       FileNotFoundError: there is no such source, or one of its files is missing.
@@ -117,6 +121,8 @@ def warn_of_non_finite(counts: Mapping[str, int], what: str, stacklevel: int) ->
 
 def load_config(source: str | os.PathLike) -> GPT2Config:
     """Load only a model's config, the same that `load` returns. For a size, no file is needed.
+
+    Where `load` needs a dtype (float64, or tensors of several dtypes), it is the config that dtype="float32" gives.
 
     Raises:
       FileNotFoundError, ValueError, OSError: as in `load`.

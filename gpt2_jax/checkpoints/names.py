@@ -222,8 +222,8 @@ def _merge_prefixes(found: Mapping[str, Any], source: object, read: Read) -> dic
 def _equal(one: Any, other: Any, read: Read) -> bool:
     if tuple(one.shape) != tuple(other.shape) or one.dtype.name != other.dtype.name or one.dtype.name not in FLOATS:
         return False
-    arrays = [np.ascontiguousarray(array) for _, array in read({"one": one, "other": other})]
-    return np.array_equal(*(array.reshape(-1).view(np.uint8) for array in arrays))
+    first, second = (np.ascontiguousarray(array).view(np.uint8) for _, array in read({"one": one, "other": other}))
+    return np.array_equal(first, second)
 
 
 def _tie(tensors: dict[str, Any], naming: Naming, config: GPT2Config, source: object, read: Read) -> GPT2Config:

@@ -85,6 +85,8 @@ def _file(path: Path) -> Path | None:
         return None
     if pickles.is_pickle(path):
         raise ValueError(pickles.refusal(path))
+    if llmc.is_of_llmc(path):
+        raise ValueError(f"{path} is a file of llm.c, but not a model: name its model file")
     raise FileNotFoundError(f"{path} is a file: name the directory that holds the model")
 
 
@@ -139,7 +141,7 @@ def find(path: Path) -> Found:
         raise ValueError(pickles.refusal(path / found[0]))
     if advice:
         raise ValueError(advice)
-    configs = [form for name, form in CONFIGS.items() if (path / name).is_file()]
+    configs: list[FormName] = [form for name, form in CONFIGS.items() if (path / name).is_file()]
     if len(configs) == 1:
         return Found(configs[0], path)  # its reader names the file that is missing
     names = sorted(entry.name for entry in path.iterdir())
@@ -149,7 +151,7 @@ def find(path: Path) -> Found:
 
 def _weights(directory: Path, rank: int) -> dict[str, Found]:
     """Return the forms of a rank in a directory that file names tell, by the pattern of the files."""
-    found = {}
+    found: dict[str, Found] = {}
     for name, form in FORMS.items():
         pattern = next((p for p in form.patterns if form.rank == rank and any(directory.glob(p))), None)
         if pattern is not None:

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from checkpoint_forms import assert_loads_as, hf_tensors, write_huggingface
 from foreign_models import CONFIG
+from hypothesis import given
+from hypothesis import strategies as st
 
 import gpt2_jax
+from gpt2_jax.checkpoints.names import short
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,13 @@ WRAPPERS = [
 def test_prefixes_of_wrappers(tmp_path, flat, wrapper, prefix):
     tensors = hf_tensors(flat, wrapper + prefix) | {f"{wrapper}lm_head.weight": flat["wte"]}
     assert_loads_as(write_huggingface(tmp_path, CONFIG, tensors), CONFIG, flat)
+
+
+@given(st.lists(st.sampled_from([*WRAPPERS, "transformer.", ""]), max_size=5), st.sampled_from([*forms.shapes(CONFIG)]))
+def test_prefixes_in_any_order(wrappers, name):
+    """Whatever wraps a model, the short name is the same, and stays the same."""
+    key = forms.hf_name(name)
+    assert short("".join(wrappers) + key) == key == short(key)
 
 
 def test_a_layer_that_was_compiled_alone(tmp_path, flat):
@@ -73,6 +83,27 @@ def test_heads_for_other_tasks_are_left_out_with_a_warning(tmp_path, flat, head)
     with pytest.warns(UserWarning, match=head.removeprefix("module.")) as caught:
         assert_loads_as(tmp_path, CONFIG, flat)
     assert {warning.filename for warning in caught} == {forms.__file__}  # the caller of load
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "name",
+    ["GPT2ForSequenceClassification", "GPT2DoubleHeadsModel", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering"],
+)
+def test_transformers_models_for_other_tasks(tmp_path, flat, name):
+    """Saved by transformers itself."""
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=37, n_positions=11, n_embd=15, n_layer=2, n_head=3, num_labels=2, pad_token_id=0
+    )
+    model = getattr(transformers, name)(config)
+    ours = {key: torch.from_numpy(array) for key, array in hf_tensors(flat).items()}
+    assert not model.load_state_dict(ours, strict=False).unexpected_keys
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="these are for another task, and were left out"):
+        assert_loads_as(tmp_path, CONFIG, flat)
 
 
 @pytest.mark.parametrize("extra", ["h.0.attn.c_attn.lora_A.weight", "h.0.ln_3.weight", "lm_head.bias", "wte.bias"])
