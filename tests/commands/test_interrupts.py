@@ -219,9 +219,12 @@ def test_an_import_is_not_cut_in_two(started, tmp_path, seconds):
     lines = ["import time", "print('begun', flush=True)", f"end = time.monotonic() + {seconds}"]
     lines += ["while time.monotonic() < end: time.sleep(0.01)", "print('whole', flush=True)"]
     (tmp_path / "slow.py").write_text("\n".join(lines))
-    process = started.code(
-        f"{BEGIN}\n    import slow\n    print('later', flush=True)\n    time.sleep(60)\ndownload.run = run\nstart.download()"
-    )
+    body = """
+    import slow
+    print("later", flush=True)
+    time.sleep(60)
+    """
+    process = started.code(f"{BEGIN}{body}\ndownload.run = run\nstart.download()")
     assert process.stdout.readline() == b"begun\n"
     process.send_signal(signal.SIGINT)
     assert check_end(process, 130)[0] in (("whole\n", "whole\nlater\n") if seconds == 1 else ("",))
