@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 SAME = 0.1  # seconds; wrappers such as `npm run` send Ctrl-C a second time at once, which is no wish to kill
 AGAIN = 0.05  # seconds until a discarded or postponed exception is raised
-LONGEST_IMPORT = 5.0  # seconds; after these, the process ends without removing temporary files
+LONGEST_IMPORT = 3.0  # seconds; after these, the process ends without removing temporary files
 CLEANUP = 2.0  # seconds that the handler of a training run has after its second Ctrl-C
 
 
