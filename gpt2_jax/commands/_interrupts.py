@@ -3,7 +3,8 @@
 The first signal raises `Interrupted`, so reads that wait and long loops end, and temporary files are removed. It is
 also remembered, because the exception can be lost: Python discards it in a callback of the garbage collector, where
 JAX has one (jax-ml/jax#18246), and some libraries turn it into another error. A discarded one is raised again a moment
-later, `check` raises a lost one, and a command that fails after a signal reports no error.
+later, `check` raises a lost one, and a command that fails after a signal reports no error. In the middle of an import
+it is raised when the import ends: modules written in C crash if their initialization fails half-way.
 
 A second Ctrl-C must work while XLA compiles or computes, when no Python code of the main thread runs. So a thread
 watches for it.
@@ -17,10 +18,12 @@ import signal
 import sys
 import threading
 import time
+from types import FrameType
 from typing import Any, NoReturn
 
 SAME = 0.1  # seconds; wrappers such as `npm run` send Ctrl-C a second time at once, which is no wish to kill
-AGAIN = 0.05  # seconds until a discarded exception is raised again
+AGAIN = 0.05  # seconds until a discarded or postponed exception is raised
+LONGEST_IMPORT = 3.0  # seconds; after these, the process ends without removing temporary files
 CLEANUP = 2.0  # seconds that the handler of a training run has after its second Ctrl-C
 
 
@@ -40,7 +43,8 @@ class _State:
     """The signals so far."""
 
     received: int | None = None  # the first one
-    ctrl_c: float | None = None  # time of the first Ctrl-C
+    time: float = 0  # when it came
+    ctrl_c: float | None = None  # when the first Ctrl-C came
 
 
 def install() -> None:
@@ -54,12 +58,12 @@ def install() -> None:
     def unraisable(args: Any) -> None:
         if not isinstance(args.exc_value, Interrupted):
             discarded(args)
-        elif hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            _raise_later()
 
     sys.unraisablehook = unraisable
     if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, lambda number, frame: check())
+        signal.signal(signal.SIGALRM, lambda number, frame: _raise(frame))
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -103,13 +107,31 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _handle(number: int, frame: object) -> None:
+def _raise(frame: FrameType | None) -> None:
+    """Raise `Interrupted`, but not in the middle of an import."""
+    if _State.received is None:
+        return
+    while frame is not None and frame.f_globals.get("__name__") != "importlib._bootstrap":
+        frame = frame.f_back
+    if frame is None:
+        raise Interrupted(_State.received)
+    if time.monotonic() - _State.time > LONGEST_IMPORT:
+        leave(128 + _State.received)
+    _raise_later()
+
+
+def _raise_later() -> None:
+    if hasattr(signal, "setitimer"):  # not on Windows, where `check` raises it
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _State.received is None:
-        _State.received = number
+        _State.received, _State.time = number, now
         _State.ctrl_c = now if number == signal.SIGINT else None
-        raise Interrupted(number)
-    if number == signal.SIGINT and not hasattr(os, "register_at_fork") and now - (_State.ctrl_c or 0) > SAME:
+        _raise(frame)
+    elif number == signal.SIGINT and not hasattr(os, "register_at_fork") and now - (_State.ctrl_c or 0) > SAME:
         _kill()
 
 

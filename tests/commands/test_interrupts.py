@@ -211,3 +211,20 @@ def test_a_signal_that_is_ignored_stays_ignored(started):
         patch.setenv("CODE", f"{BEGIN}{body}\ndownload.run = run\nstart.download()")
         process = started.code(code)
     assert check_end(process, 0)[0] == "still here\n"
+
+
+@pytest.mark.parametrize("seconds", [1, 600])
+def test_an_import_is_not_cut_in_two(started, tmp_path, seconds):
+    """A module in C crashes if its initialization fails half-way. An import that does not end is given up."""
+    lines = ["import time", "print('begun', flush=True)", f"end = time.monotonic() + {seconds}"]
+    lines += ["while time.monotonic() < end: time.sleep(0.01)", "print('whole', flush=True)"]
+    (tmp_path / "slow.py").write_text("\n".join(lines))
+    body = """
+    import slow
+    print("later", flush=True)
+    time.sleep(60)
+    """
+    process = started.code(f"{BEGIN}{body}\ndownload.run = run\nstart.download()")
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    assert check_end(process, 130)[0] in (("whole\n", "whole\nlater\n") if seconds == 1 else ("",))
