@@ -89,7 +89,7 @@ def generation_calls(config, params, tokenizer, n_new=45):
         "logprobs": logprobs[1].chosen,
         "alternatives": logprobs[0].top_ids.tolist(),
         "score": gpt2_jax.score(config, params, [TOKENS[0] * 20])[0].logprobs,
-        "perplexity": evaluate.perplexity(config, params, tokenizer, TEXT).perplexity,
+        "perplexity": np.log(evaluate.perplexity(config, params, tokenizer, TEXT).perplexity),
     }
 
 
