@@ -17,7 +17,7 @@ from gpt2_jax.research import trees
 from gpt2_jax.training import fit, make_plan, prepare
 
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=40, n_embd=12, n_head=2, n_layer=1)
-KEY = jax.random.key(5)
+KEY, RUN_PARAMS = jax.random.key(5), tiny_runs.params()  # made without a switch: these calls are the caller's own
 PROMPTS = [[1, 2, 3], [4]]
 TOKENS = [[1, 2, 3, 4, 5]]
 TEXT = "To be, or not to be, that is the question: whether it is nobler in the mind."
@@ -27,7 +27,6 @@ EDITS = [
     research.replace("ln_f/out", np.ones(12), positions=[0]),
 ]
 SWITCHES = {
-    "disable_jit": jax.disable_jit,
     "transfer_guard": functools.partial(jax.transfer_guard, "disallow"),
     "rank_promotion": functools.partial(jax.numpy_rank_promotion, "raise"),
     "strict_dtypes": functools.partial(jax.numpy_dtype_promotion, "strict"),
@@ -78,19 +77,19 @@ def model_calls(config, params, folder):
     }
 
 
-def generation_calls(config, params, tokenizer):
+def generation_calls(config, params, tokenizer, n_new=45):
     generate = functools.partial(gpt2_jax.generate, config, params, PROMPTS)
-    ids, logprobs = generate(45, **SAMPLED, logprobs=2)
-    text = "".join(gpt2_jax.stream(config, params, [1, 2], tokenizer, 20, stop_strings=["zzz"]))
+    ids, logprobs = generate(n_new, **SAMPLED, logprobs=2)
+    text = "".join(gpt2_jax.stream(config, params, [1, 2], tokenizer, n_new // 3, stop_strings=["zzz"]))
     return {
-        "greedy": generate(20, temperature=0),
+        "greedy": generate(n_new // 3, temperature=0),
         "sampled": ids,
-        "plain": generate(20, seed=7, edits=EDITS[0].replace(positions=None)),
+        "plain": generate(n_new // 3, seed=7, edits=EDITS[0].replace(positions=None)),
         "text": text,
         "logprobs": logprobs[1].chosen,
         "alternatives": logprobs[0].top_ids.tolist(),
         "score": gpt2_jax.score(config, params, [TOKENS[0] * 20])[0].logprobs,
-        "perplexity": evaluate.perplexity(config, params, tokenizer, TEXT).perplexity,
+        "perplexity": np.log(evaluate.perplexity(config, params, tokenizer, TEXT).perplexity),
     }
 
 
@@ -126,7 +125,7 @@ def training_calls(data, tokenizer, folder):
     """A run of two steps with dropout, an evaluation, samples and a checkpoint."""
     monitor = {"evaluate_every": 2, "sample_every": 2, "sample_tokens": 5, "prompts": ["The "], "tensorboard": False}
     recipe = tiny_runs.small(steps=2, model={"dropout": 0.1}, monitor=monitor)
-    fitted = fit(make_plan(tiny_runs.CONFIG, recipe), tiny_runs.params(), data, folder, tokenizer)
+    fitted = fit(make_plan(tiny_runs.CONFIG, recipe), RUN_PARAMS, data, folder, tokenizer)
     samples = (folder / "samples.jsonl").read_text()
     return {"loss": fitted.best_loss, "params": flatten(gpt2_jax.load(folder)[1])["wte"], "samples": samples}
 
@@ -161,6 +160,18 @@ def test_results_do_not_depend_on_the_switch(params, data, tokenizer, plain, tmp
     """Equal ids and texts, and numbers equal up to the rounding of sums in another order."""
     with SWITCHES[switch]():
         found = all_calls(CONFIG, params, data, tokenizer, tmp_path)
+    same(found, plain, tolerance=2e-5)
+
+
+def test_generation_with_jit_disabled(params, tokenizer):
+    """Every operation is then a call of its own, which takes long: fewer tokens, without runs and patches."""
+    plain = generation_calls(CONFIG, params, tokenizer, n_new=6)
+    lens = research.logit_lens(CONFIG, params, TOKENS, edits=EDITS).logprobs
+    with jax.disable_jit():
+        found = generation_calls(CONFIG, params, tokenizer, n_new=6)
+        np.testing.assert_allclose(
+            research.logit_lens(CONFIG, params, TOKENS, edits=EDITS).logprobs, lens, rtol=0, atol=2e-5
+        )
     same(found, plain, tolerance=2e-5)
 
 

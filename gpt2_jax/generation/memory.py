@@ -52,7 +52,7 @@ def _room(params: Params) -> int:
     return int(SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
 
 
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error of JAX says that a device has too little memory."""
     return "RESOURCE_EXHAUSTED" in str(error)
 

@@ -41,7 +41,9 @@ def test_log_probabilities_count_all_rows_and_alternatives_do_not(params, tokeni
     assert ids == logits_nV[:, :1281].argmax(-1).tolist()
     shifted_nV = logits_nV - logits_nV.max(-1, keepdims=True)
     expected_nV = shifted_nV - np.log(np.exp(shifted_nV).sum(-1, keepdims=True))
-    np.testing.assert_allclose(logprobs.chosen, expected_nV[range(5), ids], rtol=0, atol=3e-5)  # measured 7e-6
+    np.testing.assert_allclose(
+        logprobs.chosen, expected_nV[range(5), ids], rtol=0, atol=6e-5
+    )  # measured 1.7e-5, of logprobs down to -32
     assert logprobs.top_ids.tolist() == np.argsort(-logits_nV[:, :1281], axis=-1)[:, :3].tolist()
     assert np.exp(logprobs.top).sum() < 0.01  # almost all probability is in the padding
 
