@@ -28,8 +28,8 @@ from gpt2_jax.params import differences, flatten
 
 ROOT = "transformer."
 # Names of the modules that wrap a model: DataParallel and DDP, torch.compile, FSDP, activation checkpointing,
-# Lightning, PEFT, TRL, and `params` in a Flax TrainState.
-PREFIX = re.compile(r"((module|model|base_model|pretrained_model|transformer|_forward_module|params)\.)+")
+# Lightning, Opacus, PEFT, TRL, and `params` in a Flax TrainState.
+PREFIX = re.compile(r"((_?module|model|base_model|pretrained_model|transformer|_forward_module|params)\.)+")
 WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What old programs store beside the weights although it is not learned: causal masks, positions, rotary frequencies.
 BUFFER = re.compile(r"(.+\.)?(attn\.(masked_)?bias|att\.mask|position_ids|(rotary(_emb)?\.)?inv_freq)")

@@ -82,6 +82,7 @@ _ADVICE = {
         'these are the weights for Keras; convert them with transformers 4 and TensorFlow: python -c "from '
         "transformers import GPT2LMHeadModel as M; M.from_pretrained('{d}', from_tf=True).save_pretrained('{d}')\""
     ),
+    ".onnx": "this is a compiled program; use the model from which it was exported",
     ".gguf": (
         'this is a file of llama.cpp; convert it with transformers and gguf: python -c "from transformers import '
         "GPT2LMHeadModel as M; M.from_pretrained('{d}', gguf_file='{name}').save_pretrained('{d}')\""

@@ -245,28 +245,35 @@ def trained_template(folder):
     write_config(folder, tokenizer.get_vocab_size())
 
 
-def another_kind(name: str, writer: str, refused: str, names: str, kind: str) -> None:
-    @vocabulary(name, writer, transformers=True, refused=refused, names=names)
-    def make(folder: Path):
-        import tokenizers
-        from tokenizers import models, pre_tokenizers, trainers
+def train_words(folder: Path, kind: str) -> None:
+    """Write a tokenizer of whole words or pieces of words."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
 
-        tokenizer = tokenizers.Tokenizer(getattr(models, kind)(unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        trainer = getattr(trainers, f"{kind}Trainer")(special_tokens=["[UNK]"], show_progress=False)
-        tokenizer.train_from_iterator(["one two three two one"], trainer=trainer)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        write_config(folder, tokenizer.get_vocab_size())
+    tokenizer = tokenizers.Tokenizer(getattr(models, kind)(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = getattr(trainers, f"{kind}Trainer")(special_tokens=["[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(["one two three two one"], trainer=trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_config(folder, tokenizer.get_vocab_size())
 
 
-another_kind(
-    "WordPiece", "GPT-2 models with a BERT tokenizer", r"tokenizer\.json.*WordPiece", "`WordPiece`", "WordPiece"
+@vocabulary("WordLevel", "research models with one token a word", transformers=True, needs=NEEDS)
+def word_level(folder):
+    train_words(folder, "WordLevel")
+
+
+@vocabulary(
+    "WordPiece",
+    "GPT-2 models with a BERT tokenizer",
+    transformers=True,
+    refused=r"tokenizer\.json.*WordPiece",
+    names="`WordPiece`",
 )
-another_kind(
-    "WordLevel", "research models with one token a word", r"tokenizer\.json.*WordLevel", "`WordLevel`", "WordLevel"
-)
+def word_piece(folder):
+    train_words(folder, "WordPiece")
 
 
 @vocabulary(
