@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2_jax.checkpoints import huggingface_added
-from gpt2_jax.files import read_json, read_object
+from gpt2_jax.files import read_json, read_object, read_text
 from gpt2_jax.tokenizer import (
     END_OF_TEXT,
     MERGES,
@@ -22,6 +22,7 @@ from gpt2_jax.tokenizer import (
     TOKENIZER_JSON,
     VOCAB_JSON,
     Tokenizer,
+    description,
     openai,
     read_merges,
 )
@@ -126,8 +127,8 @@ def _from_two_files(directory: Path, settings: Mapping[str, Any]) -> Files:
 
 def _gpt2_fields(tokens: dict[str, int], merges: list[tuple[str, ...]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the description of a GPT2Tokenizer with this vocabulary."""
-    fields = openai.description(tokens, [], [])
-    fields["pre_tokenizer"] = openai.BYTE_LEVEL | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
+    fields = description.description(tokens, [], [])
+    fields["pre_tokenizer"] = description.BYTE_LEVEL | {"add_prefix_space": bool(settings.get("add_prefix_space"))}
     fields["model"]["merges"] = merges
     return fields
 
@@ -142,7 +143,7 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any], whole: bool) -
         raise ValueError(f"{path} has model.type = {kind!r}: it is not a byte-pair encoding, as GPT-2's tokenizer is")
     openai.check_names(model.get("vocab"), f"{path}: model.vocab")
     merges = model.get("merges", [] if kind != "BPE" else None)
-    if not isinstance(merges, list) or not all(isinstance(pair, str | list) for pair in merges):
+    if not isinstance(merges, list) or set(map(type, merges)) - {str, list}:
         raise ValueError(f"{path}: model.merges must be a list of pairs of tokens")
     model["merges"] = [tuple(pair.split(" ") if isinstance(pair, str) else map(str, pair)) for pair in merges]
     added = fields.setdefault("added_tokens", [])
@@ -164,10 +165,10 @@ def _warn_of_other_vocabulary(path: Path, model: Mapping[str, Any]) -> None:
     vocab, merges = path.with_name(VOCAB_JSON), path.with_name(MERGES)
     if not vocab.is_file() or not merges.is_file():
         return
-    tokens = read_json(vocab)
-    added = {token for token in tokens if token not in model["vocab"]} if isinstance(tokens, dict) else set()
-    same = isinstance(tokens, dict) and {t: i for t, i in tokens.items() if t not in added} == model["vocab"]
-    if added - {END_OF_TEXT} or not same or read_merges(merges)[0] != model["merges"]:
+    tokens, text = read_json(vocab), read_text(merges)
+    body = (text[text.find("\n") + 1 :] if text.startswith("#version") else text).replace("\r\n", "\n").rstrip("\n")
+    same = isinstance(tokens, dict) and {**model["vocab"], END_OF_TEXT: tokens.get(END_OF_TEXT)} == tokens
+    if not (same or tokens == model["vocab"]) or body != "\n".join(map(" ".join, model["merges"])):
         warnings.warn(
             f"{path} does not hold the vocabulary of {VOCAB_JSON} and {MERGES} beside it: {path.name} is read, as "
             "transformers does",
@@ -177,7 +178,7 @@ def _warn_of_other_vocabulary(path: Path, model: Mapping[str, Any]) -> None:
 
 def _warn_of_ignored(path: Path, fields: Mapping[str, Any], read: Mapping[str, Any]) -> None:
     """Warn of what tokenizer.json asks for and the class GPT2Tokenizer does not do."""
-    plain = openai.PLAIN_BPE
+    plain = description.PLAIN_BPE
     asked = {name: fields["model"].get(name) for name in plain if name != "fuse_unk"}
     ignored = [f"model.{name}" for name, value in asked.items() if (value or None) != (plain[name] or None)]
     ignored += ["normalizer"] * bool(fields.get("normalizer"))
@@ -224,25 +225,26 @@ def _asked_template(
     """Return the template that add_bos_token and add_eos_token ask for."""
     asked = ((settings.get(f"add_{name}"), names.get(name, "")) for name in ("bos_token", "eos_token"))
     prefix, suffix = ([ids[token]] if wanted and token in ids else [] for wanted, token in asked)
-    return openai.template(ids, prefix, suffix)
+    return description.template(ids, prefix, suffix)
 
 
 def _make(files: Files, fields: dict[str, Any], settings: Mapping[str, Any]) -> Tokenizer:
     model = fields["model"]
     added = {token["content"]: bool(token["special"]) for token in fields["added_tokens"]}
-    merges = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model.get("merges", [])]
-    template = openai.ends_of(fields.get("post_processor"))
+    merges = [tuple(pair) for pair in model.get("merges", [])]
+    template = description.ends_of(fields.get("post_processor"))
     failed = None
-    if _splitting(fields.get("pre_tokenizer")) == _splitting(openai.BYTE_LEVEL) and not model.get("ignore_merges"):
+    by_pattern = _splitting(fields.get("pre_tokenizer")) == _splitting(description.BYTE_LEVEL)
+    if by_pattern and template is not None and _is_plain(fields) and not settings.get("split_special_tokens"):
+        try:
+            made = Tokenizer(_ids(fields), merges, *files[1:], added=added)
+            made.prefix, made.suffix = template
+            return made
+        except ValueError as error:
+            failed = error
+    if by_pattern and not model.get("ignore_merges"):
         pairs = [pair for pair in merges if len(pair) == 2]
         openai.check_complete(model["vocab"], pairs, added, files.tokens_from, files.merges_from)
-        if template is not None and _is_plain(fields) and not settings.get("split_special_tokens"):
-            try:
-                made = Tokenizer(_ids(fields), merges, *files[1:], added=added)
-                made.prefix, made.suffix = template
-                return made
-            except ValueError as error:
-                failed = error
     try:
         return Tokenizer.from_description(fields, split_special=bool(settings.get("split_special_tokens")))
     except ValueError as error:
@@ -252,7 +254,7 @@ def _make(files: Files, fields: dict[str, Any], settings: Mapping[str, Any]) -> 
 def _is_plain(fields: Mapping[str, Any]) -> bool:
     """Return whether text is read as in OpenAI's form, apart from the splitting and the template."""
     model, added = fields["model"], fields["added_tokens"]
-    if fields.get("normalizer") or any(model.get(name) for name in ("dropout", *_AFFIXES)):
+    if fields.get("normalizer") or any(model.get(name) for name in _UNUSUAL):
         return False
     if any(token.get(name) for token in added for name in ("single_word", "lstrip", "rstrip")):
         return False
@@ -260,7 +262,7 @@ def _is_plain(fields: Mapping[str, Any]) -> bool:
     return len({token["normalized"] for token in added}) < 2 or not openai.overlap([t["content"] for t in added])
 
 
-_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+_UNUSUAL = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def _end_of_text(

@@ -68,8 +68,8 @@ def fits(tokenizer: Tokenizer, n_vocab: int) -> bool:
     Embeddings are often padded, to 50,304 rows for example, and added tokens often have no row. So only tokens that are
     not added must have a row, and fewer than 1,024 rows may have no id.
     """
-    own = max((i for token, i in tokenizer.tokens.items() if token not in tokenizer.added), default=-1) + 1
-    return own <= n_vocab < tokenizer.n_vocab + PADDING
+    last = next((i for token, i in reversed(tokenizer.tokens.items()) if token not in tokenizer.added), -1)
+    return last < n_vocab < tokenizer.n_vocab + PADDING
 
 
 def has_vocabulary(source: str | os.PathLike) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 
 from gpt2_jax.checks import whole_number
 from gpt2_jax.files import read_json, read_text
+from gpt2_jax.tokenizer import description as describe
 from gpt2_jax.tokenizer import openai
 from gpt2_jax.tokenizer.huggingface import HuggingFace
 from gpt2_jax.tokenizer.openai import END_OF_TEXT as END_OF_TEXT
@@ -231,8 +232,8 @@ class Tokenizer:
         """Return the content of a tokenizer.json for this tokenizer, as Hugging Face's library writes it."""
         if isinstance(backend := getattr(self, "_backend", None), HuggingFace):
             return backend.fields
-        added = [openai.added_fields(token, i, token in self.special) for token, i in self.added.items()]
-        return openai.description(self.tokens, self.merges, added, self.prefix, self.suffix)
+        added = [describe.added_fields(token, i, token in self.special) for token, i in self.added.items()]
+        return describe.description(self.tokens, self.merges, added, self.prefix, self.suffix)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple, dict[str, Any]]:
         """Pickle the vocabulary, from which the other process makes its own backend."""

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PLAIN_BPE = {  # the fields of a BPE model in tokenizer.json, as GPT-2 has them
-    "dropout": None,
-    "unk_token": None,
-    "continuing_subword_prefix": "",
-    "end_of_word_suffix": "",
-    "fuse_unk": False,
-    "byte_fallback": False,
-    "ignore_merges": False,
-}
 
 # How the original (openai/gpt-2, src/encoder.py) splits text before merging: contractions, letters, numbers, the rest,
 # and whitespace (without its last character if a word follows). Quantifiers are possessive where that changes nothing.
@@ -123,7 +113,7 @@ def check_names(tokens: object, source: str | os.PathLike) -> None:
     Raises:
       ValueError: it is not.
     """
-    if not isinstance(tokens, dict) or not tokens or not all(type(i) is int for i in tokens.values()):
+    if not isinstance(tokens, dict) or set(map(type, tokens.values())) != {int}:
         raise ValueError(f"{source} must map each token to its id")
 
 
@@ -150,28 +140,47 @@ def match_merges(
     Raises:
       ValueError: a byte is missing, a merge names unknown tokens, or the ids do not follow the order of the merges.
     """
-    tokens_name = Path(tokens_from).name
     if missing := [character for character in BYTE_OF if character not in tokens]:
         raise ValueError(f"{tokens_from} has no token for the byte {BYTE_OF[missing[0]]:#04x} ({missing[0]!r})")
-    names = list(BYTE_OF)
+    merged = ["".join(pair) for pair in merges]
+    ids = [tokens.get(token, -1) for token in merged]
+    if set(map(len, merges)) - {2} or not tokens.keys() >= {*itertools.chain(*merges)} or not _ascending(ids):
+        _raise_for_merge(tokens, merges, tokens_from, merges_from, first_line)
+    names = [*BYTE_OF, *merged]
+    if strange := set(text := "".join(names)) - BYTE_OF.keys():
+        raise ValueError(f"{merges_from} merges {min(strange)!r}, which spells no byte")
+    spelled = text.translate(_LATIN_1).encode("latin-1")  # of all names at once, which is faster
+    ends = [*itertools.accumulate(map(len, names))]
+    parts = (spelled[start:end] for start, end in itertools.pairwise([0, *ends]))
+    return dict(zip(parts, (*map(tokens.__getitem__, BYTE_OF), *ids), strict=True))
+
+
+def _ascending(ids: list[int]) -> bool:
+    return all(map(operator.lt, [-1, *ids], ids))
+
+
+def _raise_for_merge(
+    tokens: dict[str, int],
+    merges: list[tuple[str, ...]],
+    tokens_from: str | os.PathLike,
+    merges_from: str | os.PathLike,
+    first_line: int,
+) -> None:
+    """Raise for the first line that is not a merge, or whose token does not follow that of the line before."""
+    tokens_name = Path(tokens_from).name
     last = -1
     for number, pair in enumerate(merges, start=first_line):
         if len(pair) != 2 or pair[0] not in tokens or pair[1] not in tokens:
             start = " ".join(str(part) for part in pair)
             start = start if len(start) < 60 else f"{start[:60]}..."
             raise ValueError(f"{merges_from}, line {number}: {start!r} is not a pair of tokens of {tokens_name}")
-        merged = pair[0] + pair[1]
-        i = tokens.get(merged, -1)
+        i = tokens.get("".join(pair), -1)
         if i <= last:
             raise ValueError(
-                f"{merges_from}, line {number}: {merged!r} has id {tokens.get(merged)} in {tokens_name}, "
+                f"{merges_from}, line {number}: {''.join(pair)!r} has id {None if i < 0 else i} in {tokens_name}, "
                 f"which is not above {last}, the id of the merge before: the two files do not belong together"
             )
         last = i
-        names.append(merged)
-    if strange := set("".join(names)) - BYTE_OF.keys():
-        raise ValueError(f"{merges_from} merges {min(strange)!r}, which spells no byte")
-    return {name.translate(_LATIN_1).encode("latin-1"): tokens[name] for name in names}
 
 
 def check_complete(
@@ -243,62 +252,3 @@ def overlap(tokens: Collection[str]) -> bool:
         return b in a or any(a.endswith(b[:n]) for n in range(1, len(b)))
 
     return any(meet(a, b) for a in tokens for b in tokens if a != b)
-
-
-def added_fields(token: str, i: int, special: bool) -> dict[str, Any]:
-    """Return an added token as tokenizer.json has it: found everywhere in a text."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": i, "content": token, **plain, "special": special}
-
-
-def description(
-    tokens: Mapping[str, int],
-    merges: Iterable[tuple[str, str]],
-    added: Sequence[Mapping[str, Any]],
-    prefix: Sequence[int] = (),
-    suffix: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Return the content of a tokenizer.json for a vocabulary of OpenAI's form."""
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": list(added),
-        "normalizer": None,
-        "pre_tokenizer": BYTE_LEVEL,
-        "post_processor": template(tokens, prefix, suffix) or BYTE_LEVEL | {"trim_offsets": False},
-        "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            **PLAIN_BPE,
-            "vocab": dict(tokens),
-            "merges": [f"{left} {right}" for left, right in merges],
-        },
-    }
-
-
-def template(tokens: Mapping[str, int], prefix: Sequence[int], suffix: Sequence[int]) -> dict[str, Any] | None:
-    """Return the post-processor of a tokenizer.json that puts ids before and after a text; None if there are none."""
-    if not prefix and not suffix:
-        return None
-    name_of = {i: token for token, i in tokens.items() if i in (*prefix, *suffix)}
-    before, after = ([{"SpecialToken": {"id": name_of[i], "type_id": 0}} for i in ids] for ids in (prefix, suffix))
-    first, second = ([{"Sequence": {"id": name, "type_id": i}}] for i, name in enumerate("AB"))
-    special = {token: {"id": token, "ids": [i], "tokens": [token]} for i, token in name_of.items()}
-    single = [*before, *first, *after]
-    return {"type": "TemplateProcessing", "single": single, "pair": [*single, *second], "special_tokens": special}
-
-
-def ends_of(post_processor: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return the ids that a post-processor puts before and after a text; None if it is of another kind."""
-    kind = post_processor.get("type") if isinstance(post_processor, dict) else post_processor
-    if kind in (None, "ByteLevel"):
-        return (), ()
-    try:
-        special = post_processor["special_tokens"]
-        names = [part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in post_processor["single"]]
-        middle = names.index(None)
-        before, after = ([special[name]["ids"] for name in part] for part in (names[:middle], names[middle + 1 :]))
-        return tuple(itertools.chain(*before)), tuple(itertools.chain(*after))
-    except (KeyError, TypeError, ValueError):  # another kind, malformed, or the text is there twice or not at all
-        return None

@@ -158,3 +158,12 @@ def test_a_file_that_becomes_shorter(tmp_path):
     os.truncate(tokens.path, 40)
     with pytest.raises(OSError, match=r"a\.bin has become shorter: 20 tokens are left"):
         tokens.read(10, 20)
+
+
+def test_an_id_without_a_row_is_refused_when_it_is_read(folder):
+    """An added token of the vocabulary may have no row in the model: JAX would read another row in silence."""
+    prepared = open_prepared(folder)
+    ids = prepared.train.read(0, prepared.train.n_tokens)[0]
+    assert np.array_equal(prepared.within(int(ids.max()) + 1).train.read(0, len(ids))[0], ids)
+    with pytest.raises(ValueError, match=rf"has the id {ids.max()}, but the model has only {ids.max():,} rows"):
+        prepared.within(int(ids.max())).train.read(0, len(ids))
