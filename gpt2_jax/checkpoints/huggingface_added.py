@@ -57,7 +57,7 @@ def read(directory: Path, settings: Mapping[str, Any], own: Sequence[Token], who
         by_id = _by_id(settings["added_tokens_decoder"], directory / TOKENIZER_CONFIG)
     else:
         named, extra = _with_map(directory / SPECIAL_TOKENS_MAP, named, extra)
-        special = [*(named.get(name) for name in NAMES), *extra]
+        special = [named.get(name) for name in NAMES]
         by_id = _legacy(
             directory / ADDED_TOKENS, {_content(token) for token in special if token and not _is_typed(token)}
         )

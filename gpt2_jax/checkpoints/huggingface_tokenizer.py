@@ -77,7 +77,7 @@ def read(directory: Path) -> Tokenizer:
         fields["post_processor"] = _asked_template(settings, added.names, _ids(fields))
     tokenizer = _make(files, fields, settings)
     huggingface_added.warn_of_other_ids(added, tokenizer, directory)
-    tokenizer.eot = _end_of_text(tokenizer, files, added, config)
+    tokenizer.eot = tokenizer.eot_of_files = _end_of_text(tokenizer, files, added, config)
     kept = {name: value for name, value in settings.items() if name not in NOT_KEPT}
     own_names = {name: token for name, token in added.names.items() if not name.endswith("_token")}
     extra = own_names or added.extra

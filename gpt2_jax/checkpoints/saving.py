@@ -95,7 +95,8 @@ def _write_vocabulary(directory: Path, config: GPT2Config, tokenizer: Tokenizer,
     if format != "huggingface":
         vocabulary_files.write(directory, vocabulary_files.own_files(tokenizer, config.n_ctx))
         return
-    vocabulary_files.write(directory, vocabulary_files.huggingface_files(tokenizer, config.n_ctx))
+    own = vocabulary_files.huggingface_files(tokenizer, config.n_ctx, beside_config=True)
+    vocabulary_files.write(directory, own)
     path = directory / "config.json"
     fields = read_object(path) | vocabulary_files.special_ids(tokenizer, config.n_vocab)
     vocabulary_files.write_json(path, fields)

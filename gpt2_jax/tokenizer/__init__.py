@@ -48,6 +48,7 @@ class Tokenizer:
       prefix, suffix: ids that the template of a Hugging Face tokenizer puts before and after a text; mostly empty.
       settings: the fields of tokenizer_config.json that are kept when the tokenizer is saved in Hugging Face's format,
         such as the names of special tokens; None if it was not read from such files.
+      eot_of_files: `eot` as Hugging Face's files gave it. If you set another `eot`, the saved files name it.
     """
 
     eot: int | None
@@ -59,6 +60,7 @@ class Tokenizer:
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     settings: Mapping[str, Any] | None = None
+    eot_of_files: int | None = None
 
     def __init__(
         self,
