@@ -36,7 +36,7 @@ from gpt2_jax.files import hash_files
 from gpt2_jax.params import flatten, unflatten
 
 MANIFEST, VERSION = "checkpoint.json", 1
-QUIET = 0.5  # seconds without a report after which the threads of a failed call are taken to have ended
+QUIET = 1  # seconds without a report after which the threads of a failed call are taken to have ended
 
 Parts = Mapping[str, Mapping[str, Any]]
 """{"params": {"h0/attn/c_attn/w": array}, ...}: the arrays (or jax.ShapeDtypeStruct) of each part by flat name."""
