@@ -17,7 +17,6 @@ Orbax's v1 interface is used, with these workarounds (Orbax 0.12.8):
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import re
@@ -36,7 +35,7 @@ from gpt2_jax.files import hash_files
 from gpt2_jax.params import flatten, unflatten
 
 MANIFEST, VERSION = "checkpoint.json", 1
-QUIET = 0.5  # seconds without a report after which the threads of a failed call are taken to have ended
+QUIET = 1  # seconds without a report after which the threads of a failed call are taken to have ended
 
 Parts = Mapping[str, Mapping[str, Any]]
 """{"params": {"h0/attn/c_attn/w": array}, ...}: the arrays (or jax.ShapeDtypeStruct) of each part by flat name."""
@@ -171,7 +170,6 @@ def clear_errors() -> Iterator[None]:
 
     def is_news(record: logging.LogRecord) -> bool:
         known = (
-            "Task exception was never retrieved",  # asyncio's, of a task that another error stopped
             "Skipping merge of OCDBT checkpoints",
             "_SignalingThread.run() raised an exception",
             "Metadata file does not exist",  # of a folder that holds one of several items
@@ -180,9 +178,9 @@ def clear_errors() -> Iterator[None]:
         )
         return not any(text in str(record.msg) for text in known)
 
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for logger in loggers:
-        logger.addFilter(is_news)
+    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)  # for good: a task is collected some time after its error
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_news)
     try:
         with _late_errors_dropped():
             yield
@@ -193,8 +191,13 @@ def clear_errors() -> Iterator[None]:
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise OSError(f"Orbax says: {one_line(error)}") from error
     finally:
-        for logger in loggers:
-            logger.removeFilter(is_news)
+        logger.removeFilter(is_news)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Say whether a log record of asyncio is not about a task of Orbax that another error stopped."""
+    text = str(record.msg)
+    return not (text.startswith("Task exception was never retrieved") and "orbax" in text)
 
 
 @contextlib.contextmanager
@@ -218,7 +221,6 @@ def _late_errors_dropped() -> Iterator[None]:
         start = latest = time.monotonic()
         while (now := time.monotonic()) - latest < QUIET and now - start < 10 * QUIET:
             time.sleep(QUIET / 20)
-        gc.collect()  # asyncio logs the errors of its tasks when they are collected
         raise
     finally:
         sys.unraisablehook = print_error
