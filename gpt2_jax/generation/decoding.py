@@ -174,7 +174,9 @@ def stream(
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer must be a Tokenizer, from load_tokenizer, not {tokenizer!r}")
     settings = settings.check(config, tokenizer)
-    ids = check_prompt(config, "prompt", tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt)
+    if isinstance(prompt, str):
+        prompt = [*tokenizer.prefix, *tokenizer.encode(prompt, template=False)]
+    ids = check_prompt(config, "prompt", prompt)
     check_fits(config, "prompt", ids, settings)
     check_params(config, params, dtypes=False)
     edits = check_edits(config, edits, whole_rows=False)
