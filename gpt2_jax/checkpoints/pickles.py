@@ -7,6 +7,7 @@ nanoGPT's settings to config.json.
 from __future__ import annotations
 
 import glob
+import re
 import shlex
 from pathlib import Path
 
@@ -25,10 +26,15 @@ _CONVERT = (  # GPTConfig is the class in the checkpoints of build-nanogpt; only
 )
 
 
+# What training programs store beside the weights.
+_BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state\w*|\w*optim_states)\.\w+")
+
+
 def found_in(directory: Path) -> list[str]:
-    """Return the names of the files in a directory that are pickles, or may be."""
-    paths = sorted(path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    return [path.name for path in paths if is_pickle(path)]
+    """Return the names of the files in a directory that are pickled weights, or may be; Hugging Face's come first."""
+    paths = (path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    names = (path.name for path in paths if is_pickle(path) and not _BESIDE.fullmatch(path.name))
+    return sorted(names, key=lambda name: (not name.startswith("pytorch_model"), name))
 
 
 def is_pickle(path: Path) -> bool:

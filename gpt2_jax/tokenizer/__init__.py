@@ -239,7 +239,7 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple, dict[str, Any]]:
         """Pickle the vocabulary, from which the other process makes its own backend."""
-        state = {name: getattr(self, name) for name in ("eot", "prefix", "suffix", "settings")}
+        state = {name: getattr(self, name) for name in ("eot", "eot_of_files", "prefix", "suffix", "settings")}
         if isinstance(self._backend, HuggingFace):
             return Tokenizer.from_description, (self._backend.fields, self._backend.split_special), state
         added = {token: token in self.special for token in self.added}

@@ -192,9 +192,9 @@ def check_complete(
 ) -> None:
     """Check that no merge is missing, for example because a file was cut: a merge makes each token that text can have.
 
-    Tokens that no merge makes are fine if they are declared, have lower ids than the bytes (special tokens come first
-    in many vocabularies), or follow `<|endoftext|>` after all merges. Others are fine if GPT-2's pattern splits them,
-    as "[PAD]": no merge can make such a token.
+    Tokens that no merge makes are fine if they are declared, or have lower ids than the bytes (special tokens come
+    first in many vocabularies), or if GPT-2's pattern splits them, as "[PAD]": no merge can make such a token. Words
+    that were appended after `<|endoftext|>` by hand are fine too, unless two tokens before it could merge into each.
 
     Raises:
       ValueError: a token has no merge.
@@ -203,16 +203,25 @@ def check_complete(
     unmade = [token for token in tokens.keys() - made - set(declared) - {END_OF_TEXT} if len(token) > 1]
     if not unmade:
         return
-    first = max((i for token, i in tokens.items() if len(token) == 1), default=-1)
-    end_of_text = tokens.get(END_OF_TEXT, -1)
-    appended = end_of_text if end_of_text > max([first, *(tokens.get(token, -1) for token in made)]) else None
-    for token in sorted(unmade, key=tokens.__getitem__):
-        i = tokens[token]
-        if i > first and not (appended is not None and i > appended) and is_one_piece(token):
-            raise ValueError(
-                f"{tokens_from} holds {token!r}, id {i}, which no line of {merges_from} makes: the merges are not "
-                "complete, or the token must be declared as an added token"
-            )
+    of_bytes = [i for token, i in tokens.items() if token in BYTE_OF and token not in declared]
+    lost = [token for token in unmade if tokens[token] > min(of_bytes, default=-1) and is_one_piece(token)]
+    if not lost:
+        return
+    token = min(lost, key=tokens.__getitem__)
+    last = max([*of_bytes, *(tokens.get(name, -1) for name in made)])
+    is_appended = last < tokens.get(END_OF_TEXT, -1) < tokens[token]
+    if is_appended and not all(_may_be_merged(name, tokens) for name in lost):
+        return
+    raise ValueError(
+        f"{tokens_from} holds {token!r}, id {tokens[token]}, which no line of {merges_from} makes: the merges are not "
+        "complete, or the token must be declared as an added token"
+    )
+
+
+def _may_be_merged(token: str, tokens: Mapping[str, int]) -> bool:
+    """Return whether two tokens with lower ids make this one."""
+    parts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+    return any(max(tokens.get(part, len(tokens)) for part in pair) < tokens[token] for pair in parts)
 
 
 def is_one_piece(token: str) -> bool:

@@ -70,6 +70,39 @@ def test_the_command_converts_nanogpts_checkpoint(tmp_path, wrapper):
     assert np.array_equal(params["h1"]["mlp"]["c_fc"]["w"], state["transformer.h.1.mlp.c_fc.weight"].T)
 
 
+@pytest.mark.parity
+def test_the_command_converts_lightnings_checkpoint(tmp_path):
+    """The model is an attribute of the LightningModule, so its names begin with the attribute's."""
+    import torch
+
+    flat = forms.random_model()
+    content = {
+        "epoch": 1, "global_step": 20, "pytorch-lightning_version": "2.5.0", "loops": {"fit_loop": {"state_dict": {}}},
+        "state_dict": torch_state({f"model.{key}": array for key, array in forms.hf_tensors(flat).items()}),
+        "callbacks": {"ModelCheckpoint{'monitor': 'loss'}": {"best_model_score": torch.tensor(1.5)}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}],
+        "hyper_parameters": {"lr": 0.1, "name": "gpt2"},
+    }  # fmt: skip
+    torch.save(content, tmp_path / "epoch=1-step=20.ckpt")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
+    convert(tmp_path)
+    assert_loads_as(tmp_path, CONFIG, flat)
+
+
+@pytest.mark.parity
+def test_the_command_converts_the_weights_and_not_the_optimizer_beside_them(tmp_path):
+    """Trainer of transformers 4 saved them together."""
+    import torch
+
+    flat = forms.random_model()
+    torch.save(torch_state(forms.hf_tensors(flat)), tmp_path / "pytorch_model.bin")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt"):
+        torch.save({"state": {0: {"exp_avg": torch.ones(3)}}}, tmp_path / name)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
+    convert(tmp_path)
+    assert_loads_as(tmp_path, CONFIG, flat)
+
+
 BUILD_NANOGPT = """
 import dataclasses, sys, torch
 

@@ -161,6 +161,43 @@ def test_merges_that_were_cut_are_refused(tmp_path, special, n_lines):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("special", [[EOT], []], ids=["end", "none"])
+@pytest.mark.parametrize("character", ["\u2192", "\u010a"])
+def test_an_added_character_does_not_hide_that_merges_were_cut(tmp_path, special, character):
+    """Its id is above those of the merges, as that of `<|endoftext|>` may be."""
+    forms.model_saved(tmp_path, special)
+    n_ids = len(json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")))
+    added = {character: n_ids} if character == "\u2192" else {"\n": n_ids}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    gpt2_jax.load_tokenizer(tmp_path)
+    cut(tmp_path, 100)
+    with pytest.raises(ValueError, match=r"which no line of .*merges\.txt makes"):
+        gpt2_jax.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("n_kept", [0, 100])
+def test_merges_that_were_cut_where_the_end_of_text_stands(tmp_path, n_kept):
+    """What follows `<|endoftext|>` looks like tokens that were appended, but tokens before it could merge into each."""
+    tokens, merges = forms.embedded()
+    names = sorted(tokens.keys() - {EOT}, key=tokens.__getitem__)
+    names.insert(256 + n_kept, EOT)
+    forms.two_files(tmp_path, {token: i for i, token in enumerate(names)}, merges)
+    gpt2_jax.load_tokenizer(tmp_path)
+    cut(tmp_path, 1 + n_kept)
+    with pytest.raises(ValueError, match=r"which no line of .*merges\.txt makes"):
+        gpt2_jax.load_tokenizer(tmp_path)
+
+
+def test_merges_of_a_sorted_vocabulary_that_were_cut(tmp_path):
+    """Single characters have high ids there."""
+    tokens, merges = forms.embedded()
+    forms.two_files(tmp_path, {token: i for i, token in enumerate(sorted(tokens))}, merges)
+    gpt2_jax.load_tokenizer(tmp_path)
+    cut(tmp_path, 100)
+    with pytest.raises(ValueError, match=r"which no line of .*merges\.txt makes"):
+        gpt2_jax.load_tokenizer(tmp_path)
+
+
 def test_a_line_that_is_missing_among_the_merges(tmp_path):
     forms.model_saved(tmp_path, [EOT])
     lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
