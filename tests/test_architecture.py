@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,10 @@ def test_modules_are_attributes_and_no_public_name_hides_one():
     code = f"import gpt2_jax; assert all(getattr(gpt2_jax, n).__name__ == 'gpt2_jax.' + n for n in {sorted(rooms)})"
     modules_after(f"{code}; assert callable(gpt2_jax.generate)")
     modules_after("from gpt2_jax import research, training; research.forward, training.fit")
+
+
+def test_the_wheel_has_every_package():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert {name for name in listed if ".models." not in name} == found
