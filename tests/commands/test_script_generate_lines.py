@@ -166,7 +166,7 @@ def test_log_probabilities_of_a_prompt(run, finished, shakespeare, tokenizer):
     done = run("--prompt", text, "--prompt-logprobs", "--num-samples", 2, *OPTIONS)
     assert done.out.count("logprob       p  token") == 1
     shown = re.findall(r"^ *(-\d+\.\d{3}) ", done.out, flags=re.MULTILINE)
-    np.testing.assert_allclose(np.array(shown, float), expected.logprobs, atol=6e-4)
+    np.testing.assert_allclose(np.array(shown, float), expected.logprobs, atol=6e-4)  # three digits: 5e-4
 
 
 # ---- the same weights

@@ -47,7 +47,7 @@ def test_float64_logits_are_those_of_numpy_without_rounding(case):
         config, params = variants.model(case, param_dtype="float64", compute_dtype="float64")
         tokens_BT = some_tokens(config, 2, 17)
         error = relative_error(logits_of(config, params, tokens_BT), variants.expected(config, params, tokens_BT))
-    assert error < 1e-13  # measured 8.8e-16
+    assert error < 1e-14  # measured 8.8e-16
 
 
 def test_each_variant_moves_the_logits(model, case):
@@ -125,7 +125,7 @@ def test_remat_gives_the_same_gradients():
 
     one, other = (flatten(jax.jit(jax.grad(loss), static_argnums=1)(params, remat)) for remat in (False, True))
     for name, leaf in one.items():
-        assert np.abs(leaf - other[name]).max() <= 1e-5 * max(np.abs(leaf).max(), 1e-3), name  # measured 4e-7
+        assert np.abs(leaf - other[name]).max() <= 4e-6 * max(np.abs(leaf).max(), 1e-3), name  # measured 4e-7
 
 
 def test_low_precision_does_not_need_reorder_and_upcast():

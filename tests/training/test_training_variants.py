@@ -37,7 +37,7 @@ def test_a_step_takes_the_gradient_of_the_plain_loss(name):
         gradients, before = ts.flat(gradients), ts.flat(before)
         assert ("lm_head" in gradients) == (not config.tie_word_embeddings)
         for key, new in ts.flat(state.params).items():
-            assert np.abs(before[key] - new - gradients[key]).max() < 1e-14, key  # measured 1.7e-16
+            assert np.abs(before[key] - new - gradients[key]).max() < 2e-15, key  # measured 1.7e-16
             assert np.abs(gradients[key]).max() > 1e-6, key
 
 
@@ -49,7 +49,7 @@ def test_the_head_has_weight_decay():
     state, _ = ts.run(recipe, batches, config)
     found, before = ts.flat(state.params), ts.flat(ts.params_of(ts.config_of(recipe, config)))
     for name in ("lm_head", "wte"):
-        assert np.abs(found[name] - expected[name]).max() < 1e-6, name  # measured 6e-8
+        assert np.abs(found[name] - expected[name]).max() < 5e-7, name  # measured 6e-8
         assert np.abs(found[name] - before[name]).max() > 0.05
 
 
