@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoints import huggingface, names
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, one_line
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, drain, one_line
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import read_json
 
@@ -38,7 +38,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
     source, root = directory / WEIGHTS, names.root_of(arrays)
     arrays = {name.removeprefix(root): array for name, array in arrays.items() if name.startswith(root)}
     matched = names.match(arrays, config, source, "config.json", lambda some: some.items(), dtype)
-    return matched.config, matched.leaves(_drain(dict(matched.tensors)))
+    return matched.config, matched.leaves(drain(matched.tensors))
 
 
 def _files(directory: Path) -> list[Path]:
@@ -75,9 +75,3 @@ def _flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarr
             yield from _flat(branch, (*path, str(name)))
     elif isinstance(tree, np.ndarray):
         yield ".".join(path), tree
-
-
-def _drain(arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every array, the largest first, and remove it from the dict."""
-    for name in sorted(arrays, key=lambda name: -arrays[name].nbytes):
-        yield name, arrays.pop(name)

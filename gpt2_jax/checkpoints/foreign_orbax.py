@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoints import huggingface, names, parts, tensorflow
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, one_line
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, drain, one_line
 from gpt2_jax.config import GPT2Config
 
 TREE_MARK = "_METADATA"
@@ -63,7 +63,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
     arrays = _restore(path.resolve())
     config_file = "config.json" if is_hugging_face else "hparams.json"
     matched = names.match(arrays, config, path, config_file, lambda some: some.items(), dtype)
-    return matched.config, matched.leaves(iter(matched.tensors.items()))
+    return matched.config, matched.leaves(drain(matched.tensors))
 
 
 def _restore(path: Path) -> dict[str, np.ndarray]:
@@ -87,7 +87,8 @@ def _restore(path: Path) -> dict[str, np.ndarray]:
     except MemoryError:
         raise
     except Exception as error:  # Orbax passes on the errors of the libraries below it
-        raise DamagedError(f"{path} is damaged, Orbax says: {one_line(error)}") from error
+        said = one_line(error).removeprefix("Orbax says: ")
+        raise DamagedError(f"{path} is damaged, Orbax says: {said}") from error
     arrays = {_name(keys): array for keys, array in jax.tree_util.tree_leaves_with_path(found)}
     return {name.removeprefix(root): array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 

@@ -48,10 +48,11 @@ def fetch(repository: str, tokenizer_only: bool = False, revision: str | None = 
     if not names or any(name in FLAX_FILES for name in names):
         return _snapshot(repository, revision, (*TOKENIZER_FILES, *FLAX_FILES))
     listed = ", ".join(name for name in names if name.endswith(WEIGHTS)) or "no weights"
+    arguments = f'"{repository}"' + (f', revision="{revision}"' if revision else "")
     raise ValueError(
         f"{repository} holds no model.safetensors; found: {listed}; pickled weights (pytorch_model.bin) are not read, "
         "because opening them can run code; convert them with: python -c 'from transformers import GPT2LMHeadModel "
-        f'as M; M.from_pretrained("{repository}").save_pretrained("a-folder")\''
+        f'as M; M.from_pretrained({arguments}).save_pretrained("a-folder")\''
     )
 
 

@@ -1,8 +1,8 @@
 """Hugging Face's format of GPT-2: config.json and safetensors, with Hugging Face's names and OpenAI's orientation.
 
 Hugging Face's GPT-2 keeps OpenAI's Conv1D, so nothing is transposed. Names and orientations of other programs are read
-too (`names`). A file that this project wrote contains a sha256
-of each tensor. In other files, only the header, the names, the shapes and the finiteness of the values can be checked.
+too (`names`). A file that this project wrote contains a sha256 of each tensor. In other files, only the header, the
+names, the shapes and the finiteness of the values can be checked.
 """
 
 from __future__ import annotations

@@ -27,6 +27,10 @@ class DamagedError(ValueError):
     """The bytes of a checkpoint are not those that were written."""
 
 
+class DtypeNeededError(ValueError):
+    """The tensors are floats that can only be loaded if `load` is told a dtype."""
+
+
 def sha256(array: np.ndarray) -> str:
     """Return the sha256 of an array's bytes in hexadecimal. The bytes are in row-major order and little-endian."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
@@ -77,17 +81,24 @@ def stored_dtype(dtypes: Iterable[Any], source: object, wanted: np.dtype | None 
       wanted: the dtype to which the caller casts the tensors. None means that they keep their dtype.
 
     Raises:
+      DtypeNeededError: most tensors are float64, and there is no wanted dtype.
       ValueError: the tensors are not float32, bfloat16 or float16. With a wanted dtype, float64 is accepted too.
     """
     names = [name for name, _ in collections.Counter(dtype.name for dtype in dtypes).most_common()] or ["float32"]
     if wanted is not None and set(names) <= set(FLOATS):
         return wanted
     if names[0] == "float64":
-        raise ValueError(f'{source} holds float64: pass the dtype to load, as in dtype="float32"')
+        raise DtypeNeededError(f'{source} holds float64: pass the dtype to load, as in dtype="float32"')
     if names[0] in STORED_DTYPES and wanted is None:
         return jnp.dtype(names[0])
     name = next(name for name in names if name not in FLOATS)
     raise ValueError(f"{source} holds {name}: tensors must be {', '.join(STORED_DTYPES[:-1])} or {STORED_DTYPES[-1]}")
+
+
+def drain(arrays: dict[str, np.ndarray]) -> Leaves:
+    """Yield every array, the largest first, and remove it from the dict, so that its memory can be freed."""
+    for name in sorted(arrays, key=lambda name: -arrays[name].nbytes):
+        yield name, arrays.pop(name)
 
 
 def warn(message: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt2_jax.checkpoints import copies, flax_msgpack, foreign_orbax, huggingface, llmc, orbax, run_weights, tensorflow
 from gpt2_jax.checkpoints.forms import FormName
-from gpt2_jax.checkpoints.integrity import STORED_DTYPES, Leaves, count_non_finite
+from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DtypeNeededError, Leaves, count_non_finite
 from gpt2_jax.checkpoints.released import use_release
 from gpt2_jax.checkpoints.sources import Found, find, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
@@ -123,6 +123,9 @@ def warn_of_non_finite(counts: Mapping[str, int], what: str, stacklevel: int) ->
 def load_config(source: str | os.PathLike) -> GPT2Config:
     """Load only a model's config, the same that `load` returns. For a size, no file is needed.
 
+    Most formats need only the config's file, and the names, shapes and dtypes of the tensors. All weights are read for
+    Flax and for trees of other programs in Orbax, and the output head and `wte` where other formats store both.
+
     Where `load` needs a dtype (float64, or tensors of several dtypes), it is the config that dtype="float32" gives.
 
     Raises:
@@ -143,7 +146,7 @@ def _config_of_any_dtype(found: Found) -> GPT2Config:
     """Return the config of a model. Where `load` needs a dtype, param_dtype is float32."""
     try:
         return READERS[found.form](found.path, None)[0]
-    except ValueError:
+    except DtypeNeededError:
         return READERS[found.form](found.path, np.dtype("float32"))[0]
 
 

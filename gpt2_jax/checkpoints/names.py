@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints.integrity import FLOATS, Leaves, stored_dtype, warn
+from gpt2_jax.checkpoints.integrity import FLOATS, DtypeNeededError, Leaves, stored_dtype, warn
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
@@ -112,13 +112,13 @@ class Matched:
 
     Attributes:
       config: the config, with what only the tensors tell: param_dtype, and the book's qkv_bias.
-      tensors: the tensors to read, by short name.
+      tensors: the tensors to read, by short name. A dict of its own: if they are arrays, `drain` may empty it.
       keys: for each parameter the names of its tensors: one; or query, key and value; or none, then it is zero.
       transposed: the names of the tensors that are stored as (out, in).
     """
 
     config: GPT2Config
-    tensors: Mapping[str, Any]
+    tensors: dict[str, Any]
     keys: Mapping[str, tuple[str, ...]]
     transposed: frozenset[str]
 
@@ -191,6 +191,7 @@ def check_differences(
     """Check names, shapes and dtypes. With a dtype to load, the stored dtypes may be any floats.
 
     Raises:
+      DtypeNeededError: only the dtypes differ, and all are floats.
       ValueError: something differs. The message lists it.
     """
     if not (wrong := differences(found, expected, dtypes=dtype is None)):
@@ -198,7 +199,7 @@ def check_differences(
     listed = ":\n  " + "\n  ".join(wrong)
     names = sorted({tensor.dtype.name for tensor in found.values()})
     if not differences(found, expected, dtypes=False) and set(names) <= set(FLOATS):
-        raise ValueError(
+        raise DtypeNeededError(
             f"{source} holds tensors of several dtypes ({', '.join(names)}): pass the one to load, as in "
             f'dtype="float32"{listed}'
         )

@@ -85,7 +85,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
 
     path = (directory / TREE).resolve()
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt="[" not in str(path))  # its database treats [ as a pattern
-    with parts.clear_errors(), ocp.Checkpointer(handler) as checkpointer:
+    with parts.clear_errors(saving=True), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(unflatten(flat)))
     hashes = {name: sha256(array) for name, array in flat.items()}
     manifest = write_manifest(config, hashes, files=hash_files(path))

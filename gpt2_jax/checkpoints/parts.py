@@ -17,10 +17,12 @@ Orbax's v1 interface is used, with these workarounds (Orbax 0.12.8):
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,11 +65,11 @@ def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
     for probe in leftovers(path):  # fail here, because Orbax would leave coroutines behind
         probe.mkdir()
         probe.rmdir()
-    with plain_files(), clear_errors():
+    with plain_files(), clear_errors(saving=True):
         response = ocp.save_checkpointables_async(str(path), trees)
 
     def finish() -> None:
-        with clear_errors():
+        with clear_errors(saving=True):
             response.result()
         if jax.process_index() == 0:
             manifest = {"gpt2_jax_checkpoint": VERSION, "step": step, "leaves": leaves, "files": hash_files(path)}
@@ -165,8 +167,12 @@ def plain_files() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn errors into an OSError of one sentence, and drop the traces that Orbax leaves for the same errors."""
+def clear_errors(saving: bool = False) -> Iterator[None]:
+    """Turn errors into an OSError of one sentence, and drop the traces that Orbax leaves for the same errors.
+
+    Args:
+      saving: the block writes. After an error, wait until the threads that still write have ended, 1 s or more.
+    """
 
     def is_news(record: logging.LogRecord) -> bool:
         known = (
@@ -174,15 +180,18 @@ def clear_errors() -> Iterator[None]:
             "_SignalingThread.run() raised an exception",
             "Metadata file does not exist",  # of a folder that holds one of several items
             "Failed to read Metadata file",  # the error that follows says it
+            "Failed to json parse Metadata file",  # of a tree, which is read without it
+            "Provided metadata contains unknown key",
             "Failed to get item metadata",
         )
         return not any(text in str(record.msg) for text in known)
 
-    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)  # for good: a task is collected some time after its error
+    # Permanently, because a task is collected some time after its error.
+    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
     logger = logging.getLogger("absl")
     logger.addFilter(is_news)
     try:
-        with _late_errors_dropped():
+        with _late_errors.dropped(wait=saving):
             yield
     except (OSError, MemoryError):
         raise
@@ -197,30 +206,52 @@ def clear_errors() -> Iterator[None]:
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     """Say whether a log record of asyncio is not about a task of Orbax that another error stopped."""
     text = str(record.msg)
-    return not (text.startswith("Task exception was never retrieved") and "orbax" in text)
+    return not (text.startswith("Task exception was never retrieved") and re.search("orbax|tensorstore", text))
 
 
-@contextlib.contextmanager
-def _late_errors_dropped() -> Iterator[None]:
-    """After an error in the block, wait until the threads of the failed call have ended, and drop what they report.
+class _LateErrors:
+    """Drops what the threads of a failed call report: to an event loop that is closed, a traceback each in Python.
 
-    They write to the folder and report to an event loop that is closed, which Python prints as a traceback each.
+    Blocks of several threads may overlap. The hook is removed when the last block ends. A failed block that does not
+    wait leaves the hook: until nothing was reported for a while, it drops such reports; a later block removes it.
     """
-    print_error, latest = sys.unraisablehook, 0.0
 
-    def drop(unraisable: Any) -> None:
-        nonlocal latest
-        latest = time.monotonic()
-        if str(unraisable.exc_value) != "Event loop is closed":
-            print_error(unraisable)
+    def __init__(self) -> None:
+        self.lock, self.n_blocks, self.until = threading.Lock(), 0, 0.0
+        self.hook: Any = None
+        self.replaced: Any = None
 
-    sys.unraisablehook = drop
-    try:
-        yield
-    except Exception:
-        start = latest = time.monotonic()
-        while (now := time.monotonic()) - latest < QUIET and now - start < 10 * QUIET:
-            time.sleep(QUIET / 20)
-        raise
-    finally:
-        sys.unraisablehook = print_error
+    @contextlib.contextmanager
+    def dropped(self, wait: bool) -> Iterator[None]:
+        """Drop the reports in the block and, after an error, those that follow. `wait` returns only after them."""
+        self._count(1)
+        try:
+            yield
+        except Exception:
+            now = time.monotonic()
+            self.until, end = now + QUIET, now + 10 * QUIET
+            while wait and time.monotonic() < min(self.until, end):
+                time.sleep(QUIET / 20)
+            raise
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self.lock:
+            self.n_blocks += change
+            installed = sys.unraisablehook is self.hook
+            if self.n_blocks and not installed:
+                self.replaced = sys.unraisablehook
+                self.hook = sys.unraisablehook = functools.partial(self._drop, self.replaced)
+            elif installed and not self.n_blocks and time.monotonic() >= self.until:
+                sys.unraisablehook = self.replaced
+
+    def _drop(self, replaced: Callable[[Any], None], unraisable: Any) -> None:
+        late = time.monotonic() < self.until
+        if not (late or self.n_blocks) or str(unraisable.exc_value) != "Event loop is closed":
+            replaced(unraisable)
+        elif late:
+            self.until = time.monotonic() + QUIET
+
+
+_late_errors = _LateErrors()

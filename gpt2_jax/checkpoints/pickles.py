@@ -26,7 +26,7 @@ _CONVERT = (  # GPTConfig is the class in the checkpoints of build-nanogpt; only
 )
 
 
-# What training programs store beside the weights.
+# What training programs store beside the weights: a training state.
 _BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state\w*|\w*optim_states)\.\w+")
 
 
@@ -43,7 +43,9 @@ def is_pickle(path: Path) -> bool:
 
 
 def refusal(path: Path) -> str:
-    """Return the sentences that refuse a pickle: why, and the command that converts it."""
+    """Return the sentences that refuse a pickle: why, and the command that converts it if it may be weights."""
+    if _BESIDE.fullmatch(path.name):
+        return f"{path} is a training state and not weights: name the directory or the file that holds the weights"
     directory = path.parent
     files = path.with_name("pytorch_model*.bin") if path.name.startswith("pytorch_model") else path
     config = directory / "config.json"

@@ -57,7 +57,7 @@ def save(
         only weights and config.
 
     Warns:
-      UserWarning: the tokenizer seems to belong to another model, because its number of ids is not the config's.
+      UserWarning: the tokenizer seems to belong to another model, because its ids do not fit the config's n_vocab.
 
     Raises:
       FileExistsError: the directory holds files that are not part of a saved model, or holds a vocabulary while

@@ -150,7 +150,7 @@ def find(path: Path) -> Found:
 
 
 def _weights(directory: Path, rank: int) -> dict[str, Found]:
-    """Return the forms of a rank in a directory that file names tell, by the pattern of the files."""
+    """Return the models of a rank that file names identify, by the pattern of the files."""
     found: dict[str, Found] = {}
     for name, form in FORMS.items():
         pattern = next((p for p in form.patterns if form.rank == rank and any(directory.glob(p))), None)
@@ -160,7 +160,7 @@ def _weights(directory: Path, rank: int) -> dict[str, Found]:
 
 
 def _other_weights(directory: Path) -> dict[str, Found]:
-    """Return the models of rank 1 in a directory, some of which only the contents of files tell, by file name."""
+    """Return the models of rank 1, by file name. Some are recognized only by a file's content."""
     found = _weights(directory, rank=1)
     found |= {file.name: Found("llmc", file) for file in sorted(directory.glob("*.bin")) if llmc.is_model(file)}
     if any((directory / name).is_file() for name in CONFIGS) and foreign_orbax.find(directory) is not None:

@@ -127,7 +127,7 @@ def check_config(config: GPT2Config) -> None:
     `reorder_and_upcast_attn` is accepted and not stored, because it does not change the arithmetic here.
 
     Raises:
-      ValueError: the arithmetic is another. The message names the fields.
+      ValueError: the model has other arithmetic. The message names the fields.
     """
     lost = [f"{name} = {value!r}" for name, value in config.variants.items() if name != "reorder_and_upcast_attn"]
     if lost:

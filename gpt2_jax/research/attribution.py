@@ -6,8 +6,8 @@ The residual stream is the sum of the embeddings and of what each layer adds. Th
 
 is linear in x if ln_f's scale is held at its value in the run. So the logit is a sum too: each part p of the stream
 contributes ((p - mean(p)) / scale * g) @ head[token], and ln_f's bias contributes b @ head[token]. `head` is `wte`, or
-`lm_head` if the head is not tied. (Elhage et al. 2021,
-"A Mathematical Framework for Transformer Circuits"; Wang et al. 2022, "Interpretability in the Wild", section 3.1.)
+`lm_head` if the head is not tied. (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Wang et al.
+2022, "Interpretability in the Wild", section 3.1.)
 
 Shape letters: B batch, T query, P positions asked for, L layers, D n_embd, N heads, H head width, F mlp width.
 """

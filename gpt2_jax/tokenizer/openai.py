@@ -147,8 +147,8 @@ def match_merges(
     if set(map(len, merges)) - {2} or not tokens.keys() >= {*itertools.chain(*merges)} or not _ascending(ids):
         _raise_for_merge(tokens, merges, tokens_from, merges_from, first_line)
     names = [*BYTE_OF, *merged]
-    if strange := set(text := "".join(names)) - BYTE_OF.keys():
-        raise ValueError(f"{merges_from} merges {min(strange)!r}, which spells no byte")
+    if unknown := set(text := "".join(names)) - BYTE_OF.keys():
+        raise ValueError(f"{merges_from} merges {min(unknown)!r}, which spells no byte")
     spelled = text.translate(_LATIN_1).encode("latin-1")  # of all names at once, which is faster
     ends = [*itertools.accumulate(map(len, names))]
     parts = (spelled[start:end] for start, end in itertools.pairwise([0, *ends]))

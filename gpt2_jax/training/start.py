@@ -92,7 +92,7 @@ def check_tokenizer(plan: Plan, tokenizer: Tokenizer | None) -> None:
     """Check that the tokenizer, if there is one, has as many ids as the model, apart from padding and added tokens.
 
     Raises:
-      ValueError: it has not.
+      ValueError: the number of ids does not fit.
     """
     if tokenizer is not None and not fits(tokenizer, plan.config.n_vocab):
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, but the model has {plan.config.n_vocab:,}")

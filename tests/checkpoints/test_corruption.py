@@ -31,6 +31,10 @@ from gpt2_jax.config import DROPOUT_RATES
 CONFIG = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=11, n_embd=12, n_head=3, n_layer=2)
 SUBJECTS = ("tensorflow", "huggingface", "orbax", "copy", "tensorflow v1", "flax", "llm.c", "orbax tree")
 NO_CHECKSUMS = ("flax", "llm.c", "orbax tree")  # a changed weight is another weight, and nobody can tell
+# What nothing else in a format depends on. llm.c pads the rows, so its file has the same length for other n_vocab.
+UNCHECKED = dict.fromkeys(("tensorflow", "tensorflow v1", "flax", "orbax tree"), ("n_head",)) | {
+    "llm.c": ("n_head", "n_vocab")
+}
 SUPPORT = str(Path(__file__).parents[1] / "support")
 
 
@@ -64,8 +68,8 @@ class Subject:
         """Return the result of `load` after these changes to files (None: removed). Restore the files afterwards.
 
         "told" (an error), "rebuilt" (the copy), "harmless" (the same arrays and config), "unknowable" (n_head in
-        OpenAI's hparams.json, which nothing else in that format depends on; a weight or a setting in a format without
-        checksums), or a text that says what went wrong.
+        OpenAI's hparams.json, which nothing else in that format depends on; in a format without checksums a weight, or
+        one of `UNCHECKED`), or a text that says what went wrong.
         """
         for path, content in damaged.items():
             path.unlink() if content is None else path.write_bytes(content)
@@ -76,16 +80,18 @@ class Subject:
         except Exception as error:  # the wrong type of error: counted and shown
             return f"escaped: {error!r}"
         else:
-            if difference := forms.difference(params, self.flat):
-                return "unknowable" if self.form in NO_CHECKSUMS else f"SILENT: {difference}"
             # Users may change dropout rates in Hugging Face's config.json. They do not affect the weights.
             has_rates = self.form in ("huggingface", "flax")
             rates = {name: getattr(self.config, name) for name in DROPOUT_RATES} if has_rates else {}
-            if config.replace(**rates) == self.config:
-                return "rebuilt" if self.form == "copy" and self._rebuilt(damaged) else "harmless"
-            only_heads = config.replace(n_head=self.config.n_head) == self.config
-            unchecked = self.form in ("tensorflow", "tensorflow v1", *NO_CHECKSUMS)
-            return "unknowable" if unchecked and only_heads else f"SILENT: {config}"
+            unchecked = {name: getattr(self.config, name) for name in UNCHECKED.get(self.form, ())}
+            if config.replace(**rates | unchecked) != self.config:
+                return f"SILENT: {config}"
+            difference = forms.difference(params, self.flat)
+            if difference and self.form not in NO_CHECKSUMS:
+                return f"SILENT: {difference}"
+            if difference or config.replace(**rates) != self.config:
+                return "unknowable"
+            return "rebuilt" if self.form == "copy" and self._rebuilt(damaged) else "harmless"
         finally:
             self._heal()
 
@@ -186,6 +192,22 @@ def test_a_changed_byte_of_a_weight_is_always_noticed(subject):
         assert subject.outcome({path: content}) in ("told", "rebuilt"), (path.name, place)
 
 
+def test_a_changed_name_or_size_is_noticed_without_checksums(subject):
+    """Names in the files of Flax and Orbax, and the sizes in llm.c's header. Orbax writes each name twice."""
+    if subject.form not in NO_CHECKSUMS:
+        pytest.skip("there are checksums")
+    told = n = 0
+    for path, content in subject.files.items():
+        places = [match.start() for match in re.finditer(rb"c_attn|ln_1|c_fc", content)]
+        for place in (8, 16, 24) if subject.form == "llm.c" else places:  # n_ctx, n_layer, n_embd
+            other = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+            outcome = subject.outcome({path: other})
+            assert outcome in ACCEPTABLE[subject.form], (path.name, place, outcome)
+            told, n = told + (outcome == "told"), n + 1
+    print(f"\n{subject.form}: {told} of {n}")
+    assert told >= {"flax": n, "llm.c": 3, "orbax tree": 12}[subject.form] > 1  # 12: each name once
+
+
 def test_each_byte_of_the_texts(subject):
     """Every byte, or every seventh: a digit becomes another digit, a letter another letter."""
     counts = collections.Counter()
@@ -226,7 +248,12 @@ def test_damage_is_told_without_noise():
         [sys.executable, "-W", "ignore::UserWarning", "-c", run],
         cwd=Path(__file__).parent,
         env=os.environ
-        | {"PYTHONPATH": SUPPORT, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "TF_ENABLE_ONEDNN_OPTS": "0"},
+        | {
+            "PYTHONPATH": os.pathsep.join([SUPPORT, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "JAX_PLATFORMS": "cpu",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            "TF_ENABLE_ONEDNN_OPTS": "0",
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -278,3 +305,42 @@ def test_a_whole_other_tree_in_our_orbax_directory(tmp_path):
         subject.load()
     shutil.copyfile(tmp_path / "b" / "gpt2_jax.json", subject.source / "gpt2_jax.json")
     assert forms.difference(subject.load()[1], flat) == ""
+
+
+VOCABULARY = {
+    "tensorflow": ("encoder.json", "vocab.bpe"),
+    "huggingface": ("vocab.json", "merges.txt", "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize(("format", "name"), [(format, name) for format, names in VOCABULARY.items() for name in names])
+def test_a_changed_byte_of_a_vocabulary(tmp_path, tokenizer, format, name):
+    """An error of one sentence, a warning, or a tokenizer that works.
+
+    These files have no checksums, because other programs write and read them too. What cannot be found: a token that
+    has become another token of the same kind (both in a file that alone holds it), a merge whose parts are still
+    tokens, and a setting that has become another valid one.
+    """
+    config = CONFIG.replace(n_vocab=tokenizer.n_vocab)
+    flat = forms.random_model(config)
+    gpt2_jax.save(tmp_path, config, forms.nested(flat), format=format, tokenizer=tokenizer)
+    path = tmp_path / name
+    content, rng, counts = path.read_bytes(), np.random.default_rng(20), collections.Counter()
+    for _ in range(campaign(40, 200)):
+        place = int(rng.integers(len(content)))
+        changed = bytes([content[place] ^ int(rng.integers(1, 256))])
+        path.write_bytes(content[:place] + changed + content[place + 1 :])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                found = gpt2_jax.load_tokenizer(tmp_path)
+            except (ValueError, FileNotFoundError) as error:
+                counts["told" if forms.is_clear(error) else f"told badly: {error!r}"] += 1
+                continue
+        assert {warning.category for warning in caught} <= {UserWarning}, (place, changed, caught)
+        assert isinstance(found.decode(found.encode("First Citizen:")), str)
+        same = found.tokens == tokenizer.tokens and found.merges == tokenizer.merges
+        counts["warned" if caught else "same" if same else "another"] += 1
+    print(f"\n{name}: {dict(counts)}")
+    assert counts["told"]
+    assert counts.keys() <= {"told", "warned", "same", "another"}, counts

@@ -1,10 +1,14 @@
 """Trees of Orbax's other interfaces; Orbax's usual readers on ours; a full disk."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoint_forms as forms
 import foreign_models as foreign
@@ -13,6 +17,7 @@ import pytest
 from checkpoint_forms import CONFIG, assert_loads_as, hf_config
 
 import gpt2_jax
+from gpt2_jax.checkpoints import flax_msgpack, foreign_orbax, parts
 
 
 @pytest.fixture(autouse=True)
@@ -105,11 +110,67 @@ def test_a_tree_of_another_model(tmp_path, flat):
     assert "h1.mlp.c_fc.w" in refusal(tmp_path)
 
 
-def test_a_damaged_tree(tmp_path, flat):
+def test_a_damaged_tree(tmp_path, flat, monkeypatch):
+    """It is read once, and nothing waits: only a save has threads that go on."""
+    read, n_reads, slept = foreign_orbax._restore, [], []
+    monkeypatch.setattr(foreign_orbax, "_restore", lambda path: n_reads.append(path) or read(path))
+    monkeypatch.setattr(parts, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
     save_tree(tmp_path / "tree", forms.nested(flat), "StandardCheckpointer")
     (tmp_path / "hparams.json").write_text(json.dumps(CONFIG.to_hparams()))
     (tmp_path / "tree" / "_METADATA").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        gpt2_jax.load_config(tmp_path)
+    assert len(n_reads) == 1
     assert "damaged" in refusal(tmp_path)
+    assert slept == []
+
+
+def test_only_a_file_that_needs_a_dtype_is_read_twice(tmp_path, monkeypatch):
+    """`load_config` then gives the config that dtype="float32" gives. Damage is not such a need."""
+    read, n_reads = flax_msgpack._restore, []
+    monkeypatch.setattr(flax_msgpack, "_restore", lambda path: n_reads.append(path) or read(path))
+    double = {name: array.astype(np.float64) for name, array in forms.random_model().items()}
+    foreign.write_flax(tmp_path, CONFIG, double)
+    assert gpt2_jax.load_config(tmp_path) == CONFIG
+    assert len(n_reads) == 2
+    path = tmp_path / "flax_model.msgpack"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="damaged"):
+        gpt2_jax.load_config(tmp_path)
+    assert len(n_reads) == 3
+
+
+@pytest.mark.parametrize(
+    ("reader", "write"),
+    [(flax_msgpack, foreign.write_flax), (foreign_orbax, foreign.write_orbax)],
+    ids=["flax", "orbax"],
+)
+def test_each_array_is_freed_after_it_was_yielded(tmp_path, reader, write):
+    """Otherwise the host holds all weights twice while they are put on a CPU."""
+    write(tmp_path, CONFIG, forms.random_model())
+    _, leaves = reader.read(tmp_path)
+    yielded = []
+    for _name, array in leaves:
+        yielded.append(weakref.ref(array))
+        assert sum(ref() is not None for ref in yielded) <= 2  # this one, and the loop's last one
+    assert len(yielded) == len(forms.shapes(CONFIG))
+
+
+def test_blocks_that_overlap_put_the_hook_back(monkeypatch):
+    """`finish` runs in any thread, so a block can end while one that began later is open."""
+    seen = []
+    before = seen.append
+    monkeypatch.setattr(sys, "unraisablehook", before)
+    monkeypatch.setattr(parts, "_late_errors", parts._LateErrors())
+    closed, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another"))
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(parts.clear_errors())
+        second.enter_context(parts.clear_errors())
+        first.close()
+        sys.unraisablehook(closed)
+        sys.unraisablehook(other)
+    assert seen == [other]
+    assert sys.unraisablehook is before
 
 
 @pytest.mark.parametrize("folder", ["model", "odd [1]"])
@@ -145,7 +206,7 @@ import resource, sys
 import checkpoint_forms as forms
 import gpt2_jax
 params = forms.nested(forms.random_model())
-for limit in (200, 2000, 20000):
+for limit in (200, 2000, 6000):  # _METADATA is larger
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         gpt2_jax.save(sys.argv[1], forms.CONFIG, params, format="orbax")

@@ -138,6 +138,11 @@ def test_a_revision(hub, call):
     assert not any("/main" in request for request in asked_for)
 
 
+def test_the_line_that_converts_keeps_the_revision(call):
+    assert 'from_pretrained("owner/pickled", revision="v2.0")' in call("owner/pickled@v2.0", "load")["error"]
+    assert 'from_pretrained("owner/pickled").save' in call("owner/pickled", "load")["error"]
+
+
 def test_a_repository_of_flax(hub, call):
     """Its msgpack file is fetched, because there are no safetensors. Its pickle is not."""
     asked = len(hub.requests)

@@ -176,6 +176,27 @@ def test_a_pickle_by_its_path_is_refused_with_the_command(tmp_path):
     assert "ckpt.pt holds pickled weights" in refusal(tmp_path / "ckpt.pt", ValueError)
 
 
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "scaler.pt")
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_training_state_by_its_path_is_not_called_weights(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    said = refusal(tmp_path / name, ValueError)
+    assert f"{name} is a training state and not weights" in said
+    assert "python -c" not in said
+
+
+def test_a_trainers_checkpoint_of_an_adapter_gets_the_adapters_advice(tmp_path):
+    """PEFT's Trainer saves the adapter beside its training state, and no weights of the model."""
+    for name in ("adapter_model.safetensors", *STATES):
+        (tmp_path / name).write_bytes(b"\x80\x04.")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    said = refusal(tmp_path, ValueError)
+    assert "merge_and_unload" in said
+    assert "pickled weights" not in said
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
