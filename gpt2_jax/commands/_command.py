@@ -89,6 +89,8 @@ def _message(error: Exception) -> str | None:
     """Return the sentence for a user's error, or None for an error in our code."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
+        if text.startswith("not enough memory"):  # from our library: it says what to do
+            return text
         detail = f" ({text[:200]})" if text else ""
         return f"not enough memory: use a smaller model, smaller batches or shorter texts{detail}"
     return str(error) if isinstance(error, ValueError | OSError) else None

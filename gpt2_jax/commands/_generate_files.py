@@ -135,7 +135,8 @@ class _Lines:
     def row(self, line: dict[str, Any], number: int) -> Row:
         """Return what is to be completed."""
         options = self.model.options.changed(line)
-        return Row(self.model.encode(line["prompt"], options), self.model.settings(options), number)
+        name = f"the prompt with index {number // self.args.num_samples}"
+        return Row(self.model.encode(line["prompt"], options), self.model.settings(options), number, name)
 
     def complete(self, lines: list[dict[str, Any]], indices: list[int]) -> list[dict[str, Any]]:
         """Return the new fields of some lines."""
@@ -145,7 +146,7 @@ class _Lines:
         samples = [as_json(sample, tokenizer) for sample in self.model.complete(rows)]
         results: list[dict[str, Any]] = [{"samples": samples[i * n : (i + 1) * n]} for i in range(len(lines))]
         if self.args.prompt_logprobs:
-            scores = self.model.score([row.ids for row in first])
+            scores = self.model.score([row.ids for row in first], [row.name for row in first])
             for result, row, logprobs in zip(results, first, scores, strict=True):
                 tokens = tokens_of_prompt(row.ids, logprobs)
                 result["prompt_logprobs"] = tokens_as_json(tokens, tokenizer, top=False)

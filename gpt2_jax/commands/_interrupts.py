@@ -7,7 +7,7 @@ later, `check` raises a lost one, and a command that fails after a signal report
 it is raised when the import ends: modules written in C crash if their initialization fails half-way.
 
 A second Ctrl-C must work while XLA compiles or computes, when no Python code of the main thread runs. So a thread
-watches for it.
+watches for it: it reads a pipe that gets a byte for each signal, and one for each call of `forget`, in their order.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
-SAME = 0.1  # seconds; wrappers such as `npm run` send Ctrl-C a second time at once, which is no wish to kill
+SAME = 0.1  # seconds; wrappers such as `npm run` send Ctrl-C a second time at once, which is not a second Ctrl-C
 AGAIN = 0.05  # seconds until a discarded or postponed exception is raised
+FORGOTTEN = 0  # the byte that `forget` sends to the watching thread; no signal has this number
 LONGEST_IMPORT = 3.0  # seconds; after these, the process ends without removing temporary files
 CLEANUP = 2.0  # seconds that the handler of a training run has after its second Ctrl-C
 
@@ -45,6 +46,7 @@ class _State:
     received: int | None = None  # the first one
     time: float = 0  # when it came
     ctrl_c: float | None = None  # when the first Ctrl-C came
+    writer: int | None = None  # the end of the watching thread's pipe that is written to
 
 
 def install() -> None:
@@ -52,7 +54,7 @@ def install() -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # Python delivers signals to the main thread only
     if "IPython" in sys.modules or hasattr(sys, "ps1"):
-        return  # `%run scripts/generate.py`: the process goes on afterwards
+        return  # `%run scripts/generate.py`: the process continues
     discarded = sys.unraisablehook
 
     def unraisable(args: Any) -> None:
@@ -71,6 +73,7 @@ def install() -> None:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        _State.writer = writer
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not ours
         threading.Thread(target=_watch, args=(reader,), daemon=True).start()
 
@@ -97,6 +100,9 @@ def check() -> None:
 def forget() -> None:
     """Forget a Ctrl-C that did what the user wanted, such as to stop one sample. The next one is the first again."""
     _State.received = _State.ctrl_c = None
+    if _State.writer is not None:  # the watching thread may read the bytes of the forgotten ones only now
+        with contextlib.suppress(OSError):
+            os.write(_State.writer, bytes([FORGOTTEN]))
 
 
 def leave(status: int) -> NoReturn:
@@ -136,15 +142,18 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _watch(reader: int) -> None:
-    """Kill the process at its second Ctrl-C."""
+    """Kill the process at its second Ctrl-C since the last `forget`."""
+    first = None  # when the first one was read
     while True:
         for number in os.read(reader, 64):
             now = time.monotonic()
-            if number != signal.SIGINT:
+            if number == FORGOTTEN:
+                first = None
+            elif number != signal.SIGINT:
                 continue
-            if _State.ctrl_c is None:
-                _State.ctrl_c = now
-            elif now - _State.ctrl_c > SAME:
+            elif first is None:
+                first = now
+            elif now - first > SAME:
                 if signal.getsignal(signal.SIGINT) is not _handle:  # a training run ends by itself, if it can
                     time.sleep(CLEANUP)
                 _kill()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,11 +29,13 @@ class Row:
       ids: its ids.
       settings: checked settings.
       number: the number of the row. Its random draws depend on the seed and on this number.
+      name: what errors call the prompt.
     """
 
     ids: list[int]
     settings: Settings
     number: int
+    name: str
 
 
 @dataclasses.dataclass
@@ -80,15 +84,17 @@ class Model:
                 _interrupts.check()
                 batch = group[start : start + self.batch_size]
                 ids, numbers = [rows[i].ids for i in batch], [rows[i].number for i in batch]
-                done |= zip(batch, complete(*self.weights, ids, self.tokenizer, settings, numbers), strict=True)
+                with _named([rows[i].name for i in batch]):
+                    done |= zip(batch, complete(*self.weights, ids, self.tokenizer, settings, numbers), strict=True)
                 while n_yielded in done:
                     yield done.pop(n_yielded)
                     n_yielded += 1
 
-    def score(self, rows: Sequence[list[int]]) -> list[Sequence[float]]:
-        """Return the log-probabilities of each row's tokens, except of the first."""
-        long = [row for row in rows if len(row) > 1]
-        scores = iter(gpt2_jax.score(*self.weights, long) if long else [])
+    def score(self, rows: Sequence[list[int]], names: Sequence[str]) -> list[Sequence[float]]:
+        """Return the log-probabilities of each row's tokens, except of the first. Errors call the rows by `names`."""
+        long = [i for i, row in enumerate(rows) if len(row) > 1]
+        with _named([names[i] for i in long]):
+            scores = iter(gpt2_jax.score(*self.weights, [rows[i] for i in long]) if long else [])
         return [next(scores).logprobs.tolist() if len(row) > 1 else [] for row in rows]
 
     def stream(self, text: str, seed: int) -> Generator[str, None, None]:
@@ -96,3 +102,14 @@ class Model:
         settings: dict[str, Any] = dataclasses.asdict(self.settings()) | {"seed": seed}
         del settings["logprobs"]
         return gpt2_jax.stream(*self.weights, self.encode(text), self.tokenizer, **settings)
+
+
+@contextlib.contextmanager
+def _named(names: Sequence[str]) -> Iterator[None]:
+    """Let an error that begins with "prompts[b]", the prompt's place in its batch, begin with the prompt's name."""
+    try:
+        yield
+    except ValueError as error:
+        if place := re.match(r"prompts\[(\d+)\]", str(error)):
+            raise ValueError(f"{names[int(place[1])]}{str(error)[place.end() :]}") from error
+        raise

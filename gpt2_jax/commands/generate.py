@@ -127,8 +127,10 @@ def _complete_prompts(model: Model, args: Args, texts: list[str]) -> None:
         print_stream(model, texts[0], args.sampling.seed, args.echo)
         return
     settings, prompts = model.settings(), [model.encode(text) for text in texts]
-    scores = model.score(prompts) if args.prompt_logprobs else []
-    rows = [Row(prompts[i // n_samples], settings, i) for i in range(len(prompts) * n_samples)]
+    names = [f"prompts[{i}]" for i in range(len(prompts))]
+    scores = model.score(prompts, names) if args.prompt_logprobs else []
+    numbers = range(len(prompts) * n_samples)
+    rows = [Row(prompts[i // n_samples], settings, i, names[i // n_samples]) for i in numbers]
     for i, completion in enumerate(model.complete(rows)):
         which, sample = divmod(i, n_samples)
         if len(rows) > 1:

@@ -8,7 +8,7 @@
     results = lm_eval.simple_evaluate(model, tasks=["lambada_openai", "wikitext"])
     print(lm_eval.utils.make_table(results))
 
-`gpt2_jax.evaluate.lm_eval` gives them to its command line.
+`gpt2_jax.evaluate.lm_eval` makes the models available to lm_eval's command line.
 
 Tokens, windows and cuts are those of the harness's own adapter for Hugging Face models (HFLM, in
 lm_eval/models/huggingface.py), so the numbers are comparable. Needs the `lm-eval` package, 0.4.13 or later.
@@ -27,7 +27,7 @@ from gpt2_jax.generation.decoding import complete
 from gpt2_jax.generation.scoring import score
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.params import Params
-from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
+from gpt2_jax.tokenizer import Tokenizer, end_of_text
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -75,7 +75,7 @@ class _Answers:
     """Answers the three kinds of request. The second base class, TemplateLM, has the method `loglikelihood`.
 
     `loglikelihood` encodes each context with its continuation, and calls `_loglikelihood_tokens`. Spaces at the end of
-    a context become part of the continuation. An empty context becomes `<|endoftext|>`.
+    a context become part of the continuation. An empty context becomes the end-of-text token.
     """
 
     cache_hook: Any  # these two belong to TemplateLM
@@ -97,11 +97,11 @@ class _Answers:
 
     @property
     def eot_token_id(self) -> int:
-        """The id of `<|endoftext|>`, which is put before a text."""
+        """The id of the end-of-text token, which is put before a text."""
         return end_of_text(self.tokenizer, "a task without a context")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of a text. `<|endoftext|>` in it becomes the special id. No special id is added."""
+        """Return the ids of a text. Special tokens in it become their ids. No special id is added."""
         return self.tokenizer.encode(string, allow_special=True, template=False)
 
     def _loglikelihood_tokens(
@@ -149,7 +149,7 @@ class _Answers:
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text.
 
-        The first window is `<|endoftext|>` and as many tokens as fit. Each later window reads n_ctx tokens, and
+        The first window is the end-of-text token and as many tokens as fit. Each later window reads n_ctx tokens, and
         predicts the tokens that no earlier window predicted. If few are left, the last window has more context.
 
         Args:
@@ -172,7 +172,8 @@ class _Answers:
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuation of each context. It ends before a stop string or `<|endoftext|>`, or at max_gen_toks.
+        """Return the continuation of each context. It ends before a stop string or the end-of-text token, or at
+        max_gen_toks.
 
         If a context and max_gen_toks new tokens do not fit in n_ctx, only the last tokens of the context are read.
 
@@ -214,7 +215,9 @@ class _Answers:
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
         asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(kwargs), self.max_gen_toks))
-        stop_strings = handle_stop_sequences(asked.pop("until"), eos=END_OF_TEXT)
+        eot = self.tokenizer.eot  # some vocabularies spell it </s>, and some have none
+        end = None if eot is None else self.tokenizer.decode([eot])
+        stop_strings = handle_stop_sequences(asked.pop("until"), eos=end)
         n_new, samples, temperature = asked.pop("max_gen_toks"), asked.pop("do_sample"), asked.pop("temperature", 0)
         if asked.get("num_beams") == 1:  # many tasks set it: no beam search
             del asked["num_beams"]

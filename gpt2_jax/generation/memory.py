@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 
 from gpt2_jax.config import GPT2Config
@@ -11,7 +13,7 @@ from gpt2_jax.sharding import platform
 
 RECENT = 16  # slots of the cache's recent part, and so the most decode steps per call
 CPU_BYTES = 4 * 2**30  # for the rows that are decoded together on a CPU, whose free memory JAX does not know
-SHARE = 0.5  # of a device's free memory; programs need the rest
+SHARE = 0.5  # of the memory of another device that the params leave free; programs need the rest
 ARRAYS_OF_LOGITS = 6  # float32 [V] of each row: logits, scaled, filtered, noise, and the ids that the row contains
 
 
@@ -44,12 +46,17 @@ def rows_together(config: GPT2Config, params: Params, n_rows: int, longest: int)
 
 
 def _room(params: Params) -> int:
-    """Return the bytes for the rows that are decoded together."""
+    """Return the bytes for the rows that are decoded together.
+
+    They depend on the device and the params only, and not on what else is in memory: equal calls divide a list alike,
+    so they use the same compiled programs and round alike.
+    """
     device = next(iter(jax.tree.leaves(params)[0].devices()))
     stats = None if platform(params) == "cpu" else device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return CPU_BYTES
-    return int(SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(params))
+    return int(SHARE * (stats["bytes_limit"] - sum(math.prod(shape) * n_bytes for shape, n_bytes in shards)))
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -60,7 +67,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def out_of_memory(config: GPT2Config, what: str, n_bytes: int) -> MemoryError:
     """Return the error to raise: what was asked for, the bytes that it and the params take, and what to do."""
     return MemoryError(
-        f"not enough memory to {what}: this takes about {n_bytes / 1e9:.1f} GB besides the params' "
-        f"{config.param_bytes / 1e9:.1f} GB; pass fewer or shorter prompts in a call, ask for fewer new tokens, or use "
-        "bfloat16"
+        f"not enough memory to {what}: this takes about {n_bytes / 1e9:.1f} GB in addition to "
+        f"{config.param_bytes / 1e9:.1f} GB for the params; pass fewer or shorter prompts in a call, ask for fewer "
+        "new tokens, or use bfloat16"
     )

@@ -79,6 +79,11 @@ class Settings:
         n_ids = config.n_vocab if tokenizer is None else min(tokenizer.n_vocab, config.n_vocab)
         if self.n_ids is not None:
             n_ids = whole_number("n_ids", self.n_ids, 1, config.n_vocab)
+            if tokenizer is not None and n_ids > tokenizer.n_vocab:
+                raise ValueError(
+                    f"n_ids must be at most {tokenizer.n_vocab}, the number of the tokenizer's ids, not {n_ids}: it "
+                    "cannot decode ids above these"
+                )
         return dataclasses.replace(
             self,
             max_new_tokens=whole_number("max_new_tokens", self.max_new_tokens),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.checkpoints.integrity import count_non_finite
+from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation import generate
 from gpt2_jax.inspection.known_values import Greedy, KnownValues
@@ -90,12 +91,20 @@ def check_values(config: GPT2Config, params: Params, known: KnownValues | None) 
 
 
 def check_vocabulary(config: GPT2Config, tokenizer: Tokenizer | None, known: KnownValues | None) -> list[Check]:
-    """Check the number of tokens, the sha256 of all tokens and merges, and the ids of some texts."""
+    """Check the number of tokens, the sha256 of all tokens and merges, and the ids of some texts.
+
+    Without known values, the embedding may have some rows more than tokens, which are padding, or lack added tokens.
+    """
     if tokenizer is None:
         return [_not_applicable("vocabulary", "the model has no vocabulary")]
-    checks = [_equal("tokens in the vocabulary", config.n_vocab, tokenizer.n_vocab)]
+    about = "tokens in the vocabulary"
     if known is None:
-        return [*checks, _not_applicable("token ids", NOT_KNOWN)]
+        passed = fits(tokenizer, config.n_vocab)
+        return [
+            _check(about, config.n_vocab, tokenizer.n_vocab, passed),
+            _not_applicable("token ids", NOT_KNOWN),
+        ]
+    checks = [_equal(about, config.n_vocab, tokenizer.n_vocab)]
     checks.append(_equal("sha256 of tokens and merges", known.vocabulary, fingerprint(tokenizer)))
     for text, expected in known.ids.items():
         ids = tokenizer.encode(text, allow_special=True)

@@ -114,6 +114,12 @@ def test_too_little_memory_is_a_line_and_a_status(run, error, detail):
     assert detail in done.err
 
 
+def test_too_little_memory_is_said_once(run):
+    """The sentence of the library says what to do, and more exactly."""
+    said = "not enough memory to decode 16 rows of up to 1024 tokens together: this takes about 3.4 GB; use bfloat16"
+    assert run(raising(MemoryError(said))) == (2, "begun\n", f"gpt2-test: {said}\n")
+
+
 def test_jax_reports_memory_as_we_expect(run):
     """An array that no machine can hold."""
     import jax.numpy as jnp

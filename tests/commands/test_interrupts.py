@@ -147,6 +147,24 @@ def test_a_second_ctrl_c_kills_what_does_not_end(started):
     check_end(process, 130)
 
 
+def test_forgotten_ctrl_cs_never_kill(started):
+    """The watching thread may read a signal's byte only after the main thread has handled and forgotten the signal."""
+    body = """
+    for _ in range(12):
+        try:
+            print("waits", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            _interrupts.forget()
+    """
+    process = started.code(f"{BEGIN}{body}\ndownload.run = run\nstart.download()")
+    for _ in range(12):
+        assert process.stdout.readline() == b"waits\n"
+        time.sleep(0.15)  # longer than a wrapper takes to send a signal twice
+        process.send_signal(signal.SIGINT)
+    check_end(process, 0)
+
+
 def test_two_signals_at_once_are_one(started):
     """`npm run`, `uv run` and others pass Ctrl-C on to a process that the terminal has already told."""
     body = """

@@ -94,6 +94,30 @@ def test_wrong_settings_are_named_before_the_weights_are_read(finished, monkeypa
     assert re.search(f"in, line 2: .*{message}", done.err), done.err
 
 
+@pytest.fixture
+def broken(shakespeare, tokenizer, tmp_path):
+    """The embedded model. Its logits are NaN from the fifth token of a text on."""
+    config, params = shakespeare
+    gpt2_jax.save(tmp_path / "nan", config, params | {"wpe": params["wpe"].at[4].set(np.nan)}, tokenizer=tokenizer)
+    return tmp_path / "nan"
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN")
+def test_errors_of_a_batch_name_the_prompt(run, finished, broken, tmp_path):
+    """Not its place in a batch: --batch-size is 4, and two samples of a prompt are two rows."""
+    lines = [{"prompt": "a", "settings": {"max_new_tokens": 1}}] * 6 + ['"b"', '"c"']
+    done, _ = finished(lines, "--num-samples", 2, "--model", broken)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("gpt2-generate: the prompt with index 6: the logits are NaN"), done.err
+    (tmp_path / "out.part").unlink()
+    lines = ['"a"', '"b"', '"I am not what I am"']
+    done, _ = finished(lines, "--max-new-tokens", 0, "--model", broken, "--prompt-logprobs")
+    assert done.err.splitlines()[-1].startswith("gpt2-generate: the prompt with index 2: the logits are NaN"), done.err
+    prompts = [word for letter in "abcdefg" for word in ("--prompt", letter)]
+    done = run(*prompts, "--prompt", "I am not what I am", *OPTIONS, "--max-new-tokens", 1, "--model", broken)
+    assert done.err.splitlines()[-1].startswith("gpt2-generate: prompts[7]: the logits are NaN"), done.err
+
+
 def test_fields_that_look_like_settings(finished):
     """They were always copied. Now a line says that they have no effect."""
     done, records = finished([{"prompt": "a", "temperature": 0, "id": 3}, {"prompt": "b", "temperature": 1}])

@@ -65,6 +65,25 @@ def test_a_conversation(tmp_path, greedy):
         assert user.end() == 0
 
 
+def test_a_conversation_survives_every_ctrl_c(tmp_path):
+    """At the prompt again and again, and then in a sample."""
+    with commands.OnATerminal("generate", "--interactive", "--temperature", 0, *ENDLESS, cwd=tmp_path) as user:
+        for _ in range(6):
+            user.until("Ctrl-D ends the program.\n> ")
+            user.until_idle()
+            user.type("\x03")
+        user.until("Ctrl-D ends the program.\n> ")
+        for _ in range(2):
+            user.type("To be\n")
+            user.until(r"To be\nTo be(?s:.{30})")
+            user.type("\x03")
+            user.until(r"\[stopped\]\n> ")
+        user.until_idle()
+        user.type("\x04")
+        assert user.end() == 0
+        assert "Traceback" not in user.shown
+
+
 def test_a_conversation_from_a_pipe(tmp_path):
     """One prompt per line, no prompt signs. The end of the input ends the program. Each prompt has its own seed."""
     options = ["--interactive", "--max-new-tokens", "60", "--seed", "3"]

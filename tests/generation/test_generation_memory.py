@@ -55,7 +55,8 @@ def test_a_divided_list_gives_the_ids_of_one_call(params, monkeypatch, tokenizer
     assert calls == [4, 4, 3]
     assert ids == whole[0]
     for ours, theirs in zip(logprobs, whole[1], strict=True):
-        np.testing.assert_allclose(ours.chosen, theirs.chosen, rtol=0, atol=2e-5)  # products of another batch size
+        # Measured 0, of log-probabilities down to -7.5. Products of another batch size may round differently elsewhere.
+        np.testing.assert_allclose(ours.chosen, theirs.chosen, rtol=0, atol=2e-6)  # 4 units in the last place
     completions = complete(CONFIG, params, prompts, tokenizer, Settings(9, seed=3, logprobs=2), first_row=7)
     assert [one.ids for one in completions] == ids
     monkeypatch.setattr(memory, "CPU_BYTES", 1)
@@ -70,16 +71,23 @@ def test_errors_of_a_divided_list_name_the_row_of_the_list(monkeypatch):
         gpt2_jax.generate(CONFIG, params, [[1], [2], [3, 3, 3, 3, 3]], 2)
 
 
-def test_the_free_memory_of_a_device_is_the_limit_where_it_is_known(params):
+def test_the_memory_of_a_device_is_the_limit_where_it_is_known():
+    """Half of what the params leave free. What else is in memory must not count: equal calls are divided alike."""
+
     class Device:
         platform = "gpu"
+        in_use = 10**8
 
         def memory_stats(self):
-            return {"bytes_limit": 10**9, "bytes_in_use": 10**8}
+            self.in_use += 10**8
+            return {"bytes_limit": 10**9, "bytes_in_use": self.in_use}
 
-    leaf = mock.Mock(devices=lambda: {Device()})
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    devices = {Device()}
+    leaf = mock.Mock(shape=(50, 10**6), dtype=np.dtype(np.float32), sharding=one, devices=lambda: devices)
     n_rows = memory.rows_together(CONFIG, {"w": leaf}, 10**6, 30)
-    assert 0.3e9 < bucket_rows(n_rows) * memory.row_bytes(CONFIG, 30) <= 0.45e9
+    assert 0.3e9 < bucket_rows(n_rows) * memory.row_bytes(CONFIG, 30) <= 0.4e9
+    assert memory.rows_together(CONFIG, {"w": leaf}, 10**6, 30) == n_rows
 
 
 LARGE = gpt2_jax.GPT2Config(n_vocab=5, n_ctx=2**20, n_embd=8, n_head=1, n_layer=1)

@@ -190,6 +190,16 @@ def test_a_shape_of_which_nothing_is_known(params, real):
     assert failing(verify(CONFIG, broken, real.ours, None)) == {"every value is finite", "logits of a forward pass"}
 
 
+@pytest.mark.parametrize(("n_vocab", "fits"), [(1344, True), (1280, True), (1279, False), (1281 + 1024, False)])
+def test_the_embedding_may_have_other_rows_than_the_vocabulary(tokenizer, n_vocab, fits):
+    """Rows of padding, or none for an added token: here `<|endoftext|>` is one. Only known values ask for as many."""
+    assert (tokenizer.n_vocab, tokenizer.eot) == (1281, 1280)
+    config = CONFIG.replace(n_vocab=n_vocab)
+    checks = verify(config, tiny_models.random_params(config, 3), tokenizer, None)
+    assert failing(checks) == (set() if fits else {"tokens in the vocabulary"})
+    assert found(checks, "tokens in the vocabulary") == 1281
+
+
 def test_other_arithmetic_on_a_released_shape_is_not_compared_with_the_release():
     """stanford-crfm's models have the shape of 124M, but other weights and scores."""
     released = gpt2_jax.SIZES["124M"]
