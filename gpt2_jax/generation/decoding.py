@@ -75,8 +75,8 @@ def generate(
     The ids of row i depend only on the seed, on i and on its prompt. They do not depend on the other rows, their
     number, padding or earlier calls. (Products of another batch size may round differently. In float32 this is never
     seen in practice. In bfloat16, or in TF32 on a GPU, it can change a close choice, and the row then differs.)
-    A list that needs more memory than there is for KV caches (4 GiB on a CPU, elsewhere half of what the params leave) is
-    divided, and its parts are decoded one after another.
+    A list that needs more memory than there is for KV caches (4 GiB on a CPU, elsewhere half of what the params leave)
+    is divided, and its parts are decoded one after another.
     Row counts, prompt lengths and total lengths are rounded up to a few sizes (generation/buckets.py). Each size
     compiles once for each config, `logprobs`, and names and kinds of edits, when it is first used. All other arguments
     are traced.
