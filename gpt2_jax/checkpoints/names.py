@@ -235,7 +235,7 @@ def _tie(tensors: dict[str, Any], naming: Naming, config: GPT2Config, source: ob
     wte, head = naming("wte")[0], naming("lm_head")[0]
     if head not in tensors and not config.tie_word_embeddings:
         raise ValueError(f"config.json says tie_word_embeddings = False, but {source} has no {head}: the output head")
-    if wte not in tensors and head in tensors:  # the same array under its other name
+    if wte not in tensors and head in tensors and config.tie_word_embeddings:  # the same array under its other name
         tensors[wte] = tensors[head]
     if head not in tensors or not config.tie_word_embeddings:
         return config

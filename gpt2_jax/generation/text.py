@@ -22,8 +22,8 @@ class RowText:
 
     Attributes:
       ids: all added ids, or only those entirely before the stop string.
-      stop: the stop string that ended the row, or None. If several begin at the same place, it is the longest that is
-        complete. Ids added later are ignored.
+      stop: the stop string that ended the row, or None. If several begin at the same place, it is the first of them in
+        `stop_strings`. Ids added later are ignored.
     """
 
     ids: list[int]
@@ -81,11 +81,11 @@ class RowText:
         n_before = len(self._held)
         self._held += token
         self.ids.append(int(i))
-        starts = [(self._held.find(stop, max(0, n_before - len(stop) + 1)), stop) for stop in self._stops]
-        if not (found := [(start, -len(stop), stop) for start, stop in starts if start >= 0]):
+        starts = [self._held.find(stop, max(0, n_before - len(stop) + 1)) for stop in self._stops]
+        if not (found := [start for start in starts if start >= 0]):
             return
-        first, _, stop = min(found)
-        self.stop = stop.decode()
+        first = min(found)
+        self.stop = self._stops[starts.index(first)].decode()
         n_beyond = len(self._held) - first
         del self._held[first:]
         while n_beyond > 0:

@@ -55,12 +55,12 @@ def get_encoding(row, model_dir):
 def encode(row, tokenizer):
     """As tiktoken itself, whose method this is, on the same vocabulary; and without the argument."""
     text = "a<|endoftext|>b"
-    theirs = tokenizer._encoding.encode(text, allowed_special={"<|endoftext|>"})
+    theirs = tokenizer._backend._encoding.encode(text, allowed_special={"<|endoftext|>"})
     assert row.run(tokenizer=tokenizer, text=text) == theirs == [*tokenizer.encode("a"), 1280, *tokenizer.encode("b")]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert 1280 not in tokenizer.encode(text)
     with pytest.raises(ValueError, match="special"):
-        tokenizer._encoding.encode(text)
+        tokenizer._backend._encoding.encode(text)
 
 
 @CHECKS("text_to_token_ids(text, tokenizer)", "token_ids_to_text(ids, tokenizer)")
