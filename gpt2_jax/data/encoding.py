@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext
@@ -102,16 +103,40 @@ def _worker(context: SpawnContext, tokenizer: Tokenizer) -> Iterator[Pipe]:
 
 @contextlib.contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C from their first moment on. Here it takes effect after the block."""
+    """Start processes that ignore Ctrl-C from their first moment on. Here, signals take effect after the block.
+
+    A handler that raised in the block would leave a process that is half started, and reports it.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process has the same mask
+    with _handlers_later():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process has the same mask
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _handlers_later() -> Iterator[None]:
+    """Call the handlers of Ctrl-C and SIGTERM after the block. A mask does not delay them: other threads get them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in came[:1]:
+        handlers[number](number, None)
 
 
 def _work(pipe: Pipe, tokenizer: Tokenizer) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -490,3 +491,29 @@ def test_the_manifest_says_what_was_done(made, tmp_path, tokenizer):
     assert (manifest["n_vocab"], manifest["eot"], manifest["dtype"]) == (1281, tokenizer.eot, "uint16")
     for name, digest in manifest["sha256"].items():
         assert hashlib.sha256((tmp_path / "other-tokens" / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_process_starts_takes_effect_afterwards(number):
+    """Otherwise the half started process reports a traceback of its own."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(*_):
+        raise StopError
+
+    def start_a_process():
+        with encoding._without_ctrl_c():
+            os.kill(os.getpid(), number)
+            done.extend(_ for _ in range(1000))  # Python runs handlers between two instructions
+
+    done = []
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(StopError):
+            start_a_process()
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    assert len(done) == 1000
