@@ -126,7 +126,8 @@ def _handlers_later() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)  # the last one may repeat an earlier one
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in handlers:
         signal.signal(number, lambda number, frame: came.append(number))
