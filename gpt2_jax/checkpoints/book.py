@@ -40,7 +40,7 @@ def download_and_load_gpt2(
 
     config, flat = use_release(size, expanded(models_dir) / size, use)
     non_finite = {name: n for name, array in flat.items() if (n := count_non_finite(array))}
-    warn_of_non_finite(non_finite, "these weights hold NaN or infinite values", stacklevel=3)
+    warn_of_non_finite(non_finite, "these weights hold NaN or infinite values")
     return config.to_hparams(), to_blocks(unflatten(flat))
 
 

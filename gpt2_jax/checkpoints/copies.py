@@ -8,7 +8,6 @@ tensor of the copy is checked against its sha256.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from gpt2_jax.checkpoints.integrity import (
     Leaves,
     read_manifest,
     sha256,
+    warn,
     write_manifest,
 )
 from gpt2_jax.config import GPT2Config
@@ -45,7 +45,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
         opened = _open(directory, source)
     except (DamagedError, OSError) as error:
         opened = None
-        warnings.warn(f"{error}; the copy is made again from {directory}", stacklevel=2)
+        warn(f"{error}; the copy is made again from {directory}")
     if opened is None:
         config, arrays = _make(directory, source, dtype)
         return config, _drain(arrays)
@@ -92,7 +92,7 @@ def _or_make_again(directory: Path, source: dict[str, object], leaves: Leaves) -
             yield name, array
         return
     except (DamagedError, OSError) as error:
-        warnings.warn(f"{error}; the copy is made again from {directory}", stacklevel=2)
+        warn(f"{error}; the copy is made again from {directory}")
     _, arrays = _make(directory, source, None)
     yield from ((name, array) for name, array in _drain(arrays) if name not in done)
 
@@ -113,10 +113,9 @@ def _make(
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.write(path, arrays, {"gpt2_jax": manifest})
     except OSError as error:
-        warnings.warn(
+        warn(
             f"no copy of {directory} could be kept ({error}): the next load will be as slow as this "
             "one. Choose a folder with GPT2_JAX_CACHE, or turn copies off with GPT2_JAX_KEEP_COPY=0",
-            stacklevel=2,
         )
     return config, arrays
 

@@ -14,7 +14,6 @@ import numpy as np
 from gpt2_jax.checkpoints import huggingface, names
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, drain, one_line
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import read_json
 
 WEIGHTS, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 
@@ -45,14 +44,7 @@ def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if (directory / WEIGHTS).is_file() or not index.is_file():
         return [directory / WEIGHTS]
-    fields = read_json(index)
-    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index} must map each array to its file, under weight_map")
-    files = sorted(set(weight_map.values()))
-    if wrong := [file for file in files if Path(file).name != file]:
-        raise ValueError(f"{index} names {wrong[0]}, which is not a file in the same folder")
-    return [directory / file for file in files]
+    return [directory / file for file in sorted(set(huggingface.read_index(index).values()))]
 
 
 def _restore(path: Path) -> Any:

@@ -126,20 +126,31 @@ def _find_tensors(directory: Path) -> tuple[dict[str, safetensors.Stored], str |
     if (directory / WEIGHTS).is_file() or not index.is_file():
         tensors, metadata = safetensors.read_header(directory / WEIGHTS)
         return tensors, metadata.get("gpt2_jax"), directory / WEIGHTS
-    weight_map = read_json(index)
-    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index} must map each tensor to its file, under weight_map")
+    weight_map = read_index(index)
     found: dict[str, safetensors.Stored] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise ValueError(f"{index} names {file}, which is not a file in the same folder")
         tensors, _ = safetensors.read_header(directory / file)
         if twice := sorted(found.keys() & tensors.keys()):
             raise ValueError(f"{found[twice[0]].path} and {directory / file} both hold {twice[0]}")
         _check_listed(weight_map, file, tensors, index)
         found |= tensors
     return found, None, index
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return {tensor: file} of an index of several files of weights.
+
+    Raises:
+      FileNotFoundError: the index does not exist.
+      ValueError: it is malformed, or names a file in another folder.
+    """
+    fields = read_json(path)
+    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{path} must map each tensor to its file, under weight_map")
+    if wrong := sorted(file for file in weight_map.values() if Path(file).name != file):
+        raise ValueError(f"{path} names {wrong[0]}, which is not a file in the same folder")
+    return weight_map
 
 
 def _check_listed(weight_map: Mapping[str, str], file: str, tensors: Mapping[str, Any], index: Path) -> None:

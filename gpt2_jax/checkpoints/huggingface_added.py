@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt2_jax.checkpoints.integrity import warn
 from gpt2_jax.files import read_object
 from gpt2_jax.tokenizer import ADDED_TOKENS, END_OF_TEXT, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, Tokenizer
 
@@ -155,8 +155,7 @@ def warn_of_other_ids(added: Added, tokenizer: Tokenizer, directory: Path) -> No
     other = {token: i for token, i in added.stated.items() if token and tokenizer.tokens.get(token) != i}
     for token, i in list(other.items())[:1]:
         more = f", and {len(other) - 1} more tokens" if len(other) > 1 else ""
-        warnings.warn(
+        warn(
             f"{directory} gives {token!r} the id {i}, but its id is {tokenizer.tokens.get(token)} in transformers, and "
             f"here too{more}: added tokens get the next free ids",
-            stacklevel=4,
         )

@@ -8,12 +8,12 @@ merges.txt if there is none, and splits text in GPT-2's way, whatever tokenizer.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2_jax.checkpoints import huggingface_added
+from gpt2_jax.checkpoints.integrity import warn
 from gpt2_jax.files import read_json, read_object, read_text
 from gpt2_jax.tokenizer import (
     END_OF_TEXT,
@@ -110,10 +110,9 @@ def _is_whole(directory: Path, settings: Mapping[str, Any], config: Mapping[str,
                 f"{directory / source} has tokenizer_class = {name!r}, which is not GPT-2's tokenizer, and there is no "
                 f"{TOKENIZER_JSON} to read it from"
             )
-        warnings.warn(
+        warn(
             f"{directory / source} has tokenizer_class = {name!r}, which is not GPT-2's tokenizer: {TOKENIZER_JSON} is "
             "read as it is, and transformers may give other ids",
-            stacklevel=4,
         )
     return has_json
 
@@ -169,10 +168,9 @@ def _warn_of_other_vocabulary(path: Path, model: Mapping[str, Any]) -> None:
     body = (text[text.find("\n") + 1 :] if text.startswith("#version") else text).replace("\r\n", "\n").rstrip("\n")
     same = isinstance(tokens, dict) and {**model["vocab"], END_OF_TEXT: tokens.get(END_OF_TEXT)} == tokens
     if not (same or tokens == model["vocab"]) or body != "\n".join(map(" ".join, model["merges"])):
-        warnings.warn(
+        warn(
             f"{path} does not hold the vocabulary of {VOCAB_JSON} and {MERGES} beside it: {path.name} is read, as "
             "transformers does",
-            stacklevel=5,
         )
 
 
@@ -185,10 +183,9 @@ def _warn_of_ignored(path: Path, fields: Mapping[str, Any], read: Mapping[str, A
     if _splitting(fields.get("pre_tokenizer")) != _splitting(read["pre_tokenizer"]):
         ignored.append("pre_tokenizer")
     if ignored:
-        warnings.warn(
+        warn(
             f"{path} asks for {', '.join(ignored)}, which the class {OWN} of transformers leaves out, and so does this "
             f'package: set tokenizer_class to "PreTrainedTokenizerFast" in {TOKENIZER_CONFIG} to use it',
-            stacklevel=5,
         )
 
 

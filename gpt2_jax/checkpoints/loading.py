@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from gpt2_jax.checkpoints import copies, flax_msgpack, foreign_orbax, huggingface, llmc, orbax, run_weights, tensorflow
 from gpt2_jax.checkpoints.forms import FormName
-from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DtypeNeededError, Leaves, count_non_finite
+from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DtypeNeededError, Leaves, count_non_finite, warn
 from gpt2_jax.checkpoints.released import use_release
 from gpt2_jax.checkpoints.sources import Found, find, locate, size_meant
 from gpt2_jax.config import SIZES, GPT2Config, float_dtype
@@ -107,17 +106,17 @@ def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding:
         if n_non_finite := count_non_finite(array):
             (non_finite if count_non_finite(stored) else overflown)[name] = n_non_finite
         flat[name] = jax.device_put(array, sharding[name] if isinstance(sharding, Mapping) else sharding)
-    warn_of_non_finite(non_finite, "these weights hold NaN or infinite values", stacklevel=5)  # 5: the caller of `load`
-    warn_of_non_finite(overflown, f"values too large for {dtype} have become infinite", stacklevel=5)
+    warn_of_non_finite(non_finite, "these weights hold NaN or infinite values")
+    warn_of_non_finite(overflown, f"values too large for {dtype} have become infinite")
     return config if dtype is None else config.replace(param_dtype=dtype), unflatten(flat)
 
 
-def warn_of_non_finite(counts: Mapping[str, int], what: str, stacklevel: int) -> None:
+def warn_of_non_finite(counts: Mapping[str, int], what: str) -> None:
     """Warn about tensors. `counts` maps their names to the number of affected values; if it is empty, do nothing."""
     if counts:
         message = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:5])
         more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
-        warnings.warn(f"{what}: {message}{more}", stacklevel=stacklevel)
+        warn(f"{what}: {message}{more}")
 
 
 def load_config(source: str | os.PathLike) -> GPT2Config:

@@ -130,16 +130,15 @@ def find(path: Path) -> Found:
         return Found("llmc" if llmc.is_model(path) else "tensorflow", path)
     if runs.is_checkpoint(path):
         return Found("checkpoint", path)
-    for weights in (_weights(path, rank=0), _other_weights(path)):
-        if len(weights) > 1:
-            listed = ", ".join(weights)
-            raise ValueError(f"{path} holds several models ({listed}): keep each in its own folder{_or_name(weights)}")
-        if weights:
-            return next(iter(weights.values()))
-    advice = pickles.other_weights(path)
+    weights = _weights(path, rank=0) or _other_weights(path)
+    if len(weights) > 1:
+        listed = ", ".join(weights)
+        raise ValueError(f"{path} holds several models ({listed}): keep each in its own folder{_or_name(weights)}")
+    if weights:
+        return next(iter(weights.values()))
     if found := pickles.found_in(path):
         raise ValueError(pickles.refusal(path / found[0]))
-    if advice:
+    if advice := pickles.other_weights(path):
         raise ValueError(advice)
     configs: list[FormName] = [form for name, form in CONFIGS.items() if (path / name).is_file()]
     if len(configs) == 1:
@@ -175,7 +174,7 @@ def _or_name(weights: dict[str, Found]) -> str:
 def _holds_model(directory: Path) -> bool:
     ours = runs.is_run(directory) or runs.is_checkpoint(directory)
     configs = any((directory / name).is_file() for name in CONFIGS)
-    return ours or configs or bool(_weights(directory, 0)) or bool(_other_weights(directory))
+    return ours or configs or bool(_weights(directory, rank=0) or _other_weights(directory))
 
 
 def embedded_model() -> Path:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, run_weights, runs, tensorflow
+from gpt2_jax.checkpoints.integrity import warn
 from gpt2_jax.checkpoints.sources import locate
 from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, Tokenizer
 
@@ -55,10 +55,9 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
 def warn_of_another_model(tokenizer: Tokenizer, n_vocab: int, name: str) -> None:
     """Warn the caller of the calling function if a vocabulary does not fit an embedding. `name` begins the message."""
     if not fits(tokenizer, n_vocab):
-        warnings.warn(
+        warn(
             f"{name} has {tokenizer.n_vocab:,} ids, but the embedding has n_vocab = {n_vocab:,} rows: it seems to "
             "belong to another model",
-            stacklevel=3,
         )
 
 

@@ -75,7 +75,7 @@ def print_stream(model: Model, text: str, seed: int, echo: bool) -> None:
 
 
 def _go_on(stop: KeyboardInterrupt, message: str) -> None:
-    """Go on after a Ctrl-C. Another signal ends the program."""
+    """Continue after a Ctrl-C. Another signal ends the program."""
     if getattr(stop, "signal", signal.SIGINT) != signal.SIGINT:
         raise stop
     _interrupts.forget()

@@ -8,22 +8,9 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gpt2_jax.commands import _command
 from gpt2_jax.files import expanded
-
-if TYPE_CHECKING:
-    from gpt2_jax import Tokenizer
-
-
-def encode(tokenizer: Tokenizer, text: str, allow_special: bool = False) -> list[int]:
-    """Return the ids of a prompt. An empty prompt becomes the end-of-text token, after which a model starts a new text.
-
-    Raises:
-      ValueError: the prompt is empty, and the vocabulary has no end-of-text token.
-    """
-    return tokenizer.prompt(text, allow_special)
 
 
 def read_prompts(prompts: Sequence[str], files: Sequence[Path]) -> Iterator[str]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import gpt2_jax
 from gpt2_jax.commands import _interrupts, _model
-from gpt2_jax.commands._prompts import encode
 
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config, Tokenizer
@@ -68,7 +67,7 @@ class Model:
 
     def encode(self, text: str, options: Options | None = None) -> list[int]:
         """Return the ids of a prompt."""
-        return encode(self.tokenizer, text, (options or self.options).allow_special)
+        return self.tokenizer.prompt(text, (options or self.options).allow_special)
 
     def complete(self, rows: Sequence[Row]) -> Iterator[Completion]:
         """Yield the completion of each row, in order. Rows with equal settings run together."""

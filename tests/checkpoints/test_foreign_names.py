@@ -16,16 +16,7 @@ import gpt2_jax
 
 BOUND = 2e-6  # the largest error measured is 6e-7 of the largest logit
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    forms.import_tensorflow()
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def flat():
-    return forms.random_model()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def assert_speaks_as(path, expected, **options):

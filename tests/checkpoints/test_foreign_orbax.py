@@ -19,23 +19,7 @@ from checkpoint_forms import CONFIG, assert_loads_as, hf_config
 import gpt2_jax
 from gpt2_jax.checkpoints import flax_msgpack, foreign_orbax, parts
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    forms.import_tensorflow()
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def flat():
-    return forms.random_model()
-
-
-def refusal(source, error=(ValueError, FileNotFoundError)) -> str:
-    with pytest.raises(error) as caught:
-        gpt2_jax.load(source)
-    assert forms.is_clear(caught.value), caught.value
-    return str(caught.value)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def train_state(params):
@@ -107,7 +91,7 @@ def test_a_tree_of_another_model(tmp_path, flat):
     del flat["h1/mlp/c_fc/w"]
     save_tree(tmp_path / "tree", forms.nested(flat), "StandardCheckpointer")
     (tmp_path / "hparams.json").write_text(json.dumps(CONFIG.to_hparams()))
-    assert "h1.mlp.c_fc.w" in refusal(tmp_path)
+    assert "h1.mlp.c_fc.w" in forms.refusal(tmp_path)
 
 
 def test_a_damaged_tree(tmp_path, flat, monkeypatch):
@@ -121,7 +105,7 @@ def test_a_damaged_tree(tmp_path, flat, monkeypatch):
     with pytest.raises(ValueError, match="damaged"):
         gpt2_jax.load_config(tmp_path)
     assert len(n_reads) == 1
-    assert "damaged" in refusal(tmp_path)
+    assert "damaged" in forms.refusal(tmp_path)
     assert slept == []
 
 

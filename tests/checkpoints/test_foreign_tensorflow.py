@@ -11,23 +11,7 @@ from checkpoint_forms import CONFIG, assert_loads_as, variables_of, write_tensor
 import gpt2_jax
 from gpt2_jax.checkpoints import copies
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    forms.import_tensorflow()
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def flat():
-    return forms.random_model()
-
-
-def refusal(source, error=(ValueError, FileNotFoundError)) -> str:
-    with pytest.raises(error) as caught:
-        gpt2_jax.load(source)
-    assert forms.is_clear(caught.value), caught.value
-    return str(caught.value)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 SLOTS = {  # of TensorFlow's optimizers, of BERT's, and of training loops
@@ -56,7 +40,7 @@ def test_the_variables_of_an_optimizer_are_left_out(tmp_path, flat, slots, copy)
 def test_an_optimizers_variables_alone_are_no_model(tmp_path, flat):
     directory = write_tensorflow(tmp_path / "model", CONFIG, flat)
     forms.write_variables(directory / "model.ckpt", {f"{k}/Adam": a for k, a in variables_of(flat).items()})
-    assert "missing: model/wte" in refusal(directory)
+    assert "missing: model/wte" in forms.refusal(directory)
 
 
 @pytest.fixture
@@ -94,21 +78,21 @@ def test_the_hparams_may_be_in_the_parent_folder(run):
     (folder / "hparams.json").rename(folder.parent / "hparams.json")
     assert_loads_as(folder / "model-1000", CONFIG, models[1000])
     (folder.parent / "hparams.json").unlink()
-    assert "hparams.json" in refusal(folder / "model-1000")
+    assert "hparams.json" in forms.refusal(folder / "model-1000")
 
 
 def test_several_checkpoints_and_none_named(run):
     folder, _ = run
     (folder / "checkpoint").unlink()
-    assert "model-1000" in (said := refusal(folder))
+    assert "model-1000" in (said := forms.refusal(folder))
     assert "load one by its name" in said
 
 
 def test_a_checkpoint_without_its_data_file(run):
     folder, _ = run
     (folder / "model-500.data-00000-of-00001").unlink()
-    assert "model-500.data" in refusal(folder / "model-500")
-    assert "model-400" in refusal(folder / "model-400")
+    assert "model-500.data" in forms.refusal(folder / "model-500")
+    assert "model-400" in forms.refusal(folder / "model-400")
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model-1000"])

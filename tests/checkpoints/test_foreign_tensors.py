@@ -11,16 +11,7 @@ from hypothesis import strategies as st
 import gpt2_jax
 from gpt2_jax.checkpoints.names import short
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    forms.import_tensorflow()
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def flat():
-    return forms.random_model()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # ---- prefixes, extra heads, buffers, dtypes

@@ -21,13 +21,6 @@ def _cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def refusal(directory, error=(ValueError, FileNotFoundError)) -> str:
-    with pytest.raises(error) as caught:
-        gpt2_jax.load(directory)
-    assert forms.is_clear(caught.value), caught.value
-    return str(caught.value)
-
-
 # ---- shards
 
 
@@ -66,7 +59,7 @@ def test_shards_that_do_not_fit_together(tmp_path, damage, culprit):
     write_huggingface(directory, CONFIG, hf_tensors(forms.random_model()), shards=3)
     shutil.copyfile(directory / SECOND, tmp_path / "y.safetensors")
     damage(directory)
-    assert re.search(culprit, refusal(directory))
+    assert re.search(culprit, forms.refusal(directory))
 
 
 def test_an_index_that_lists_the_head_and_leaves_a_tensor_out(tmp_path):
@@ -95,7 +88,7 @@ def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path, name, wi
     (tmp_path / name).write_bytes(pickle.dumps(Trap()))
     if with_config:
         (tmp_path / "config.json").write_text(json.dumps(forms.hf_config(CONFIG)))
-    said = refusal(tmp_path, ValueError)
+    said = forms.refusal(tmp_path, ValueError)
     assert name in said
     assert re.search("(?i)pickle", said)
     assert re.search(r"save_pretrained|save_file|safetensors", said), said
@@ -127,11 +120,11 @@ def test_an_unknown_directory_lists_what_was_found_and_what_is_understood(tmp_pa
 
 def test_an_empty_directory_and_one_of_thousands_of_files(tmp_path):
     (tmp_path / "empty").mkdir()
-    assert re.search("empty", refusal(tmp_path / "empty"))
+    assert re.search("empty", forms.refusal(tmp_path / "empty"))
     (tmp_path / "many").mkdir()
     for i in range(1009):
         (tmp_path / "many" / f"photo{i}.jpg").touch()
-    said = refusal(tmp_path / "many")
+    said = forms.refusal(tmp_path / "many")
     assert len(said) < 3000
     assert re.search("photo", said)
 
@@ -179,16 +172,16 @@ def test_an_orbax_directory_that_is_not_ours(tmp_path):
     params = forms.nested(forms.random_model())
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "plain", params)
-    assert re.search(r"gpt2_jax\.json", refusal(tmp_path / "plain"))
+    assert re.search(r"gpt2_jax\.json", forms.refusal(tmp_path / "plain"))
     gpt2_jax.save(tmp_path / "ours", CONFIG, params, format="orbax")
     (tmp_path / "ours" / "gpt2_jax.json").unlink()
-    assert re.search(r"gpt2_jax\.json", refusal(tmp_path / "ours"))
+    assert re.search(r"gpt2_jax\.json", forms.refusal(tmp_path / "ours"))
 
 
 def test_an_orbax_directory_without_its_arrays(tmp_path):
     gpt2_jax.save(tmp_path / "ours", CONFIG, forms.nested(forms.random_model()), format="orbax")
     shutil.rmtree(tmp_path / "ours" / "params")
-    assert re.search("params", refusal(tmp_path / "ours"))
+    assert re.search("params", forms.refusal(tmp_path / "ours"))
 
 
 @pytest.mark.parametrize("wrong", [None, 3, b"124M", ["124M"]])

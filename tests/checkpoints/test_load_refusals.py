@@ -20,11 +20,6 @@ def _cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture
-def flat():
-    return forms.random_model()
-
-
 def assert_refused(directory, *culprits, error=ValueError):
     """`load` refuses with one sentence that names each culprit. A list of differences may follow."""
     with pytest.raises(error) as caught:

@@ -14,28 +14,12 @@ from checkpoint_forms import CONFIG, assert_loads_as, hf_config
 
 import gpt2_jax
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    forms.import_tensorflow()
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def flat():
-    return forms.random_model()
-
-
-def refusal(source, error=(ValueError, FileNotFoundError)) -> str:
-    with pytest.raises(error) as caught:
-        gpt2_jax.load(source)
-    assert forms.is_clear(caught.value), caught.value
-    return str(caught.value)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def convert(directory) -> None:
     """Run the command that the message about a pickle offers."""
-    said = refusal(directory, ValueError)
+    said = forms.refusal(directory, ValueError)
     assert "pickled weights" in said
     line = said[said.index("python -c ") :]
     command = shlex.split(line.partition(" (and write")[0])
@@ -144,8 +128,8 @@ def test_the_command_converts_the_books_model(tmp_path, wrapper):
     state = foreign.in_torch_names(foreign.book(tied=False))
     content = torch_state(state)
     torch.save({wrapper: content, "optimizer_state_dict": {}} if wrapper else content, tmp_path / "model.pth")
-    assert "config.json" in refusal(tmp_path)
-    assert "emb_dim" in refusal(tmp_path)
+    assert "config.json" in forms.refusal(tmp_path)
+    assert "emb_dim" in forms.refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(foreign.BOOK))
     convert(tmp_path)
     config, params = gpt2_jax.load(tmp_path)
@@ -173,7 +157,7 @@ def test_the_command_converts_hugging_faces_pickles(tmp_path, flat, names, folde
 
 def test_a_pickle_by_its_path_is_refused_with_the_command(tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"\x80\x04.")
-    assert "ckpt.pt holds pickled weights" in refusal(tmp_path / "ckpt.pt", ValueError)
+    assert "ckpt.pt holds pickled weights" in forms.refusal(tmp_path / "ckpt.pt", ValueError)
 
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "scaler.pt")
@@ -182,7 +166,7 @@ STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "t
 @pytest.mark.parametrize("name", STATES)
 def test_a_training_state_by_its_path_is_not_called_weights(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04.")
-    said = refusal(tmp_path / name, ValueError)
+    said = forms.refusal(tmp_path / name, ValueError)
     assert f"{name} is a training state and not weights" in said
     assert "python -c" not in said
 
@@ -192,7 +176,7 @@ def test_a_trainers_checkpoint_of_an_adapter_gets_the_adapters_advice(tmp_path):
     for name in ("adapter_model.safetensors", *STATES):
         (tmp_path / name).write_bytes(b"\x80\x04.")
     (tmp_path / "adapter_config.json").write_text("{}")
-    said = refusal(tmp_path, ValueError)
+    said = forms.refusal(tmp_path, ValueError)
     assert "merge_and_unload" in said
     assert "pickled weights" not in said
 
@@ -213,9 +197,9 @@ def test_other_weights_are_named_with_what_to_do(tmp_path, name, said, config):
     (tmp_path / name).write_bytes(content)
     if config:
         (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
-    assert re.search(said, refusal(tmp_path)), refusal(tmp_path)
+    assert re.search(said, forms.refusal(tmp_path)), forms.refusal(tmp_path)
     if not name.endswith("bin"):
-        assert name in refusal(tmp_path)
+        assert name in forms.refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -228,5 +212,5 @@ def test_other_weights_are_named_with_what_to_do(tmp_path, name, said, config):
 )
 def test_names_without_their_owner(tmp_path, monkeypatch, name, meant):
     monkeypatch.chdir(tmp_path)
-    said = refusal(name)
+    said = forms.refusal(name)
     assert f"did you mean {meant}" in said or f"/{meant}?" in said

@@ -12,13 +12,10 @@ from strength import campaign
 
 import gpt2_jax
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a saver for each round")
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    forms.import_tensorflow()
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a saver for each round"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 class Saver:

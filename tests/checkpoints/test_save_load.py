@@ -23,11 +23,7 @@ from gpt2_jax import GPT2Config
 DTYPES = ("float32", "bfloat16", "float16")
 ROUTE = ("huggingface", "tensorflow", "orbax", "huggingface", "orbax", "tensorflow")
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    forms.import_tensorflow()
-    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @st.composite

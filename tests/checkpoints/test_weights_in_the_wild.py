@@ -21,11 +21,6 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def flat():
-    return forms.random_model()
-
-
 def export(directory, flat, **options):
     gpt2_jax.save(directory, CONFIG, forms.nested(flat), format="huggingface", **options)
     return directory

@@ -1,6 +1,22 @@
-"""Fixtures for several commands."""
+"""Fixtures for several commands. `main` and `run` are of gpt2-generate; files of other commands have their own."""
 
+import commands
 import pytest
+
+from gpt2_jax.commands import generate
+
+
+@pytest.fixture(scope="module")
+def main():
+    """The entry point. Its changes of JAX's config are undone."""
+    with commands.config_of_jax_kept():
+        yield generate.main
+
+
+@pytest.fixture
+def run(main, capfd):
+    """Call the entry point in this process. Its output, also that of C++ code, is captured at the file descriptors."""
+    return commands.caller(main, capfd)
 
 
 @pytest.fixture

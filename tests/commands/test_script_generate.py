@@ -9,27 +9,12 @@ import commands
 import pytest
 
 import gpt2_jax
-from gpt2_jax.commands import generate
 
 OPTIONS = [
     "--model", "--prompt", "--prompt-file", "--input", "--output", "--interactive", "--max-new-tokens", "--temperature",
     "--top-k", "--top-p", "--top-p-rule", "--min-p", "--repetition-penalty", "--seed", "--num-samples", "--stop",
     "--stop-at-eot", "--no-stop-at-eot", "--overflow", "--logprobs", "--dtype", "--echo", "--no-echo", "--batch-size",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def main():
-    """Return the entry point. Its changes of JAX's config are undone."""
-    with commands.config_of_jax_kept():
-        yield generate.main
-
-
-@pytest.fixture
-def run(main, capfd):
-    """Call the entry point in this process. Its output, also that of C++ code, is captured at the file descriptors."""
-
-    return commands.caller(main, capfd)
 
 
 @pytest.fixture(scope="module")

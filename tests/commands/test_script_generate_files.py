@@ -21,17 +21,6 @@ PROMPTS = ["ROMEO:", "", "My lord, ", "caf\xe9 \U0001f98a", "O", "O"]
 OPTIONS = ["--max-new-tokens", 11, "--seed", 5, "--num-samples", 2, "--batch-size", 4]
 
 
-@pytest.fixture(scope="module")
-def main():
-    with commands.config_of_jax_kept():
-        yield generate.main
-
-
-@pytest.fixture
-def run(main, capfd):
-    return commands.caller(main, capfd)
-
-
 @pytest.fixture
 def source(tmp_path):
     """Return a file with objects that have other fields, strings, and blank lines."""

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 
-import commands
 import numpy as np
 import pytest
 
@@ -14,17 +13,6 @@ from gpt2_jax.generation import Settings, complete, score
 
 SEED, N_NEW = 5, 7
 OPTIONS = ["--max-new-tokens", N_NEW, "--seed", SEED, "--batch-size", 4]
-
-
-@pytest.fixture(scope="module")
-def main():
-    with commands.config_of_jax_kept():
-        yield generate.main
-
-
-@pytest.fixture
-def run(main, capfd):
-    return commands.caller(main, capfd)
 
 
 @pytest.fixture

@@ -8,27 +8,14 @@ import socket
 import sys
 from pathlib import Path
 
-import commands
 import jax
 import pytest
 from fake_models import TEXT_CONFIG, speaker
 
 import gpt2_jax
-from gpt2_jax.commands import generate
 from gpt2_jax.generation import Completion, Settings, complete
 
 SAID = "One \U0001f468\u200d\U0001f469\u200d\U0001f467 two \u6f22\u5b57.\nThree"
-
-
-@pytest.fixture(scope="module")
-def main():
-    with commands.config_of_jax_kept():
-        yield generate.main
-
-
-@pytest.fixture
-def run(main, capfd):
-    return commands.caller(main, capfd)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
+import pytest
 import safetensors.numpy
 
 import gpt2_jax
@@ -102,6 +103,14 @@ def assert_loads_as(directory, config, flat, **options):
     assert loaded_config.param_dtype == np.dtype(config.param_dtype)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
     return loaded_config, params
+
+
+def refusal(source, error=(ValueError, FileNotFoundError)) -> str:
+    """Load what must be refused, and return the message, which is a clear sentence."""
+    with pytest.raises(error) as caught:
+        gpt2_jax.load(source)
+    assert is_clear(caught.value), caught.value
+    return str(caught.value)
 
 
 def is_clear(error: Exception) -> bool:

@@ -147,6 +147,13 @@ another_model(
 )
 
 
+def save_by_transformers(folder, **fields) -> None:
+    import transformers
+
+    fields = wild_model.hf_fields(source().flat, n_ctx=..., **fields)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).save_pretrained(folder)
+
+
 @weights(
     "n_inner",
     "another width of the MLP",
@@ -156,10 +163,7 @@ another_model(
     names="`n_inner`",
 )
 def n_inner(folder):
-    import transformers
-
-    fields = wild_model.hf_fields(source().flat, n_inner=56, n_ctx=...)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).save_pretrained(folder)
+    save_by_transformers(folder, n_inner=56)
 
 
 @weights(
@@ -171,10 +175,7 @@ def n_inner(folder):
     names="`add_cross_attention`",
 )
 def cross_attention(folder):
-    import transformers
-
-    fields = wild_model.hf_fields(source().flat, add_cross_attention=True, n_ctx=...)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).save_pretrained(folder)
+    save_by_transformers(folder, add_cross_attention=True)
 
 
 @weights(
