@@ -54,6 +54,7 @@ class _Lines:
     model: Model
     args: Args
     n_bad: int = 0
+    with_settings: bool = False  # whether a line that was checked has its own settings
     noted: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -66,6 +67,10 @@ class _Lines:
         """Lines that are completed at the same time."""
         return max(1, self.args.batch_size // self.args.num_samples)
 
+    def lines_of_a_call(self) -> int:
+        """Return how many lines of a file are completed by one call. All lines were checked before."""
+        return self.batch_size * (SPREAD if self.with_settings else 1)
+
     def into_a_file(self, source: str | Path, descriptor: int | None, target: Path) -> int:
         """Complete the lines into a file, or resume that. Return the number of lines that were written."""
         from gpt2_jax.checkpoints.fingerprints import fingerprint
@@ -77,13 +82,12 @@ class _Lines:
         settings |= {name: getattr(self.args, name) for name in ("num_samples", "prompt_logprobs")}
         settings |= {"allow_special": model.options.allow_special, "vocabulary": vocabulary(model.tokenizer)}
         data = None if descriptor is None else _read(descriptor)
-        spread = SPREAD if IN_A_LINE.encode() in (data or b"") or _has_settings(source) else 1
         return complete_file(
             source,
             expanded(target),
             self.complete,
             settings,
-            self.batch_size * spread,
+            self.lines_of_a_call,
             self.fields,
             model=lambda: fingerprint(*model.weights),
             check=self.check,
@@ -122,6 +126,7 @@ class _Lines:
                 f'note: "{name}" of a line has no effect, and is only copied: write it in "{IN_A_LINE}"',
                 file=sys.stderr,
             )
+        self.with_settings |= line.get(IN_A_LINE) is not None
         row = self.row(line, 0)
         check_prompt(self.model.config, "the prompt", row.ids)
         check_fits(self.model.config, "the prompt", row.ids, row.settings)
@@ -157,10 +162,6 @@ def _read(descriptor: int) -> bytes:
     """Return everything that a pipe, a socket or a file still has."""
     with os.fdopen(os.dup(descriptor), "rb") as file:
         return file.read()
-
-
-def _has_settings(source: str | Path) -> bool:
-    return isinstance(source, Path) and source.is_file() and IN_A_LINE.encode() in source.read_bytes()
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def complete_file(
     target: str | os.PathLike,
     complete: Complete,
     settings: Mapping[str, Any],
-    batch_size: int,
+    batch_size: int | Callable[[], int],
     fields: Sequence[str] = ("samples",),
     *,
     model: Callable[[], str | None] = lambda: None,
@@ -56,7 +56,8 @@ def complete_file(
         the dicts.
       settings: {name: value} of everything else that the results depend on, except for the model. JSON must be able to
         hold it.
-      batch_size: prompts per call of `complete`, 1 or more; the last call may have fewer.
+      batch_size: prompts per call of `complete`, 1 or more; the last call may have fewer. Or a function that returns
+        it, called after all prompts were checked.
       fields: the names of all fields that `complete` may return.
       model: returns the fingerprint of the model. It is called after everything else was checked, so it may load the
         weights.
@@ -75,13 +76,13 @@ def complete_file(
         exists, is the input, is being written by another process, or was started from a different input, settings or
         weights.
     """
-    batch_size = whole_number("batch_size", batch_size, 1)
     source, target = Path(source), Path(target).resolve()
     if data is None:
         _check_source(source, target)
     _check_target(target)
     data = source.read_bytes() if data is None else data
     prompts = read_prompts(data, Reader(source, fields, check, skip))
+    n_together = whole_number("batch_size", batch_size() if callable(batch_size) else batch_size, 1)
     with _alone(target):
         if not _begin(target, _header(settings, data), len(prompts), model):
             return 0
@@ -90,8 +91,8 @@ def complete_file(
         # A batch may take minutes, so the speed is averaged over the last hour.
         with progress.bars("count", "left", shown=shown, stay=True, period=3600) as bars, part.open("ab") as file:
             bars.update(title, n_done, len(prompts))
-            for first in range(n_done, len(prompts), batch_size):
-                batch = prompts[first : first + batch_size]
+            for first in range(n_done, len(prompts), n_together):
+                batch = prompts[first : first + n_together]
                 file.write(completed(batch, first, complete, fields))
                 file.flush()
                 bars.update(title, first + len(batch), len(prompts))

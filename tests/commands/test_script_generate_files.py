@@ -15,7 +15,7 @@ import pytest
 from strength import full_only
 
 import gpt2_jax
-from gpt2_jax.commands import generate
+from gpt2_jax.commands import _generate_files, generate
 
 PROMPTS = ["ROMEO:", "", "My lord, ", "caf\xe9 \U0001f98a", "O", "O"]
 OPTIONS = ["--max-new-tokens", 11, "--seed", 5, "--num-samples", 2, "--batch-size", 4]
@@ -63,6 +63,18 @@ def test_a_line_a_prompt(run, source, samples, tmp_path):
     assert {sample["finish_reason"] for record in records for sample in record["samples"]} == {"length"}
     assert re.fullmatch(r"model: [^\n]*\n6 prompts in [^\n]*\n", done.err)
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.jsonl"}
+
+
+@pytest.mark.parametrize(("line", "n_calls"), [({}, 5), ({"settings": None}, 5), ({"settings": {"top_k": 1}}, 1)])
+def test_the_input_is_read_once(run, tmp_path, monkeypatch, line, n_calls):
+    """Lines with their own settings are completed in larger groups, which is known when all lines were read."""
+    (tmp_path / "in").write_text("\n".join([json.dumps({"prompt": "O"} | line), *['"settings"'] * 4]), encoding="utf-8")
+    read_bytes, reads, complete, calls = Path.read_bytes, [], _generate_files._Lines.complete, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    monkeypatch.setattr(_generate_files._Lines, "complete", lambda *args: calls.append(1) or complete(*args))
+    options = ["--max-new-tokens", 1, "--batch-size", 1]
+    assert run("--input", tmp_path / "in", "--output", tmp_path / "out", *options).code == 0
+    assert (reads.count("in"), len(calls), len(read(tmp_path / "out"))) == (1, n_calls, 5)
 
 
 def test_stops_and_log_probabilities(run, shakespeare, tokenizer, tmp_path):
