@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 LARGEST = 2**30  # bytes of compiled programs that are kept; the least recently used are deleted first
 EMBEDDED = "the embedded Shakespeare model"
 
+SIZES = "124M, 355M, 774M or 1558M"
+OTHER_SOURCES = (
+    "Or a folder with a model: OpenAI's or Hugging Face's files, Flax, Orbax, safetensors of nanoGPT, or a training "
+    "run. Or one of several TensorFlow checkpoints (run1/model-1000), a model file of llm.c, or a hub id (owner/name "
+    "or owner/name@revision)."
+)
+SOURCES = f"A size: {SIZES} (downloaded if it is not in the cache). {OTHER_SOURCES}"
+"""What names a model, for --help. `gpt2_jax.checkpoints.locate` has the details."""
+
 ModelOption = Annotated[
     str | None,
-    tyro.conf.arg(
-        metavar="MODEL",
-        help_behavior_hint="(default: embedded)",
-        help="A size: 124M, 355M, 774M or 1558M (downloaded if it is not in the cache); a Hugging Face hub id "
-        "(\"owner/name\"); or a directory with OpenAI's TensorFlow checkpoint, with Hugging Face's files, or saved by "
-        "gpt2_jax.",
-    ),
+    tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: embedded)", help=SOURCES),
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16"] | None,

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 import gpt2_jax
-from gpt2_jax.commands import _command
+from gpt2_jax.commands import _command, _model
 from gpt2_jax.files import expanded
 
 
@@ -19,10 +19,7 @@ from gpt2_jax.files import expanded
 class Args:
     """Convert a model to another format. The new folder's path goes to standard output, messages to standard error."""
 
-    source: Annotated[str, tyro.conf.Positional]
-    """A directory with OpenAI's TensorFlow checkpoint, with config.json and safetensors, or saved by gpt2_jax.
-    Or a size: 124M, 355M, 774M or 1558M (downloaded if it is not in the cache).
-    Or a Hugging Face hub id, for example distilbert/distilgpt2."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=_model.SOURCES)]
     dest: Annotated[Path, tyro.conf.Positional]
     """The folder to write."""
     format: Annotated[Literal["tensorflow", "huggingface", "orbax"], tyro.conf.arg(aliases=["-f"])]

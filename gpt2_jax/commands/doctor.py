@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from gpt2_jax.commands import _command
+from gpt2_jax.commands import _command, _model
 
 
 @dataclasses.dataclass
@@ -20,11 +20,16 @@ class Args:
     The report changes nothing and downloads nothing. The exit status of --verify is 1 if a check fails.
     """
 
-    verify: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="")] = None
-    """Check a model instead. A fine-tuned model fails some checks, because its weights are not the published ones.
-    MODEL is a size that is already downloaded (124M, 355M, 774M or 1558M), or "shakespeare", the embedded model.
-    It can also be a directory with a model, or a Hugging Face hub id ("owner/name"), downloaded if necessary.
-    The shape of the model decides which known values apply."""
+    verify: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="MODEL",
+            help_behavior_hint="",
+            help="Check a model instead. A fine-tuned model fails some checks, because its weights are not the "
+            "published ones. The shape of the model decides which known values apply. MODEL is shakespeare, "
+            f"the embedded model, or a size that is already downloaded: {_model.SIZES}. {_model.OTHER_SOURCES}",
+        ),
+    ] = None
     lambada: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """With --verify: also measure LAMBADA and show the paper's figures. They do not change the exit status.
     FILE is .jsonl with one passage per line, {"text": "..."}, as for gpt2-evaluate."""

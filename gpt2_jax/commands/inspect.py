@@ -23,9 +23,10 @@ class Args:
     """Inspect a model before you use it: files, hyperparameters, parameters, memory, tensors and vocabulary."""
 
     source: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="(default: embedded)")
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="SOURCE", help_behavior_hint="(default: embedded)", help=_model.SOURCES),
     ] = None
-    """A directory with a model, a size ("124M", downloaded if it is not in the cache), or a hub id ("owner/name")."""
     tensor: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
     """Show only one tensor, in detail. For example: h0/attn/c_attn/w."""
     json: bool = False

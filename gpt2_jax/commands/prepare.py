@@ -32,10 +32,15 @@ class Args:
     A folder means all such files in it. Standard input (-) is one document."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
     """The folder to write."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: embedded)")] = None
-    """The model that you will train; its vocabulary is used.
-    A size: 124M, 355M, 774M or 1558M (the vocabulary is downloaded if it is not in the cache); a Hugging Face hub id;
-    or a directory with a model, or with encoder.json and vocab.bpe."""
+    tokenizer: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="MODEL",
+            help_behavior_hint="(default: embedded)",
+            help="The model that you will train; only its vocabulary is read. A folder with a vocabulary is enough. "
+            + _model.SOURCES,
+        ),
+    ] = None
     field: str = "text"
     """Name of the .jsonl field or .csv column that contains the text.
     If a .csv file has only one column, its name does not matter."""

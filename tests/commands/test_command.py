@@ -11,7 +11,7 @@ import sys
 import commands
 import pytest
 
-from gpt2_jax.commands import _command, start
+from gpt2_jax.commands import _command, _model, start
 
 SCRIPTS = {
     "generate": "gpt2-generate", "download": "gpt2-download", "convert": "gpt2-convert", "train": "gpt2-train",
@@ -45,6 +45,16 @@ def test_help_imports_nothing_heavy(tmp_path, script):
     imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")}
     assert "argparse" in imported
     assert {name.partition(".")[0] for name in imported} & HEAVY == set()
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "convert", "inspect", "prepare", "doctor"])
+def test_help_names_every_kind_of_model(capfd, command):
+    """In the same words in each command."""
+    done = commands.caller(importlib.import_module(f"gpt2_jax.commands.{command}").main, capfd)("--help")
+    plain = re.sub(r"\x1b\[[0-9;]*m|[│\n ]+", " ", done.out)
+    assert re.sub(" +", " ", plain).count(_model.OTHER_SOURCES) == 1
+    for text in ("124M", "OpenAI's", "Flax", "Orbax", "nanoGPT", "run1/model-1000", "llm.c", "owner/name@revision"):
+        assert text in _model.SOURCES
 
 
 # ---- the start and the end of a command
