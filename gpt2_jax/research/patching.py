@@ -16,32 +16,21 @@ patch.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gpt2_jax.activations import BLOCK, axes, select, shape
-from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where, patch, replace, taps_of
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params, as_tokens, forward
+from gpt2_jax.research._patches import Axis, checked_places, chosen_places, groups_of, patch_grid
 from gpt2_jax.research.metrics import Metric, as_place, logits_at, traceable
-
-Axis = Literal["head", "position"]
-
-# Tokens of the patched runs that are computed together. At the 124M shape on two CPU cores, 512 tokens run at 88 % of
-# the speed of matrix products only, and 32 tokens at half of it. For other devices nothing was measured; memory limits
-# the number there.
-TOKENS_TOGETHER = {"cpu": 512}
-TOKENS_TOGETHER_ELSEWHERE = 8192
 
 
 @under_jax_defaults
@@ -97,8 +86,8 @@ def activation_patching(
     if activation not in BLOCK:
         raise ValueError(f"{activation!r} is not an activation of a block: choose from {', '.join(BLOCK)}")
     each = (each,) if isinstance(each, str) else tuple(each)
-    layers = tuple(_places("layers", layers, config.n_layer).tolist())
-    chosen = _chosen(config, activation, each, heads, positions, tokens_BT.shape[1])
+    layers = tuple(checked_places("layers", layers, config.n_layer).tolist())
+    chosen = chosen_places(config, activation, each, heads, positions, tokens_BT.shape[1])
     counts = tuple(len(places) for axis, places in chosen.items() if axis in each)
     return _patched_runs(
         GPT2(config),
@@ -109,8 +98,8 @@ def activation_patching(
         tokens_BT,
         mask_BT,
         _source(config, tokens_BT, source, [f"h{i}/{activation}" for i in layers]),
-        _grid(chosen, each),
-        _groups(math.prod(counts), together, tokens_BT.size),
+        patch_grid(chosen, each),
+        groups_of(math.prod(counts), together, tokens_BT.size),
         traceable(metric),
         as_place(at, tokens_BT.shape),
     )
@@ -258,45 +247,3 @@ def _source(
     if source_BT.shape != tokens_BT.shape:
         raise ValueError(f"the tokens of both runs must have one shape, not {tokens_BT.shape} and {source_BT.shape}")
     return source_BT
-
-
-def _chosen(
-    config: GPT2Config, activation: str, each: tuple[str, ...], heads: Where, positions: Where | slice, n_tokens: int
-) -> dict[str, np.ndarray]:
-    """Return the heads and positions to patch, in this order. An axis that is patched as a whole is left out."""
-    if wrong := set(each) - {"head", "position"}:
-        raise ValueError(f'each must be "position", "head" or both, not {wrong.pop()!r}')
-    if "N" not in BLOCK[activation] and ("head" in each or heads is not None):
-        raise ValueError(f"{activation} is not divided into heads: its axes are {BLOCK[activation]}")
-    asked = {"head": (heads, config.n_head), "position": (positions, n_tokens)}
-    asked = {axis: of for axis, of in asked.items() if axis in each or of[0] is not None}
-    return {axis: _places(f"{axis}s", *of) for axis, of in asked.items()}
-
-
-def _places(what: str, places: Where | slice, count: int) -> np.ndarray:
-    if places is None or isinstance(places, slice):
-        array = np.arange(count)[places or slice(None)]
-    else:
-        array = np.atleast_1d(np.asarray(places))
-    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{what} must be one or more whole numbers, not {places!r}")
-    if not ((array >= 0) & (array < count)).all():
-        raise ValueError(f"{what} must be from 0 to {count - 1}, not {places!r}")
-    return array.astype(np.int32)
-
-
-def _grid(chosen: dict[str, np.ndarray], each: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Return the heads and positions of each patch, [P, K]: one index on an axis in `each`, else all indices."""
-    options = [places[:, None] if axis in each else places[None] for axis, places in chosen.items()]
-    patches = list(itertools.product(*options))
-    return {axis: np.stack([places[i] for places in patches]) for i, axis in enumerate(chosen)}
-
-
-def _groups(n_patches: int, together: int | None, n_tokens: int) -> np.ndarray:
-    """Return the patches that are computed together, [groups, size]. The last group repeats patches to be full."""
-    if together is None:
-        together = max(1, TOKENS_TOGETHER.get(jax.default_backend(), TOKENS_TOGETHER_ELSEWHERE) // n_tokens)
-    together = whole_number("together", together, 1)
-    n_groups = -(-n_patches // together)
-    size = -(-n_patches // n_groups)
-    return (np.arange(n_groups * size, dtype=np.int32) % n_patches).reshape(n_groups, size)
