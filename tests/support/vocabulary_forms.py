@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from tokenizers import (
     trainers,
 )
 
+import gpt2_jax
+
 EOT = "<|endoftext|>"
 ROOT = Path(__file__).parents[2]
+TEXT = "O Romeo,  Romeo! 1597 <|endoftext|>\n\n\u6f22\u5b57 \U0001f98a abc"
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CONFIG = {"n_positions": 8, "n_embd": 4, "n_head": 2, "n_layer": 1}
@@ -320,6 +324,20 @@ FORMS: dict[str, Maker] = {
         path, {t: i for t, i in embedded()[0].items() if t != EOT}, config=WITHOUT_END, tokenizer_config=NO_NAMES
     ),
 }
+
+
+def load(folder: Path, name: str) -> gpt2_jax.Tokenizer:
+    """The tokenizer of a form, which is made in `folder`. Its warnings are tested elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return gpt2_jax.load_tokenizer(FORMS[name](folder / "form"))
+
+
+def small_model(n_vocab: int) -> tuple[gpt2_jax.GPT2Config, Any]:
+    config = gpt2_jax.GPT2Config(n_vocab=n_vocab, n_ctx=8, n_embd=4, n_head=2, n_layer=1)
+    import jax
+
+    return config, gpt2_jax.init_params(config, jax.random.key(0))
 
 
 def word_level() -> Tokenizer:
