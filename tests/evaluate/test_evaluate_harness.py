@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import vocabulary_forms
 from tiny_models import random_params
 
 import gpt2_jax
@@ -29,6 +30,7 @@ You are all resolved rather to die than to famish?
 
 """
 N_CTX = 61  # all tests also use the same few batch sizes, because each new size must be compiled
+EOT = vocabulary_forms.EOT
 LONG = 9 * SPEECH  # 486 tokens
 GREEDY = {"ROMEO:\n": "Anon, I'll not", "KING": " RICHARD III:\n"}  # greedy continuations
 UNTIL = {"until": ["\n\n", "."], "max_gen_toks": 23}
@@ -243,6 +245,31 @@ def test_a_text_ends_before_the_end_of_text(model):
     config, params, tokenizer = model
     ours = language_model(config, always(params, {tokenizer.eot: 1.0}), tokenizer)
     assert ask(ours, "generate_until", *(4 * [(LONG, UNTIL)])) == ["", "", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("form", "end"), [("two files", EOT), ("special first, named", "</s>"), ("no end of text", None)]
+)
+def test_the_end_of_text_of_every_vocabulary(library, tmp_path, monkeypatch, form, end):
+    """The harness takes it as a stop string. Some vocabularies spell it differently, and some have none."""
+    tokenizer = vocabulary_forms.load(tmp_path, form)
+    assert tokenizer.eot == (None if end is None else tokenizer.tokens[end])
+    stops, ends = library.models.utils.handle_stop_sequences, []
+    monkeypatch.setattr(
+        library.models.utils, "handle_stop_sequences", lambda until, eos: ends.append(eos) or stops(until, eos)
+    )
+    config = gpt2_jax.GPT2Config(n_vocab=tokenizer.n_vocab, n_ctx=N_CTX, n_embd=6, n_head=3, n_layer=1)
+    (a,) = tokenizer.encode("a")
+    token, params = a if tokenizer.eot is None else tokenizer.eot, random_params(config, 5)
+    wte = np.zeros((config.n_vocab, 6), np.float32)
+    wte[token] = 9
+    said = {**params, "wte": wte, "ln_f": {"g": np.zeros(6, np.float32), "b": wte[token]}}  # it always predicts `token`
+    texts = ask(language_model(config, said, tokenizer), "generate_until", *(4 * [(LONG, UNTIL)]))
+    assert texts == 4 * ["a" * 23 if end is None else ""]
+    assert ends == 4 * [end]
+    if end is None:
+        with pytest.raises(ValueError, match="a task without a context needs an end-of-text token"):
+            ask(language_model(config, said, tokenizer), "loglikelihood_rolling", ("a",))
 
 
 @pytest.mark.parametrize(("top_p", "letters"), [(0.5, {"A"}), (0.7, {"A", "B"})])
