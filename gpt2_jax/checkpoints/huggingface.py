@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.checkpoints import names, safetensors
-from gpt2_jax.checkpoints.config_words import in_hugging_face_words
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, write_manifest
+from gpt2_jax.checkpoints.config_words import in_hugging_face_words, leaves_nanogpts_gelu_open
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, warn, write_manifest
 from gpt2_jax.checkpoints.vocabulary_files import write_json
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, VARIANTS, GPT2Config
 from gpt2_jax.files import read_json
@@ -97,8 +97,8 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
       head is stored.
 
     Warns:
-      UserWarning: a head for another task is left out; or config.json says that the head is tied, but the stored one is
-        not equal to `wte`.
+      UserWarning: a head for another task is left out; config.json says that the head is tied, but the stored one is
+        not equal to `wte`; or config.json does not say which GELU the weights of nanoGPT have.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -117,7 +117,23 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
             raise DamagedError(f"{directory / 'config.json'} does not match {source}: it has {message}")
         config = config.replace(qkv_bias=saved.qkv_bias)
     matched = names.match(tensors, config, source, "config.json", lambda some: safetensors.read(some, None), dtype)
+    first = names.hugging_face_keys("h0/attn/c_attn/w")[0]
+    if first in matched.transposed and any(key.endswith(names.ROOT + first) for key in tensors):
+        _warn_of_guessed_gelu(directory / "config.json", config.activation_function)
     return matched.config, matched.leaves(safetensors.read(matched.tensors, hashes))
+
+
+def _warn_of_guessed_gelu(path: Path, assumed: str) -> None:
+    """Warn if weights have nanoGPT's names and orientation, and config.json does not say which GELU they have.
+
+    mlx-lm has the same orientation, and other prefixes. Its GELU is OpenAI's.
+    """
+    if leaves_nanogpts_gelu_open(read_json(path)):
+        warn(
+            f"{path} does not name activation_function, and the weights are those of nanoGPT: {assumed} is assumed; "
+            'write "activation_function": "gelu" into it for nanoGPT since June 2023, or "gelu_new" for older '
+            "versions, build-nanogpt and minGPT"
+        )
 
 
 def _find_tensors(directory: Path) -> tuple[dict[str, safetensors.Stored], str | None, Path]:

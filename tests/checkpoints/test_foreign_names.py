@@ -1,6 +1,8 @@
 """Weights and configs in the words of nanoGPT, Flax and the build-an-LLM book: logits equal NumPy's."""
 
 import json
+import re
+import warnings
 
 import checkpoint_forms as forms
 import foreign_models as foreign
@@ -40,8 +42,48 @@ def test_nanogpt(tmp_path, bias, prefix):
     tensors = {prefix + key: array for key, array in state.items()}
     tensors |= {f"{prefix}transformer.h.{i}.attn.bias": np.tri(11)[None, None] for i in range(2)}  # the causal mask
     expected = peer_models.nanogpt_logits(state, TOKENS, CONFIG.n_head)
-    config, _ = assert_speaks_as(foreign.write(tmp_path, NANOGPT | {"bias": bias}, tensors), expected)
+    with pytest.warns(UserWarning, match="does not name activation_function.* gelu is assumed"):
+        config, _ = assert_speaks_as(foreign.write(tmp_path, NANOGPT | {"bias": bias}, tensors), expected)
     assert (config.activation_function, config.resid_pdrop) == ("gelu", 0)
+
+
+WORDS = {name: value for name, value in NANOGPT.items() if name not in ("bias", "dropout")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "assumed", "guessed"),
+    [
+        (hf_config(CONFIG, activation_function=...), "gelu_new", True),
+        (hf_config(CONFIG, activation_function="gelu"), "gelu", False),
+        (NANOGPT, "gelu", True),
+        (NANOGPT | {"activation_function": "gelu_new"}, "gelu_new", False),
+        (WORDS | {"dropout": 0.0}, "gelu_new", True),  # nanoGPT before it had `bias`
+        (WORDS, "gelu_new", False),  # build-nanogpt and minGPT, which have no other GELU
+    ],
+    ids=["hugging face", "named", "nanogpt", "nanogpt named", "nanogpt without bias", "build-nanogpt"],
+)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_gelu_that_is_only_assumed_is_named(tmp_path, fields, assumed, guessed, prefix):
+    """nanoGPT has the exact GELU since karpathy/nanoGPT#274, and wrote the same settings before."""
+    state = {prefix + key: array for key, array in foreign.nanogpt().items()}
+    foreign.write(tmp_path, fields, state)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config, _ = gpt2_jax.load(tmp_path)
+    assert config.activation_function == assumed
+    assert len(caught) == guessed
+    for warning in caught:
+        said = str(warning.message)
+        assert re.search(rf'config\.json does not name .* {assumed} is assumed; write "activation_function": ', said)
+        assert warning.filename == __file__
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["Hugging Face", "mlx-lm"])
+def test_the_gelu_of_other_programs_is_not_in_doubt(tmp_path, transposed):
+    tensors = hf_tensors(forms.random_model(CONFIG), "model." if transposed else "transformer.")
+    tensors = {k: a.T.copy() if transposed and ".c_" in k and a.ndim == 2 else a for k, a in tensors.items()}
+    gpt2_jax.load(foreign.write(tmp_path, hf_config(CONFIG, activation_function=...), tensors))
 
 
 def test_nanogpts_weights_beside_a_config_of_hugging_face(tmp_path):

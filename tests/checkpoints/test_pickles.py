@@ -49,7 +49,8 @@ def test_the_command_converts_nanogpts_checkpoint(tmp_path, wrapper):
     }  # fmt: skip
     torch.save(content, tmp_path / "ckpt.pt")
     convert(tmp_path)
-    config, params = gpt2_jax.load(tmp_path)
+    with pytest.warns(UserWarning, match="gelu is assumed"):
+        config, params = gpt2_jax.load(tmp_path)
     assert (config.activation_function, config.n_head) == ("gelu", 3)
     assert np.array_equal(params["h1"]["mlp"]["c_fc"]["w"], state["transformer.h.1.mlp.c_fc.weight"].T)
 
