@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gpt2_jax.checkpoints import pickles
 from gpt2_jax.checkpoints.integrity import one_line
 from gpt2_jax.tokenizer import ADDED_TOKENS, HUGGING_FACE_FILES, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
@@ -47,7 +48,11 @@ def fetch(repository: str, tokenizer_only: bool = False, revision: str | None = 
     names = [] if any(folder.glob("*.msgpack")) else _list_files(repository, revision)
     if not names or any(name in FLAX_FILES for name in names):
         return _snapshot(repository, revision, (*TOKENIZER_FILES, *FLAX_FILES))
-    listed = ", ".join(name for name in names if name.endswith(WEIGHTS)) or "no weights"
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    adapters = [name for name in weights if name in pickles.ADAPTERS]
+    if adapters and not any(name.startswith("pytorch_model") for name in weights):
+        raise ValueError(f"{repository} holds {adapters[0]}, but no weights that can be read: {pickles.MERGE}")
+    listed = ", ".join(weights) or "no weights"
     arguments = f'"{repository}"' + (f', revision="{revision}"' if revision else "")
     raise ValueError(
         f"{repository} holds no model.safetensors; found: {listed}; pickled weights (pytorch_model.bin) are not read, "

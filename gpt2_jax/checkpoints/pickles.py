@@ -28,13 +28,20 @@ _CONVERT = (  # GPTConfig is the class in the checkpoints of build-nanogpt; only
 
 # What training programs store beside the weights: a training state.
 _BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state\w*|\w*optim_states)\.\w+")
+# PEFT's names of weights that are added to those of a model: its own, and an old one.
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+MERGE = (
+    "this is an adapter of PEFT, without the model: merge them with peft's model.merge_and_unload(), and save the "
+    "result with save_pretrained"
+)
 
 
 def found_in(directory: Path) -> list[str]:
     """Return the names of the files in a directory that are pickled weights, or may be; Hugging Face's come first."""
     paths = (path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    names = (path.name for path in paths if is_pickle(path) and not _BESIDE.fullmatch(path.name))
-    return sorted(names, key=lambda name: (not name.startswith("pytorch_model"), name))
+    names = (path.name for path in paths if is_pickle(path))
+    weights = (name for name in names if name not in ADAPTERS and not _BESIDE.fullmatch(name))
+    return sorted(weights, key=lambda name: (not name.startswith("pytorch_model"), name))
 
 
 def is_pickle(path: Path) -> bool:
@@ -46,6 +53,8 @@ def refusal(path: Path) -> str:
     """Return the sentences that refuse a pickle: why, and the command that converts it if it may be weights."""
     if _BESIDE.fullmatch(path.name):
         return f"{path} is a training state and not weights: name the directory or the file that holds the weights"
+    if path.name in ADAPTERS:
+        return f"{path} cannot be read: {MERGE}"
     directory = path.parent
     files = path.with_name("pytorch_model*.bin") if path.name.startswith("pytorch_model") else path
     config = directory / "config.json"
@@ -78,10 +87,7 @@ def other_weights(directory: Path) -> str | None:
 
 
 _ADVICE = {
-    "adapter_model.safetensors": (
-        "this is a PEFT adapter without its model: merge them with model.merge_and_unload(), and save the result with "
-        "save_pretrained"
-    ),
+    **dict.fromkeys(ADAPTERS, MERGE),
     ".safetensors": (
         "rename the file to model.safetensors, or, if it is one of several parts, add model.safetensors.index.json, "
         "which lists the parts"

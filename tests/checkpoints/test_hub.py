@@ -10,6 +10,7 @@ import pytest
 from fake_hub import FakeHub
 
 import gpt2_jax
+from gpt2_jax.checkpoints import pickles
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each call")
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer=2)
@@ -17,7 +18,7 @@ CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=11, n_embd=6, n_head=3, n_layer
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, model_dir):
-    """Repositories of one file, of shards, with only pickles, with pickles too, and of another architecture."""
+    """Repositories of one file, of shards, with pickles too or only, of adapters, and of another architecture."""
     folder, flat = tmp_path_factory.mktemp("repositories"), forms.random_model(CONFIG)
     tensors = forms.hf_tensors(flat, prefix="")
     for name, shards in (("one", 1), ("sharded", 3), ("both", 1)):
@@ -31,6 +32,10 @@ def hub(tmp_path_factory, model_dir):
     (folder / "pickled").mkdir()
     (folder / "pickled" / "config.json").write_text(json.dumps(forms.hf_config(CONFIG)))
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    for name in pickles.ADAPTERS:
+        (folder / name).mkdir()
+        (folder / name / name).write_bytes(b"\x80\x04.")
+        (folder / name / "adapter_config.json").write_text("{}")
     files = {
         f"owner/{path.name}": {file.name: file.read_bytes() for file in path.iterdir()} for path in folder.iterdir()
     }
@@ -96,6 +101,14 @@ def test_a_repository_of_pickles_is_refused_with_the_line_that_converts_it(hub, 
     assert "save_pretrained" in answer["error"]
     assert "owner/pickled" in answer["error"]
     assert not any("pytorch_model.bin" in request for request in hub.requests[asked:])
+
+
+@pytest.mark.parametrize("name", pickles.ADAPTERS)
+def test_a_repository_of_an_adapter_is_refused_with_what_to_do(call, name):
+    answer = call(f"owner/{name}", "load")
+    assert "ValueError" in answer["kinds"]
+    assert f"holds {name}, but no weights that can be read: this is an adapter of PEFT" in answer["error"]
+    assert "pickled" not in answer["error"]
 
 
 @pytest.mark.parametrize("function", ["load", "load_config", "load_tokenizer"])

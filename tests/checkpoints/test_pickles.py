@@ -172,14 +172,26 @@ def test_a_training_state_by_its_path_is_not_called_weights(tmp_path, name):
     assert "python -c" not in said
 
 
-def test_a_trainers_checkpoint_of_an_adapter_gets_the_adapters_advice(tmp_path):
+@pytest.mark.parametrize("adapter", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_trainers_checkpoint_of_an_adapter_gets_the_adapters_advice(tmp_path, adapter):
     """PEFT's Trainer saves the adapter beside its training state, and no weights of the model."""
-    for name in ("adapter_model.safetensors", *STATES):
+    for name in (adapter, *STATES):
         (tmp_path / name).write_bytes(b"\x80\x04.")
     (tmp_path / "adapter_config.json").write_text("{}")
     said = forms.refusal(tmp_path, ValueError)
+    assert f"holds {adapter}, but no weights that can be read: this is an adapter of PEFT" in said
     assert "merge_and_unload" in said
     assert "pickled weights" not in said
+
+
+def test_a_pickled_adapter_is_not_converted(tmp_path):
+    """Nobody would read the result. Pickled weights of a model beside it are."""
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    said = forms.refusal(tmp_path / "adapter_model.bin", ValueError)
+    assert re.search(r"adapter_model\.bin .*adapter of PEFT.*merge_and_unload", said)
+    assert "python -c" not in said
+    (tmp_path / "model.pt").write_bytes(b"\x80\x04.")
+    assert "model.pt holds pickled weights" in forms.refusal(tmp_path, ValueError)
 
 
 @pytest.mark.parametrize(
