@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, run_weights, runs, tensorflow
@@ -13,6 +13,7 @@ from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, Tokenizer
 
 OTHER_KINDS = ("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 PADDING = 1024  # an embedding may have fewer than this many rows more than the vocabulary has ids
+MULTIPLE = 8  # programs pad the rows to a multiple of 8, 64 or 128
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
@@ -22,7 +23,8 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
 
     Warns:
       UserWarning: files disagree, so that ids depend on which is read, or the embedding's number of rows does not fit
-        the vocabulary. A few rows more than ids are padding. Added tokens may lack rows until one of them is used.
+        the vocabulary. A few rows more than ids are padding if their number is a multiple of 8. Added tokens may lack
+        rows until one of them is used.
 
     Raises:
       FileNotFoundError: there is no such source, or it has no vocabulary.
@@ -43,13 +45,30 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
         raise FileNotFoundError(
             f"{directory} holds no vocabulary: encoder.json and vocab.bpe, vocab.json and merges.txt, or tokenizer.json"
         )
+    for n_vocab in dict.fromkeys(_rows(directory)):
+        warn_of_another_model(tokenizer, n_vocab, f"the vocabulary in {directory}")
+        _warn_of_odd_padding(tokenizer, n_vocab, directory)
+        if tokenizer.eot is not None and tokenizer.eot >= n_vocab:
+            tokenizer.eot = None
+    return tokenizer
+
+
+def _rows(directory: Path) -> Iterator[int]:
+    """Yield the number of the embedding's rows from each config in a directory."""
     for name, read_config in _CONFIGS.items():
         if (directory / name).is_file() and (name != runs.RUN or runs.is_run(directory)):
-            n_vocab = read_config(directory).n_vocab
-            warn_of_another_model(tokenizer, n_vocab, f"the vocabulary in {directory}")
-            if tokenizer.eot is not None and tokenizer.eot >= n_vocab:
-                tokenizer.eot = None
-    return tokenizer
+            yield read_config(directory).n_vocab
+
+
+def _warn_of_odd_padding(tokenizer: Tokenizer, n_vocab: int, directory: Path) -> None:
+    """Warn if an embedding has more rows than ids, and no program pads to that number of rows."""
+    n_ids = tokenizer.n_vocab
+    if fits(tokenizer, n_vocab) and n_ids < n_vocab and n_vocab % MULTIPLE:
+        unused = f"id {n_ids:,} is" if n_ids + 1 == n_vocab else f"ids {n_ids:,} to {n_vocab - 1:,} are"
+        warn(
+            f"the vocabulary in {directory} has {n_ids:,} ids and the model has {n_vocab:,} rows, which is not padding "
+            f"to a multiple of {MULTIPLE}: {unused} never sampled, and the vocabulary may be that of another model"
+        )
 
 
 def warn_of_another_model(tokenizer: Tokenizer, n_vocab: int, name: str) -> None:

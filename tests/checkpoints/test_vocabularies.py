@@ -2,10 +2,12 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import vocabulary_forms as forms
 from strength import campaign
+from vocabularies import real_vocabulary_dir
 
 import gpt2_jax
 from gpt2_jax.data import prepare
@@ -157,7 +159,7 @@ def test_a_template_is_applied_where_special_tokens_are_allowed(tmp_path, name):
 def test_every_format_keeps_every_tokenizer(tmp_path, name, format):
     """OpenAI's two files if they can hold it, else Hugging Face's, also beside a TensorFlow checkpoint."""
     ours = forms.load(tmp_path, name)
-    config, params = forms.small_model(ours.n_vocab + 3)
+    config, params = forms.small_model(ours.n_vocab + -ours.n_vocab % 8)  # padded
     gpt2_jax.save(tmp_path / "out", config, params, format=format, tokenizer=ours)
     again = gpt2_jax.load_tokenizer(tmp_path / "out")
     for field in ("eot", "n_vocab", "tokens", "merges", "added", "special", "prefix", "suffix"):
@@ -182,9 +184,51 @@ def test_an_export_keeps_the_ids_of_special_tokens_in_config_json(tmp_path):
     assert (config["bos_token_id"], config["pad_token_id"], config["eos_token_id"]) == (0, 1, 2)
 
 
-@pytest.mark.parametrize("n_vocab", [1280 + 64, 1281, 1280])
+@pytest.mark.parametrize("n_vocab", [1280 + 64, 1288, 1281, 1280])
 def test_rows_and_ids_may_differ(tmp_path, tokenizer, n_vocab):
     """Padded embeddings (karpathy/build-nanogpt#95), and an added token without a row (transformers#29899)."""
     for format in FORMATS:
         gpt2_jax.save(tmp_path / format, *forms.small_model(n_vocab), format=format, tokenizer=tokenizer)
         assert gpt2_jax.load_tokenizer(tmp_path / format).tokens == tokenizer.tokens
+
+
+@pytest.mark.parametrize(
+    ("n_vocab", "said"),
+    [
+        (1282, r"has 1,282 rows, .*: id 1,281 is never sampled, and .* may be that of another model"),
+        (1287, r"has 1,287 rows, .*: ids 1,281 to 1,286 are never sampled"),
+        (2300, r"has 2,300 rows, .*: ids 1,281 to 2,299 are never sampled"),
+        (2305, r"n_vocab = 2,305 rows: it seems to belong to another model"),
+    ],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_that_are_no_padding_are_named(tmp_path, tokenizer, n_vocab, said, format):
+    """Programs pad to a multiple of 8 or more. Other rows are those of tokens that this vocabulary does not have."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `save` says it too if the difference is large
+        gpt2_jax.save(tmp_path / "out", *forms.small_model(n_vocab), format=format, tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match=said) as caught:
+        assert gpt2_jax.load_tokenizer(tmp_path / "out").tokens == tokenizer.tokens
+    assert [warning.filename for warning in caught] == [__file__]  # one, and it names the caller
+    assert "\n" not in str(caught[0].message)
+
+
+def test_the_released_rows_with_a_vocabulary_without_the_end_of_text(tmp_path):
+    """50,257 rows are not padding: the last is that of `<|endoftext|>`, which was lost."""
+    tokens = json.loads((real_vocabulary_dir() / "encoder.json").read_text(encoding="utf-8"))
+    lines = (real_vocabulary_dir() / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
+    merges = [tuple(line.split(" ")) for line in lines]
+    whole = forms.two_files(tmp_path / "whole", tokens, merges)
+    assert gpt2_jax.load_tokenizer(whole).eot == 50256
+    del tokens[EOT]
+    config = {"model_type": "gpt2", "vocab_size": 50257, **forms.CONFIG}
+    names = {
+        "config": config,
+        "tokenizer_config": forms.FAST,
+        "tokenizer": forms.described(added_tokens=[], model={"vocab": tokens, "merges": lines}),
+    }
+    forms.write(tmp_path / "cut", **names)
+    with pytest.warns(UserWarning, match=r"50,256 ids and the model has 50,257 rows.*: id 50,256 is never sampled"):
+        assert gpt2_jax.load_tokenizer(tmp_path / "cut").eot is None
+    forms.write(tmp_path / "cut", **names | {"config": config | {"vocab_size": 50304}})
+    assert gpt2_jax.load_tokenizer(tmp_path / "cut").n_vocab == 50256

@@ -453,6 +453,14 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_whose_rows_are_no_padding_trains(tmp_path, run, tokenizer):
+    """1,287 rows and 1,281 ids may be two models, but training goes on, and samples none of the other rows."""
+    sampled = {**SMALL["monitor"], "sample_every": 3, "prompts": PROMPTS, "sample_tokens": 3}
+    assert run(small(monitor=sampled), CONFIG.replace(n_vocab=1287), tokenizer=tokenizer).step == 7
+    with pytest.warns(UserWarning, match="ids 1,281 to 1,286 are never sampled"):
+        assert gpt2_jax.load_tokenizer(tmp_path / "run").n_vocab == 1281
+
+
 def test_fit_outside_the_main_thread(tmp_path, run):
     found = []
     thread = threading.Thread(target=lambda: found.append(run(small())))
