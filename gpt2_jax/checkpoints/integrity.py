@@ -102,9 +102,9 @@ def drain(arrays: dict[str, np.ndarray]) -> Leaves:
 
 
 def warn(message: str) -> None:
-    """Warn the caller of this package: the warning names the first line outside it."""
+    """Warn the caller of this package: the warning names the first line outside it, which is not of functools."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("gpt2_jax."):
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(("gpt2_jax.", "functools.")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
