@@ -4,17 +4,18 @@ import json
 import re
 import warnings
 
+import hostile_vocabularies as hostile
 import pytest
 import vocabulary_forms as forms
+import vocabulary_makers as makers
 from strength import campaign
-from vocabularies import real_vocabulary_dir
 
 import gpt2_jax
 from gpt2_jax.data import prepare
 from gpt2_jax.inspection import describe_vocabulary
 from gpt2_jax.tokenizer import fingerprint
 
-EOT = forms.EOT
+EOT = makers.EOT
 FORMATS = ("tensorflow", "huggingface", "orbax")
 N_TEXTS = campaign(100, 2_000)
 TEXT = forms.TEXT
@@ -25,20 +26,20 @@ TEXT = forms.TEXT
 
 @pytest.mark.parametrize(
     "special",
-    [forms.SPECIALS, ["<pad>", EOT], [EOT], [], ["<s>", "<pad>", "</s>", "<unk>"]],
+    [makers.SPECIALS, ["<pad>", EOT], [EOT], [], ["<s>", "<pad>", "</s>", "<unk>"]],
     ids=["five", "pad and end", "end", "none", "four"],
 )
 @pytest.mark.parametrize("how", ["save_model", "save"])
 def test_a_byte_level_vocabulary_with_special_tokens_first(tmp_path, special, how):
     """Dbmdz's german-gpt2 #3 and #13, and huggingface/tokenizers#361, have these ids."""
-    theirs = forms.trained(special)
+    theirs = makers.trained(special)
     getattr(theirs, how)(str(tmp_path if how == "save_model" else tmp_path / "tokenizer.json"))
     ours = gpt2_jax.load_tokenizer(tmp_path)
     assert ours.is_openai_form
     assert ours.eot == (special.index(EOT) if EOT in special else None)
     parsed = {} if how == "save_model" else {token: i for i, token in enumerate(special)}
     assert ours.added.keys() >= parsed.keys()
-    for text in forms.hostile_texts(N_TEXTS, 3):
+    for text in hostile.hostile_texts(N_TEXTS, 3):
         if how == "save":  # save_model does not write which tokens are special
             assert ours.encode(text, allow_special=True) == theirs.encode(text).ids, text
         plain = text if not special else re.sub("|".join(map(re.escape, special)), "", text)
@@ -49,17 +50,17 @@ def test_a_byte_level_vocabulary_with_special_tokens_first(tmp_path, special, ho
 @pytest.mark.parametrize("unk", [None, "<unk>"])
 def test_bytes_that_the_corpus_did_not_have(tmp_path, unk):
     """The tokenizer of Hugging Face's course is trained without an initial alphabet: they are dropped, or unknown."""
-    theirs = forms.course(**({} if unk is None else {"unk_token": unk}))
-    forms.saved(tmp_path, theirs, tokenizer_config=forms.FAST)
+    theirs = makers.course(**({} if unk is None else {"unk_token": unk}))
+    makers.saved(tmp_path, theirs, tokenizer_config=makers.FAST)
     ours = gpt2_jax.load_tokenizer(tmp_path)
     assert ours.encode("\x07") == ([] if unk is None else [ours.tokens["<unk>"]])
-    for text in forms.hostile_texts(N_TEXTS, 4):
+    for text in hostile.hostile_texts(N_TEXTS, 4):
         assert ours.encode(text, allow_special=True) == theirs.encode(text).ids, text
 
 
 def test_what_transformers_writes_for_plain_gpt2(tmp_path, tokenizer):
     """It puts a template that adds nothing into tokenizer.json."""
-    forms.write(tmp_path, tokenizer=forms.described(post_processor=forms.IDENTITY))
+    makers.write(tmp_path, tokenizer=makers.described(post_processor=forms.IDENTITY))
     ours = gpt2_jax.load_tokenizer(tmp_path)
     assert (ours.tokens, ours.merges, ours.eot) == (tokenizer.tokens, tokenizer.merges, tokenizer.eot)
     assert ours.fits_openai_files
@@ -68,7 +69,7 @@ def test_what_transformers_writes_for_plain_gpt2(tmp_path, tokenizer):
 
 def test_merges_that_are_not_canonical(tmp_path):
     """In "abc" the merge "b c" comes first, and "a bc" is no merge. tiktoken would find the whole token."""
-    tokens, merges = forms.not_canonical()
+    tokens, merges = makers.not_canonical()
     once = [merge for merge in merges if merge != ("d", "dd")]  # it makes "ddd" a second time
     for ours in (forms.load(tmp_path, "not canonical"), gpt2_jax.Tokenizer(tokens, once)):
         assert ours.encode("abc") == [ours.tokens["a"], ours.tokens["bc"]]
@@ -100,8 +101,8 @@ def test_64000_ids(tmp_path):
 )
 def test_the_end_of_text_of_a_vocabulary_without_it(tmp_path, settings, config, expected):
     """It is the end that the files name, if the model has a row for it. Else there is none."""
-    config = {"model_type": "gpt2", "vocab_size": 700, **forms.CONFIG, **config}
-    forms.model_saved(tmp_path, forms.SPECIALS, tokenizer_config=settings, config=config)
+    config = {"model_type": "gpt2", "vocab_size": 700, **makers.CONFIG, **config}
+    makers.model_saved(tmp_path, makers.SPECIALS, tokenizer_config=settings, config=config)
     assert gpt2_jax.load_tokenizer(tmp_path).eot == expected
 
 
@@ -122,7 +123,7 @@ def test_what_needs_an_end_of_text_says_so(tmp_path):
 
 def test_added_tokens_can_be_written_in_a_text(tmp_path):
     """huggingface/transformers#1043, #21053. Words that were added are always found, special tokens if allowed."""
-    forms.two_files(
+    makers.two_files(
         tmp_path, added_tokens={"<speaker1>": 1281, "[PAD]": 1282}, special_tokens_map={"pad_token": "[PAD]"}
     )
     ours = gpt2_jax.load_tokenizer(tmp_path)
@@ -215,20 +216,18 @@ def test_rows_that_are_no_padding_are_named(tmp_path, tokenizer, n_vocab, said, 
 
 def test_the_released_rows_with_a_vocabulary_without_the_end_of_text(tmp_path):
     """50,257 rows are not padding: the last is that of `<|endoftext|>`, which was lost."""
-    tokens = json.loads((real_vocabulary_dir() / "encoder.json").read_text(encoding="utf-8"))
-    lines = (real_vocabulary_dir() / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
-    merges = [tuple(line.split(" ")) for line in lines]
-    whole = forms.two_files(tmp_path / "whole", tokens, merges)
+    tokens, merges = makers.released()
+    whole = makers.two_files(tmp_path / "whole", tokens, merges)
     assert gpt2_jax.load_tokenizer(whole).eot == 50256
     del tokens[EOT]
-    config = {"model_type": "gpt2", "vocab_size": 50257, **forms.CONFIG}
+    config = {"model_type": "gpt2", "vocab_size": 50257, **makers.CONFIG}
     names = {
         "config": config,
-        "tokenizer_config": forms.FAST,
-        "tokenizer": forms.described(added_tokens=[], model={"vocab": tokens, "merges": lines}),
+        "tokenizer_config": makers.FAST,
+        "tokenizer": makers.described(added_tokens=[], model={"vocab": tokens, "merges": merges}),
     }
-    forms.write(tmp_path / "cut", **names)
+    makers.write(tmp_path / "cut", **names)
     with pytest.warns(UserWarning, match=r"50,256 ids and the model has 50,257 rows.*: id 50,256 is never sampled"):
         assert gpt2_jax.load_tokenizer(tmp_path / "cut").eot is None
-    forms.write(tmp_path / "cut", **names | {"config": config | {"vocab_size": 50304}})
+    makers.write(tmp_path / "cut", **names | {"config": config | {"vocab_size": 50304}})
     assert gpt2_jax.load_tokenizer(tmp_path / "cut").n_vocab == 50256

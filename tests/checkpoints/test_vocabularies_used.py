@@ -3,9 +3,11 @@
 import json
 import pickle
 
+import hostile_vocabularies as hostile
 import numpy as np
 import pytest
 import vocabulary_forms as forms
+import vocabulary_makers as makers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strength import campaign
@@ -75,7 +77,7 @@ def test_streamed_text_is_the_decoded_text(tmp_path, name):
 
 def test_byte_level_decoding_is_that_of_the_library(tmp_path):
     ours = forms.load(tmp_path, "course")
-    theirs = forms.course()
+    theirs = makers.course()
     draw = np.random.default_rng(6)
     for _ in range(campaign(200, 5_000)):
         ids = [int(i) for i in draw.integers(0, ours.n_vocab, 12)]
@@ -88,7 +90,7 @@ def digits(tmp_path_factory):
 
 
 @settings(deadline=None)
-@given(text=st.text() | st.lists(st.sampled_from(forms.hostile_texts(200, 9))).map("".join))
+@given(text=st.text() | st.lists(st.sampled_from(hostile.hostile_texts(200, 9))).map("".join))
 def test_the_other_backend_decodes_what_it_encodes(digits, text):
     assert digits.decode(digits.encode(text)) == digits.decode(digits.encode(text, allow_special=True)) == text
 
@@ -105,7 +107,7 @@ def test_large_texts(tmp_path, name, text):
     """A megabyte takes a second, and the ids do not depend on where a long text is cut."""
     ours = forms.load(tmp_path, name)
     n = campaign(400_000, 3_000_000)
-    words = "".join(forms.hostile_texts(n // 40, 8)) + "x <user> 12  \n y" * (n // 16)
+    words = "".join(hostile.hostile_texts(n // 40, 8)) + "x <user> 12  \n y" * (n // 16)
     text = {"spaces": " " * n, "newlines x": "\n" * n + "x", "words": words}[text]
     whole = ours.encode(text)
     if not ours.is_openai_form:

@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import vocabulary_forms as forms
+import vocabulary_makers as makers
 
 import gpt2_jax
 
-EOT = forms.EOT
+EOT = makers.EOT
 
 
 # ---- files that disagree
@@ -20,11 +21,11 @@ def cut(folder, n_lines):
     path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:n_lines]), encoding="utf-8")
 
 
-@pytest.mark.parametrize("special", [[EOT], forms.SPECIALS, [], ["<pad>", EOT]], ids=["end", "five", "none", "two"])
+@pytest.mark.parametrize("special", [[EOT], makers.SPECIALS, [], ["<pad>", EOT]], ids=["end", "five", "none", "two"])
 @pytest.mark.parametrize("n_lines", [-1, 200, 2, 1])
 def test_merges_that_were_cut_are_refused(tmp_path, special, n_lines):
     """Wherever `<|endoftext|>` is; with id 0 (CodeParrot, ProtGPT2) all later tokens would have become added ones."""
-    forms.model_saved(tmp_path, special)
+    makers.model_saved(tmp_path, special)
     gpt2_jax.load_tokenizer(tmp_path)
     cut(tmp_path, n_lines)
     with pytest.raises(
@@ -38,7 +39,7 @@ def test_merges_that_were_cut_are_refused(tmp_path, special, n_lines):
 @pytest.mark.parametrize("character", ["\u2192", "\u010a"])
 def test_an_added_character_does_not_hide_that_merges_were_cut(tmp_path, special, character):
     """Its id is above those of the merges, as that of `<|endoftext|>` may be."""
-    forms.model_saved(tmp_path, special)
+    makers.model_saved(tmp_path, special)
     n_ids = len(json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")))
     added = {character: n_ids} if character == "\u2192" else {"\n": n_ids}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
@@ -51,10 +52,10 @@ def test_an_added_character_does_not_hide_that_merges_were_cut(tmp_path, special
 @pytest.mark.parametrize("n_kept", [0, 100])
 def test_merges_that_were_cut_where_the_end_of_text_stands(tmp_path, n_kept):
     """What follows `<|endoftext|>` looks like tokens that were appended, but tokens before it could merge into each."""
-    tokens, merges = forms.embedded()
+    tokens, merges = makers.embedded()
     names = sorted(tokens.keys() - {EOT}, key=tokens.__getitem__)
     names.insert(256 + n_kept, EOT)
-    forms.two_files(tmp_path, {token: i for i, token in enumerate(names)}, merges)
+    makers.two_files(tmp_path, {token: i for i, token in enumerate(names)}, merges)
     gpt2_jax.load_tokenizer(tmp_path)
     cut(tmp_path, 1 + n_kept)
     with pytest.raises(ValueError, match=r"which no line of .*merges\.txt makes"):
@@ -63,8 +64,8 @@ def test_merges_that_were_cut_where_the_end_of_text_stands(tmp_path, n_kept):
 
 def test_merges_of_a_sorted_vocabulary_that_were_cut(tmp_path):
     """Single characters have high ids there."""
-    tokens, merges = forms.embedded()
-    forms.two_files(tmp_path, {token: i for i, token in enumerate(sorted(tokens))}, merges)
+    tokens, merges = makers.embedded()
+    makers.two_files(tmp_path, {token: i for i, token in enumerate(sorted(tokens))}, merges)
     gpt2_jax.load_tokenizer(tmp_path)
     cut(tmp_path, 100)
     with pytest.raises(ValueError, match=r"which no line of .*merges\.txt makes"):
@@ -72,7 +73,7 @@ def test_merges_of_a_sorted_vocabulary_that_were_cut(tmp_path):
 
 
 def test_a_line_that_is_missing_among_the_merges(tmp_path):
-    forms.model_saved(tmp_path, [EOT])
+    makers.model_saved(tmp_path, [EOT])
     lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     merged = [line.strip().replace(" ", "") for line in lines]
     last = next(i for i in range(1, len(lines)) if not any(merged[i] in line.split() for line in lines))
@@ -83,9 +84,9 @@ def test_a_line_that_is_missing_among_the_merges(tmp_path):
 
 def test_tokens_without_a_merge_that_are_declared(tmp_path):
     """A word that was added to vocab.json by hand, and is declared. Without that it looks like a lost merge."""
-    tokens, merges = forms.embedded()
+    tokens, merges = makers.embedded()
     tokens = tokens | {"forsooth": 1281}
-    forms.two_files(tmp_path, tokens | {EOT: 1282, "gramercy": 1280}, merges)
+    makers.two_files(tmp_path, tokens | {EOT: 1282, "gramercy": 1280}, merges)
     with pytest.raises(ValueError, match=r"holds 'gramercy', id 1280, which no line .* must be declared"):
         gpt2_jax.load_tokenizer(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"gramercy": 1280, "forsooth": 1281}')
@@ -124,24 +125,24 @@ def test_other_forms_open_without_a_warning(tmp_path, name):
 
 def test_tokenizer_json_wins_over_the_two_files(tmp_path):
     """As in transformers. Equal vocabularies are no reason to warn."""
-    forms.two_files(tmp_path, tokenizer=forms.described(post_processor=forms.FIRST))
+    makers.two_files(tmp_path, tokenizer=makers.described(post_processor=forms.FIRST))
     assert gpt2_jax.load_tokenizer(tmp_path).prefix == (1280,)
     cut(tmp_path, 300)
     with pytest.warns(
         UserWarning, match=r"tokenizer\.json does not hold the vocabulary of vocab\.json and merges\.txt"
     ):
         ours = gpt2_jax.load_tokenizer(tmp_path)
-    assert len(ours.merges) == len(forms.embedded()[1])
+    assert len(ours.merges) == len(makers.embedded()[1])
 
 
 @pytest.mark.parametrize("name", ["RobertaTokenizer", "BertTokenizerFast", "T5Tokenizer"])
 def test_another_class(tmp_path, name):
-    forms.two_files(tmp_path, tokenizer_config={"tokenizer_class": name})
+    makers.two_files(tmp_path, tokenizer_config={"tokenizer_class": name})
     with pytest.raises(
         ValueError, match=rf"tokenizer_config\.json has tokenizer_class = '{name}', which is not GPT-2's"
     ):
         gpt2_jax.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(forms.described(**forms.DIGITS)))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(makers.described(**forms.DIGITS)))
     with pytest.warns(UserWarning, match=rf"tokenizer_class = '{name}', .*: tokenizer\.json is read as it is"):
         ours = gpt2_jax.load_tokenizer(tmp_path)
     assert ours.encode("12") == [*ours.encode("1"), *ours.encode("2")]
@@ -165,7 +166,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in MALFORMED.items() for text in texts])
 def test_a_malformed_file_is_named_in_one_sentence(tmp_path, name, text):
-    forms.two_files(tmp_path)
+    makers.two_files(tmp_path)
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(name)) as caught:
         gpt2_jax.load_tokenizer(tmp_path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import vocabulary_forms
 from tiny_models import random_params
+from vocabulary_makers import EOT
 
 import gpt2_jax
 from gpt2_jax.edits import replace
@@ -30,7 +31,6 @@ You are all resolved rather to die than to famish?
 
 """
 N_CTX = 61  # all tests also use the same few batch sizes, because each new size must be compiled
-EOT = vocabulary_forms.EOT
 LONG = 9 * SPEECH  # 486 tokens
 GREEDY = {"ROMEO:\n": "Anon, I'll not", "KING": " RICHARD III:\n"}  # greedy continuations
 UNTIL = {"until": ["\n\n", "."], "max_gen_toks": 23}

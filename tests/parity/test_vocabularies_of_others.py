@@ -3,8 +3,10 @@
 import shutil
 import warnings
 
+import hostile_vocabularies as hostile
 import pytest
 import vocabulary_forms as forms
+import vocabulary_makers as makers
 from strength import campaign
 
 import gpt2_jax
@@ -25,7 +27,7 @@ def transformers():
 
 def extended(path, library):
     """A fine-tune with a word, speakers and padding."""
-    tokenizer = library.AutoTokenizer.from_pretrained(forms.two_files(path / "before"))
+    tokenizer = library.AutoTokenizer.from_pretrained(makers.two_files(path / "before"))
     tokenizer.add_tokens(["forsooth", " gramercy"])
     tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<speaker1>", "<speaker2>"]})
     return tokenizer
@@ -33,17 +35,17 @@ def extended(path, library):
 
 def retrained(path, library):
     """The Hugging Face course's way to a vocabulary for code, as CodeParrot went: `<|endoftext|>` has id 0."""
-    old = library.AutoTokenizer.from_pretrained(forms.two_files(path / "before"))
-    return old.train_new_from_iterator(forms.corpus(), 600, show_progress=False)
+    old = library.AutoTokenizer.from_pretrained(makers.two_files(path / "before"))
+    return old.train_new_from_iterator(makers.corpus(), 600, show_progress=False)
 
 
 WRITTEN = {
-    "plain": lambda path, library: library.GPT2Tokenizer(*forms.embedded()),
-    "bos": lambda path, library: library.GPT2Tokenizer(*forms.embedded(), add_bos_token=True),
+    "plain": lambda path, library: library.GPT2Tokenizer(*makers.embedded()),
+    "bos": lambda path, library: library.GPT2Tokenizer(*makers.embedded(), add_bos_token=True),
     "extended": extended,
     "retrained": retrained,
     "wrapped": lambda path, library: library.PreTrainedTokenizerFast(
-        tokenizer_object=forms.course(), eos_token=forms.EOT, pad_token=forms.EOT
+        tokenizer_object=makers.course(), eos_token=makers.EOT, pad_token=makers.EOT
     ),
     "opened again": lambda path, library: library.AutoTokenizer.from_pretrained(
         forms.FORMS["added tokens that strip"](path / "before")
@@ -56,13 +58,13 @@ def folder_of(name, path, library):
     if name in forms.FORMS:
         return forms.FORMS[name](path)
     tokenizer = WRITTEN[name](path, library)
-    forms.write(path, len(tokenizer))
+    makers.write(path, len(tokenizer))
     tokenizer.save_pretrained(path)
     return path
 
 
 def texts_for(tokenizer, seed):
-    return forms.hostile_texts(N_TEXTS, seed, list(tokenizer.added))
+    return hostile.hostile_texts(N_TEXTS, seed, list(tokenizer.added))
 
 
 @pytest.mark.parametrize("name", [*forms.FORMS, *WRITTEN])
@@ -111,8 +113,8 @@ def test_an_export_opens_with_the_same_ids_and_names(transformers, tmp_path, nam
 @pytest.mark.parametrize("seed", range(campaign(25, 400)))
 def test_ids_in_random_folders(transformers, tmp_path, seed):
     """Any tokens are named, added and declared in any files, which may contradict each other."""
-    folder = forms.random_folder(tmp_path / "model", seed)
+    folder = hostile.random_folder(tmp_path / "model", seed)
     ours, theirs = gpt2_jax.load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     assert ours.tokens == theirs.get_vocab()
-    for text in forms.hostile_texts(20, seed, forms.NAMES):
+    for text in hostile.hostile_texts(20, seed, hostile.NAMES):
         assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"], text

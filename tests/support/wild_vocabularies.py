@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 import checkpoint_forms as forms
+import vocabulary_makers as makers
 import wild_model
 from wild_table import vocabulary
 
 import gpt2_jax
 
 NEEDS = ("torch", "transformers")
-EOT = "<|endoftext|>"
-ROBERTA = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # the order of Hugging Face's examples for RoBERTa
+EOT = makers.EOT
+ROBERTA = makers.SPECIALS  # the order of Hugging Face's examples for RoBERTa
 TEXT = [
     "The king and the queen went to the castle, and the 3 knights followed them in 1599.",
     "Schöne Grüße aus München! Wir öffnen die Tür und gehen über die Straße.",
@@ -31,30 +32,17 @@ def embedded_files(folder: Path, names=("vocab.json", "merges.txt")) -> None:
     forms.copy_vocabulary(gpt2_jax.embedded_model(), folder, names)
 
 
-def embedded_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return ids and merges of the embedded vocabulary."""
-    folder = gpt2_jax.embedded_model()
-    ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    return ids, [tuple(pair) for pair in forms.merges_of(folder)]
-
-
 def gpt2_tokenizer(**options):
     """transformers' own GPT-2 tokenizer with the embedded vocabulary."""
     import transformers
 
-    ids, merges = embedded_vocabulary()
+    ids, merges = makers.embedded()
     return transformers.GPT2Tokenizer(vocab=ids, merges=merges, **options)
 
 
 def byte_level(special: list[str], n_vocab: int = 420, **options):
     """A ByteLevelBPETokenizer, trained as in Hugging Face's examples."""
-    import tokenizers
-
-    tokenizer = tokenizers.ByteLevelBPETokenizer(**options)
-    tokenizer.train_from_iterator(
-        TEXT, vocab_size=n_vocab, min_frequency=1, special_tokens=special, show_progress=False
-    )
-    return tokenizer
+    return makers.trained(special, n_vocab, TEXT, min_frequency=1, **options)
 
 
 # ---- OpenAI's two files, under Hugging Face's names and by transformers 5
@@ -85,7 +73,7 @@ def no_version_line(folder):
 @vocabulary("ids-with-a-gap", "`<|endoftext|>` at a round id above the others", transformers=True)
 def ids_with_a_gap(folder):
     embedded_files(folder)
-    ids, _ = embedded_vocabulary()
+    ids, _ = makers.embedded()
     (folder / "vocab.json").write_text(json.dumps(ids | {EOT: 1300}))
     write_config(folder, 1301)
 
@@ -181,17 +169,10 @@ def course(name: str, writer: str, wrapper: str, **special) -> None:
 
     @vocabulary(name, writer, transformers=True, needs=NEEDS)
     def make(folder):
-        import tokenizers
         import transformers
-        from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
         unknown = {"unk_token": "<unk>"} if "unk_token" in special else {}
-        tokenizer = tokenizers.Tokenizer(models.BPE(**unknown))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[*unknown.values(), EOT], show_progress=False)
-        tokenizer.train_from_iterator(TEXT, trainer=trainer)
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = makers.course(300, TEXT, [*unknown.values(), EOT], **unknown)
         wrapped = getattr(transformers, wrapper)(tokenizer_object=tokenizer, bos_token=EOT, eos_token=EOT, **special)
         wrapped.save_pretrained(folder)
         write_config(folder, tokenizer.get_vocab_size())
@@ -212,24 +193,9 @@ def train_new_from_iterator(folder):
 
 @vocabulary("64000-ids", "a vocabulary of 64,000 ids, vocab.json and merges.txt", transformers=True)
 def many_ids(folder):
-    import vocabularies
-
-    source = vocabularies.real_vocabulary_dir()
-    ids = json.loads((source / "encoder.json").read_text(encoding="utf-8"))
-    merges = [tuple(pair) for pair in forms.merges_of(source)]
-    del ids[EOT]
-    words = [token for token in ids if token.isascii() and token.isalpha() and len(token) > 2]
-    for left in words:
-        for right in ("ing", "ed"):
-            if len(ids) < 63999 and left + right not in ids:
-                ids[left + right] = len(ids)
-                merges.append((left, right))
-    ids[EOT] = len(ids)
-    (folder / "vocab.json").write_text(json.dumps(ids))
-    lines = "".join(f"{left} {right}\n" for left, right in merges)
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}", encoding="utf-8")
-    assert len(ids) == 64000
-    write_config(folder, len(ids))
+    names, merges = makers.released_and_more(63_999)
+    makers.two_files(folder, {token: i for i, token in enumerate([*names, EOT])}, merges)
+    write_config(folder, 64_000)
 
 
 @vocabulary(
