@@ -56,7 +56,8 @@ def test_loaded_arrays_may_be_donated(tmp_path, flat):
     import jax
 
     foreign.write_llmc(tmp_path / "llmc" / "model.bin", CONFIG, flat)
-    foreign.write(tmp_path / "nanogpt", foreign.NANOGPT, foreign.nanogpt())
+    fields = foreign.NANOGPT | {"activation_function": "gelu"}
+    foreign.write(tmp_path / "nanogpt", fields, foreign.nanogpt())
     step = jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)
     for name in ("llmc", "nanogpt"):
         before = forms.leaves(gpt2_jax.load(tmp_path / name)[1])
