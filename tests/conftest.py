@@ -14,8 +14,6 @@ import strength
 
 import gpt2_jax
 
-NUMBERS = {"core", "evaluate", "generation", "parity", "research", "training"}  # folders of tests that compare numbers
-
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -61,10 +59,10 @@ def _float32_products():
 def _programs_of_one_file(request):
     """Let XLA compile without optimization, here and in processes that tests start: compilation takes the most time.
 
-    Such programs are slower and round differently. With --full, the tests in NUMBERS run the programs of users.
+    Such programs are slower and round differently. With --full, the tests in `OPTIMIZED` run the programs of users.
     The programs of a file are freed at its end: those of all files take gigabytes.
     """
-    quickly = not strength.FULL or request.path.parent.name not in NUMBERS
+    quickly = not strength.FULL or strength.OPTIMIZED.isdisjoint((request.path.parent.name, request.path.stem))
     jax.config.update("jax_disable_most_optimizations", quickly)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quickly)))

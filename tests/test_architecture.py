@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import strength
 
 import gpt2_jax
 
@@ -188,3 +189,9 @@ def test_the_wheel_has_every_package():
         listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
     found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
     assert {name for name in listed if ".models." not in name} == found
+
+
+def test_what_runs_with_optimizations_is_there():
+    tests = Path(__file__).parent
+    there = {path.stem for path in tests.rglob("test_*.py")} | {path.name for path in tests.iterdir()}
+    assert there >= strength.OPTIMIZED
