@@ -50,15 +50,23 @@ PYTHON = [name for name in PAGES if blocks(name, "python")]
 BY_DEFAULT = {"README.md", "docs/index.md"}
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The environment in which the pages share their compiled programs."""
+    shared = {"COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+    shared |= {"PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    return {f"JAX_{name}": value for name, value in shared.items()}
+
+
 @pytest.mark.parametrize("name", strength.campaign([name for name in PYTHON if name in BY_DEFAULT], PYTHON))
-def test_python_of_a_page_runs(name, tmp_path):
+def test_python_of_a_page_runs(name, compiled, tmp_path):
     """All of a page's blocks, in order, in one process, in a folder that has what a clone has."""
     for entry in ("models", "configs", "examples"):
         (tmp_path / entry).symlink_to(ROOT / entry)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "\n".join(blocks(name, "python"))],
         cwd=tmp_path,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | compiled | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         encoding="utf-8",
         check=False,
