@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ from gpt2_jax.params import flatten
 PREFIX = "model/"
 DATA_SUFFIX = ".data-*-of-*"
 V1_END = bytes.fromhex("57fb808b247547db")  # the last bytes of a V1 checkpoint: the mark of its table format
-# What optimizers and training loops store beside the model.
+# What optimizers and training loops store beside the model, under names that do not tell it otherwise (`_of_model`).
 TRAINING = re.compile(
     r"(.+/)?(Adam(W|Optimizer|WeightDecay\w*)?(_\d+)?|adam_[mv]|Momentum(_\d+)?|RMSProp(_\d+)?|Adagrad|Adafactor\w*"
     r"|ExponentialMovingAverage|beta[12]_power(_\d+)?|global_step|learning_rate|loss_scale\w*|good_steps)"
@@ -43,7 +43,7 @@ OTHER_HPARAMS = re.compile(r"(\w+_)?(dropout|pdrop)|dtype|precision|scope|batch_
 def read(path: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]:
     """Read the config and every variable of a checkpoint in OpenAI's layout. The graph (`.meta`) is not needed.
 
-    Missing and unknown names, wrong shapes and wrong dtypes are errors; an optimizer's variables are skipped by name.
+    Missing and unknown names, wrong shapes and wrong dtypes are errors. Variables of an optimizer are left out.
     TensorFlow verifies the checksum of each variable when it is read. Nothing is transposed: only the leading 1 of a
     convolution's `w` (1, in, out) is dropped.
 
@@ -69,7 +69,7 @@ def read(path: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     if config.n_layer > len(shapes):  # checked before a tree of that many layers is built
         raise ValueError(f"hparams.json says n_layer = {config.n_layer}, but {prefix} has {len(shapes)} variables")
-    names = [name for name in shapes if not TRAINING.fullmatch(name)]
+    names = _of_model(shapes, {PREFIX + name for name in flatten(abstract_params(config))})
     found = {name: SimpleNamespace(shape=shapes[name], dtype=dtypes[name]) for name in names}
     config = config.replace(param_dtype=stored_dtype((variable.dtype for variable in found.values()), prefix, dtype))
     expected = flatten(abstract_params(config))
@@ -82,6 +82,16 @@ def read(path: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]
             yield name, array.reshape(leaf.shape)
 
     return config, leaves()
+
+
+def _of_model(shapes: Mapping[str, Sequence[int]], expected: Set[str]) -> list[str]:
+    """Return the variables that are not those of an optimizer or a training loop.
+
+    TensorFlow's optimizers put their variables under the name of the parameter, as in `model/wte/Adam`. Counters are
+    scalars, which a GPT-2 does not have.
+    """
+    rest = [name for name in shapes if name.rpartition("/")[0] not in expected and not TRAINING.fullmatch(name)]
+    return [name for name in rest if len(shapes[name]) > 0 or name.startswith(PREFIX)]
 
 
 @contextlib.contextmanager
