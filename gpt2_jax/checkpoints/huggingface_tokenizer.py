@@ -152,6 +152,9 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any], whole: bool) -
     if kind != "BPE":
         del model["merges"]
     if whole:
+        if model.get("dropout"):
+            warn(f"{path} has model.dropout = {model['dropout']}, which makes ids random: it is left out")
+            model["dropout"] = None
         return Files(fields, path, path)
     read = _gpt2_fields(model["vocab"], model["merges"], settings)
     _warn_of_ignored(path, fields, read)
@@ -239,7 +242,7 @@ def _make(files: Files, fields: dict[str, Any], settings: Mapping[str, Any]) -> 
             return made
         except ValueError as error:
             failed = error
-    if by_pattern and not model.get("ignore_merges"):
+    if by_pattern and not model.get("ignore_merges") and not model.get("continuing_subword_prefix"):
         pairs = [pair for pair in merges if len(pair) == 2]
         openai.check_complete(model["vocab"], pairs, added, files.tokens_from, files.merges_from)
     try:

@@ -249,6 +249,16 @@ def test_other_forms_open_without_a_warning(tmp_path, name):
         gpt2_jax.load_tokenizer(folder)
 
 
+def test_dropout_of_merges_is_left_out(tmp_path):
+    """It is for training: the ids of a text would be random, and so would scores, and samples of one seed."""
+    forms.write(tmp_path, tokenizer=forms.described(model={"dropout": 0.5}), tokenizer_config=forms.FAST)
+    with pytest.warns(UserWarning, match=r"model\.dropout = 0\.5, which makes ids random: it is left out") as caught:
+        ours = gpt2_jax.load_tokenizer(tmp_path)
+    assert len(caught) == 1
+    forms.two_files(tmp_path / "plain")
+    assert ours.encode(TEXT) == gpt2_jax.load_tokenizer(tmp_path / "plain").encode(TEXT)
+
+
 def test_tokenizer_json_wins_over_the_two_files(tmp_path):
     """As in transformers. Equal vocabularies are no reason to warn."""
     forms.two_files(tmp_path, tokenizer=forms.described(post_processor=forms.FIRST))

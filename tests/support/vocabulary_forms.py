@@ -63,7 +63,8 @@ def course(**model: Any) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(**model))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = [EOT, *filter(None, [model.get("unk_token")])]
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    inside = {name: value for name, value in model.items() if name == "continuing_subword_prefix"}
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False, **inside)
     tokenizer.train_from_iterator(corpus(), trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -273,6 +274,9 @@ FORMS: dict[str, Maker] = {
     "no special tokens, fast": lambda path: saved(path, trained([]), tokenizer_config=FAST),
     "course": lambda path: saved(path, course(), tokenizer_config=FAST | {"eos_token": EOT}),
     "course, unk": lambda path: saved(path, course(unk_token="<unk>"), tokenizer_config=FAST | {"unk_token": "<unk>"}),
+    "course, prefix inside words": lambda path: saved(
+        path, course(continuing_subword_prefix="##"), tokenizer_config=FAST
+    ),
     "course, GPT2Tokenizer": lambda path: saved(path, course()),
     "64,000 ids": of_64000,
     "bytes missing": lambda path: write(path, tokenizer=bytes_missing(), tokenizer_config=FAST),
