@@ -63,7 +63,7 @@ def read(path: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]
     config = read_hparams(path)
     prefix = find_checkpoint(path)
     check_path(prefix)
-    tf = _import_tensorflow()
+    tf = import_tensorflow()
     with _clear_damage_errors(tf, prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
@@ -105,7 +105,7 @@ def _clear_damage_errors(tf: ModuleType, prefix: Path) -> Iterator[None]:
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
     """Write `hparams.json` and the variables, with the original names and shapes, into an empty directory."""
-    tf = _import_tensorflow()
+    tf = import_tensorflow()
     variables = _variables(flat)
     tensors = [np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()]
     prefix = str(directory / "model.ckpt")
@@ -239,7 +239,7 @@ def _variables(flat: Mapping[str, Any]) -> dict[str, SimpleNamespace]:
     return {PREFIX + name: SimpleNamespace(shape=shape(name, leaf), dtype=leaf.dtype) for name, leaf in flat.items()}
 
 
-def _import_tensorflow() -> ModuleType:
+def import_tensorflow() -> ModuleType:
     """Import TensorFlow without its banner and with the accelerators hidden, if it is not imported yet."""
     if "tensorflow" in sys.modules:
         return sys.modules["tensorflow"]

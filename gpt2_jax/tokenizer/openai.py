@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
@@ -245,6 +246,7 @@ def is_canonical(tokens: Mapping[str, int], merges: Sequence[tuple[str, str]]) -
     that token. If they do, take the first step where tiktoken merges a pair (x, y) that is not listed. All steps before
     were the same, also inside the text of xy, so on this text alone the merges reach (x, y) too, and end there.
     """
+    import_tokenizers()
     import tokenizers
     from tokenizers import models
 
@@ -252,6 +254,17 @@ def is_canonical(tokens: Mapping[str, int], merges: Sequence[tuple[str, str]]) -
     model = tokenizers.Tokenizer(models.BPE(vocab=dict(tokens), merges=list(merges)))
     found = model.encode(merged, is_pretokenized=True, add_special_tokens=False).ids
     return found == [tokens[token] for token in merged]
+
+
+def import_tokenizers() -> None:
+    """Import Hugging Face's library, and make NumPy ready for it. Call this before its first use.
+
+    The library's first call lets NumPy parse its version. If a Ctrl-C interrupts that, the library writes a panic to
+    standard error. After this function, NumPy parses it within microseconds.
+    """
+    import tokenizers  # noqa: F401
+
+    np.lib.NumpyVersion(np.__version__)
 
 
 def overlap(tokens: Collection[str]) -> bool:
