@@ -146,7 +146,7 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any], whole: bool) -
         raise ValueError(f"{path}: model.merges must be a list of pairs of tokens")
     model["merges"] = [tuple(pair.split(" ") if isinstance(pair, str) else map(str, pair)) for pair in merges]
     added = fields.setdefault("added_tokens", [])
-    if not isinstance(added, list) or not all(isinstance(token, dict) and "content" in token for token in added):
+    if not isinstance(added, list) or not all(map(_is_added, added)):
         raise ValueError(f"{path}: added_tokens must be a list of tokens with id and content")
     _warn_of_other_vocabulary(path, model)
     if kind != "BPE":
@@ -160,6 +160,10 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any], whole: bool) -
     _warn_of_ignored(path, fields, read)
     read |= {"post_processor": fields.get("post_processor"), "added_tokens": added}
     return Files(read, path, path)
+
+
+def _is_added(token: Any) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
 
 
 def _warn_of_other_vocabulary(path: Path, model: Mapping[str, Any]) -> None:

@@ -129,6 +129,18 @@ def check_ids(tokens: dict[str, int], source: str | os.PathLike) -> None:
         raise ValueError(f"{source} must give its {len(tokens)} tokens the ids 0 to {len(tokens) - 1}, each once")
 
 
+def pairs_of(merges: Iterable[Iterable[str]], merges_from: str | os.PathLike) -> list[tuple[str, ...]]:
+    """Return merges as tuples. `match_merges` checks that they are pairs of tokens.
+
+    Raises:
+      ValueError: they are not sequences.
+    """
+    try:
+        return [tuple(pair) for pair in merges]
+    except TypeError as error:
+        raise ValueError(f"{merges_from} must be a list of pairs of tokens: {error}") from error
+
+
 def match_merges(
     tokens: dict[str, int],
     merges: list[tuple[str, ...]],
@@ -143,9 +155,11 @@ def match_merges(
     """
     if missing := [character for character in BYTE_OF if character not in tokens]:
         raise ValueError(f"{tokens_from} has no token for the byte {BYTE_OF[missing[0]]:#04x} ({missing[0]!r})")
+    if set(map(len, merges)) - {2} or not tokens.keys() >= {*itertools.chain(*merges)}:
+        _raise_for_merge(tokens, merges, tokens_from, merges_from, first_line)
     merged = ["".join(pair) for pair in merges]
     ids = [tokens.get(token, -1) for token in merged]
-    if set(map(len, merges)) - {2} or not tokens.keys() >= {*itertools.chain(*merges)} or not _ascending(ids):
+    if not _ascending(ids):
         _raise_for_merge(tokens, merges, tokens_from, merges_from, first_line)
     names = [*BYTE_OF, *merged]
     if unknown := set(text := "".join(names)) - BYTE_OF.keys():

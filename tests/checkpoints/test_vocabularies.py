@@ -309,6 +309,13 @@ def test_a_malformed_file_is_named_in_one_sentence(tmp_path, name, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("token", [{"content": "x"}, {"content": "x", "id": "1281"}, {"content": 3, "id": 1281}, 3])
+def test_malformed_added_tokens_in_tokenizer_json(tmp_path, token):
+    forms.write(tmp_path, tokenizer=forms.described(added_tokens=[token]))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: added_tokens must be a list of tokens with id and content"):
+        gpt2_jax.load_tokenizer(tmp_path)
+
+
 # ---- added tokens
 
 
