@@ -125,14 +125,14 @@ def test_a_pickle_beside_safetensors_is_left_alone(tmp_path):
 
 
 def test_an_unknown_directory_lists_what_was_found_and_what_is_understood(tmp_path):
-    for name in ("notes.txt", "weights.npy", "rust_model.ot"):
+    for name in ("notes.txt", "weights.npy", "notes.pages"):
         (tmp_path / name).write_text("x")
     (tmp_path / "sub").mkdir()
     for call in (gpt2_jax.load, gpt2_jax.load_config):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             call(tmp_path)
         said = str(caught.value)
-        for word in ("notes.txt", "weights.npy", "rust_model.ot", "hparams.json", "config.json", "model.safetensors",
+        for word in ("notes.txt", "weights.npy", "notes.pages", "hparams.json", "config.json", "model.safetensors",
                      "gpt2_jax.json"):  # fmt: skip
             assert word in said, word
 
