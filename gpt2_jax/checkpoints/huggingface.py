@@ -7,6 +7,7 @@ names, the shapes and the finiteness of the values can be checked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ ARITHMETIC = {  # the allowed values of each field; the first one is also the de
     "quantization_config": (None,),
     "pruned_heads": ({}, None),
 }
+_NOT_STORED = re.compile(rf"{names.BUFFER.pattern}|{names.OTHER_HEAD.pattern}|(lm_head|wte)\.weight")
 
 
 def hugging_face_name(name: str) -> str:
@@ -172,10 +174,11 @@ def read_index(path: Path) -> dict[str, str]:
 def _check_listed(weight_map: Mapping[str, str], file: str, tensors: Mapping[str, Any], index: Path) -> None:
     """Check that an index and one of its files agree on the tensors in that file.
 
-    Some programs list the output head, which is stored under its other name, or leave a buffer out of the index.
+    Some programs leave a tensor out of the index, or list what the files do not hold: buffers, heads for other tasks,
+    and a tied output head under its other name.
     """
     listed = {key for key, where in weight_map.items() if where == file}
-    absent = {key for key in listed - tensors.keys() if names.short(key) != "lm_head.weight"}
+    absent = {key for key in listed - tensors.keys() if not _NOT_STORED.fullmatch(names.short(key))}
     unlisted = {key for key in tensors.keys() - listed if key in weight_map}
     if wrong := sorted(absent | unlisted):
         raise ValueError(f"{index} and {index.parent / file} do not agree on whether {wrong[0]} is in that file")

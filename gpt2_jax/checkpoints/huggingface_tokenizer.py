@@ -146,17 +146,24 @@ def _from_tokenizer_json(path: Path, settings: Mapping[str, Any], whole: bool) -
         raise ValueError(f"{path}: model.merges must be a list of pairs of tokens")
     model["merges"] = [tuple(pair.split(" ") if isinstance(pair, str) else map(str, pair)) for pair in merges]
     added = fields.setdefault("added_tokens", [])
-    if not isinstance(added, list) or not all(isinstance(token, dict) and "content" in token for token in added):
+    if not isinstance(added, list) or not all(map(_is_added, added)):
         raise ValueError(f"{path}: added_tokens must be a list of tokens with id and content")
     _warn_of_other_vocabulary(path, model)
     if kind != "BPE":
         del model["merges"]
     if whole:
+        if model.get("dropout"):
+            warn(f"{path} has model.dropout = {model['dropout']}, which makes ids random: it is left out")
+            model["dropout"] = None
         return Files(fields, path, path)
     read = _gpt2_fields(model["vocab"], model["merges"], settings)
     _warn_of_ignored(path, fields, read)
     read |= {"post_processor": fields.get("post_processor"), "added_tokens": added}
     return Files(read, path, path)
+
+
+def _is_added(token: Any) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
 
 
 def _warn_of_other_vocabulary(path: Path, model: Mapping[str, Any]) -> None:
@@ -239,7 +246,7 @@ def _make(files: Files, fields: dict[str, Any], settings: Mapping[str, Any]) -> 
             return made
         except ValueError as error:
             failed = error
-    if by_pattern and not model.get("ignore_merges"):
+    if by_pattern and not model.get("ignore_merges") and not model.get("continuing_subword_prefix"):
         pairs = [pair for pair in merges if len(pair) == 2]
         openai.check_complete(model["vocab"], pairs, added, files.tokens_from, files.merges_from)
     try:

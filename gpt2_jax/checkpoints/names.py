@@ -7,8 +7,8 @@
 | `trf_blocks.0.att.W_query.weight` | the build-an-LLM book, with query, key and value apart, (out, in)   |
 | `h0.attn.c_attn.w`                | OpenAI and this package                                             |
 
-Wrappers put prefixes before these names. The orientation of the weights is found from the shapes of the weights that
-are not square, and is the same for all.
+Wrappers put prefixes before these names, and so do modules that hold the model. The orientation of the weights is
+found from the shapes of the weights that are not square, and is the same for all.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ ROOT = "transformer."
 # Names of the modules that wrap a model: DataParallel and DDP, torch.compile, FSDP, activation checkpointing,
 # Lightning, Opacus, PEFT, TRL, and `params` in a Flax TrainState.
 PREFIX = re.compile(r"((_?module|model|base_model|pretrained_model|transformer|_forward_module|params)\.)+")
-WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 # What old programs store beside the weights although it is not learned: causal masks, positions, rotary frequencies.
-BUFFER = re.compile(r"(.+\.)?(attn\.(masked_)?bias|att\.mask|position_ids|(rotary(_emb)?\.)?inv_freq)")
+BUFFER = re.compile(r"(.+\.)?(attn\.((masked_)?bias|(causal_)?mask)|att\.mask|position_ids|(rotary(_emb)?\.)?inv_freq)")
 # Heads for other tasks. They are not part of the language model, so `load` warns that it leaves them out.
-OTHER_HEAD = re.compile(r"(v_head|value_head|score|classifier|qa_outputs|multiple_choice_head)\..+")
+OTHER_HEAD = re.compile(
+    r"((v|value|reward|regression|multiple_choice)_head|ilql_heads|score|classifier|qa_outputs)\..+"
+)
 # What a training state holds under the same names as the params.
 MOMENTS = re.compile(r"(^|\.)(opt_state|optimizer|opt|mu|nu|m|v|ema|ema_params)\.")
 
@@ -95,7 +97,7 @@ def naming_of(keys: Iterable[str]) -> Naming | None:
 
 
 def root_of(keys: Iterable[str]) -> str:
-    """Return what precedes the params' names in a training state: "params." for "params.wte" and "opt_state.0.mu.wte".
+    """Return what precedes the names of all params: "params." for "params.wte" and "opt_state.0.mu.wte".
 
     Args:
       keys: the names of all arrays, with dots. If they are those of several models, or of none, the root is "".
@@ -209,8 +211,9 @@ def check_differences(
 def _merge_prefixes(found: Mapping[str, Any], source: object, read: Read) -> dict[str, Any]:
     """Return the tensors by their short names. Two names of one tensor must have equal contents."""
     tensors: dict[str, Any] = {}
+    root = root_of(key.replace("/", ".") for key in found)
     for key, tensor in found.items():
-        name = short(key)
+        name = short(key.replace("/", ".").removeprefix(root))
         if name in tensors and not BUFFER.fullmatch(name) and not _equal(tensors[name], tensor, read):
             raise ValueError(
                 f"{source} holds {name} twice, with and without a prefix such as {ROOT}, and the two are not equal: "

@@ -40,7 +40,7 @@ def found_in(directory: Path) -> list[str]:
     """Return the names of the files in a directory that are pickled weights, or may be; Hugging Face's come first."""
     paths = (path for path in directory.iterdir() if path.suffix in SUFFIXES and path.is_file())
     names = (path.name for path in paths if is_pickle(path))
-    weights = (name for name in names if name not in ADAPTERS and not _BESIDE.fullmatch(name))
+    weights = (name for name in names if name not in _ADVICE and not _BESIDE.fullmatch(name))
     return sorted(weights, key=lambda name: (not name.startswith("pytorch_model"), name))
 
 
@@ -53,8 +53,8 @@ def refusal(path: Path) -> str:
     """Return the sentences that refuse a pickle: why, and the command that converts it if it may be weights."""
     if _BESIDE.fullmatch(path.name):
         return f"{path} is a training state and not weights: name the directory or the file that holds the weights"
-    if path.name in ADAPTERS:
-        return f"{path} cannot be read: {MERGE}"
+    if path.name in _ADVICE:
+        return f"{path} cannot be read: {_ADVICE[path.name]}"
     directory = path.parent
     files = path.with_name("pytorch_model*.bin") if path.name.startswith("pytorch_model") else path
     config = directory / "config.json"
@@ -86,7 +86,8 @@ def other_weights(directory: Path) -> str | None:
     return None
 
 
-_ADVICE = {
+_COMPILED = "this is a compiled program; use the model from which it was exported"
+_ADVICE = {  # by the name of a file, or its end
     **dict.fromkeys(ADAPTERS, MERGE),
     ".safetensors": (
         "rename the file to model.safetensors, or, if it is one of several parts, add model.safetensors.index.json, "
@@ -96,7 +97,20 @@ _ADVICE = {
         'these are the weights for Keras; convert them with transformers 4 and TensorFlow: python -c "from '
         "transformers import GPT2LMHeadModel as M; M.from_pretrained('{d}', from_tf=True).save_pretrained('{d}')\""
     ),
-    ".onnx": "this is a compiled program; use the model from which it was exported",
+    ".npz": (
+        'these are arrays of NumPy; write them as safetensors: python -c "import numpy, safetensors.numpy as s; '
+        "s.save_file(dict(numpy.load('{d}/{name}')), '{d}/model.safetensors')\""
+    ),
+    ".distcp": (
+        "this is a sharded checkpoint of PyTorch; put it into one file: python -m "
+        "torch.distributed.checkpoint.format_utils dcp_to_torch '{d}' '{d}/model.pt'"
+    ),
+    ".msgpack": "if these are the weights of Flax, rename it to flax_model.msgpack",
+    "pytorch_model.bin.index.json": "the files that it lists are missing; fetch or copy them too",
+    "rust_model.ot": "these are weights for another program; use the model from which they were converted",
+    "saved_model.pb": _COMPILED,
+    ".tflite": _COMPILED,
+    ".onnx": _COMPILED,
     ".gguf": (
         'this is a file of llama.cpp; convert it with transformers and gguf: python -c "from transformers import '
         "GPT2LMHeadModel as M; M.from_pretrained('{d}', gguf_file='{name}').save_pretrained('{d}')\""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +79,7 @@ def save(
     check = functools.partial(check_replaceable, directory, with_vocabulary=tokenizer is not None)
     check()
     flat = _on_host(config, params)
+    _import_library(format)
     try:
         with files.replacing(directory, check) as temporary:
             WRITERS[format](temporary, config, flat)
@@ -89,6 +91,14 @@ def save(
         clear = OSError(f"{directory} cannot be written, and was not changed: {error.strerror or error}")
         clear.errno = error.errno
         raise clear from error
+
+
+def _import_library(format: Format) -> None:
+    """Import the library that writes a format. A Ctrl-C during the import must not leave a temporary folder."""
+    if format == "tensorflow":
+        tensorflow.import_tensorflow()
+    elif format == "orbax":
+        importlib.import_module("orbax.checkpoint")
 
 
 def _write_vocabulary(directory: Path, config: GPT2Config, tokenizer: Tokenizer, format: Format) -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ from gpt2_jax.params import flatten
 PREFIX = "model/"
 DATA_SUFFIX = ".data-*-of-*"
 V1_END = bytes.fromhex("57fb808b247547db")  # the last bytes of a V1 checkpoint: the mark of its table format
-# What optimizers and training loops store beside the model.
+# What optimizers and training loops store beside the model, under names that do not tell it otherwise (`_of_model`).
 TRAINING = re.compile(
     r"(.+/)?(Adam(W|Optimizer|WeightDecay\w*)?(_\d+)?|adam_[mv]|Momentum(_\d+)?|RMSProp(_\d+)?|Adagrad|Adafactor\w*"
     r"|ExponentialMovingAverage|beta[12]_power(_\d+)?|global_step|learning_rate|loss_scale\w*|good_steps)"
@@ -43,7 +43,7 @@ OTHER_HPARAMS = re.compile(r"(\w+_)?(dropout|pdrop)|dtype|precision|scope|batch_
 def read(path: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]:
     """Read the config and every variable of a checkpoint in OpenAI's layout. The graph (`.meta`) is not needed.
 
-    Missing and unknown names, wrong shapes and wrong dtypes are errors; an optimizer's variables are skipped by name.
+    Missing and unknown names, wrong shapes and wrong dtypes are errors. Variables of an optimizer are left out.
     TensorFlow verifies the checksum of each variable when it is read. Nothing is transposed: only the leading 1 of a
     convolution's `w` (1, in, out) is dropped.
 
@@ -63,13 +63,13 @@ def read(path: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]
     config = read_hparams(path)
     prefix = find_checkpoint(path)
     check_path(prefix)
-    tf = _import_tensorflow()
+    tf = import_tensorflow()
     with _clear_damage_errors(tf, prefix):
         reader = tf.train.load_checkpoint(str(prefix))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     if config.n_layer > len(shapes):  # checked before a tree of that many layers is built
         raise ValueError(f"hparams.json says n_layer = {config.n_layer}, but {prefix} has {len(shapes)} variables")
-    names = [name for name in shapes if not TRAINING.fullmatch(name)]
+    names = _of_model(shapes, {PREFIX + name for name in flatten(abstract_params(config))})
     found = {name: SimpleNamespace(shape=shapes[name], dtype=dtypes[name]) for name in names}
     config = config.replace(param_dtype=stored_dtype((variable.dtype for variable in found.values()), prefix, dtype))
     expected = flatten(abstract_params(config))
@@ -84,6 +84,16 @@ def read(path: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]
     return config, leaves()
 
 
+def _of_model(shapes: Mapping[str, Sequence[int]], expected: Set[str]) -> list[str]:
+    """Return the variables that are not those of an optimizer or a training loop.
+
+    TensorFlow's optimizers put their variables under the name of the parameter, as in `model/wte/Adam`. Counters are
+    scalars, which a GPT-2 does not have.
+    """
+    rest = [name for name in shapes if name.rpartition("/")[0] not in expected and not TRAINING.fullmatch(name)]
+    return [name for name in rest if len(shapes[name]) > 0 or name.startswith(PREFIX)]
+
+
 @contextlib.contextmanager
 def _clear_damage_errors(tf: ModuleType, prefix: Path) -> Iterator[None]:
     """Turn the errors of TensorFlow's reader for a damaged file into one sentence. Use it only around the reader."""
@@ -95,7 +105,7 @@ def _clear_damage_errors(tf: ModuleType, prefix: Path) -> Iterator[None]:
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
     """Write `hparams.json` and the variables, with the original names and shapes, into an empty directory."""
-    tf = _import_tensorflow()
+    tf = import_tensorflow()
     variables = _variables(flat)
     tensors = [np.reshape(flat[name.removeprefix(PREFIX)], leaf.shape) for name, leaf in variables.items()]
     prefix = str(directory / "model.ckpt")
@@ -229,7 +239,7 @@ def _variables(flat: Mapping[str, Any]) -> dict[str, SimpleNamespace]:
     return {PREFIX + name: SimpleNamespace(shape=shape(name, leaf), dtype=leaf.dtype) for name, leaf in flat.items()}
 
 
-def _import_tensorflow() -> ModuleType:
+def import_tensorflow() -> ModuleType:
     """Import TensorFlow without its banner and with the accelerators hidden, if it is not imported yet."""
     if "tensorflow" in sys.modules:
         return sys.modules["tensorflow"]

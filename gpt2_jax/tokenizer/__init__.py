@@ -84,7 +84,7 @@ class Tokenizer:
         Raises:
           ValueError: the tokens are not in this form, or do not match the merges.
         """
-        pairs = [tuple(pair) for pair in merges]
+        pairs = openai.pairs_of(merges, merges_from)
         openai.check_ids(tokens, tokens_from)
         ranks = openai.match_merges(tokens, pairs, tokens_from, merges_from, first_line)
         self.merges = [(left, right) for left, right in pairs]

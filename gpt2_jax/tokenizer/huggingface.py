@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpt2_jax.tokenizer.openai import spelled_bytes
+from gpt2_jax.tokenizer.openai import import_tokenizers, spelled_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,6 +35,7 @@ class HuggingFace:
         Raises:
           ValueError: the library cannot read it.
         """
+        import_tokenizers()
         import tokenizers
 
         try:

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
@@ -128,6 +129,18 @@ def check_ids(tokens: dict[str, int], source: str | os.PathLike) -> None:
         raise ValueError(f"{source} must give its {len(tokens)} tokens the ids 0 to {len(tokens) - 1}, each once")
 
 
+def pairs_of(merges: Iterable[Iterable[str]], merges_from: str | os.PathLike) -> list[tuple[str, ...]]:
+    """Return merges as tuples. `match_merges` checks that they are pairs of tokens.
+
+    Raises:
+      ValueError: they are not sequences.
+    """
+    try:
+        return [tuple(pair) for pair in merges]
+    except TypeError as error:
+        raise ValueError(f"{merges_from} must be a list of pairs of tokens: {error}") from error
+
+
 def match_merges(
     tokens: dict[str, int],
     merges: list[tuple[str, ...]],
@@ -142,9 +155,11 @@ def match_merges(
     """
     if missing := [character for character in BYTE_OF if character not in tokens]:
         raise ValueError(f"{tokens_from} has no token for the byte {BYTE_OF[missing[0]]:#04x} ({missing[0]!r})")
+    if set(map(len, merges)) - {2} or not tokens.keys() >= {*itertools.chain(*merges)}:
+        _raise_for_merge(tokens, merges, tokens_from, merges_from, first_line)
     merged = ["".join(pair) for pair in merges]
     ids = [tokens.get(token, -1) for token in merged]
-    if set(map(len, merges)) - {2} or not tokens.keys() >= {*itertools.chain(*merges)} or not _ascending(ids):
+    if not _ascending(ids):
         _raise_for_merge(tokens, merges, tokens_from, merges_from, first_line)
     names = [*BYTE_OF, *merged]
     if unknown := set(text := "".join(names)) - BYTE_OF.keys():
@@ -245,6 +260,7 @@ def is_canonical(tokens: Mapping[str, int], merges: Sequence[tuple[str, str]]) -
     that token. If they do, take the first step where tiktoken merges a pair (x, y) that is not listed. All steps before
     were the same, also inside the text of xy, so on this text alone the merges reach (x, y) too, and end there.
     """
+    import_tokenizers()
     import tokenizers
     from tokenizers import models
 
@@ -252,6 +268,17 @@ def is_canonical(tokens: Mapping[str, int], merges: Sequence[tuple[str, str]]) -
     model = tokenizers.Tokenizer(models.BPE(vocab=dict(tokens), merges=list(merges)))
     found = model.encode(merged, is_pretokenized=True, add_special_tokens=False).ids
     return found == [tokens[token] for token in merged]
+
+
+def import_tokenizers() -> None:
+    """Import Hugging Face's library, and make NumPy ready for it. Call this before its first use.
+
+    The library's first call lets NumPy parse its version. If a Ctrl-C interrupts that, the library writes a panic to
+    standard error. After this function, NumPy parses it within microseconds.
+    """
+    import tokenizers  # noqa: F401
+
+    np.lib.NumpyVersion(np.__version__)
 
 
 def overlap(tokens: Collection[str]) -> bool:

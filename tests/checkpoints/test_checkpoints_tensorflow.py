@@ -128,7 +128,7 @@ def test_the_pointer_is_followed_by_name_alone(directory):
 def test_missing_extra_and_misshaped_variables_are_all_named(directory, params):
     variables = variables_of(params)
     variables["model/h1/mlp/c_fc/kernel"] = variables.pop("model/h1/mlp/c_fc/w")
-    variables["global_steps"] = np.int64(3)
+    variables["model/global_steps"] = np.int64(3)
     variables["model/h0/mlp/c_proj/w"] = variables["model/h0/mlp/c_proj/w"].transpose(0, 2, 1)
     variables["model/wpe"] = variables["model/wpe"].astype(np.float64)
     write_variables(directory, variables)
@@ -137,7 +137,7 @@ def test_missing_extra_and_misshaped_variables_are_all_named(directory, params):
     assert set(str(error.value).split("\n  ")[1:]) == {
         "missing: model/h1/mlp/c_fc/w float32[1, 15, 60]",
         "extra: model/h1/mlp/c_fc/kernel float32[1, 15, 60]",
-        "extra: global_steps int64[]",
+        "extra: model/global_steps int64[]",
         "misshaped: model/h0/mlp/c_proj/w is float32[1, 15, 60], expected float32[1, 60, 15]",
         "misshaped: model/wpe is float64[11, 15], expected float32[11, 15]",
     }

@@ -19,6 +19,9 @@ SLOTS = {  # of TensorFlow's optimizers, of BERT's, and of training loops
     "under a scope": ["train/{}/Adam", "train/{}/Adam_1", "train/beta1_power"],
     "BERT's": ["{}/adam_m", "{}/adam_v"],
     "momentum": ["{}/Momentum"],
+    "LAMB": ["{}/lamb_m", "{}/lamb_v"],
+    "Adafactor's factors": ["{}/vr", "{}/vc"],
+    "any other": ["{}/Ftrl", "{}/Ftrl_1"],
     "global_step": ["global_step"],
 }
 
@@ -35,6 +38,16 @@ def test_the_variables_of_an_optimizer_are_left_out(tmp_path, flat, slots, copy)
     for _ in range(2):
         assert_loads_as(directory, CONFIG, flat, keep_copy=copy)
         assert gpt2_jax.load_config(directory) == CONFIG
+
+
+def test_counters_are_left_out(tmp_path, flat):
+    """A GPT-2 has no scalars. One among the model's own variables is refused all the same."""
+    directory = write_tensorflow(tmp_path / "model", CONFIG, flat)
+    variables = variables_of(flat)
+    forms.write_variables(directory / "model.ckpt", variables | {"counter": np.int32(3), "Variable_1": np.float32(2)})
+    assert_loads_as(directory, CONFIG, flat)
+    forms.write_variables(directory / "model.ckpt", variables | {"model/temperature": np.float32(2)})
+    assert "extra: model/temperature" in forms.refusal(directory)
 
 
 def test_an_optimizers_variables_alone_are_no_model(tmp_path, flat):

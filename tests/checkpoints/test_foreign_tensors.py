@@ -1,5 +1,7 @@
 """Prefixes of wrappers, heads for other tasks, buffers, other dtypes, leaves that are not arrays."""
 
+import re
+
 import checkpoint_forms as forms
 import numpy as np
 import pytest
@@ -37,8 +39,26 @@ def test_prefixes_in_any_order(wrappers, name):
     assert short("".join(wrappers) + key) == key == short(key)
 
 
-def test_a_layer_that_was_compiled_alone(tmp_path, flat):
-    tensors = {key.replace("h.1.", "h.1._orig_mod."): array for key, array in hf_tensors(flat).items()}
+@pytest.mark.parametrize("wrapper", ["gpt2.", "net.", "policy.0.", "module.language_model.", "encoder.model."])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_the_name_of_a_users_own_module(tmp_path, flat, wrapper, prefix):
+    """As in `self.gpt2 = GPT2LMHeadModel(...)`: any prefix that the whole model shares."""
+    tensors = hf_tensors(flat, wrapper + prefix) | {f"{wrapper}lm_head.weight": flat["wte"]}
+    assert_loads_as(write_huggingface(tmp_path, CONFIG, tensors), CONFIG, flat)
+
+
+@pytest.mark.parametrize("other", ["decoder.", "", "transformer."])
+def test_two_models_under_two_prefixes_are_refused(tmp_path, flat, other):
+    """An encoder and a decoder, or a policy and its reference: neither is meant more than the other."""
+    changed = {name: array + 1 for name, array in flat.items()}
+    write_huggingface(tmp_path, CONFIG, hf_tensors(flat, "encoder.") | hf_tensors(changed, other))
+    with pytest.raises(ValueError, match=r"encoder\."):
+        gpt2_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."])
+def test_layers_that_were_wrapped_one_by_one(tmp_path, flat, wrapper):
+    tensors = {re.sub(r"\bh\.(\d+)\.", rf"h.\1.{wrapper}", key): array for key, array in hf_tensors(flat).items()}
     assert_loads_as(write_huggingface(tmp_path, CONFIG, tensors), CONFIG, flat)
 
 
@@ -57,9 +77,12 @@ SILENT = {
     "h.0.attn.rotary_emb.inv_freq": np.ones(2, "f4"),
     "transformer.h.1.attn.masked_bias": np.float32(-1e4),
     "transformer.h.1.ln_3.bias": np.ones(0, "f4"),
+    "transformer.h.0.attn.mask": np.tri(11, dtype=bool),
+    "transformer.h.1.attn.causal_mask": np.tri(11, dtype=np.uint8)[None, None],
 }
 HEADS = ["v_head.summary.weight", "score.weight", "classifier.bias", "multiple_choice_head.summary.weight",
-         "qa_outputs.weight", "module.v_head.summary.bias"]  # fmt: skip
+         "qa_outputs.weight", "module.v_head.summary.bias", "reward_head.weight", "regression_head.0.bias",
+         "ilql_heads.q_heads.0.0.weight"]  # fmt: skip
 
 
 def test_buffers_and_empty_tensors_are_left_out(tmp_path, flat):

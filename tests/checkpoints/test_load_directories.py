@@ -31,7 +31,7 @@ def edit_index(directory, change):
 
 
 SECOND = "model-00002-of-00003.safetensors"
-WPE = "transformer.wpe.weight"
+WPE, WTE = "transformer.wpe.weight", "transformer.wte.weight"
 BAD_SHARDS = {
     "a shard is missing": (lambda d: (d / SECOND).unlink(), SECOND),
     "a shard is cut off": (lambda d: (d / SECOND).write_bytes((d / SECOND).read_bytes()[:-3]), SECOND),
@@ -67,6 +67,25 @@ def test_an_index_that_lists_the_head_and_leaves_a_tensor_out(tmp_path):
     flat = forms.random_model()
     write_huggingface(tmp_path, CONFIG, hf_tensors(flat), shards=3)
     edit_index(tmp_path, lambda m: (m.pop(WPE), m.update({"lm_head.weight": SECOND})))
+    assert_loads_as(tmp_path, CONFIG, flat)
+
+
+@pytest.mark.parametrize("extra", ["transformer.h.0.attn.bias", "v_head.summary.weight", "module.lm_head.weight"])
+def test_an_index_that_lists_what_is_not_needed(tmp_path, extra):
+    """Some programs leave buffers and heads out of the files, but not out of the index."""
+    flat = forms.random_model()
+    write_huggingface(tmp_path, CONFIG, hf_tensors(flat), shards=3)
+    edit_index(tmp_path, lambda m: m.update({extra: SECOND}))
+    assert_loads_as(tmp_path, CONFIG, flat)
+
+
+def test_an_index_that_calls_the_tied_head_by_its_other_name(tmp_path):
+    """The file holds the one array as lm_head.weight, and the index as wte.weight."""
+    flat = forms.random_model()
+    tensors = hf_tensors(flat)
+    tensors["lm_head.weight"] = tensors.pop(WTE)
+    write_huggingface(tmp_path, CONFIG, tensors, shards=3)
+    edit_index(tmp_path, lambda m: m.update({WTE: m.pop("lm_head.weight")}))
     assert_loads_as(tmp_path, CONFIG, flat)
 
 
@@ -106,14 +125,14 @@ def test_a_pickle_beside_safetensors_is_left_alone(tmp_path):
 
 
 def test_an_unknown_directory_lists_what_was_found_and_what_is_understood(tmp_path):
-    for name in ("notes.txt", "weights.npz", "rust_model.ot"):
+    for name in ("notes.txt", "weights.npy", "notes.pages"):
         (tmp_path / name).write_text("x")
     (tmp_path / "sub").mkdir()
     for call in (gpt2_jax.load, gpt2_jax.load_config):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             call(tmp_path)
         said = str(caught.value)
-        for word in ("notes.txt", "weights.npz", "rust_model.ot", "hparams.json", "config.json", "model.safetensors",
+        for word in ("notes.txt", "weights.npy", "notes.pages", "hparams.json", "config.json", "model.safetensors",
                      "gpt2_jax.json"):  # fmt: skip
             assert word in said, word
 

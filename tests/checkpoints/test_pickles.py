@@ -18,9 +18,9 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def convert(directory) -> None:
-    """Run the command that the message about a pickle offers."""
+    """Run the command that the message about a pickle, or about NumPy's arrays, offers."""
     said = forms.refusal(directory, ValueError)
-    assert "pickled weights" in said
+    assert "pickled weights" in said or ".npz" in said
     line = said[said.index("python -c ") :]
     command = shlex.split(line.partition(" (and write")[0])
     subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, text=True)
@@ -201,18 +201,39 @@ def test_a_pickled_adapter_is_not_converted(tmp_path):
         ("gpt2.Q8_0.gguf", "gguf_file="),
         ("model-00001-of-00002.safetensors", r"model.safetensors.index.json"),
         ("adapter_model.safetensors", "merge_and_unload"),
+        ("adapter_model.bin", "merge_and_unload"),
+        ("weights.npz", r"save_file\(dict\(numpy.load"),
+        ("rust_model.ot", "another program"),
+        ("saved_model.pb", "compiled program"),
+        ("__0_0.distcp", "dcp_to_torch"),
+        ("model.msgpack", "rename it to flax_model.msgpack"),
+        ("pytorch_model.bin.index.json", "the files that it lists"),
         ("gpt2_tokenizer.bin", "holds no model|no such file"),
     ],
 )
 @pytest.mark.parametrize("config", [True, False])
 def test_other_weights_are_named_with_what_to_do(tmp_path, name, said, config):
-    content = np.array([20240328, 2, 37], "<i4").tobytes() if name.endswith("bin") else b"GGUF"
+    content = np.array([20240328, 2, 37], "<i4").tobytes() if name == "gpt2_tokenizer.bin" else b"GGUF"
     (tmp_path / name).write_bytes(content)
     if config:
         (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
     assert re.search(said, forms.refusal(tmp_path)), forms.refusal(tmp_path)
-    if not name.endswith("bin"):
+    if name != "gpt2_tokenizer.bin":
         assert name in forms.refusal(tmp_path)
+        assert "pickled" not in forms.refusal(tmp_path)
+
+
+def test_the_command_converts_numpys_arrays(tmp_path, flat):
+    """MLX's examples write them."""
+    np.savez(tmp_path / "weights.npz", **forms.hf_tensors(flat))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
+    convert(tmp_path)
+    assert_loads_as(tmp_path, CONFIG, flat)
+
+
+def test_an_adapter_by_its_path(tmp_path):
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    assert "merge_and_unload" in forms.refusal(tmp_path / "adapter_model.bin", ValueError)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -188,3 +190,35 @@ def test_every_array_survives_every_form_at_the_real_shape(tmp_path):
     for form in ROUTE[:3]:
         gpt2_jax.save(tmp_path / form, *loaded, format=form)
         loaded = assert_loads_as(tmp_path / form, config, flat, keep_copy=False)
+
+
+LIBRARIES = """
+import sys
+import gpt2_jax
+from gpt2_jax import files
+
+def at_first(directory, check):
+    raise FileExistsError(directory)  # before anything is written
+
+files.replacing = at_first
+config = gpt2_jax.GPT2Config(n_vocab=3, n_ctx=2, n_embd=2, n_head=1, n_layer=1)
+params = gpt2_jax.init_params(config, __import__("jax").random.key(0))
+for format, library in (("orbax", "orbax.checkpoint"), ("tensorflow", "tensorflow")):
+    try:
+        gpt2_jax.save("new", config, params, format)
+    except FileExistsError:
+        print(format, library in sys.modules)
+"""
+
+
+def test_the_writers_library_is_imported_before_a_folder_is_made(tmp_path):
+    """A Ctrl-C during an import that takes long ends the process at once, and would leave the temporary folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARIES],
+        cwd=tmp_path,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["orbax", "True", "tensorflow", "True"]

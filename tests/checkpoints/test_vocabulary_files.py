@@ -123,6 +123,16 @@ def test_other_forms_open_without_a_warning(tmp_path, name):
         gpt2_jax.load_tokenizer(folder)
 
 
+def test_dropout_of_merges_is_left_out(tmp_path):
+    """It is for training: the ids of a text would be random, and so would scores, and samples of one seed."""
+    makers.write(tmp_path, tokenizer=makers.described(model={"dropout": 0.5}), tokenizer_config=makers.FAST)
+    with pytest.warns(UserWarning, match=r"model\.dropout = 0\.5, which makes ids random: it is left out") as caught:
+        ours = gpt2_jax.load_tokenizer(tmp_path)
+    assert len(caught) == 1
+    makers.two_files(tmp_path / "plain")
+    assert ours.encode(forms.TEXT) == gpt2_jax.load_tokenizer(tmp_path / "plain").encode(forms.TEXT)
+
+
 def test_tokenizer_json_wins_over_the_two_files(tmp_path):
     """As in transformers. Equal vocabularies are no reason to warn."""
     makers.two_files(tmp_path, tokenizer=makers.described(post_processor=forms.FIRST))
@@ -171,3 +181,10 @@ def test_a_malformed_file_is_named_in_one_sentence(tmp_path, name, text):
     with pytest.raises(ValueError, match=re.escape(name)) as caught:
         gpt2_jax.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [{"content": "x"}, {"content": "x", "id": "1281"}, {"content": 3, "id": 1281}, 3])
+def test_malformed_added_tokens_in_tokenizer_json(tmp_path, token):
+    makers.write(tmp_path, tokenizer=makers.described(added_tokens=[token]))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: added_tokens must be a list of tokens with id and content"):
+        gpt2_jax.load_tokenizer(tmp_path)

@@ -238,3 +238,26 @@ def test_no_network_and_no_cache_folder(model_dir, tmp_path):
     )
     assert (done.returncode, done.stdout) == (0, "To be, or not to be\n"), done.stderr
     assert list(scratch.iterdir()) == []
+
+
+INTERRUPTED = """
+import re
+import tokenizers
+from gpt2_jax.tokenizer import openai
+
+def compile(*args):
+    raise KeyboardInterrupt
+
+re.purge()
+re._compiler.compile = compile
+try:
+    openai.is_canonical({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_in_the_first_call_of_the_library_is_no_panic():
+    """Its first call asks NumPy for its version, which compiles a regular expression. It must not fail there."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

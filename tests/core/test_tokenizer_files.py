@@ -192,3 +192,10 @@ def test_merges_that_spell_the_end_of_text_are_refused(vocabulary_dir):
     (vocabulary_dir / "encoder.json").write_text(json.dumps(ids), encoding="utf-8")
     (vocabulary_dir / "hparams.json").unlink(missing_ok=True)
     assert_refused(vocabulary_dir, r"makes <\|endoftext\|> by merging")
+
+
+@pytest.mark.parametrize("merges", [5, None, [1], [None], [(1, 2)], [("a", None)], [("a",)], ["a b"]], ids=repr)
+def test_merges_that_are_not_pairs_of_tokens(tokenizer, merges):
+    with pytest.raises(ValueError, match=r"the merges.* pairs? of tokens") as caught:
+        gpt2_jax.Tokenizer(tokenizer.tokens, merges)
+    assert "\n" not in str(caught.value)

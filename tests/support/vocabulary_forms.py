@@ -112,6 +112,9 @@ FORMS: dict[str, Maker] = {
     "no special tokens, fast": lambda path: saved(path, trained([]), tokenizer_config=FAST),
     "course": lambda path: saved(path, course(), tokenizer_config=FAST | {"eos_token": EOT}),
     "course, unk": lambda path: saved(path, course(unk_token="<unk>"), tokenizer_config=FAST | {"unk_token": "<unk>"}),
+    "course, prefix inside words": lambda path: saved(
+        path, course(continuing_subword_prefix="##"), tokenizer_config=FAST
+    ),
     "course, GPT2Tokenizer": lambda path: saved(path, course()),
     "64,000 ids": of_64000,
     "bytes missing": lambda path: write(path, 1274, tokenizer=bytes_missing(), tokenizer_config=FAST),

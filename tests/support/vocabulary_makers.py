@@ -69,7 +69,8 @@ def course(size: int = 500, texts: Sequence[str] = (), special: Sequence[str] = 
     tokenizer = Tokenizer(models.BPE(**model))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     names = list(special) or [EOT, *filter(None, [model.get("unk_token")])]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=names, show_progress=False)
+    inside = {name: value for name, value in model.items() if name == "continuing_subword_prefix"}
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=names, show_progress=False, **inside)
     tokenizer.train_from_iterator(texts or corpus(), trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
