@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checkpoints import names, safetensors
+from gpt2_jax.checkpoints import names, pickles, safetensors
 from gpt2_jax.checkpoints.config_words import in_hugging_face_words, leaves_nanogpts_gelu_open
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, warn, write_manifest
 from gpt2_jax.checkpoints.vocabulary_files import write_json
@@ -100,7 +100,8 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
 
     Warns:
       UserWarning: a head for another task is left out; config.json says that the head is tied, but the stored one is
-        not equal to `wte`; or config.json does not say which GELU the weights of nanoGPT have.
+        not equal to `wte`; config.json does not say which GELU the weights of nanoGPT have; or an adapter of PEFT is
+        left out.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -122,6 +123,9 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
     first = names.hugging_face_keys("h0/attn/c_attn/w")[0]
     if first in matched.transposed and any(key.endswith(names.ROOT + first) for key in tensors):
         _warn_of_guessed_gelu(directory / "config.json", config.activation_function)
+    for adapter in pickles.ADAPTERS:
+        if (directory / adapter).is_file():
+            warn(f"{directory / adapter} is left out: {pickles.MERGE}")
     return matched.config, matched.leaves(safetensors.read(matched.tensors, hashes))
 
 

@@ -31,8 +31,8 @@ _BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state\w*|\w
 # PEFT's names of weights that are added to those of a model: its own, and an old one.
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 MERGE = (
-    "this is an adapter of PEFT, without the model: merge them with peft's model.merge_and_unload(), and save the "
-    "result with save_pretrained"
+    "this is an adapter of PEFT, which needs its model: merge the two with peft's model.merge_and_unload(), and save "
+    "the result with save_pretrained"
 )
 
 
@@ -81,38 +81,37 @@ def other_weights(directory: Path) -> str | None:
     for suffix, advice in _ADVICE.items():
         if names := [path.name for path in paths if path.name.endswith(suffix)]:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            advice = advice.format(d=directory, name=names[0])
+            if suffix in _CODE:
+                to = {"safetensors": directory / "model.safetensors", "pickle": directory / "model.pt"}
+                paths_of = {"d": directory, "file": directory / names[0], **to}
+                code = _CODE[suffix].format(**{name: str(path) for name, path in paths_of.items()})
+                advice = f"{advice}: python -c {shlex.quote(code)}"
             return f"{directory} holds {listed}, but no weights that can be read: {advice}"
     return None
 
 
 _COMPILED = "this is a compiled program; use the model from which it was exported"
-_ADVICE = {  # by the name of a file, or its end
+_ADVICE = {  # by the name of a file, or its end; what `_CODE` has is appended as a command
     **dict.fromkeys(ADAPTERS, MERGE),
     ".safetensors": (
         "rename the file to model.safetensors, or, if it is one of several parts, add model.safetensors.index.json, "
         "which lists the parts"
     ),
-    ".h5": (
-        'these are the weights for Keras; convert them with transformers 4 and TensorFlow: python -c "from '
-        "transformers import GPT2LMHeadModel as M; M.from_pretrained('{d}', from_tf=True).save_pretrained('{d}')\""
-    ),
-    ".npz": (
-        'these are arrays of NumPy; write them as safetensors: python -c "import numpy, safetensors.numpy as s; '
-        "s.save_file(dict(numpy.load('{d}/{name}')), '{d}/model.safetensors')\""
-    ),
-    ".distcp": (
-        "this is a sharded checkpoint of PyTorch; put it into one file: python -m "
-        "torch.distributed.checkpoint.format_utils dcp_to_torch '{d}' '{d}/model.pt'"
-    ),
+    ".h5": "these are the weights for Keras; convert them with transformers 4 and TensorFlow",
+    ".npz": "these are arrays of NumPy; write them as safetensors",
+    ".distcp": "this is a sharded checkpoint of PyTorch; put it into one file",
     ".msgpack": "if these are the weights of Flax, rename it to flax_model.msgpack",
     "pytorch_model.bin.index.json": "the files that it lists are missing; fetch or copy them too",
     "rust_model.ot": "these are weights for another program; use the model from which they were converted",
     "saved_model.pb": _COMPILED,
     ".tflite": _COMPILED,
     ".onnx": _COMPILED,
-    ".gguf": (
-        'this is a file of llama.cpp; convert it with transformers and gguf: python -c "from transformers import '
-        "GPT2LMHeadModel as M; M.from_pretrained('{d}', gguf_file='{name}').save_pretrained('{d}')\""
-    ),
+    ".gguf": "this is a file of llama.cpp; convert it with transformers and gguf",
+}
+_GPT2 = "from transformers import GPT2LMHeadModel as M; "
+_CODE = {
+    ".h5": _GPT2 + "M.from_pretrained({d!r}, from_tf=True).save_pretrained({d!r})",
+    ".npz": "import numpy, safetensors.numpy as s; s.save_file(dict(numpy.load({file!r})), {safetensors!r})",
+    ".distcp": "from torch.distributed.checkpoint import format_utils as f; f.dcp_to_torch_save({d!r}, {pickle!r})",
+    ".gguf": _GPT2 + "M.from_pretrained({d!r}, gguf_file={file!r}).save_pretrained({d!r})",
 }

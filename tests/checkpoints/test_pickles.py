@@ -1,5 +1,6 @@
 """Pickles and other weights that are not read: what the message says, and that its command works."""
 
+import ast
 import json
 import re
 import shlex
@@ -13,14 +14,14 @@ import pytest
 from checkpoint_forms import CONFIG, assert_loads_as, hf_config
 
 import gpt2_jax
+from gpt2_jax.checkpoints import pickles
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def convert(directory) -> None:
-    """Run the command that the message about a pickle, or about NumPy's arrays, offers."""
+    """Run the command that the message about weights that are not read offers."""
     said = forms.refusal(directory, ValueError)
-    assert "pickled weights" in said or ".npz" in said
     line = said[said.index("python -c ") :]
     command = shlex.split(line.partition(" (and write")[0])
     subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, text=True)
@@ -223,12 +224,52 @@ def test_other_weights_are_named_with_what_to_do(tmp_path, name, said, config):
         assert "pickled" not in forms.refusal(tmp_path)
 
 
-def test_the_command_converts_numpys_arrays(tmp_path, flat):
+@pytest.mark.parametrize("name", ["plain", "it's $HOME `a`"])
+def test_the_command_converts_numpys_arrays(tmp_path, flat, name):
     """MLX's examples write them."""
-    np.savez(tmp_path / "weights.npz", **forms.hf_tensors(flat))
+    folder = tmp_path / name
+    folder.mkdir()
+    np.savez(folder / "weights.npz", **forms.hf_tensors(flat))
+    (folder / "config.json").write_text(json.dumps(hf_config(CONFIG)))
+    convert(folder)
+    assert_loads_as(folder, CONFIG, flat)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".gguf", ".npz", ".distcp"])
+def test_a_command_names_the_folder_whatever_its_name(tmp_path, suffix):
+    folder = tmp_path / "it's $HOME `a`"
+    folder.mkdir()
+    (folder / f"model{suffix}").write_bytes(b"GGUF")
+    command = forms.refusal(folder)
+    command = shlex.split(command[command.index("python -c ") :])
+    found = [node.value for node in ast.walk(ast.parse(command[2])) if isinstance(node, ast.Constant)]
+    assert any(str(value).startswith(str(folder)) for value in found)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_the_command_converts_a_sharded_checkpoint_of_pytorch(tmp_path, flat):
+    """Its result is a pickle, whose own command is offered next."""
+    import torch
+    from torch.distributed import checkpoint
+
+    state = {key: torch.from_numpy(np.array(array)) for key, array in forms.hf_tensors(flat).items()}
+    checkpoint.save({"model": state}, checkpoint_id=tmp_path, no_dist=True)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIG)))
     convert(tmp_path)
+    convert(tmp_path)
     assert_loads_as(tmp_path, CONFIG, flat)
+
+
+@pytest.mark.parametrize("name", pickles.ADAPTERS)
+def test_an_adapter_beside_a_whole_model_is_left_out_with_a_warning(tmp_path, flat, name):
+    """transformers opens the base model of such a folder with the adapter."""
+    forms.write_huggingface(tmp_path, CONFIG, forms.hf_tensors(flat))
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    with pytest.warns(UserWarning, match=rf"{name} is left out: this is an adapter of PEFT") as caught:
+        gpt2_jax.load(tmp_path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
 
 
 def test_an_adapter_by_its_path(tmp_path):
