@@ -1,6 +1,7 @@
 """Fixtures for all tests: the embedded model, its tokenizer, and results of the original code with that model."""
 
 import os
+import signal
 from pathlib import Path
 
 import forward
@@ -23,6 +24,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     strength.FULL = config.getoption("full")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job; commands that tests start would ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # XLA compiles each program in one part: the processes of pytest use all cores already.
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
     if not strength.FULL and jax.version.__version_info__ < (0, 11):  # jax 0.12: XLA aborts on this flag

@@ -110,8 +110,11 @@ def test_a_read_that_waits_ends(tmp_path):
             time.sleep(0.001)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(SECONDS) == 130
+        finally:
+            process.kill()
         assert process.stderr.read() == b""
-        assert process.wait(SECONDS) == 130
 
 
 # ---- single mechanisms, in small processes
