@@ -1,5 +1,6 @@
 """Fixtures for all tests: the embedded model, its tokenizer, and results of the original code with that model."""
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -34,6 +35,12 @@ def pytest_configure(config):
     examples = strength.campaign(12, 60)
     hypothesis.settings.register_profile("gpt2_jax", deadline=None, max_examples=examples)  # a first call compiles
     hypothesis.settings.load_profile("gpt2_jax")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("parity") and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        pytest.skip("needs the `parity` extra: pip install -e '.[parity]'")
 
 
 def pytest_report_header(config):

@@ -355,5 +355,5 @@ def test_killed_at_any_moment_the_newest_complete_checkpoint_is_there(tmp_path):
             seen |= {"".join(c for c in name if not c.isdigit()) for name in names(run)}
     assert latest > campaign(2, 5)  # training continued
     assert any("saving" in name for name in seen)  # and was killed during saves
-    with Checkpoints(run):
-        assert names(run) <= {".lock", str(latest), str(latest - 1)}
+    with Checkpoints(run):  # a kill may come between a save and the removal of what is then the third
+        assert names(run) <= {".lock", *(str(step) for step in range(latest - 2, latest + 1))}
