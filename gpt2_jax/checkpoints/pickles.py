@@ -82,9 +82,7 @@ def other_weights(directory: Path) -> str | None:
         if names := [path.name for path in paths if path.name.endswith(suffix)]:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             if suffix in _CODE:
-                to = {"safetensors": directory / "model.safetensors", "pickle": directory / "model.pt"}
-                paths_of = {"d": directory, "file": directory / names[0], **to}
-                code = _CODE[suffix].format(**{name: str(path) for name, path in paths_of.items()})
+                code = _CODE[suffix].format(d=str(directory), file=str(directory / names[0]))
                 advice = f"{advice}: python -c {shlex.quote(code)}"
             return f"{directory} holds {listed}, but no weights that can be read: {advice}"
     return None
@@ -111,7 +109,11 @@ _ADVICE = {  # by the name of a file, or its end; what `_CODE` has is appended a
 _GPT2 = "from transformers import GPT2LMHeadModel as M; "
 _CODE = {
     ".h5": _GPT2 + "M.from_pretrained({d!r}, from_tf=True).save_pretrained({d!r})",
-    ".npz": "import numpy, safetensors.numpy as s; s.save_file(dict(numpy.load({file!r})), {safetensors!r})",
-    ".distcp": "from torch.distributed.checkpoint import format_utils as f; f.dcp_to_torch_save({d!r}, {pickle!r})",
+    ".npz": (
+        "import numpy, safetensors.numpy as s; s.save_file(dict(numpy.load({file!r})), {d!r} + '/model.safetensors')"
+    ),
+    ".distcp": (
+        "from torch.distributed.checkpoint import format_utils as f; f.dcp_to_torch_save({d!r}, {d!r} + '/model.pt')"
+    ),
     ".gguf": _GPT2 + "M.from_pretrained({d!r}, gguf_file={file!r}).save_pretrained({d!r})",
 }
