@@ -10,6 +10,7 @@ import numpy as np
 import numpy_reference
 import pytest
 from forward import CONFIG, in_bfloat16, logits_of, padding_masks, relative_error, run, silence, some_tokens
+from measures import equations
 
 import gpt2_jax
 
@@ -124,22 +125,13 @@ def test_layer_norm_survives_a_large_offset(compute_dtype, offset, step, bound):
     assert relative_error(logits_of(config, weights, tokens_BT), expected) < bound
 
 
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
-
-
 def test_softmax_and_layer_norm_never_leave_float32(params):
     """Every exponential and every inverse root of the bfloat16 program is computed in float32."""
     tokens_BT, mask_BT = some_tokens(CONFIG, 3, 11), padding_masks(11)["left"]
     program = jax.make_jaxpr(lambda p: run(in_bfloat16(CONFIG), p, tokens_BT, mask_BT))(params)
     dtypes = [
         (equation.primitive.name, equation.outvars[0].aval.dtype)
-        for equation in _equations(program.jaxpr)
+        for equation in equations(program.jaxpr)
         if equation.primitive.name in ("exp", "exp2", "rsqrt", "sqrt")
     ]
     assert len(dtypes) >= 3 * CONFIG.n_layer + 1  # two norms and a softmax a layer, and the final norm

@@ -9,7 +9,7 @@ import pytest
 from commands import on_eight_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measures import COMPILATIONS
+from measures import COMPILATIONS, equations
 from strength import campaign
 from tiny_models import CONFIG, chosen_logits, random_params
 
@@ -285,13 +285,8 @@ def test_many_calls_of_all_lengths_compile_a_few_programs():
 
 
 def sizes(jaxpr):
-    for equation in jaxpr.eqns:
-        for value in (*equation.invars, *equation.outvars):
-            yield getattr(value.aval, "shape", ())
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
+    values = (value for equation in equations(jaxpr) for value in (*equation.invars, *equation.outvars))
+    return (getattr(value.aval, "shape", ()) for value in values)
 
 
 def test_no_more_than_a_chunk_of_logits_exists():

@@ -1,4 +1,4 @@
-"""Measures for several tests: the number of compilations, and how well draws fit a distribution."""
+"""Measures for several tests: the number of compilations, the operations of a program, and the fit of draws."""
 
 import jax
 import numpy as np
@@ -8,6 +8,16 @@ COMPILATIONS = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, duration, **_: COMPILATIONS.append(event) if event.endswith("backend_compile_duration") else None
 )
+
+
+def equations(jaxpr):
+    """Yield every operation of a traced program, with those of the programs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def chi_square_p(counts, expected) -> float:
