@@ -126,15 +126,17 @@ def _train(case: Case, device: Any) -> Any:
     plan = _plan(case, device)
     sharding = plan.over_rows(None)
 
-    def windows(dtype: Any) -> jax.ShapeDtypeStruct:
+    def windows(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((1, case.rows, case.tokens), dtype, sharding=sharding)
 
     batch = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
-    return make_train_step(plan).lower(plan.state, batch)
+    step: Any = make_train_step(plan)
+    return step.lower(plan.state, batch)
 
 
 def _plan(case: Case, device: Any) -> Plan:
     """Return the plan of a run on one device."""
-    recipe = recipes.Recipe(model=recipes.Model(dropout=case.dropout), batch_size=case.rows, compute_dtype=case.dtype)
+    dtype: Any = case.dtype
+    recipe = recipes.Recipe(model=recipes.Model(dropout=case.dropout), batch_size=case.rows, compute_dtype=dtype)
     mesh = Mesh(np.array(device).reshape(1, 1), (DATA, MODEL))
     return make_plan(config_of(case), recipe, mesh, case.tokens)

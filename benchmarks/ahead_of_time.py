@@ -103,7 +103,7 @@ class Case:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("--target", nargs="+", choices=topology.TARGETS, default=["cpu"], help="devices to compile for")
     add("--program", nargs="+", choices=PROGRAMS, default=["decode"], help="programs to compile")

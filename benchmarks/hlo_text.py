@@ -37,6 +37,7 @@ NAME = re.compile(r"%([\w.\-]+)")
 class Array:
     """An array in memory: number of elements, bytes with padding, and whether it is in memory on the chip of a TPU."""
 
+    dtype: str
     size: int
     n_bytes: int
     on_chip: bool
@@ -184,7 +185,8 @@ class Program:
 
     def _read(self, name: str, line: Instruction) -> int:
         """Return the bytes that a kernel reads of its operands: each array once, and only the parts that it uses."""
-        computation, parts = self.computations[name], collections.Counter()
+        computation = self.computations[name]
+        parts: dict[str, float] = collections.defaultdict(float)
         for k, operand in enumerate(line.operands):
             parts[_unwrapped(computation, operand)] += self._part(name, line, k, line.size)
         total = 0.0
@@ -211,7 +213,9 @@ class Program:
                 total += 0 if array.on_chip else self._written(called, one) if in_place else array.n_bytes
             return total
         arrays = line.arrays
-        if line.opcode == "custom-call" and len(arrays) > 1:  # the last one of several results is its workspace
+        if (
+            line.opcode == "custom-call" and arrays[1:] and arrays[-1].dtype in ("u8", "s8")
+        ):  # workspace of cuDNN, cuBLAS
             arrays = arrays[:-1]
         return sum(array.n_bytes for array in arrays if not array.on_chip)
 
@@ -277,7 +281,9 @@ def _bytes(line: Instruction) -> int:
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
     """Return the computations by name, and the name of the one that runs first."""
-    computations, entry, lines = {}, "", {}
+    computations: dict[str, Computation] = {}
+    entry = root = ""
+    lines: Computation = {}
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith((" ", "HloModule")):
             name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
@@ -340,4 +346,4 @@ def _array(found: re.Match) -> Array:
                 padded[-i] = -(-padded[-i] // int(width)) * int(width)
     bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or ["0"])[0])
     space = re.search(r"S\((\d+)\)", more)
-    return Array(math.prod(sides), math.prod(padded) * bits // 8, bool(space) and space[1] not in "05")
+    return Array(dtype, math.prod(sides), math.prod(padded) * bits // 8, bool(space) and space[1] not in "05")

@@ -6,7 +6,6 @@ JAX reads the environment when it is imported, so `ENVIRONMENT` must be set befo
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 from typing import Any
 
@@ -58,9 +57,9 @@ gpu_device_info {
 
 def missing(target: str) -> str | None:
     """Return a sentence that says what to install to compile for a target; None if everything is there."""
-    if target in TPU and not importlib.util.find_spec("libtpu"):
+    if target in TPU and not _version("libtpu"):
         return f"compiling for a {target} needs libtpu: pip install --no-deps '{_wanted('libtpu', 'tpu')}'"
-    if target == "h200" and not importlib.util.find_spec("jax_plugins.xla_cuda13"):
+    if target == "h200" and not _version("jax-cuda13-plugin"):
         plugin = _wanted("jax-cuda13-plugin[with-cuda]", "cuda13")
         return f"compiling for an H200 needs JAX's CUDA plugin (3.9 GB): pip install '{plugin}'"
     return None
@@ -78,9 +77,16 @@ def _wanted(package: str, extra: str) -> str:
 def versions(targets: list[str]) -> list[str]:
     """Return name and version of the packages that compile for these targets."""
     packages = ["libtpu"] * any(target in TPU for target in targets)
-    if "h200" in targets:
-        packages += ["jax-cuda13-plugin", "nvidia-cudnn-cu13"]
-    return [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    packages += ["jax-cuda13-plugin", "nvidia-cudnn-cu13"] * ("h200" in targets)
+    return [f"{package} {_version(package)}" for package in packages]
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def device(target: str) -> Any:
