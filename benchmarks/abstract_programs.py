@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -52,15 +51,14 @@ def lower(case: Case, device: Any) -> Any:
 def least_bytes(case: Case) -> int:
     """Return the bytes that a program, or a step of decode, must read and write, whatever kernels it has."""
     config = config_of(case)
-    positions = abstract_params(config)["wpe"]
+    wpe, wte = (config.param_dtype.itemsize * n * config.n_embd for n in (config.n_ctx, config.n_vocab))
     if case.program == "decode":  # weights and cache are read; one slot of each row is written
-        weights = config.param_bytes - positions.size * positions.dtype.itemsize
-        return weights + config.cache_bytes(case.rows, case.slots + RECENT) + config.cache_bytes(case.rows, 1)
-    if case.program == "prefill":  # weights are read, without the head; the cache is written
-        table = config.n_vocab * config.n_embd * np.dtype(config.param_dtype).itemsize
-        return config.param_bytes - table + config.cache_bytes(case.rows, case.tokens)
+        n_slots = case.slots + RECENT + 1
+        return config.param_bytes - wpe + config.cache_bytes(case.rows, n_slots)
+    if case.program == "prefill":  # the weights of the blocks are read; the cache is written
+        return config.param_bytes - wpe - wte + config.cache_bytes(case.rows, case.tokens)
     state = jax.tree.leaves(_plan(case, jax.devices()[0]).state)  # read and written
-    return 2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in state)
+    return 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in state)
 
 
 def _decode(case: Case, device: Any) -> Any:
