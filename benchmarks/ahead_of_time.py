@@ -36,12 +36,12 @@ HEADINGS = (
 )
 HEADINGS += "collectives | temp MB | args MB | peak MB | attention | compile s"
 LEGEND = """\
-The programs are `decode` and `prefill` of `gpt2_jax/generation/engine.py` and the training step, with random shapes but
-no weights. Decode is greedy; its figures are of one step, and `once` is what runs before and after the loop of a call
-of up to 16 steps. Dropout of the training step is {dropout:g}. MB are 10^6 bytes.
+The programs are `decode` and `prefill` of `gpt2_jax/generation/engine.py`, and the training step with AdamW and a
+dropout of {dropout:g}. They were compiled and not run. Decode is greedy. Its figures are of one step; `once` is what a
+call of up to 16 steps runs before and after its loop. MB are 10^6 bytes.
 
 - Kernels: fusions, custom calls and single operations on more than one element. Of a conditional, the branch that
-  moves least counts: greedy decoding takes it. A loop counts as often as it turns; once if XLA does not know how often.
+  moves least counts: greedy decoding takes it. A loop counts as often as it turns, and once if that is not known.
 - MB moved: what the kernels read and write, from the HLO text. A kernel reads each operand once, and of an operand that
   it only slices or gathers from, the slice. An update in place writes the new part. On a TPU arrays have whole tiles,
   and a byte that is prefetched into the chip's memory counts when it is read from HBM.
@@ -49,10 +49,11 @@ of up to 16 steps. Dropout of the training step is {dropout:g}. MB are 10^6 byte
   each row), each read once, and one slot written. Of prefill: the weights without the embeddings read, and the cache
   written. Of a training step: parameters and moments, each read and written; no activations.
 - Large copies: copies and transposes of at least the elements of one layer's keys, in a step + once.
-- Loops, conditionals: loops whose number of turns XLA does not know, and conditionals, in the whole program. A GPU
-  waits for the host at each of their turns.
+- Loops, conditionals: loops whose number of turns depends on data, and conditionals, in the whole program. A GPU waits
+  for the host at each turn of the former and at each of the latter.
 - Peak MB: arguments, outputs that share no memory with arguments, and temporaries. XLA's own figures.
-- Attention: the kernel that computes it; plain means matrix products and a softmax of XLA's own."""
+- Attention: how many kernels of Mosaic (Pallas on a TPU), cuDNN or Triton there are; plain means none: XLA's own matrix
+  products and softmax."""
 ATTENTION = {"tpu_custom_call": "Mosaic", "__cudnn$fmha": "cuDNN", "triton": "Triton"}
 PUBLISHED = [  # target, program, size, rows, tokens, dtype
     *(("h200", "decode", "124M", rows, 1024, "bfloat16") for rows in (1, 8)),
@@ -133,7 +134,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 def compile_case(case: Case) -> dict[str, Any]:
     """Compile a program, and return what it will do."""
     import abstract_programs
-    from hlo_text import Cost, Program
+    from hlo_counts import Cost, Program
 
     lowered = abstract_programs.lower(case, topology.device(case.target))
     begin = time.perf_counter()

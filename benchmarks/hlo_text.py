@@ -1,33 +1,18 @@
-"""Counts of kernels, bytes, loops and copies in the HLO text of a compiled program (`compiled.as_text()`).
+"""The HLO text of a compiled program (`compiled.as_text()`), read into computations and their instructions.
 
-HLO is scheduled when XLA prints it: what stands outside of fusions is what runs, and each such instruction reads its
-operands from memory and writes its result to memory.
-
-Source: the printer of XLA, xla/hlo/ir/hlo_instruction.cc, and https://openxla.org/xla/operation_semantics.
+Source: the printer of XLA, xla/hlo/ir/hlo_instruction.cc.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 import math
 import re
 
-# These give names to arrays that are there already, or do something on the host.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"}
-FREE |= {"replica-id", "domain", "add-dependency", "get-dimension-size"}
-FREE_TARGETS = {"ConcatBitcast", "AllocateBuffer", "Sharding", "AssumeGatherIndicesInBound"}  # custom calls likewise
-COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"}
-SLICES = {"slice", "dynamic-slice", "gather"}  # read a part of their first operand
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # write a part of their first operand: the operand with the part
-# Of these, a part of the result needs a part of the operand of the same size.
-SAME_SIZE = {"bitcast", "reshape", "transpose", "copy", "convert", "negate", "add", "subtract", "multiply", "select"}
-SAME_SIZE |= {"divide", "maximum", "minimum", "and", "or", "not", "compare", "abs", "exponential", "tanh", "tuple"}
-CONTRACTIONS = {"dot", "convolution", "reduce", "custom-call"}
-CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+INDEX = re.compile(r"\bindex=(\d+)")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 NAME = re.compile(r"%([\w.\-]+)")
@@ -66,220 +51,38 @@ class Instruction:
 
     @property
     def trip_count(self) -> int | None:
-        """How often a loop runs its body, if XLA knows it."""
+        """How often a loop runs its body, if XLA says so."""
         found = TRIP_COUNT.search(self.rest)
         return int(found[1]) if found else None
 
+    def computation(self, role: str) -> str:
+        """Return the computation that has this role: "body" and "condition" of a loop."""
+        return next(name for found, name in CALLED.findall(self.rest) if found == role)
+
     @property
-    def branches(self) -> list[str]:
-        """The computations of a conditional."""
+    def index(self) -> int | None:
+        """Which part of a tuple a get-tuple-element takes; None for other instructions."""
+        found = INDEX.search(self.rest) if self.opcode == "get-tuple-element" else None
+        return int(found[1]) if found else None
+
+    @property
+    def literal(self) -> int | None:
+        """The value of a constant whole number; None for other instructions."""
+        found = re.match(r"(-?\d+)\)", self.rest) if self.opcode == "constant" else None
+        return int(found[1]) if found else None
+
+    @property
+    def called(self) -> list[str]:
+        """The computations of a loop, a conditional, a call or a fusion."""
         found = BRANCHES.search(self.rest)
-        return NAME.findall(found[1]) if found else CALLED.findall(self.rest)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What runs: kernels, bytes that they read and write, and copies and transposes of large arrays."""
-
-    kernels: int = 0
-    n_bytes: int = 0
-    copies: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.kernels + other.kernels, self.n_bytes + other.n_bytes, self.copies + other.copies)
-
-    def __mul__(self, n: int) -> Cost:
-        return Cost(self.kernels * n, self.n_bytes * n, self.copies * n)
+        return NAME.findall(found[1]) if found else [name for _, name in CALLED.findall(self.rest)]
 
 
 Computation = dict[str, Instruction]
 """The instructions by name, in the order in which they run. The last is the root."""
 
 
-class Program:
-    """The HLO text of a program.
-
-    Args:
-      text: from `compiled.as_text()`.
-      large: copies and transposes of this many elements or more are counted.
-    """
-
-    def __init__(self, text: str, large: float = math.inf):
-        self.large = large
-        self.computations, self.entry = _parse(text)
-        self.needed = functools.cache(self._needed)
-
-    def total(self) -> Cost:
-        """Return the cost of the whole program."""
-        return self.cost(self.entry)
-
-    def split_at_main_loop(self) -> tuple[Cost, Cost]:
-        """Return the cost of one turn of the loop that moves most, and of all that runs before and after the loop."""
-        loops = [line for line in self.computations[self.entry].values() if line.opcode == "while"]
-        turn, loop = max(((self._turn(line), line) for line in loops), key=lambda pair: pair[0].n_bytes)
-        others = (self._line(self.entry, line) for line in self.computations[self.entry].values() if line is not loop)
-        return turn, sum(others, Cost())
-
-    def count(self, *opcodes: str) -> int:
-        """Return how many instructions there are, each counted once however often it runs."""
-        return sum(line.opcode in opcodes for line in self._lines())
-
-    def count_collectives(self) -> int:
-        """Return the number of collective operations."""
-        return self.count(*COLLECTIVES, *(f"{name}-start" for name in COLLECTIVES))
-
-    def count_endless(self) -> int:
-        """Return the number of loops whose number of turns XLA does not know."""
-        return sum(line.opcode == "while" and line.trip_count is None for line in self._lines())
-
-    def targets(self) -> dict[str, int]:
-        """Return the targets of custom calls, and how many calls each has."""
-        targets = collections.Counter(line.target for line in self._lines() if line.opcode == "custom-call")
-        return {target: n for target, n in targets.items() if target not in FREE_TARGETS}
-
-    def _lines(self):
-        return (line for computation in self.computations.values() for line in computation.values())
-
-    def cost(self, name: str) -> Cost:
-        """Return the cost of a computation that is not a fusion."""
-        return sum((self._line(name, line) for line in self.computations[name].values()), Cost())
-
-    def _turn(self, loop: Instruction) -> Cost:
-        return sum((self.cost(called) for called in CALLED.findall(loop.rest)), Cost())
-
-    def _line(self, name: str, line: Instruction) -> Cost:
-        """Return the cost of an instruction of the computation `name`."""
-        if line.opcode == "while":
-            return self._turn(line) * (line.trip_count or 1)
-        if line.opcode == "conditional":
-            return min((self.cost(branch) for branch in line.branches), key=lambda cost: cost.n_bytes)
-        if line.opcode in ("call", "async-start"):
-            return sum((self.cost(called) for called in CALLED.findall(line.rest)), Cost())
-        if line.opcode in FREE or line.target in FREE_TARGETS or line.opcode.endswith(("-done", "-update")):
-            return Cost()
-        if line.opcode.endswith("-start") and line.opcode.removesuffix("-start") not in COLLECTIVES:
-            return self._prefetch(name, line)
-        n_bytes = self._read(name, line) + self._written(name, line)
-        if line.opcode.removesuffix("-start") in COLLECTIVES:
-            return Cost(0, n_bytes, 0)
-        on_scalars = line.opcode != "fusion" and line.opcode != "custom-call" and line.size <= 1
-        return Cost(int(not on_scalars), n_bytes, int(self._is_large_copy(line)))
-
-    def _prefetch(self, name: str, line: Instruction) -> Cost:
-        """Return the cost of an asynchronous copy or slice. Its results begin (copy, source) or (source, copy)."""
-        source = self.computations[name][line.operands[0]].arrays[0]
-        copy = line.arrays[0 if line.opcode == "copy-start" else -2]
-        read, written = (0 if array.on_chip else copy.n_bytes for array in (source, copy))
-        is_copy = read and written and copy.size >= self.large
-        return Cost(0, read + written, int(bool(is_copy)))
-
-    def _is_large_copy(self, line: Instruction) -> bool:
-        """Return whether a kernel copies or transposes a large array, and does not also multiply or sum it."""
-        if line.opcode != "fusion":
-            return line.opcode in ("copy", "transpose") and line.size >= self.large
-        inside = [line for called in CALLED.findall(line.rest) for line in self.computations[called].values()]
-        moves = any(line.opcode in ("copy", "transpose") and line.size >= self.large for line in inside)
-        return moves and CONTRACTIONS.isdisjoint(line.opcode for line in inside)
-
-    # ---- bytes
-
-    def _read(self, name: str, line: Instruction) -> int:
-        """Return the bytes that a kernel reads of its operands: each array once, and only the parts that it uses."""
-        computation = self.computations[name]
-        parts: dict[str, float] = collections.defaultdict(float)
-        for k, operand in enumerate(line.operands):
-            parts[_unwrapped(computation, operand)] += self._part(name, line, k, line.size)
-        total = 0.0
-        for operand, part in parts.items():
-            held = computation[operand]
-            full = sum(array.n_bytes for array in held.arrays if not array.on_chip)
-            total += full * min(1, part / max(held.size, 1))
-        return round(total)
-
-    def _written(self, name: str, line: Instruction) -> int:
-        """Return the bytes that an instruction writes. Of an array that it updates in place, only the new part."""
-        if line.opcode in UPDATES:
-            part = self.computations[name][line.operands[UPDATES[line.opcode]]]
-            return sum(array.n_bytes for array in line.arrays if not array.on_chip) and _bytes(part)
-        if line.opcode == "fusion":
-            (called,) = CALLED.findall(line.rest)
-            lines = self.computations[called]
-            root = lines[next(reversed(lines))]
-            roots = [lines[operand] for operand in root.operands] if root.opcode == "tuple" else [root]
-            total = 0
-            for one, array in zip(roots, line.arrays, strict=False):
-                one = lines[_unwrapped(lines, one.name)]
-                in_place = self._in_place(called, one) or one.opcode == "fusion"
-                total += 0 if array.on_chip else self._written(called, one) if in_place else array.n_bytes
-            return total
-        arrays = line.arrays
-        if (
-            line.opcode == "custom-call" and arrays[1:] and arrays[-1].dtype in ("u8", "s8")
-        ):  # workspace of cuDNN, cuBLAS
-            arrays = arrays[:-1]
-        return sum(array.n_bytes for array in arrays if not array.on_chip)
-
-    def _part(self, name: str, line: Instruction, k: int, needed: float) -> float:
-        """Return how many elements of operand k are read to compute `needed` elements of the result."""
-        size = self.computations[name][line.operands[k]].size
-        if line.opcode in UPDATES and k == 0:
-            return 0 if self._in_place(name, line) else size
-        if line.opcode == "fusion":
-            (called,) = CALLED.findall(line.rest)
-            parameter = next(
-                one.name
-                for one in self.computations[called].values()
-                if one.opcode == "parameter" and one.rest.startswith(f"{k})")
-            )
-            return self.needed(called, parameter)
-        return min(size, needed) if line.opcode in SAME_SIZE or (line.opcode in SLICES and k == 0) else size
-
-    def _needed(self, name: str, result: str) -> float:
-        """Return how many elements of a result a fused computation uses."""
-        computation = self.computations[name]
-        if result == next(reversed(computation)):
-            return computation[result].size
-        users = ((line, k) for line in computation.values() for k, one in enumerate(line.operands) if one == result)
-        total = sum(self._part(name, line, k, self.needed(name, line.name)) for line, k in users)
-        return min(total, computation[result].size)
-
-    def _in_place(self, name: str, line: Instruction) -> bool:
-        """Return whether an update writes into the memory of its first operand.
-
-        It does outside of fusions: XLA copies the operand before, if it must. In a fusion, the first operand must come
-        from outside, and the result must go there.
-        """
-        if line.opcode not in UPDATES:
-            return False
-        computation = self.computations[name]
-        if name not in self._fused:
-            return True
-        root = computation[next(reversed(computation))]
-        roots = root.operands if root.opcode == "tuple" else (root.name,)
-        goes_out = line.name in (_unwrapped(computation, one) for one in roots)
-        return goes_out and computation[_unwrapped(computation, line.operands[0])].opcode == "parameter"
-
-    @functools.cached_property
-    def _fused(self) -> set[str]:
-        """The computations of fusions."""
-        return {called for line in self._lines() if line.opcode == "fusion" for called in CALLED.findall(line.rest)}
-
-
-def _unwrapped(computation: Computation, name: str) -> str:
-    """Return the name of the array that an instruction only gives another shape."""
-    while computation[name].opcode == "bitcast":
-        name = computation[name].operands[0]
-    return name
-
-
-def _bytes(line: Instruction) -> int:
-    return sum(array.n_bytes for array in line.arrays)
-
-
-# ---- reading the text
-
-
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
+def parse(text: str) -> tuple[dict[str, Computation], str]:
     """Return the computations by name, and the name of the one that runs first."""
     computations: dict[str, Computation] = {}
     entry = root = ""
@@ -305,9 +108,10 @@ def _instruction(line: str) -> tuple[Instruction, bool]:
     shape, right = _shape(right)
     opcode, _, right = right.partition("(")
     end = _closing(right)
-    operands = () if opcode in ("constant", "parameter") else tuple(NAME.findall(right[:end]))
+    is_literal = opcode in ("constant", "parameter")  # a value or a number is in the brackets
+    operands = () if is_literal else tuple(NAME.findall(right[:end]))
     arrays = tuple(map(_array, ARRAY.finditer(shape)))
-    rest = right if opcode == "parameter" else right[end:]
+    rest = right if is_literal else right[end:]
     name = left.removeprefix("ROOT ").lstrip("%")
     return Instruction(name, arrays, opcode.strip(), operands, rest), left.startswith("ROOT ")
 

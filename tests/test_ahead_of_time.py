@@ -28,6 +28,7 @@ def module(name):
 
 
 hlo_text = module("hlo_text")
+hlo_counts = module("hlo_counts")
 topology = module("topology")
 
 
@@ -40,12 +41,12 @@ def _optimized(_programs_of_one_file):
 def program(function, *shapes, large=np.inf, **options):
     """Compile a function of float32 arrays of these shapes, or of given arrays, for the CPU."""
     arguments = [jax.ShapeDtypeStruct(one, jnp.float32) if isinstance(one, tuple) else one for one in shapes]
-    return hlo_text.Program(jax.jit(function, **options).lower(*arguments).compile().as_text(), large)
+    return hlo_counts.Program(jax.jit(function, **options).lower(*arguments).compile().as_text(), large)
 
 
 def test_a_kernel_reads_its_operands_and_writes_its_result():
     cost = program(lambda x, y: jnp.tanh(x) * y + 1, (7, 300), (7, 300)).total()
-    assert cost == hlo_text.Cost(kernels=1, n_bytes=3 * 7 * 300 * F32)
+    assert cost == hlo_counts.Cost(kernels=1, n_bytes=3 * 7 * 300 * F32)
 
 
 def test_an_operand_is_read_once():
@@ -99,9 +100,9 @@ ENTRY %main (x: f32[100,50], y: f32[3,50], i: s32[]) -> f32[100,50] {
   ROOT %f = f32[100,50]{1,0} fusion(%x, %y, %i), kind=kLoop, calls=%fused
 }
 """
-    assert hlo_text.Program(text).total().n_bytes == (2 * 100 * 50 + 3 * 50 + 1) * F32
+    assert hlo_counts.Program(text).total().n_bytes == (2 * 100 * 50 + 3 * 50 + 1) * F32
     in_place = text.replace("tanh(%u)", "bitcast(%u)")
-    assert hlo_text.Program(in_place).total().n_bytes == (2 * 3 * 50 + 1) * F32
+    assert hlo_counts.Program(in_place).total().n_bytes == (2 * 3 * 50 + 1) * F32
 
 
 def test_a_loop_counts_as_often_as_it_turns():
@@ -112,6 +113,60 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert nine.kernels - five.kernels == 4 / 3 * (five.kernels - once.kernels) > 0
     turn = (nine.n_bytes - five.n_bytes) / 4
     assert 3 * 40 * 50 * F32 <= turn <= 3 * 40 * 50 * F32 + 64  # and the counter
+
+
+COUNTED = """HloModule m
+
+%condition (c: (s32[], f32[40])) -> pred[] {
+  %c = (s32[]{:T(128)}, f32[40]{0:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  %n = s32[]{:T(128)} constant(9)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (b: (s32[], f32[40])) -> (s32[], f32[40]) {
+  %b = (s32[]{:T(128)}, f32[40]{0:T(128)}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%j, %one)
+  %x = f32[40]{0:T(128)} get-tuple-element(%b), index=1
+  %y = f32[40]{0:T(128)} tanh(%x)
+  ROOT %t = (s32[]{:T(128)}, f32[40]{0:T(128)}) tuple(%next, %y)
+}
+
+ENTRY %main (a: f32[40], k: s32[]) -> (s32[], f32[40]) {
+  %a = f32[40]{0:T(128)} parameter(0)
+  %k = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(2)
+  %start = s32[]{:T(128)} copy(%zero)
+  %in = (s32[]{:T(128)}, f32[40]{0:T(128)}) tuple(%start, %a)
+  ROOT %w = (s32[]{:T(128)}, f32[40]{0:T(128)}) while(%in), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_tpu_loop_is_counted_by_its_counter():
+    """XLA for a TPU does not write the number of turns down."""
+    found = hlo_counts.Program(COUNTED)
+    assert found.total().kernels == 9 - 2
+    assert found.count_endless() == 0
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ("direction=LT", "direction=NE"),
+        ("constant(1)", "constant(3)"),
+        ("add(%j, %one)", "multiply(%j, %one)"),
+        ("tuple(%start, %a)", "tuple(%k, %a)"),
+        ("%n = s32[]{:T(128)} constant(9)", "%n = s32[]{:T(128)} get-tuple-element(%c), index=0"),
+    ],
+)
+def test_other_counters_are_not_guessed(was, becomes):
+    assert COUNTED.count(was) == 1
+    found = hlo_counts.Program(COUNTED.replace(was, becomes))
+    assert found.total().kernels == 1
+    assert found.count_endless() == 1
 
 
 def test_loops_without_a_trip_count_are_found():
@@ -167,9 +222,9 @@ ENTRY %main (a: bf16[40,30], b: bf16[40,20]) -> bf16[30,20] {
   ROOT %f = bf16[30,20]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused
 }
 """
-    assert hlo_text.Program(text, 1).total() == hlo_text.Cost(1, 2 * (40 * 30 + 40 * 20 + 30 * 20), 0)
+    assert hlo_counts.Program(text, 1).total() == hlo_counts.Cost(1, 2 * (40 * 30 + 40 * 20 + 30 * 20), 0)
     without = text.replace("dot(%t, %p1), lhs", "add(%t, %t), lhs")
-    assert hlo_text.Program(without, 1).total().copies == 1
+    assert hlo_counts.Program(without, 1).total().copies == 1
 
 
 def test_a_tpu_array_has_whole_tiles_and_is_read_once():
@@ -186,8 +241,8 @@ slice={[0:50], [0:768]}
   ROOT %r = f32[1,50]{1,0:T(1,128)} custom-call(%d, %e), custom_call_target="tpu_custom_call"
 }
 """
-    found = hlo_text.Program(text, 1)
-    assert found.total() == hlo_text.Cost(1, 2 * 56 * 768 + 2 * 128 * 768 + 4 * 128, 0)
+    found = hlo_counts.Program(text, 1)
+    assert found.total() == hlo_counts.Cost(1, 2 * 56 * 768 + 2 * 128 * 768 + 4 * 128, 0)
     assert found.targets() == {"tpu_custom_call": 1}
 
 
@@ -200,7 +255,7 @@ ENTRY %main (q: bf16[4,12,256,64]) -> bf16[4,12,256,64] {
   ROOT %z = bf16[4,12,256,64]{3,1,2,0} get-tuple-element(%a), index=0
 }
 """
-    assert hlo_text.Program(text).total() == hlo_text.Cost(1, 2 * 2 * 4 * 12 * 256 * 64, 0)
+    assert hlo_counts.Program(text).total() == hlo_counts.Cost(1, 2 * 2 * 4 * 12 * 256 * 64, 0)
 
 
 # ---- the command
