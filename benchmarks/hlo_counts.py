@@ -112,8 +112,11 @@ class Program:
         counter, limit = (_source(condition, operand) for operand in end.operands)
         if counter.index is None or limit.literal is None:
             return None
-        start = _source(before, before[loop.operands[0]].operands[counter.index])
-        step = _source(body, _root(body).operands[counter.index])
+        carried, result = before[loop.operands[0]], _root(body)
+        if not carried.opcode == result.opcode == "tuple":
+            return None
+        start = _source(before, carried.operands[counter.index])
+        step = _source(body, result.operands[counter.index])
         added = {(one.index, one.literal) for one in (_source(body, operand) for operand in step.operands)}
         in_ones = step.opcode == "add" and added == {(counter.index, None), (None, 1)}
         return limit.literal - start.literal if in_ones and start.literal is not None else None
@@ -146,11 +149,11 @@ class Program:
 
     def _is_large_copy(self, line: Instruction) -> bool:
         """Return whether a kernel copies or transposes a large array, and does not also multiply or sum it."""
-        if line.opcode != "fusion":
-            return line.opcode in ("copy", "transpose") and line.size >= self.large
-        inside = [line for called in line.called for line in self.computations[called].values()]
-        moves = any(line.opcode in ("copy", "transpose") and line.size >= self.large for line in inside)
-        return moves and CONTRACTIONS.isdisjoint(line.opcode for line in inside)
+        inside = [line]
+        if line.opcode == "fusion":
+            inside = [one for called in line.called for one in self.computations[called].values()]
+        moves = any(one.size >= self.large and (one.opcode == "copy" or one.is_transpose) for one in inside)
+        return moves and CONTRACTIONS.isdisjoint(one.opcode for one in inside)
 
     # ---- bytes
 

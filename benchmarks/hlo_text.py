@@ -13,6 +13,7 @@ CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_co
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 INDEX = re.compile(r"\bindex=(\d+)")
+DIMENSIONS = re.compile(r"\bdimensions=\{([\d,]*)\}")
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 NAME = re.compile(r"%([\w.\-]+)")
@@ -70,6 +71,13 @@ class Instruction:
         """The value of a constant whole number; None for other instructions."""
         found = re.match(r"(-?\d+)\)", self.rest) if self.opcode == "constant" else None
         return int(found[1]) if found else None
+
+    @property
+    def is_transpose(self) -> bool:
+        """Whether it changes the order of sides. XLA also writes transposes that do not."""
+        found = DIMENSIONS.search(self.rest) if self.opcode == "transpose" else None
+        sides = found[1].split(",") if found else []
+        return sides != [str(i) for i in range(len(sides))]
 
     @property
     def called(self) -> list[str]:

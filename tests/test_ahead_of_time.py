@@ -225,6 +225,8 @@ ENTRY %main (a: bf16[40,30], b: bf16[40,20]) -> bf16[30,20] {
     assert hlo_counts.Program(text, 1).total() == hlo_counts.Cost(1, 2 * (40 * 30 + 40 * 20 + 30 * 20), 0)
     without = text.replace("dot(%t, %p1), lhs", "add(%t, %t), lhs")
     assert hlo_counts.Program(without, 1).total().copies == 1
+    in_order = without.replace("dimensions={1,0}", "dimensions={0,1}")  # XLA writes these too
+    assert hlo_counts.Program(in_order, 1).total().copies == 0
 
 
 def test_a_tpu_array_has_whole_tiles_and_is_read_once():
