@@ -10,36 +10,35 @@ import re
 from typing import Any
 
 ENVIRONMENT = {
-    # Without this, JAX starts the TPU and CUDA backends that it finds installed, which fails without a device.
+    # Otherwise JAX tries to start the TPU and CUDA backends that it finds installed.
     "JAX_PLATFORMS": "cpu",
-    # libtpu would ask the metadata server of a Google Cloud machine what it runs on, and wait for the answer.
+    # Otherwise libtpu asks the metadata server of Google Cloud which TPU the machine has.
     "TPU_SKIP_MDS_QUERY": "1",
-    # The CUDA plugin compares the versions of CUDA's libraries with the driver, which is missing.
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    # libtpu lets one process at a time use the chip. Here it uses none.
+    # Otherwise libtpu refuses to run in two processes at once, since a chip can serve only one.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # the compile time is reported
+    # The compile time is reported.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
 # The smallest slice of each generation that libtpu describes. A program for one device uses its first chip.
 TPU = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TARGETS = ("cpu", "h200", *TPU)
 
-# XLA's GpuTargetConfigProto. The figures are what CUDA says of an H200 SXM: compute capability 9.0, 132
-# multiprocessors, 4.8 TB/s, 141 GB. XLA chooses kernels and their tiles by them.
+# A GpuTargetConfigProto. XLA chooses kernels and their tiles by these figures. XLA's own description of this GPU is
+# xla/backends/gpu/target_config/specs/h200.txtpb in openxla/xla.
 H200 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
 dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 }
 gpu_device_info {
-  cuda_compute_capability { major: 9 }
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
   core_count: 132
   fpus_per_core: 128
   clock_rate_ghz: 1.98
   memory_bandwidth: 4800000000000
-  device_memory_size: 150754820096
-  l2_cache_size: 62914560
+  device_memory_size: 151397597184
+  l2_cache_size: 52428800
   threads_per_warp: 32
   threads_per_block_limit: 1024
   threads_per_core_limit: 2048
