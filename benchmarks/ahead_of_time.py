@@ -44,7 +44,8 @@ call of up to 16 steps runs before and after its loop. MB are 10^6 bytes.
   moves least counts: greedy decoding takes it. A loop counts as often as it turns, and once if that is not known.
 - MB moved: what the kernels read and write, from the HLO text. A kernel reads each operand once, and of an operand that
   it only slices or gathers from, the slice. An update in place writes the new part. On a TPU arrays have whole tiles,
-  and a byte that is prefetched into the chip's memory counts when it is read from HBM.
+  and memory on the chip costs nothing: what is prefetched counts when it is read from HBM. A small model can stay on
+  the chip from step to step, and move less than the least.
 - Least MB of a decode step: the weights without the position table, and the cache ({slots} slots and 16 recent ones of
   each row), each read once, and one slot written. Of prefill: the weights without the embeddings read, and the cache
   written. Of a training step: parameters and moments, each read and written; no activations.
@@ -93,7 +94,9 @@ class Case:
 
     def __str__(self) -> str:
         """Return the program as the table names it."""
-        shape = f"{self.rows} rows" if self.program == "decode" else f"{self.rows} x {self.tokens}"
+        shape = (
+            f"{self.rows} row{'s' * (self.rows > 1)}" if self.program == "decode" else f"{self.rows} x {self.tokens}"
+        )
         return f"{self.program}, {self.size} {self.dtype}, {shape}"
 
     @property

@@ -305,7 +305,7 @@ def test_the_command_compiles_each_program(tmp_path):
 def test_a_program_that_takes_too_long_is_left_out():
     done = run("--limit", 0.1)
     assert done.returncode == 1
-    assert "Left out: cpu, decode, tiny bfloat16, 1 rows: not compiled after 0.1 s." in done.stdout
+    assert "Left out: cpu, decode, tiny bfloat16, 1 row: not compiled after 0.1 s." in done.stdout
 
 
 @pytest.mark.parametrize(("target", "package"), [("v5e", "libtpu"), ("h200", "jax-cuda13-plugin")])
