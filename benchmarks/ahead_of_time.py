@@ -94,9 +94,8 @@ class Case:
 
     def __str__(self) -> str:
         """Return the program as the table names it."""
-        shape = (
-            f"{self.rows} row{'s' * (self.rows > 1)}" if self.program == "decode" else f"{self.rows} x {self.tokens}"
-        )
+        several = "s" * (self.rows > 1)
+        shape = f"{self.rows} row{several}" if self.program == "decode" else f"{self.rows} x {self.tokens}"
         return f"{self.program}, {self.size} {self.dtype}, {shape}"
 
     @property
