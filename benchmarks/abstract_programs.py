@@ -104,8 +104,13 @@ def _arguments(function: Any, values: dict[str, Any]) -> tuple[dict[str, Any], d
     names = [one.name for one in parameters if one.name in values or one.default is one.empty]
     if unknown := [name for name in names if name not in values]:
         raise TypeError(f"{function.__name__} has new parameters {unknown}: give them a value in _engine_values")
-    static = {name for name in names if values[name] is None or isinstance(values[name], GPT2 | str | bool)}
+    static = {name for name in names if values[name] is None or not _is_arrays(values[name])}
     return {name: values[name] for name in static}, {name: values[name] for name in names if name not in static}
+
+
+def _is_arrays(value: Any) -> bool:
+    """Return whether all leaves of a tree are arrays."""
+    return all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
 
 
 def _lower(function: Any, values: dict[str, Any], device: Any) -> Any:
