@@ -1,0 +1,145 @@
+"""This library's programs, lowered for a device that need not be there: every argument is abstract.
+
+Shape letters: A parts of a step, B rows, T tokens, V vocab.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from gpt2_jax import SIZES, GPT2Config
+from gpt2_jax import recipe as recipes
+from gpt2_jax.data.batching import Batch
+from gpt2_jax.generation import engine
+from gpt2_jax.generation.memory import RECENT
+from gpt2_jax.generation.settings import Settings
+from gpt2_jax.model import GPT2, abstract_params
+from gpt2_jax.sharding import DATA, MODEL
+from gpt2_jax.training import make_plan, make_train_step
+from gpt2_jax.training.plan import Plan
+
+if TYPE_CHECKING:
+    from ahead_of_time import Case
+
+TINY = GPT2Config(n_vocab=1000, n_ctx=1024, n_embd=128, n_head=2, n_layer=2)
+
+
+def config_of(case: Case) -> GPT2Config:
+    """Return the config of a case's model, with room for its tokens."""
+    config = TINY if case.size == "tiny" else SIZES[case.size]
+    n_ctx = max(config.n_ctx, case.n_positions)
+    return config.replace(n_ctx=n_ctx, param_dtype=case.dtype, compute_dtype=case.dtype)
+
+
+def large(case: Case) -> int:
+    """Return the elements of one layer's keys. A copy of this many or more is a copy of cache size."""
+    return case.rows * case.n_positions * config_of(case).n_embd
+
+
+def lower(case: Case, device: Any) -> Any:
+    """Lower a program for a device. Nothing is allocated."""
+    return {"decode": _decode, "prefill": _prefill, "train": _train}[case.program](case, device)
+
+
+def least_bytes(case: Case) -> int:
+    """Return the bytes that a program, or a step of decode, must read and write, whatever kernels it has."""
+    config = config_of(case)
+    wpe, wte = (config.param_dtype.itemsize * n * config.n_embd for n in (config.n_ctx, config.n_vocab))
+    if case.program == "decode":  # weights and cache are read; one slot of each row is written
+        n_slots = case.slots + RECENT + 1
+        return config.param_bytes - wpe + config.cache_bytes(case.rows, n_slots)
+    if case.program == "prefill":  # the weights of the blocks are read; the cache is written
+        return config.param_bytes - wpe - wte + config.cache_bytes(case.rows, case.tokens)
+    state = jax.tree.leaves(_plan(case, jax.devices()[0]).state)  # read and written
+    return 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+
+
+def _decode(case: Case, device: Any) -> Any:
+    """Lower `engine.decode` for greedy decoding."""
+    values = _engine_values(case)
+    values["past"], values["h_BD"] = jax.eval_shape(
+        functools.partial(engine.empty, values["model"], case.rows, case.slots)
+    )
+    static, arrays = _arguments(engine.first, values)
+    values["state"], _ = jax.eval_shape(functools.partial(engine.first, **static), **arrays)
+    return _lower(engine.decode, values, device)
+
+
+def _prefill(case: Case, device: Any) -> Any:
+    """Lower `engine.prefill`."""
+    values = _engine_values(case)
+    values["tokens_GP"] = np.zeros((case.rows, case.tokens), np.int32)
+    values["length_G"] = np.zeros(case.rows, np.int32)
+    return _lower(engine.prefill, values, device)
+
+
+def _engine_values(case: Case) -> dict[str, Any]:
+    """Return values for the parameters of the engine's programs, by name: one dict for all of them."""
+    config = config_of(case)
+    return {
+        "model": GPT2(config),
+        "params": abstract_params(config),
+        "edits": (),
+        "seen_BV": np.zeros((case.rows, config.n_vocab), bool),
+        "done_B": np.zeros(case.rows, bool),
+        "row_B": np.zeros(case.rows, np.uint32),
+        "seed": np.uint32(0),
+        "sampling": Settings(temperature=0.0).check(config).sampling(config),
+        "stop_ids": np.full(engine.STOP_IDS, engine.NO_ID, np.int32),
+        "n_steps": np.int32(RECENT),
+        "n_top": None,
+    }
+
+
+def _arguments(function: Any, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the static and the other arguments that a jitted function takes of these values, by name."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [one.name for one in parameters if one.name in values or one.default is one.empty]
+    if unknown := [name for name in names if name not in values]:
+        raise TypeError(f"{function.__name__} has new parameters {unknown}: give them a value in _engine_values")
+    static = {name for name in names if values[name] is None or not _is_arrays(values[name])}
+    return {name: values[name] for name in static}, {name: values[name] for name in names if name not in static}
+
+
+def _is_arrays(value: Any) -> bool:
+    """Return whether all leaves of a tree are arrays."""
+    return all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
+
+
+def _lower(function: Any, values: dict[str, Any], device: Any) -> Any:
+    """Lower a jitted function for a device. Arguments are passed by name: their order may change."""
+    static, arrays = _arguments(function, values)
+    sharding = SingleDeviceSharding(device)
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return function.lower(**static, **jax.tree.map(abstract, arrays))
+
+
+def _train(case: Case, device: Any) -> Any:
+    """Lower a training step with AdamW on a mesh of one device."""
+    plan = _plan(case, device)
+    sharding = plan.over_rows(None)
+
+    def windows(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((1, case.rows, case.tokens), dtype, sharding=sharding)
+
+    batch = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
+    step: Any = make_train_step(plan)
+    return step.lower(plan.state, batch)
+
+
+def _plan(case: Case, device: Any) -> Plan:
+    """Return the plan of a run on one device."""
+    dtype: Any = case.dtype
+    recipe = recipes.Recipe(model=recipes.Model(dropout=case.dropout), batch_size=case.rows, compute_dtype=dtype)
+    mesh = Mesh(np.array(device).reshape(1, 1), (DATA, MODEL))
+    return make_plan(config_of(case), recipe, mesh, case.tokens)
