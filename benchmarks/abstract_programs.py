@@ -100,9 +100,8 @@ def _engine_values(case: Case) -> dict[str, Any]:
 
 def _arguments(function: Any, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the static and the other arguments that a jitted function takes of these values, by name."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [one.name for one in parameters if one.name in values or one.default is one.empty]
-    if unknown := [name for name in names if name not in values]:
+    names = list(inspect.signature(function).parameters)
+    if unknown := [name for name in names if name not in values]:  # also if it has a default: the engine may set it
         raise TypeError(f"{function.__name__} has new parameters {unknown}: give them a value in _engine_values")
     static = {name for name in names if values[name] is None or not _is_arrays(values[name])}
     return {name: values[name] for name in static}, {name: values[name] for name in names if name not in static}
