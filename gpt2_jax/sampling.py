@@ -9,7 +9,7 @@ Nguyen et al. 2024, Turning Up the Heat (min-p).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,14 @@ ALL_IDS = np.int32(np.iinfo(np.int32).max)
 Knob = Any
 """A scalar: a jax.Array inside a program, a NumPy scalar from a caller."""
 
+Kind = Literal["greedy", "draw", "filtered"]
+
 
 @struct.dataclass
 class Sampling:
-    """Sampling settings as traced scalars. Changing them does not recompile. A filter that is off costs no time.
+    """Sampling settings as traced scalars. Changing them does not recompile, except `kind`.
+
+    A program of a narrower kind does less. It has no conditionals: on a GPU, XLA waits for the host at each of them.
 
     Attributes:
       temperature: float32; divides the logits; 0 means greedy.
@@ -37,6 +41,8 @@ class Sampling:
       repetition_penalty: float32 above 0; 1 means none.
       keep_crossing: bool; True if top-p keeps the token that crosses p. Most libraries do; the original does not.
       n_ids: int32; ids from n_ids on are never chosen, whatever their logits. The default excludes none.
+      kind: static. "filtered" is right for all values; "draw" needs top_k and top_p to be off, and "greedy" needs
+        temperature 0. `narrowest_kind` finds the one that does least.
     """
 
     temperature: Knob
@@ -46,6 +52,14 @@ class Sampling:
     repetition_penalty: Knob = np.float32(1)
     keep_crossing: Knob = np.bool_(False)
     n_ids: Knob = ALL_IDS
+    kind: Kind = struct.field(pytree_node=False, default="filtered")
+
+
+def narrowest_kind(sampling: Sampling, n_vocab: int) -> Kind:
+    """Return the kind that does least and is right for these values, which must be NumPy scalars."""
+    if sampling.temperature == 0:
+        return "greedy"
+    return "filtered" if 0 < sampling.top_k < n_vocab or sampling.top_p < 1 else "draw"
 
 
 def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: jax.Array | None = None) -> jax.Array:
@@ -66,16 +80,18 @@ def pick(logits_BV: jax.Array, key_B: jax.Array, sampling: Sampling, seen_BV: ja
     """
     logits_BV = _penalised_and_allowed(logits_BV, sampling, seen_BV)
     largest_B1 = logits_BV.max(axis=-1, keepdims=True)
-
-    def draw() -> jax.Array:
-        # A higher temperature makes no difference. XLA multiplies by the inverse: it would be 0, and -inf * 0 is NaN.
-        temperature = jnp.minimum(sampling.temperature, 1e37).astype(logits_BV.dtype)
-        # The largest logit becomes 0, so nothing overflows. It is set to 0 because 0 / 0 and inf - inf are NaN.
-        scaled_BV = jnp.where(logits_BV == largest_B1, 0, (logits_BV - largest_B1) / temperature)
-        return _first_largest(filter_logits(scaled_BV, sampling) + _gumbel(key_B, scaled_BV))
-
-    token_B = lax.cond(sampling.temperature == 0, lambda: _first_largest(logits_BV), draw)
+    token_B = _first_largest(logits_BV if sampling.kind == "greedy" else _noisy(logits_BV, largest_B1, key_B, sampling))
     return jnp.where(jnp.isfinite(largest_B1[:, 0]), token_B, NO_LOGITS)
+
+
+def _noisy(logits_BV: jax.Array, largest_B1: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return values whose largest is a draw: filtered logits with noise. At temperature 0 they are the logits."""
+    # A higher temperature makes no difference. XLA multiplies by the inverse: it would be 0, and -inf * 0 is NaN.
+    temperature = jnp.minimum(sampling.temperature, 1e37).astype(logits_BV.dtype)
+    # The largest logit becomes 0, so nothing overflows. It is set to 0 because 0 / 0 and inf - inf are NaN.
+    scaled_BV = jnp.where(logits_BV == largest_B1, 0, (logits_BV - largest_B1) / temperature)
+    noisy_BV = filter_logits(scaled_BV, sampling) + _gumbel(key_B, scaled_BV)
+    return jnp.where(sampling.temperature == 0, logits_BV, noisy_BV)
 
 
 def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -94,27 +110,12 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
       logits_BV: float32 or float64, already divided by the temperature.
       sampling: the sampling settings; temperature and penalty are not used.
     """
-    n_vocab = logits_BV.shape[-1]
-    top_p, min_p = sampling.top_p.astype(logits_BV.dtype), sampling.min_p.astype(logits_BV.dtype)
     largest_B1 = logits_BV.max(axis=-1, keepdims=True)
-    all_B1 = jnp.full_like(largest_B1, -jnp.inf)
-
-    def kth() -> jax.Array:
-        return _threshold(logits_BV, jnp.int32(1), sampling.top_k, largest_B1)
-
-    def nucleus() -> jax.Array:
-        p_BV = jnp.where(logits_BV >= kth_B1, jnp.exp(logits_BV - largest_B1), 0)  # not normalized
-        limit_B1 = top_p * p_BV.sum(axis=-1, keepdims=True)
-        crossing_B1 = _threshold(logits_BV, p_BV, limit_B1, largest_B1)
-        # The original's last token is the one that crosses p if the sum with it is exactly p, else the one before.
-        reached_B1 = _above(logits_BV, p_BV, crossing_B1) + jnp.exp(crossing_B1 - largest_B1)
-        before_B1 = jnp.minimum(_next_above(logits_BV, crossing_B1), largest_B1)
-        keep_B1 = sampling.keep_crossing | (reached_B1 <= limit_B1)
-        return jnp.maximum(jnp.where(keep_B1, crossing_B1, before_B1), kth_B1)
-
-    kth_B1 = lax.cond((sampling.top_k == 0) | (sampling.top_k >= n_vocab), lambda: all_B1, kth)
-    threshold_B1 = lax.cond(top_p >= 1, lambda: kth_B1, nucleus)
-    threshold_B1 = jnp.maximum(threshold_B1, largest_B1 + jnp.log(min_p))
+    threshold_B1 = largest_B1 + jnp.log(sampling.min_p.astype(logits_BV.dtype))
+    if sampling.kind != "draw":
+        kth_B1 = _kth(logits_BV, largest_B1, sampling)
+        nucleus_B1 = _nucleus(logits_BV, largest_B1, kth_B1, sampling)
+        threshold_B1 = jnp.maximum(threshold_B1, jnp.where(sampling.top_p >= 1, kth_B1, nucleus_B1))
     return jnp.where(logits_BV < threshold_B1, FILTERED, logits_BV)
 
 
@@ -143,15 +144,9 @@ def token_logprobs(
 
 def _penalised_and_allowed(logits_BV: jax.Array, sampling: Sampling, seen_BV: jax.Array | None) -> jax.Array:
     """Return the logits after the repetition penalty, with -inf for the ids from n_ids on."""
-    unchanged = sampling.n_ids >= logits_BV.shape[-1]
-    if seen_BV is None:
-        return lax.cond(unchanged, lambda: logits_BV, lambda: _allowed(logits_BV, sampling.n_ids))
-    penalty = sampling.repetition_penalty.astype(logits_BV.dtype)
-    return lax.cond(
-        unchanged & (sampling.repetition_penalty == 1),
-        lambda: logits_BV,
-        lambda: _allowed(_penalise(logits_BV, seen_BV, penalty), sampling.n_ids),
-    )
+    if seen_BV is not None:
+        logits_BV = _penalise(logits_BV, seen_BV, sampling.repetition_penalty.astype(logits_BV.dtype))
+    return _allowed(logits_BV, sampling.n_ids)
 
 
 def _allowed(logits_BV: jax.Array, n_ids: Knob) -> jax.Array:
@@ -162,9 +157,10 @@ def _allowed(logits_BV: jax.Array, n_ids: Knob) -> jax.Array:
 
 def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
     limits = jnp.finfo(logits_BV.dtype)
-    less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    penalty_BV = jnp.where(seen_BV, penalty, 1)
+    less_BV = jnp.where(logits_BV > 0, logits_BV / penalty_BV, logits_BV * penalty_BV)
     # NaN and infinities stay: `pick` finds them.
-    return jnp.where(seen_BV & jnp.isfinite(logits_BV), jnp.clip(less_BV, limits.min, limits.max), logits_BV)
+    return jnp.where(jnp.isfinite(logits_BV), jnp.clip(less_BV, limits.min, limits.max), logits_BV)
 
 
 def _gumbel(key_B: jax.Array, like_BV: jax.Array) -> jax.Array:
@@ -197,34 +193,78 @@ def _first_largest(x_BV: jax.Array) -> jax.Array:
 # ---- thresholds
 
 
+def _kth(logits_BV: jax.Array, largest_B1: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return the k-th largest logit, or -inf if top-k is off."""
+    off = (sampling.top_k == 0) | (sampling.top_k >= logits_BV.shape[-1])
+    one_BV = (logits_BV > -jnp.inf).astype(logits_BV.dtype)
+    return jnp.where(off, -jnp.inf, _threshold(logits_BV, one_BV, sampling.top_k, largest_B1))
+
+
+def _nucleus(logits_BV: jax.Array, largest_B1: jax.Array, kth_B1: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return the smallest logit that top-p keeps of those that are at least `kth_B1`."""
+    p_BV = jnp.where(logits_BV >= kth_B1, jnp.exp(logits_BV - largest_B1), 0)  # not normalized
+    limit_B1 = sampling.top_p.astype(logits_BV.dtype) * p_BV.sum(axis=-1, keepdims=True)
+    crossing_B1 = _threshold(logits_BV, p_BV, limit_B1, largest_B1)
+    # The original's last token is the one that crosses p if the sum with it is exactly p, else the one before.
+    [above_B1] = _above(_parts(logits_BV), _parts(p_BV), crossing_B1)
+    reached_B1 = above_B1 + jnp.exp(crossing_B1 - largest_B1)
+    before_B1 = jnp.minimum(_next_above(logits_BV, crossing_B1), largest_B1)
+    keep_B1 = sampling.keep_crossing | (reached_B1 <= limit_B1)
+    return jnp.maximum(jnp.where(keep_B1, crossing_B1, before_B1), kth_B1)
+
+
 def _threshold(x_BV: jax.Array, mass_BV: jax.Array, limit_B1: jax.Array, largest_B1: jax.Array) -> jax.Array:
     """Return the smallest element above which the mass is less than `limit_B1`, or the largest if there is none.
 
-    `mass_BV` is the weight of each element, or one number for all. Only the smallest elements may have weight 0.
+    `mass_BV` is the weight of each element. Only the smallest elements may have weight 0.
 
     The mass above t does not grow with t, even as a rounded sum: fewer terms, none negative, are added in the same
     order, and rounding is monotone. So bisection finds the threshold. It bisects the floats as whole numbers of the
-    same order: at most 32 passes for float32. It ends sooner if the mass above some t equals the limit, which is common
-    with counts. Then the answer is the next element above t.
+    same order: as many times as they have bits, then nothing is in between. If the mass above some t equals the limit,
+    which is common with counts, both bounds become t and stay there: the answer is the next element above t.
     """
+    x_B8X, mass_B8X = _parts(x_BV), _parts(mass_BV)
 
-    def narrow(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B1, high_B1 = bounds
-        middle_B1 = _middle(low_B1, high_B1)
-        mass_B1 = _above(x_BV, mass_BV, _as_float(middle_B1, x_BV.dtype))
-        low_B1 = jnp.where(mass_B1 >= limit_B1, middle_B1, low_B1)
-        return low_B1, jnp.where(mass_B1 > limit_B1, high_B1, middle_B1)
-
-    def unfinished(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return (_middle(*bounds) > bounds[0]).any()  # also ends for a row of NaN of either sign
+    def bisect_twice(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        middle_B1 = _middle(*bounds)
+        lower_B1, upper_B1 = _middle(bounds[0], middle_B1), _middle(middle_B1, bounds[1])
+        all_t = [_as_float(i_B1, x_BV.dtype) for i_B1 in (lower_B1, middle_B1, upper_B1)]
+        lower_mass_B1, mass_B1, upper_mass_B1 = _above(x_B8X, mass_B8X, *all_t)
+        bounds = _narrower(bounds, middle_B1, mass_B1, limit_B1)
+        middle_B1 = _middle(*bounds)  # one of the three
+        mass_B1 = jnp.where(middle_B1 == lower_B1, lower_mass_B1, mass_B1)
+        mass_B1 = jnp.where(middle_B1 == upper_B1, upper_mass_B1, mass_B1)
+        return _narrower(bounds, middle_B1, mass_B1, limit_B1)
 
     low_B1 = jnp.full_like(largest_B1, -jnp.inf)
-    low_B1, _ = lax.while_loop(unfinished, narrow, (_as_int(low_B1), _as_int(largest_B1)))
+    bounds = (_as_int(low_B1), _as_int(largest_B1))
+    n_passes = 4 * x_BV.dtype.itemsize  # fixed: on a GPU, XLA waits for the host at each turn of another loop
+    low_B1, _ = lax.fori_loop(0, n_passes, bisect_twice, bounds)
     return jnp.minimum(_next_above(x_BV, _as_float(low_B1, x_BV.dtype)), largest_B1)
 
 
-def _above(x_BV: jax.Array, mass_BV: jax.Array, t_B1: jax.Array) -> jax.Array:
-    return jnp.where(x_BV > t_B1, mass_BV, 0).sum(axis=-1, keepdims=True)
+def _narrower(
+    bounds: tuple[jax.Array, jax.Array], t_B1: jax.Array, mass_B1: jax.Array, limit_B1: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the bounds of a threshold after a look at the mass above t, which is between them."""
+    low_B1, high_B1 = bounds
+    return jnp.where(mass_B1 >= limit_B1, t_B1, low_B1), jnp.where(mass_B1 > limit_B1, high_B1, t_B1)
+
+
+def _parts(x_BV: jax.Array) -> jax.Array:
+    """Return x in eight parts [B, 8, X], with zeros at the end."""
+    n_rows, n_vocab = x_BV.shape
+    return jnp.pad(x_BV, ((0, 0), (0, -n_vocab % 8))).reshape(n_rows, 8, -1)
+
+
+def _above(x_B8X: jax.Array, mass_B8X: jax.Array, *all_t: jax.Array) -> list[jax.Array]:
+    """Return the mass above each t_B1, in one pass. On a CPU, XLA vectorizes it over the eight parts."""
+    kept = [jnp.where(x_B8X > t_B1[..., None], mass_B8X, 0) for t_B1 in all_t]
+    zero = np.zeros((), mass_B8X.dtype)
+    sums = lax.reduce(
+        kept, [zero] * len(kept), lambda some, more: [a + b for a, b in zip(some, more, strict=True)], [1]
+    )
+    return [sum_BX.sum(axis=-1, keepdims=True) for sum_BX in sums]
 
 
 def _next_above(x_BV: jax.Array, t_B1: jax.Array) -> jax.Array:

@@ -29,6 +29,8 @@ from gpt2_jax.params import Params
 from gpt2_jax.sampling import Sampling, pick, token_logprobs
 from gpt2_jax.sharding import platform
 
+# Devices on which `decode` always takes RECENT steps. There XLA waits for the host at each turn of any other loop.
+FIXED_STEPS = {"gpu"}
 STOP_IDS = 16  # least number of stop ids that a program has room for
 NO_ID = -2  # fills the rest if there are fewer stop ids
 # Tokens of one prefill call. Larger calls do not fit a CPU's caches: 8 prompts of 512 tokens take a quarter longer
@@ -137,7 +139,7 @@ def first(
     return state, jax.tree.map(lambda array: array[:, None], picked)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "n_top"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("model", "n_top", "fixed"), donate_argnames=("state",))
 def decode(
     model: GPT2,
     params: Params,
@@ -149,28 +151,37 @@ def decode(
     stop_ids: jax.Array,
     n_steps: jax.Array,
     n_top: int | None,
+    fixed: bool = False,
 ) -> tuple[State, Picked]:
     """Take up to `n_steps` decode steps, fewer if all rows end before. `recent` must have room for them.
 
     `past` is only read. So the loop does not update an array of its size, which XLA would copy.
+    With `fixed`, the loop always has RECENT turns, and turns after the last step leave the state as it is. Then
+    `recent` must be empty: such a turn writes into its first free slot, and masks it.
     """
     state = dataclasses.replace(state, done_B=state.done_B | done_B)
 
-    def go_on(carry: tuple[jax.Array, State, Picked]) -> jax.Array:
-        i, state, _ = carry
+    def goes_on(i: jax.Array, state: State) -> jax.Array:
         return (i < n_steps) & ~state.done_B.all()
 
     def step(carry: tuple[jax.Array, State, Picked]) -> tuple[jax.Array, State, Picked]:
         i, state, all_picked = carry
+        on = goes_on(i, state) if fixed else None
+        mask_B1 = None if on is None else jnp.broadcast_to(on, (len(done_B), 1))
         cache = dataclasses.replace(state.recent, past=past)
-        out = model.apply({"params": params}, state.token_B[:, None], cache=cache, taps=taps_of(edits))
-        state = dataclasses.replace(state, recent=dataclasses.replace(out.cache, past=None))
-        state, picked = _append(state, out.logits[:, -1], sampling, stop_ids, n_top)
+        out = model.apply({"params": params}, state.token_B[:, None], mask_B1, cache, taps=taps_of(edits))
+        recent = dataclasses.replace(out.cache, past=None)
+        if on is not None:
+            recent = dataclasses.replace(recent, length=jnp.where(on, recent.length, state.recent.length))
+        state = dataclasses.replace(state, recent=recent)
+        state, picked = _append(state, out.logits[:, -1], sampling, stop_ids, n_top, on)
         write = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
         return i + 1, state, jax.tree.map(write, all_picked, picked)
 
-    nothing = _nothing_picked(len(done_B), n_top)
-    return lax.while_loop(go_on, step, (jnp.int32(0), state, nothing))[1:]
+    carry = (jnp.int32(0), state, _nothing_picked(len(done_B), n_top))
+    if fixed:
+        return lax.fori_loop(0, RECENT, lambda _, carry: step(carry), carry)[1:]
+    return lax.while_loop(lambda carry: goes_on(*carry[:2]), step, carry)[1:]
 
 
 @functools.partial(jax.jit, donate_argnames=("past", "recent"))
@@ -182,21 +193,30 @@ def merge_recent(past: KVCache, recent: KVCache) -> tuple[KVCache, KVCache]:
 
 
 def _append(
-    state: State, logits_BV: jax.Array, sampling: Sampling, stop_ids: jax.Array, n_top: int | None
+    state: State,
+    logits_BV: jax.Array,
+    sampling: Sampling,
+    stop_ids: jax.Array,
+    n_top: int | None,
+    on: jax.Array | None = None,
 ) -> tuple[State, Picked]:
-    """Pick one token per row, and add it to the state."""
+    """Pick one token per row, and add it to the state. If `on` is False, the state stays as it is."""
     key_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.n_new)
     token_B = pick(logits_BV, key_B, sampling, state.seen_BV)
     picked = Picked(jnp.where(state.done_B, 0, token_B))
     token_B = jnp.maximum(picked.id_BR, 0)
     if n_top is not None:
         picked = Picked(picked.id_BR, *token_logprobs(logits_BV, token_B, n_top, sampling.n_ids))
+    done_B, seen_B = state.done_B | (token_B[:, None] == stop_ids).any(-1), token_B
+    if on is not None:
+        token_B, done_B = jnp.where(on, token_B, state.token_B), jnp.where(on, done_B, state.done_B)
+        seen_B = jnp.where(on, seen_B, logits_BV.shape[-1])  # out of range: nothing is set
     state = dataclasses.replace(
         state,
         token_B=token_B,
-        seen_BV=state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True),
-        done_B=state.done_B | (token_B[:, None] == stop_ids).any(-1),
-        n_new=state.n_new + 1,
+        seen_BV=state.seen_BV.at[jnp.arange(len(seen_B)), seen_B].set(True, mode="drop"),
+        done_B=done_B,
+        n_new=state.n_new + (1 if on is None else on),
     )
     return state, picked
 
@@ -248,7 +268,7 @@ def decode_rows(
       settings: checked settings, with at least one new token.
       finished_B: bool; the caller sets it to True for rows that have ended. Decoding ends when all have.
       first_row: row b draws like row `first_row + b`, or like row `first_row[b]` of an array [B].
-      steps_a_call: maximum number of steps between two yields, at most RECENT.
+      steps_a_call: maximum number of steps between two yields, at most RECENT. On a GPU it is always RECENT.
       look_ahead: start a call before the tokens of the last one are yielded, so that the device does not wait for the
         host. For callers that set `finished_B` only by `settings.stop_ids`, which the device checks too.
       edits: checked edits, applied in every forward pass. Other values do not recompile.
@@ -271,7 +291,7 @@ def decode_rows(
                 yield from hand_out(0)
             batch.make_room(finished_B)
             continue
-        n_steps = min(steps_a_call, n_free, settings.max_new_tokens - n_new)
+        n_steps = min(RECENT if batch.fixed else steps_a_call, n_free, settings.max_new_tokens - n_new)
         waiting.append((batch.decode(n_steps, finished_B), n_steps))
         n_new += n_steps
         yield from hand_out(int(look_ahead))
@@ -287,6 +307,7 @@ class _Batch:
         self.model, self.params, self.settings, self.edits = model, params, settings, edits
         self.config = model.config
         self.sampling = settings.sampling(self.config)
+        self.fixed = platform(params) in FIXED_STEPS
         self.rows = [prompt.tolist() for prompt in prompts]
         n_missing = bucket_rows(max(len(settings.stop_ids), STOP_IDS)) - len(settings.stop_ids)
         self.stop_ids = np.array([*settings.stop_ids, *[NO_ID] * n_missing], np.int32)
@@ -314,7 +335,7 @@ class _Batch:
         """Start a call of `n_steps` steps."""
         done_B = np.ones(self.n_rows, bool)
         done_B[: len(self.rows)] = finished_B
-        knobs = (self.sampling, self.stop_ids, np.int32(n_steps), self.settings.logprobs)
+        knobs = (self.sampling, self.stop_ids, np.int32(n_steps), self.settings.logprobs, self.fixed)
         self.state, picked = decode(self.model, self.params, self.edits, self.past, self.state, done_B, *knobs)
         self.n_recent += n_steps
         self.n_cached_B += n_steps
@@ -332,6 +353,8 @@ class _Batch:
 
     def n_free(self, finished_B: np.ndarray) -> int:
         """Return how many steps the cache has room for."""
+        if self.fixed and self.n_recent:  # `decode` needs an empty recent part
+            return 0
         return min(RECENT - self.n_recent, self.config.n_ctx - self.n_cached_B[~finished_B].max())
 
     def full_rows(self, finished_B: np.ndarray) -> list[int]:

@@ -102,12 +102,12 @@ class Settings:
         )
 
     def sampling(self, config: GPT2Config) -> Sampling:
-        """Return the sampling settings for the device."""
+        """Return the sampling settings for the device, of the narrowest kind."""
         import numpy as np
 
-        from gpt2_jax.sampling import Sampling
+        from gpt2_jax.sampling import Sampling, narrowest_kind
 
-        return Sampling(
+        sampling = Sampling(
             temperature=np.float32(self.temperature),
             top_k=np.int32(min(self.top_k, config.n_vocab)),
             top_p=np.float32(self.top_p),
@@ -116,6 +116,7 @@ class Settings:
             keep_crossing=np.bool_(self.top_p_rule == "common"),
             n_ids=np.int32(config.n_vocab if self.n_ids is None else self.n_ids),
         )
+        return dataclasses.replace(sampling, kind=narrowest_kind(sampling, config.n_vocab))
 
 
 def _float32(name: str, value: Any, *, open_low: bool = False) -> float:

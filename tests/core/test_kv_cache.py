@@ -57,7 +57,8 @@ def test_rows_are_replaced_and_the_others_stay(params):
             assert np.array_equal(after.v_BNSH[layer][b, :, :n], source.v_BNSH[layer][row, :, :n])
 
 
-def test_what_decoding_reads_it_does_not_copy(params):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_decoding_reads_it_does_not_copy(params, fixed):
     """The decoding loop does not update the long part: it makes no copy, and no other value, of its shape."""
     from gpt2_jax.generation import engine
     from gpt2_jax.sampling import Sampling
@@ -68,8 +69,8 @@ def test_what_decoding_reads_it_does_not_copy(params):
     none_B, sampling, stop_ids = np.zeros(3, bool), Sampling(np.float32(1)), np.array([-2], np.int32)
     seen_BV = np.zeros((3, CONFIG.n_vocab), bool)
     state, _ = engine.first(model, params, h_BD, seen_BV, none_B, row_B, np.uint32(0), sampling, stop_ids, None)
-    lowered = engine.decode.lower(model, params, (), past, state, none_B, sampling, stop_ids, np.int32(3), None)
-    compiled = lowered.compile()
+    knobs = (sampling, stop_ids, np.int32(3), None, fixed)
+    compiled = engine.decode.lower(model, params, (), past, state, none_B, *knobs).compile()
     shapes = [
         f"f32[3,{CONFIG.n_head},{CONFIG.head_dim},{n_slots}]",
         f"f32[3,{CONFIG.n_head},{n_slots},{CONFIG.head_dim}]",

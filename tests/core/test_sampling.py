@@ -309,6 +309,7 @@ SETTINGS = [
 
 
 def test_knobs_compile_nothing():
+    """Without a kind, all settings share one program. With the narrowest kind of each, there are two more."""
     logits_BV = np.random.default_rng(6).normal(size=(3, 137)).astype(np.float32)
     seen_BV, key_B = np.zeros((3, 137), bool), keys(3)
     before = len(COMPILATIONS)
@@ -318,26 +319,75 @@ def test_knobs_compile_nothing():
     for settings in SETTINGS:
         pick(logits_BV, key_B, knobs(**settings), seen_BV)
     assert len(COMPILATIONS) == before
+    for settings in SETTINGS:
+        pick(logits_BV, key_B, narrow(knobs(**settings), 137), seen_BV)
+    assert len(COMPILATIONS) == before + 2
 
 
-def primitives(jaxpr, inside=()):
-    """Yield every operation, with the conditionals that contain it."""
+def narrow(settings, n_vocab):
+    return dataclasses.replace(settings, kind=sampling.narrowest_kind(settings, n_vocab))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"temperature": 0}, "greedy"),
+        ({"temperature": 0, "top_k": 3, "top_p": 0.5}, "greedy"),
+        ({}, "draw"),
+        ({"min_p": 0.5, "repetition_penalty": 2}, "draw"),
+        ({"top_k": 137}, "draw"),
+        ({"top_k": 136}, "filtered"),
+        ({"top_k": 1}, "filtered"),
+        ({"top_p": 0.999}, "filtered"),
+        ({"top_p": 1 - 2**-30}, "draw"),  # 1 as float32
+    ],
+)
+def test_the_narrowest_kind_of_settings(settings, kind):
+    assert sampling.narrowest_kind(knobs(**settings), 137) == kind
+
+
+@pytest.mark.parametrize("n_vocab", [37, 4099])
+def test_a_narrower_kind_picks_the_same(n_vocab):
+    """For all settings that it is for, with ties, -inf, NaN and inf, bit for bit."""
+    rng = np.random.default_rng(8)
+    logits_BV = rng.normal(scale=3, size=(23, n_vocab)).astype(np.float32)
+    logits_BV[:9] = logits_BV[:9].round()
+    logits_BV[7:, 3], logits_BV[20, 5], logits_BV[21, 7], logits_BV[22] = -np.inf, np.nan, np.inf, -np.inf
+    seen_BV = rng.random(logits_BV.shape) < 0.3
+    for number, settings in enumerate(
+        [*SETTINGS, {"temperature": 0, "repetition_penalty": 1.3}, {"temperature": 1e-45}]
+    ):
+        for n_ids in (n_vocab - 5, n_vocab):
+            general = dataclasses.replace(knobs(**settings), n_ids=np.int32(n_ids))
+            token_B = pick(logits_BV, keys(23, number), general, seen_BV)
+            np.testing.assert_array_equal(pick(logits_BV, keys(23, number), narrow(general, n_vocab), seen_BV), token_B)
+            assert token_B.tolist()[-3:] == [NO_LOGITS] * 3
+
+
+def primitives(jaxpr):
+    """Yield every operation."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name, inside
-        here = (*inside, equation.primitive.name)
+        yield equation
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from primitives(inner, here)
+                yield from primitives(inner)
 
 
-def test_nothing_is_sorted_and_what_is_off_is_not_run():
-    logits_BV, seen_BV = np.zeros((3, 137), np.float32), np.zeros((3, 137), bool)
-    found = list(primitives(jax.make_jaxpr(sampling.pick)(logits_BV, keys(3), knobs(), seen_BV).jaxpr))
-    names = {name for name, _ in found}
-    assert not names & {"sort", "top_k", "cumsum"}
-    searches = [inside.count("cond") for name, inside in found if name == "while"]
-    assert searches == [2, 2]  # each in the branch of its filter, in the branch that draws
-    noise = [inside for name, inside in found if name == "random_bits"]
-    assert len(noise) == 1
-    assert "cond" in noise[0]
+@pytest.mark.parametrize(
+    ("settings", "n_noise", "passes"),
+    [({"temperature": 0, "top_k": 3}, 0, []), ({"min_p": 0.1}, 1, []), ({"top_k": 40}, 1, [16, 16])],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_nothing_is_sorted_and_each_kind_runs_only_its_part(settings, n_noise, passes, dtype):
+    """No conditional, no search of unknown length. Two thresholds are searched with half as many passes as bits."""
+    with jax.enable_x64(dtype == "float64"):
+        logits_BV, seen_BV = np.zeros((3, 137), dtype), np.zeros((3, 137), bool)
+        how = narrow(knobs(**settings), 137)
+        found = list(primitives(jax.make_jaxpr(sampling.pick)(logits_BV, keys(3), how, seen_BV).jaxpr))
+    names = [equation.primitive.name for equation in found]
+    assert not set(names) & {"sort", "top_k", "cumsum", "cond", "while"}
+    assert names.count("random_bits") == n_noise
+    factor = np.dtype(dtype).itemsize // 4
+    lengths = [equation.params["length"] for equation in found if equation.primitive.name == "scan"]
+    assert lengths == [factor * n for n in passes]

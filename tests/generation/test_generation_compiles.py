@@ -40,10 +40,20 @@ def some_call(rng):
     return prompts, settings
 
 
+# One call of each kind of sampling: greedy, draws, and draws with top-k or top-p.
+EACH_KIND = [{"temperature": 0, "top_k": 5}, {"min_p": 0.1}, {"top_k": 5}]
+
+
 def compile_all(params, **settings):
-    """Compile what `some_call` may need: 5 to 8 rows are decoded together, and prefilled in groups of 8, 4, 2 and 1."""
-    for n_rows in (8, 7):
-        gpt2_jax.generate(CONFIG, params, [[1] * 23] * n_rows, 17, **settings)
+    """Compile what `some_call` may need: 5 to 8 rows are decoded together, and prefilled in groups of 8, 4, 2 and 1.
+
+    Each kind of sampling has its own `first` and `decode`, and shares the rest.
+    """
+    gpt2_jax.generate(CONFIG, params, [[1] * 23] * 7, 17, **settings)
+    for kind in EACH_KIND:
+        compiled = len(COMPILATIONS)
+        gpt2_jax.generate(CONFIG, params, [[1] * 23] * 8, 17, **settings | kind)
+        assert len(COMPILATIONS) - compiled <= 2 + 2 * (kind == EACH_KIND[0])  # and prefill and place for eight rows
 
 
 def held():
@@ -85,10 +95,10 @@ def test_sliding_again_compiles_nothing(many_params):
     def slide(seed):
         for call in range(campaign(5, 13)):
             cut = [prompt[call % 3 :] or [1] for prompt in prompts]
-            knobs = {"overflow": "slide", "seed": seed, "top_k": call}
+            knobs = {"overflow": "slide", "seed": seed, "top_k": 1 + call}
             gpt2_jax.generate(CONFIG, many_params[(call + seed) % 5], cut, 90 - 3 * call, **knobs)
 
-    gpt2_jax.generate(CONFIG, many_params[0], [prompt[:23] for prompt in prompts], 17)
+    gpt2_jax.generate(CONFIG, many_params[0], [prompt[:23] for prompt in prompts], 17, top_k=3)
     compiled = len(COMPILATIONS)
     slide(0)
     assert len(COMPILATIONS) - compiled <= 1 + 2 * 4 * 2  # prefill of 32 or of 41 tokens
@@ -101,10 +111,17 @@ def test_sliding_again_compiles_nothing(many_params):
 def test_streams_with_other_settings_compile_nothing(tokenizer):
     """Prompts of one bucket, with any stops and settings; also after streams that were not read to the end."""
     params = random_params(TEXT_CONFIG, 1, scale=0.2)
-    list(gpt2_jax.stream(TEXT_CONFIG, params, [1], tokenizer, N_SAID))
+    for kind in EACH_KIND:
+        list(gpt2_jax.stream(TEXT_CONFIG, params, [1], tokenizer, N_SAID, **kind))
     compiled = len(COMPILATIONS)
     for seed in range(campaign(11, 31)):
-        settings = {"seed": seed, "top_k": seed, "stop_strings": ["e"] * (seed % 2), "stop_ids": [seed] * (seed % 3)}
+        settings = {
+            "seed": seed,
+            "top_k": seed % 5,
+            "temperature": seed % 4,
+            "stop_strings": ["e"] * (seed % 2),
+            "stop_ids": [seed] * (seed % 3),
+        }
         pieces = gpt2_jax.stream(TEXT_CONFIG, params, [1] * (1 + seed % 27), tokenizer, N_SAID, **settings)
         next(pieces, None)
         if seed % 3:

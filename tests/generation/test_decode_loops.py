@@ -1,0 +1,194 @@
+"""The decode loop of fixed length, which GPUs use, against the loop that ends early, which CPUs use."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from fake_models import N_SAID, TEXT_CONFIG, speaker
+from jax.extend.mlir import ir
+from strength import campaign
+from tiny_models import CONFIG, random_params
+
+import gpt2_jax
+from gpt2_jax import research
+from gpt2_jax.generation import Settings, engine
+from gpt2_jax.generation.memory import RECENT
+
+KINDS = {
+    "greedy": {"temperature": 0.0, "top_k": 3},
+    "draw": {"min_p": 0.01, "repetition_penalty": 1.2},
+    "filtered": {"top_k": 11, "top_p": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, 0)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Return a function that calls another one twice, with each loop."""
+
+    def call(function):
+        results = []
+        for devices in ((), ("cpu",)):
+            monkeypatch.setattr(engine, "FIXED_STEPS", devices)
+            results.append(function())
+        return results
+
+    return call
+
+
+# ---- the same results
+
+
+def some_call(rng):
+    """Prompts of 1 to 23 ids, and settings of any kind, with slides, stops, edits and log-probabilities."""
+    prompts = [rng.integers(0, CONFIG.n_vocab, rng.integers(1, 24)).tolist() for _ in range(4)]
+    prompts.append([5] * 23)
+    arguments = dict(KINDS[rng.choice(list(KINDS))])
+    arguments["seed"] = int(rng.integers(2**32))
+    arguments["stop_ids"] = rng.choice(CONFIG.n_vocab, rng.integers(0, 5), replace=False).tolist()
+    arguments["logprobs"] = 2 if rng.random() < 0.7 else None
+    arguments["edits"] = research.scale("h0/mlp/out", float(rng.choice([0.5, 1])), positions=slice(0, 9))
+    if rng.random() < 0.5:
+        return prompts, arguments | {"max_new_tokens": int(rng.integers(60, 70)), "overflow": "slide"}
+    return prompts, arguments | {"max_new_tokens": int(rng.integers(1, 19))}
+
+
+def test_both_loops_give_the_same_rows_and_logprobs(params, both):
+    """Random calls, bit for bit: ragged rows, windows that slide, rows that stop, calls of 1 to 16 steps."""
+    rng = np.random.default_rng(1)
+    for case in range(campaign(12, 100)):
+        prompts, arguments = some_call(rng)
+        early, fixed = both(lambda: gpt2_jax.generate(CONFIG, params, prompts, **arguments))  # noqa: B023
+        assert as_lists(early) == as_lists(fixed), (case, arguments)
+
+
+def as_lists(result):
+    """What `generate` returns, without NumPy arrays."""
+    if not isinstance(result, tuple):
+        return result
+    ids, logprobs = result
+    return ids, [[array.tolist() for array in dataclasses.astuple(row)] for row in logprobs]
+
+
+def test_streams_of_both_loops_are_the_same_text(tokenizer, both):
+    params = speaker(tokenizer.encode("Now is the winter of our discontent. " * 20))
+    for settings in ({}, {"stop_strings": ["discontent"]}, {"max_new_tokens": 7}):
+        arguments = {"max_new_tokens": N_SAID} | settings
+        early, fixed = both(lambda: list(gpt2_jax.stream(TEXT_CONFIG, params, [1], tokenizer, **arguments)))  # noqa: B023
+        assert "".join(early) == "".join(fixed) != ""
+
+
+def test_a_call_of_the_fixed_loop_always_asks_for_all_steps(tokenizer, both):
+    """A stream asks for 4 steps a call where a call may end early, and for 16 where it may not."""
+    params = speaker(tokenizer.encode("Now is the winter of our discontent. " * 20))
+    early, fixed = both(lambda: list(gpt2_jax.stream(TEXT_CONFIG, params, [1], tokenizer, 65)))
+    assert len(early) > 2 * len(fixed) > 4
+
+
+# ---- what a turn after the last step does
+
+
+def begun(params, kind="filtered", length=9):
+    """Return the arguments of `decode` up to n_steps, for three rows of `length`, 1 and `length` tokens."""
+    settings = Settings(64, overflow="slide", **KINDS[kind]).check(CONFIG)
+    prompts = [np.arange(length) % 37, np.array([7]), np.arange(length)[::-1] % 37]
+    batch = engine._Batch(gpt2_jax.GPT2(CONFIG), params, prompts, settings, ())
+    batch.first(0)
+    done_B = np.array([False, True, False, True])
+    return batch.model, params, (), batch.past, batch.state, done_B, batch.sampling, batch.stop_ids
+
+
+def real_part(cache):
+    """The contents of the slots that hold tokens."""
+    k = [np.where(cache.mask_BS[:, None, None], k_BNHS, 0) for k_BNHS in cache.k_BNHS]
+    v = [np.where(cache.mask_BS[:, None, :, None], v_BNSH, 0) for v_BNSH in cache.v_BNSH]
+    return k, v, cache.mask_BS, cache.length
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_steps", [1, 5, 15, 16])
+def test_turns_after_the_last_step_change_nothing(params, kind, n_steps):
+    """State, tokens and both parts of the cache are the same bit for bit, before and after `merge_recent`."""
+    found = []
+    for fixed in (False, True):
+        arguments = begun(params, kind)
+        state, picked = engine.decode(*arguments, np.int32(n_steps), 2, fixed)
+        rest = jax.tree.map(np.asarray, (real_part(state.recent), state.token_B, state.seen_BV, state.done_B))
+        picked = jax.tree.map(lambda array: np.asarray(array)[[0, 2], :n_steps], picked)
+        n_new = int(state.n_new)
+        assert n_new == 1 + n_steps
+        past, recent = engine.merge_recent(arguments[3], state.recent)
+        found.append((rest, picked, n_new, jax.tree.map(np.asarray, real_part(past)), int(recent.length)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_both_loops_stop_when_all_rows_have(params):
+    """Stop ids that end all rows in the third step: no later step counts."""
+    model, _, edits, past, state, done_B, sampling, _ = begun(params, "greedy")
+    _, picked = engine.decode(model, params, edits, past, state, done_B, sampling, np.full(16, -2, np.int32), 16, None)
+    ids = np.asarray(picked.id_BR)[[0, 2]]
+    stops = np.resize(ids[:, 2], 16).astype(np.int32)
+    first = max(int(np.flatnonzero(np.isin(row, stops))[0]) for row in ids)
+    for fixed in (False, True):
+        arguments = begun(params, "greedy")
+        state, _ = engine.decode(*arguments[:-1], stops, np.int32(16), None, fixed)
+        assert int(state.n_new) - 2 == first
+        assert int(state.recent.length) == 1 + first
+        assert np.asarray(state.done_B).all()
+
+
+def test_no_turn_computes_nan(params):
+    """The rows reach n_ctx in the third step. A token after it would be NaN, and NaN times 0 is NaN."""
+    arguments = begun(params, length=CONFIG.n_ctx - 3)
+    state, _ = engine.decode(*arguments, np.int32(3), None, True)
+    assert state.recent.n_slots == RECENT
+    for leaf in jax.tree.leaves((state.recent.k_BNHS, state.recent.v_BNSH)):
+        assert np.isfinite(leaf).all()
+
+
+# ---- the program for a GPU
+
+
+def operations(lowered):
+    """Return all operations of a lowered program."""
+    found = []
+
+    def note(operation):
+        found.append(operation)
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(note)
+    return found
+
+
+def trip_count(loop):
+    """Return the turns of a `while` that compares one of its values with a constant; None if it does something else."""
+    condition = loop.regions[0].blocks[0]
+    compare = condition.operations[len(condition.operations) - 1].operands[0].owner
+    if getattr(compare, "name", None) != "stablehlo.compare":
+        return None
+    counter, limit = compare.operands
+    if counter not in list(condition.arguments) or getattr(limit.owner, "name", None) != "stablehlo.constant":
+        return None
+    return ir.DenseIntElementsAttr(limit.owner.attributes["value"])[0]
+
+
+@pytest.mark.parametrize(("kind", "loops"), [("greedy", [16]), ("draw", [16]), ("filtered", [16, 16, 16])])
+@pytest.mark.parametrize("n_top", [None, 3])
+def test_a_gpu_never_waits_for_the_host_within_a_call(params, kind, loops, n_top):
+    """The program lowered for CUDA has no conditional, and the number of turns of each loop is a constant: 16 steps,
+    and 16 passes for each of the two thresholds of a step. XLA does not wait in such loops."""
+    arguments = begun(params, kind)
+    traced = engine.decode.trace(*arguments, np.int32(3), n_top, True)
+    found = operations(traced.lower(lowering_platforms=("cuda",)))
+    names = [operation.name for operation in found]
+    assert "stablehlo.dot_general" in names  # the whole program
+    assert not {"stablehlo.case", "stablehlo.if"} & set(names)
+    assert [trip_count(operation) for operation in found if operation.name == "stablehlo.while"] == loops
+    early = operations(engine.decode.trace(*arguments, np.int32(3), n_top).lower(lowering_platforms=("cuda",)))
+    assert None in [trip_count(operation) for operation in early if operation.name == "stablehlo.while"]
