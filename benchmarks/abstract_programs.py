@@ -5,6 +5,7 @@ Shape letters: A parts of a step, B rows, T tokens, V vocab.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ def _decode(case: Case, device: Any) -> Any:
     )
     static, arrays = _arguments(engine.first, values)
     values["state"], _ = jax.eval_shape(functools.partial(engine.first, **static), **arrays)
+    values["fixed"] = device.platform in engine.FIXED_STEPS
     return _lower(engine.decode, values, device)
 
 
@@ -117,10 +119,14 @@ def _lower(function: Any, values: dict[str, Any], device: Any) -> Any:
     static, arrays = _arguments(function, values)
     sharding = SingleDeviceSharding(device)
 
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def abstract(leaf: Any, at: Any = sharding) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
-    return function.lower(**static, **jax.tree.map(abstract, arrays))
+    arrays = jax.tree.map(abstract, arrays)
+    if keys := engine.key_format(sharding) if "past" in arrays else None:
+        k_BNHS = tuple(abstract(leaf, keys) for leaf in arrays["past"].k_BNHS)
+        arrays["past"] = dataclasses.replace(arrays["past"], k_BNHS=k_BNHS)
+    return function.lower(**static, **arrays)
 
 
 def _train(case: Case, device: Any) -> Any:

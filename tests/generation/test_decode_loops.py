@@ -1,4 +1,4 @@
-"""The decode loop of fixed length, which GPUs use, against the loop that ends early, which CPUs use."""
+"""What decoding does otherwise on a GPU than on a CPU: a loop of fixed length, and keys in another order in memory."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fake_models import N_SAID, TEXT_CONFIG, speaker
 from jax.extend.mlir import ir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from strength import campaign
 from tiny_models import CONFIG, random_params
 
@@ -192,3 +193,70 @@ def test_a_gpu_never_waits_for_the_host_within_a_call(params, kind, loops, n_top
     assert [trip_count(operation) for operation in found if operation.name == "stablehlo.while"] == loops
     early = operations(engine.decode.trace(*arguments, np.int32(3), n_top).lower(lowering_platforms=("cuda",)))
     assert None in [trip_count(operation) for operation in early if operation.name == "stablehlo.while"]
+
+
+# ---- the order of keys in memory
+
+ON_A_GPU = engine.KEY_LAYOUTS["gpu"]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(engine, "KEY_LAYOUTS", {"cpu": ON_A_GPU})
+
+
+def order(array):
+    return array.format.layout.major_to_minor
+
+
+def test_both_orders_give_the_same_rows(params, monkeypatch):
+    """Random calls with slides, stops and edits, bit for bit: a CPU can store the keys in either order."""
+    rng = np.random.default_rng(4)
+    for case in range(campaign(6, 60)):
+        prompts, arguments = some_call(rng)
+        found = []
+        for layouts in ({}, {"cpu": ON_A_GPU}):
+            monkeypatch.setattr(engine, "KEY_LAYOUTS", layouts)
+            found.append(as_lists(gpt2_jax.generate(CONFIG, params, prompts, **arguments)))
+        assert found[0] == found[1], (case, arguments)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_long_keys_keep_their_order(params):
+    """From the empty cache on, after a prefill and after a merge. All programs update it in place."""
+    settings = Settings(64, overflow="slide").check(CONFIG)
+    batch = engine._Batch(gpt2_jax.GPT2(CONFIG), params, [np.arange(9), np.array([7])], settings, ())
+    batch.first(0)
+    for _ in range(2):
+        assert {order(k_BNHS) for k_BNHS in batch.past.k_BNHS} == {ON_A_GPU.major_to_minor}
+        assert {order(v_BNSH) for v_BNSH in batch.past.v_BNSH} == {(0, 1, 2, 3)}
+        before = batch.past.k_BNHS[0]
+        batch.decode(3, np.zeros(2, bool))
+        batch.make_room(np.zeros(2, bool))
+        assert before.is_deleted()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_decode_reads_the_keys_as_they_are_stored(params):
+    """Without a copy of an argument in another order, whichever order the program prefers inside."""
+    arguments = begun(params)
+    compiled = engine.decode.lower(*arguments, np.int32(3), None).compile()
+    assert {order(k_BNHS) for k_BNHS in arguments[3].k_BNHS} == {ON_A_GPU.major_to_minor}
+    past = compiled.input_formats[0][2]  # after params and edits
+    assert {k.layout.major_to_minor for k in past.k_BNHS} == {ON_A_GPU.major_to_minor}
+
+
+def test_only_one_gpu_has_another_order():
+    class Device:
+        def __init__(self, platform):
+            self.platform = platform
+
+    class Sharding:
+        def __init__(self, *platforms):
+            self.device_set = {Device(platform) for platform in platforms}
+
+    cpu = SingleDeviceSharding(jax.devices()[0])
+    mesh = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
+    for sharding in (cpu, mesh, Sharding("tpu"), Sharding("gpu", "gpu")):
+        assert engine.key_format(sharding) is None
+    assert engine.in_format(engine.place, None) is engine.place
