@@ -24,7 +24,7 @@ from gpt2_jax.params import Params
 from gpt2_jax.sharding import placed
 from gpt2_jax.tokenizer import Tokenizer
 
-STEPS_A_PIECE = 4  # decode steps per piece of `stream`: text comes often, even if a step takes 100 ms
+STEPS_A_PIECE = 4  # decode steps per piece of `stream`, except on a GPU: text comes often, even if a step takes 100 ms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ def generate(
     A list that needs more memory than there is for KV caches (4 GiB on a CPU, elsewhere half of what the params leave)
     is divided, and its parts are decoded one after another.
     Row counts, prompt lengths and total lengths are rounded up to a few sizes (generation/buckets.py). Each size
-    compiles once for each config, `logprobs`, and names and kinds of edits, when it is first used. All other arguments
-    are traced.
+    compiles once for each config, `logprobs`, and names and kinds of edits, when it is first used. So does each kind of
+    sampling: greedy (temperature 0), draws, and draws with top_k or top_p. All other arguments are traced.
 
     Args:
       config: the model's hyperparameters.
