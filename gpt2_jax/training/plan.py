@@ -101,10 +101,11 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
 
 
 def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:
-    """Return the config with the recipe's dropout and dtypes."""
+    """Return the config with the recipe's dropout, dtypes and kind of attention."""
     rate, dtype = recipe.model.dropout, jnp.dtype(recipe.compute_dtype)
     rates = {"embd_pdrop": rate, "attn_pdrop": rate, "resid_pdrop": rate}
-    return config.replace(compute_dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32), **rates)
+    dtypes = {"compute_dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+    return config.replace(attention=recipe.attention, **dtypes, **rates)
 
 
 def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
