@@ -11,6 +11,7 @@ import jax
 
 from gpt2_jax.attention import SMALLEST_BLOCK
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.fused_attention import kernels
 from gpt2_jax.sharding import DATA, MODEL
 from gpt2_jax.training.loss import CHUNK
 from gpt2_jax.training.plan import Plan
@@ -54,15 +55,17 @@ def _on_accelerator(plan: Plan) -> int:
     """Return the bytes of activations if XLA fuses elementwise operations and keeps the inputs of products.
 
     Each block keeps, in widths of the residual stream: the stream twice, two norms, q, k and v, the attention output,
-    and the MLP's inner activations before and after GELU. It also keeps the attention weights. With `remat`, the stream
-    of each block is kept, and all of this for only one block (or the logits, if they are larger).
+    and the MLP's inner activations before and after GELU. It also keeps the attention weights, unless a fused kernel
+    computes attention. With `remat`, the stream of each block is kept, and all of this for only one block (or the
+    logits, if they are larger).
     """
     config, n_rows, n_tokens, n_parts = plan.config, plan.n_rows, plan.n_tokens, plan.mesh.shape[MODEL]
     itemsize = config.compute_dtype.itemsize
     if plan.mesh.devices.flat[0].platform == "tpu":  # its products take bfloat16 by default
         itemsize = 2
     stream = n_rows * n_tokens * config.n_embd * itemsize
-    weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
+    fused = kernels(config, plan.mesh, n_tokens, padding=None, dropped=config.attn_pdrop > 0)
+    weights = 0 if fused else n_rows * config.n_head * _n_seen(n_tokens) * itemsize
     block = 4 * stream + (12 * stream + weights) // n_parts
     logits = _n_logits(config, n_rows, n_tokens) * (_wide(config) + itemsize)  # and their gradient
     if plan.recipe.remat:
