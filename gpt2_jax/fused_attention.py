@@ -149,6 +149,8 @@ def _compute_capability(device: Any) -> float:
 # ---- the kernels
 
 
+# Under jit of its own it is traced and differentiated once, and not once for each layer.
+@functools.partial(jax.jit, static_argnames=("divisor", "platforms", "mesh"))
 def fused_attention(
     q_BTNH: jax.Array,
     k_BTNH: jax.Array,
@@ -200,8 +202,6 @@ def _over(mesh: Mesh, kernel: Callable[..., jax.Array], shape: tuple[int, ...]) 
     return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=divided, check_vma=False)
 
 
-# Under jit of its own, a kernel is traced once and not once for each layer.
-@functools.partial(jax.jit, static_argnames=("divisor", "interpret"))
 def splash(
     q_BTNH: jax.Array,
     k_BTNH: jax.Array,
@@ -238,7 +238,6 @@ def splash(
     return jax.vmap(kernel)(q_BNTH, k_BNTH, v_BNTH, ids).transpose(0, 2, 1, 3)[:, :n_tokens]
 
 
-@functools.partial(jax.jit, static_argnames=("divisor", "implementation"))
 def cudnn(
     q_BTNH: jax.Array,
     k_BTNH: jax.Array,
