@@ -30,8 +30,9 @@ def memory_needed(plan: Plan) -> dict[str, int]:
 
     The total was compared with `memory_analysis()` of the compiled step. On a CPU it is 1.02 times that value for 124M
     at 4 rows of 256 tokens, and 0.95 to 1.25 times for small models, also on meshes (1.3 with LoRA, which keeps less).
-    On accelerators it is too low: for 124M (bfloat16, AdamW, windows of 1,024 tokens) it is 0.76 times that value on a
-    TPU v5p and 0.61 times on an H200 at 8 rows, and 0.69 and 0.54 times at 32 rows.
+    For 124M on accelerators (bfloat16, AdamW, windows of 1,024 tokens), it is 1.01 times that value on a TPU v5p and
+    0.89 times on an H200 at 8 rows, and 1.00 and 0.80 times at 32 rows. With plain attention it is lower: 0.76 and 0.61
+    times at 8 rows, 0.69 and 0.54 times at 32 rows.
     """
     state = plan.state
     parts = {
