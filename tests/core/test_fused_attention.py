@@ -96,6 +96,17 @@ def test_bfloat16_is_rounded_little_more_than_in_plain_attention(kernel, divisor
         assert np.sqrt(np.square(our - right).mean() / np.square(their - right).mean()) < bound
 
 
+def test_cudnn_computes_every_query_and_no_row_without_keys(monkeypatch):
+    """The values of neither would be defined."""
+    seen = {}
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **how: seen.update(how) or q)
+    (*qkv, _), padding, _ = arrays(130, "bfloat16", "right")
+    cudnn(*qkv, padding, divisor=3)
+    assert seen["key_value_seq_lengths"].tolist() == [123, 1]
+    assert "query_seq_lengths" not in seen
+    assert (seen["is_causal"], seen["implementation"], seen["scale"]) == (True, "cudnn", pytest.approx(1 / 24))
+
+
 def test_a_batched_kernel_is_the_kernel_row_by_row():
     """Edits are batched with `vmap`, and then the padding is not."""
     (q, k, v, _), padding, _ = arrays(130, "float32", "anywhere", n_rows=1)

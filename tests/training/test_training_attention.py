@@ -19,7 +19,8 @@ TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5p")
 
 @pytest.fixture
 def on_a_tpu(monkeypatch):
-    monkeypatch.setattr(fused_attention, "_accelerators", lambda mesh: [[TPU]])
+    """Two devices: only the plan's mesh says which of them a step uses."""
+    monkeypatch.setattr(fused_attention, "_accelerators", lambda mesh: [[TPU, TPU]])
 
 
 def plan_of(attention="auto", dropout=0.0, n_tokens=130, compute_dtype="bfloat16"):
