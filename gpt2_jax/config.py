@@ -41,6 +41,7 @@ BOOK_WORDS = {  # names in the configs of the build-an-LLM books; they also have
 }
 BOOK_RATES = {"drop_rate_emb": "embd_pdrop", "drop_rate_attn": "attn_pdrop", "drop_rate_shortcut": "resid_pdrop"}
 LARGEST = 2**31 - 1  # largest value of a hyperparameter: JAX uses int32
+ATTENTION = ("auto", "plain", "fused")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -69,6 +70,10 @@ class GPT2Config:
       scale_attn_by_inverse_layer_idx: True also divides the attention scores of layer i by i + 1.
       reorder_and_upcast_attn: kept for export. It changes nothing here: attention scores are always at least float32.
       tie_word_embeddings: False means that the output head is a parameter of its own, `lm_head` [V, D], and not `wte`.
+      attention: "auto" takes a fused kernel for attention on GPUs and TPUs, where it is known to fit. "plain" never
+        takes it. "fused" raises a ValueError if there is none: on CPUs, in other dtypes, with dropout on the attention
+        weights, or with taps on scores or pattern. Calls with earlier tokens or fewer than 128 tokens are always plain.
+        It is not saved with a model: each program chooses its own.
 
     Raises:
       ValueError: a value has the wrong type or is out of range.
@@ -89,6 +94,7 @@ class GPT2Config:
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
+    attention: str = "auto"
 
     def __post_init__(self):
         for name in HPARAMS:
@@ -102,6 +108,7 @@ class GPT2Config:
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         activation = ACTIVATIONS[choice("activation_function", self.activation_function, ACTIVATIONS)]
         object.__setattr__(self, "activation_function", activation)
+        choice("attention", self.attention, ATTENTION)
         for name in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, name, float_dtype(name, getattr(self, name)))
 

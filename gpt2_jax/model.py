@@ -19,11 +19,13 @@ from flax import struct
 from flax.errors import InvalidRngError, ScopeParamShapeError
 from jax.core import Tracer
 from jax.nn.initializers import Initializer, normal, ones, zeros
+from jax.sharding import Mesh
 
 from gpt2_jax.activations import NO_TAPS, Tap, Taps, check_names
 from gpt2_jax.attention import attention, causal_attention, open_causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.dropout import Dropout
+from gpt2_jax.fused_attention import Padding, fused_attention, kernels
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
@@ -109,6 +111,7 @@ class Attention(nn.Module):
 
     config: GPT2Config
     layer: int = 0
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -120,6 +123,7 @@ class Attention(nn.Module):
         past: tuple[jax.Array, jax.Array, jax.Array] | None,
         deterministic: bool,
         taps: Taps,
+        padding: Padding | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attend over the slots of this layer. The T new tokens are written to slots from `start` on.
 
@@ -131,6 +135,7 @@ class Attention(nn.Module):
           past: k_BNHS, v_BNSH and mask_BTS of earlier slots, if the cache keeps them separately.
           deterministic: True means no dropout.
           taps: functions that read and change activations.
+          padding: the padding of the new tokens, as in `mask_BTS`; None if all are real.
 
         Returns:
           What attention adds to the residual stream [B, T, D], and the layer's new (k_BNHS, v_BNSH).
@@ -145,10 +150,14 @@ class Attention(nn.Module):
             k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
         dropout = functools.partial(Dropout(config.attn_pdrop), deterministic=deterministic)
         see = [functools.partial(taps, self, name) for name in ("scores", "pattern")]
+        opened, dropped = taps.on(self, "scores", "pattern"), config.attn_pdrop > 0 and not deterministic
         divisor = self.layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
         if past is not None or k_BNHS.shape[-1] != x_BTD.shape[1]:
             z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past, *see, divisor=divisor)
-        elif taps.on(self, "scores", "pattern"):  # from here on there are only the new tokens: `start` is 0
+        # From here on there are only the new tokens: `start` is 0.
+        elif platforms := kernels(config, self.mesh, x_BTD.shape[1], padding, taps is not NO_TAPS, opened, dropped):
+            z_BTNH = fused_attention(q_BTNH, k_BTNH, v_BTNH, mask_BTS, padding, divisor, platforms, self.mesh)
+        elif opened:
             z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see, divisor=divisor)
         else:
             z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, divisor)
@@ -177,6 +186,7 @@ class Block(nn.Module):
 
     config: GPT2Config
     layer: int = 0
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -188,12 +198,13 @@ class Block(nn.Module):
         past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
         taps: Taps = NO_TAPS,
+        padding: Padding | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Return the residual stream after this layer, and its new (k_BNHS, v_BNSH). Arguments: see Attention."""
         x_BTD = taps(self, "resid_pre", x_BTD)
         h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD, taps)
-        attn = Attention(self.config, self.layer, name="attn")
-        h_BTD, kv = attn(h_BTD, mask_BTS, kv, start, past, deterministic, taps)
+        attn = Attention(self.config, self.layer, self.mesh, name="attn")
+        h_BTD, kv = attn(h_BTD, mask_BTS, kv, start, past, deterministic, taps, padding)
         x_BTD = taps(self, "resid_mid", x_BTD + h_BTD)
         h_BTD = LayerNorm(self.config, name="ln_2")(x_BTD, taps)
         x_BTD = x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic, taps)
@@ -208,10 +219,13 @@ class GPT2(nn.Module):
     Attributes:
       config: the hyperparameters.
       remat: rematerialization: keep only the residual stream before each block; the backward pass recomputes the rest.
+      mesh: the devices that the program runs on, from `make_mesh`. Only fused attention needs it, and only if the
+        process has several accelerators or compiles for others.
     """
 
     config: GPT2Config
     remat: bool = False
+    mesh: Mesh | None = None
 
     if TYPE_CHECKING:  # the return type depends on `method`
 
@@ -227,7 +241,7 @@ class GPT2(nn.Module):
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
         block = nn.remat(Block, static_argnums=(6, 7)) if self.remat else Block  # `deterministic` and `taps`
         for i in range(config.n_layer):
-            setattr(self, f"h{i}", block(config, i))
+            setattr(self, f"h{i}", block(config, i, self.mesh))
         self.ln_f = LayerNorm(config)
         tied = config.tie_word_embeddings
         self.head = self.wte if tied else param(self, "lm_head", normal(0.02), (config.n_vocab, config.n_embd))
@@ -272,8 +286,14 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
         deterministic: bool = True,
         taps: Mapping[str, Tap] | None = None,
+        right_padded: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Return the residual stream after ln_f [B, T, D], and the new cache. Arguments: see `__call__`."""
+        """Return the residual stream after ln_f [B, T, D], and the new cache. Arguments: see `__call__`.
+
+        `right_padded=True` promises that `mask_BT` has padding only after the tokens of a row. Fused attention on a GPU
+        needs this promise.
+        """
+        padded = mask_BT is not None
         tokens_BT, mask_BT = self._check(tokens_BT, mask_BT, cache, deterministic)
         start, n_tokens_B1 = (0, 0) if cache is None else (cache.length, cache.n_tokens_B[:, None])
         position_BT = jnp.where(mask_BT, n_tokens_B1 + jnp.cumsum(mask_BT, axis=-1) - 1, 0)
@@ -284,6 +304,8 @@ class GPT2(nn.Module):
             full = start + tokens_BT.shape[1] > cache.n_slots
             position_BT = jnp.where(full, self.config.n_ctx, position_BT)
         mask_BTS = _causal_mask(tokens_BT.shape[1], mask_BS, start)
+        length_B = mask_BT.sum(-1, dtype=jnp.int32) if right_padded else None
+        padding = Padding(mask_BT, length_B) if padded else None
         seen = self._taps(taps, position_BT)
 
         x_BTD = self._embed(tokens_BT, mask_BT, position_BT, seen)
@@ -294,7 +316,7 @@ class GPT2(nn.Module):
             past = None
             if cache is not None and cache.past is not None:
                 past = (cache.past.k_BNHS[i], cache.past.v_BNSH[i], cache.past.mask_BS[:, None])
-            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, past, deterministic, seen)
+            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, past, deterministic, seen, padding)
             new_kv.append(kv)
         if cache is not None:
             k_BNHS, v_BNSH = zip(*new_kv, strict=True)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"_lazy", "checks", "files", "jax_defaults", "progress"},
     {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
-    {"kv_cache", "lora", "activations", "recipe", "release", "figures"},
+    {"kv_cache", "fused_attention", "lora", "activations", "recipe", "release", "figures"},
     {"model", "sharding"},
     {"edits"},
     {"checkpoints", "data"},

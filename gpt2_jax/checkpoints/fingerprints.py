@@ -13,7 +13,8 @@ from gpt2_jax.checkpoints import integrity
 from gpt2_jax.config import DROPOUT_RATES, GPT2Config
 from gpt2_jax.params import Params, flatten
 
-NOT_COMPARED = {*DROPOUT_RATES, "param_dtype", "compute_dtype"}  # the first have no effect; the dtypes are the tensors'
+# Dropout rates have no effect, the dtypes are the tensors', and each program chooses its own kind of attention.
+NOT_COMPARED = {*DROPOUT_RATES, "param_dtype", "compute_dtype", "attention"}
 
 
 def fingerprint(config: GPT2Config, params: Params) -> str:
@@ -23,8 +24,8 @@ def fingerprint(config: GPT2Config, params: Params) -> str:
     threads: about 0.5 s for 124M on two cores.
 
     Args:
-      config: the hyperparameters. Dropout rates and the compute dtype do not count; fields with their default are left
-        out, so that a field that a later version adds changes nothing.
+      config: the hyperparameters. Dropout rates, the compute dtype and the kind of attention do not count; fields with
+        their default are left out, so that a field that a later version adds changes nothing.
       params: the weights, in any dtype.
     """
     fields = {

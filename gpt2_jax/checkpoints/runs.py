@@ -35,7 +35,7 @@ MARK, VERSION = "gpt2_jax_run", 1
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 FREE = re.compile(
-    r"recipe\.(steps|accumulate|remat|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
+    r"recipe\.(steps|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
 
 
@@ -209,7 +209,11 @@ def run_of(directory: Path) -> Path:
 def _to_json(run: Run) -> dict[str, Any]:
     config = {field.name: getattr(run.config, field.name) for field in dataclasses.fields(run.config)}
     dtypes = {name: config[name].name for name in ("param_dtype", "compute_dtype")}
-    fields = {"config": config | dtypes, "recipe": to_dict(run.recipe), "data": run.data, "tokenizer": run.tokenizer}
+    del config["attention"]  # it is the recipe's
+    recipe = to_dict(run.recipe)
+    if recipe["attention"] == "auto":  # earlier versions do not know the field
+        del recipe["attention"]
+    fields = {"config": config | dtypes, "recipe": recipe, "data": run.data, "tokenizer": run.tokenizer}
     return {MARK: VERSION} | fields
 
 

@@ -111,7 +111,8 @@ def prefill(
     n_rows, n_slots = tokens_GP.shape
     mask_GP = jnp.arange(n_slots) < length_G[:, None]
     cache = init_cache(model.config, n_rows, n_slots)
-    h_GPD, cache = model.apply({"params": params}, tokens_GP, mask_GP, cache, taps=taps_of(edits), method="hidden")
+    how = {"taps": taps_of(edits), "right_padded": True, "method": "hidden"}
+    h_GPD, cache = model.apply({"params": params}, tokens_GP, mask_GP, cache, **how)
     return cache, h_GPD[jnp.arange(n_rows), jnp.maximum(length_G - 1, 0)]
 
 

@@ -188,7 +188,8 @@ def _logprobs(
     The first `n_chunks` rows of `position_PC` are real. greedy: no token was more likely; greedy_aside: none outside
     `aside_V`.
     """
-    h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, taps=taps_of(edits), method="hidden")
+    how = {"taps": taps_of(edits), "right_padded": True, "method": "hidden"}
+    h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, **how)
     h_PD = h_BTD.reshape(-1, h_BTD.shape[-1])
 
     def chunk(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -11,6 +11,7 @@ import jax
 
 from gpt2_jax.attention import SMALLEST_BLOCK
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.fused_attention import kernels
 from gpt2_jax.sharding import DATA, MODEL
 from gpt2_jax.training.loss import CHUNK
 from gpt2_jax.training.plan import Plan
@@ -29,8 +30,9 @@ def memory_needed(plan: Plan) -> dict[str, int]:
 
     The total was compared with `memory_analysis()` of the compiled step. On a CPU it is 1.02 times that value for 124M
     at 4 rows of 256 tokens, and 0.95 to 1.25 times for small models, also on meshes (1.3 with LoRA, which keeps less).
-    On accelerators it is too low: for 124M (bfloat16, AdamW, windows of 1,024 tokens) it is 0.76 times that value on a
-    TPU v5p and 0.61 times on an H200 at 8 rows, and 0.69 and 0.54 times at 32 rows.
+    For 124M on accelerators (bfloat16, AdamW, windows of 1,024 tokens), it is 1.01 times that value on a TPU v5p and
+    0.89 times on an H200 at 8 rows, and 1.00 and 0.80 times at 32 rows. With plain attention it is lower: 0.76 and 0.61
+    times at 8 rows, 0.69 and 0.54 times at 32 rows.
     """
     state = plan.state
     parts = {
@@ -54,15 +56,17 @@ def _on_accelerator(plan: Plan) -> int:
     """Return the bytes of activations if XLA fuses elementwise operations and keeps the inputs of products.
 
     Each block keeps, in widths of the residual stream: the stream twice, two norms, q, k and v, the attention output,
-    and the MLP's inner activations before and after GELU. It also keeps the attention weights. With `remat`, the stream
-    of each block is kept, and all of this for only one block (or the logits, if they are larger).
+    and the MLP's inner activations before and after GELU. It also keeps the attention weights, unless a fused kernel
+    computes attention. With `remat`, the stream of each block is kept, and all of this for only one block (or the
+    logits, if they are larger).
     """
     config, n_rows, n_tokens, n_parts = plan.config, plan.n_rows, plan.n_tokens, plan.mesh.shape[MODEL]
     itemsize = config.compute_dtype.itemsize
     if plan.mesh.devices.flat[0].platform == "tpu":  # its products take bfloat16 by default
         itemsize = 2
     stream = n_rows * n_tokens * config.n_embd * itemsize
-    weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
+    fused = kernels(config, plan.mesh, n_tokens, padding=None, dropped=config.attn_pdrop > 0)
+    weights = 0 if fused else n_rows * config.n_head * _n_seen(n_tokens) * itemsize
     block = 4 * stream + (12 * stream + weights) // n_parts
     logits = _n_logits(config, n_rows, n_tokens) * (_wide(config) + itemsize)  # and their gradient
     if plan.recipe.remat:

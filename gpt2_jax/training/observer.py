@@ -126,8 +126,9 @@ class Observer:
         prompts = [tokenizer.prompt(prompt) for prompt in monitor.prompts]
         stop_ids = [] if tokenizer.eot is None else [tokenizer.eot]
         settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": stop_ids}
+        config = self.plan.config.replace(attention="auto")  # "fused" is what the recipe demands of a training step
         rows: Any = generate(
-            self.plan.config, params, prompts, monitor.sample_tokens, overflow="slide", tokenizer=tokenizer, **settings
+            config, params, prompts, monitor.sample_tokens, overflow="slide", tokenizer=tokenizer, **settings
         )
         overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
         for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):

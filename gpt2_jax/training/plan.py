@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.fused_attention import kernels
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, by_rules
 from gpt2_jax.recipe import Recipe
@@ -82,6 +83,8 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
             f"data.n_tokens, {recipe.data.n_tokens}, must not be more than the model's n_ctx, {config.n_ctx}"
         )
     _check_rows(recipe, mesh)
+    n_tokens = n_tokens or recipe.data.n_tokens or config.n_ctx
+    kernels(config, mesh, n_tokens, padding=None, dropped=config.attn_pdrop > 0)  # an error if "fused" is impossible
     bare = jax.eval_shape(functools.partial(bare_state, recipe), abstract_params(config))
     trained = _trained_names(bare, recipe)
     optimizer = make_optimizer(recipe.optimizer, trained)
@@ -90,7 +93,7 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
         config=config,
         recipe=recipe,
         mesh=mesh,
-        n_tokens=n_tokens or recipe.data.n_tokens or config.n_ctx,
+        n_tokens=n_tokens,
         n_rows=recipe.batch_size // recipe.accumulate // mesh.shape[DATA],
         trained=trained,
         optimizer=optimizer,
@@ -101,10 +104,11 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
 
 
 def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:
-    """Return the config with the recipe's dropout and dtypes."""
+    """Return the config with the recipe's dropout, dtypes and kind of attention."""
     rate, dtype = recipe.model.dropout, jnp.dtype(recipe.compute_dtype)
     rates = {"embd_pdrop": rate, "attn_pdrop": rate, "resid_pdrop": rate}
-    return config.replace(compute_dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32), **rates)
+    dtypes = {"compute_dtype": dtype, "param_dtype": jnp.promote_types(dtype, jnp.float32)}
+    return config.replace(attention=recipe.attention, **dtypes, **rates)
 
 
 def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, spike: flo
 def _make_gradients(plan: Plan) -> Callable:
     """Return f(state, changing, batch, n_tokens) -> (mean loss, its gradients with respect to `changing`)."""
     recipe = plan.recipe
-    model = GPT2(plan.config, remat=recipe.remat)
+    model = GPT2(plan.config, remat=recipe.remat, mesh=plan.mesh)
     deterministic = recipe.model.dropout == 0
     wide = jnp.promote_types(plan.config.compute_dtype, jnp.float32)
     chunk = CHUNK * plan.mesh.shape[DATA]  # CHUNK on each device
@@ -132,7 +132,7 @@ def _make_gradients(plan: Plan) -> Callable:
 
 def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Return a jitted `eval_step(params, batch of [rows, T]) -> (sum of nats, sum of weights)`, without dropout."""
-    model = GPT2(plan.config)
+    model = GPT2(plan.config, mesh=plan.mesh)
     chunk = CHUNK * plan.mesh.shape[DATA]
 
     @under_jax_defaults

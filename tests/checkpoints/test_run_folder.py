@@ -15,10 +15,11 @@ DATA = {"name": "plays", "sha256": {"train.bin": "0a1b"}, "n_tokens": 1009}
 RECIPE = Recipe(optimizer=Optimizer(learning_rates=(("wte", 0.5), (".*", 1.0))), monitor=Monitor(prompts=("Ünï\n", "")))
 CHANGES = {  # another valid value for each field of a recipe
     "steps": 7, "batch_size": 16, "accumulate": 2, "seed": 5, "compute_dtype": "bfloat16", "remat": True,
-    "model": Model(dropout=0.2), "data": Data(n_tokens=17), "optimizer": Optimizer(weight_decay=0.0),
-    "lora": Lora(rank=3), "mesh": Mesh(data=3), "monitor": Monitor(save_every=3),
+    "attention": "plain", "model": Model(dropout=0.2), "data": Data(n_tokens=17),
+    "optimizer": Optimizer(weight_decay=0.0), "lora": Lora(rank=3),
+    "mesh": Mesh(data=3), "monitor": Monitor(save_every=3),
 }  # fmt: skip
-MAY = {"steps", "accumulate", "remat", "mesh", "monitor"}
+MAY = {"steps", "accumulate", "remat", "attention", "mesh", "monitor"}
 
 
 def test_what_is_written_is_read(tmp_path, tokenizer):
@@ -30,7 +31,18 @@ def test_what_is_written_is_read(tmp_path, tokenizer):
     told = json.loads((tmp_path / "a b" / "r[1]" / "run.json").read_text(encoding="utf-8"))
     assert told["gpt2_jax_run"] == 1
     assert told["config"]["n_embd"] == CONFIG.n_embd
-    assert set(told["config"]) == {field.name for field in dataclasses.fields(CONFIG)}
+    assert set(told["config"]) == {field.name for field in dataclasses.fields(CONFIG)} - {"attention"}
+
+
+def test_attention_is_written_with_the_recipe_alone_and_only_if_it_is_set(tmp_path):
+    """Versions before the field read the runs of those who leave it alone, and the models of all."""
+    for attention, written in (("auto", {}), ("plain", {"attention": "plain"})):
+        recipe = Recipe(attention=attention)
+        write_run(tmp_path / attention, CONFIG.replace(attention=attention), recipe, DATA)
+        told = json.loads((tmp_path / attention / "run.json").read_text(encoding="utf-8"))
+        assert "attention" not in told["config"]
+        assert {name: told["recipe"][name] for name in told["recipe"] if name == "attention"} == written
+        assert read_run(tmp_path / attention).recipe == recipe
 
 
 def test_every_field_of_a_recipe_has_a_change_here():

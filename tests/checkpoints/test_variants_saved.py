@@ -66,6 +66,22 @@ def test_a_changed_field_of_our_export_is_damage(tmp_path, field):
         gpt2_jax.load(tmp_path)
 
 
+@pytest.mark.parametrize("format", ["huggingface", "orbax", "tensorflow"])
+def test_attention_is_not_saved(tmp_path, format):
+    """Each program chooses its own. Earlier versions, which do not know the field, load the files."""
+    params, files = forms.nested(forms.random_model(CONFIG)), {}
+    for attention in ("auto", "plain"):
+        gpt2_jax.save(tmp_path / attention, CONFIG.replace(attention=attention), params, format=format)
+        assert gpt2_jax.load(tmp_path / attention)[0] == CONFIG
+        paths = (path for path in (tmp_path / attention).rglob("*.json") if "params" not in path.parts)
+        files[attention] = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        for found in files[attention].values():
+            found.pop("files", None)  # Orbax's files have times in them, which are hashed
+            found.pop("digest", None)
+    assert files["auto"] == files["plain"]
+    assert "attention" not in {name for found in files["plain"].values() for name in found.get("config", found)}
+
+
 def test_a_manifest_of_plain_gpt2_is_that_of_earlier_versions():
     """Earlier versions read it, and theirs, which have no such fields, are read."""
     manifest = json.loads(write_manifest(CONFIG, {}))

@@ -101,6 +101,8 @@ def test_missing_hparams_are_named():
         ("resid_pdrop", "0.1"),
         ("param_dtype", "int8"),
         ("compute_dtype", "x"),
+        ("attention", "flash"),
+        ("attention", None),
     ],
 )
 def test_bad_rates_and_dtypes_are_named(field, value):
