@@ -222,13 +222,15 @@ def test_numpy_scalars_are_numbers(params):
 
 
 def test_values_compile_nothing_new(params):
-    """Sampling settings, seeds, weights and prompt ids are traced: after one call, none of the same shapes compiles."""
+    """Settings, seeds, weights and prompt ids are traced: after one call of each kind of sampling, none compiles."""
     prompts = [[(3 * i + j) % CONFIG.n_vocab for j in range(i)] for i in (3, 7, 2)]
     turned = [prompt[::-1] for prompt in prompts]
     other = random_params(CONFIG, 2)
     knobs = [{"temperature": 0.5}, {"temperature": 2}, {"temperature": 0}, {"top_k": 3}, {"top_k": 20}, {"top_p": 0.5},
              {"top_p": 0.25}, {"seed": 1}, {"seed": 2**32 - 1},
              {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 3}]  # fmt: skip
+    for kind in ({"temperature": 0}, {"top_p": 0.9}):
+        gpt2_jax.generate(CONFIG, params, prompts, 9, **kind)
     first = gpt2_jax.generate(CONFIG, params, prompts, 9)
     compiled = {}
     for knob in knobs:
