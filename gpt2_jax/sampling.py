@@ -31,7 +31,8 @@ Kind = Literal["greedy", "draw", "filtered"]
 class Sampling:
     """Sampling settings as traced scalars. Changing them does not recompile, except `kind`.
 
-    A program of a narrower kind does less. It has no conditionals: on a GPU, XLA waits for the host at each of them.
+    A program of a narrower kind does less. What to skip is not decided at run time: on a GPU, XLA waits for the host at
+    each conditional.
 
     Attributes:
       temperature: float32; divides the logits; 0 means greedy.
@@ -238,7 +239,7 @@ def _threshold(x_BV: jax.Array, mass_BV: jax.Array, limit_B1: jax.Array, largest
 
     low_B1 = jnp.full_like(largest_B1, -jnp.inf)
     bounds = (_as_int(low_B1), _as_int(largest_B1))
-    n_passes = 4 * x_BV.dtype.itemsize  # fixed: on a GPU, XLA waits for the host at each turn of another loop
+    n_passes = 4 * x_BV.dtype.itemsize  # fixed: on a GPU, XLA would wait for the host at each turn of another loop
     low_B1, _ = lax.fori_loop(0, n_passes, bisect_twice, bounds)
     return jnp.minimum(_next_above(x_BV, _as_float(low_B1, x_BV.dtype)), largest_B1)
 

@@ -114,10 +114,15 @@ def real_part(cache):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_steps", [1, 5, 15, 16])
 def test_turns_after_the_last_step_change_nothing(params, kind, n_steps):
-    """State, tokens and both parts of the cache are the same bit for bit, before and after `merge_recent`."""
+    """State, tokens and both parts of the cache are the same bit for bit, before and after `merge_recent`. All ids that
+    the steps do not pick are stop ids, so a row would end in a later turn."""
+    _, picked = engine.decode(*begun(params, kind), np.int32(n_steps), 2)
+    stop_ids = np.full(CONFIG.n_vocab, -2, np.int32)
+    others = np.setdiff1d(np.arange(CONFIG.n_vocab), np.asarray(picked.id_BR)[:, :n_steps])
+    stop_ids[: len(others)] = others
     found = []
     for fixed in (False, True):
-        arguments = begun(params, kind)
+        arguments = (*begun(params, kind)[:-1], stop_ids)
         state, picked = engine.decode(*arguments, np.int32(n_steps), 2, fixed)
         rest = jax.tree.map(np.asarray, (real_part(state.recent), state.token_B, state.seen_BV, state.done_B))
         picked = jax.tree.map(lambda array: np.asarray(array)[[0, 2], :n_steps], picked)
