@@ -18,7 +18,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from gpt2_jax import SIZES, GPT2Config
 from gpt2_jax import recipe as recipes
 from gpt2_jax.data.batching import Batch
-from gpt2_jax.generation import engine
+from gpt2_jax.generation import engine, programs
 from gpt2_jax.generation.memory import RECENT
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.model import GPT2, abstract_params
@@ -63,23 +63,23 @@ def least_bytes(case: Case) -> int:
 
 
 def _decode(case: Case, device: Any) -> Any:
-    """Lower `engine.decode` for greedy decoding."""
+    """Lower `programs.decode` for greedy decoding."""
     values = _engine_values(case)
     values["past"], values["h_BD"] = jax.eval_shape(
-        functools.partial(engine.empty, values["model"], case.rows, case.slots)
+        functools.partial(programs.empty, values["model"], case.rows, case.slots)
     )
-    static, arrays = _arguments(engine.first, values)
-    values["state"], _ = jax.eval_shape(functools.partial(engine.first, **static), **arrays)
+    static, arrays = _arguments(programs.first, values)
+    values["state"], _ = jax.eval_shape(functools.partial(programs.first, **static), **arrays)
     values["fixed"] = device.platform in engine.FIXED_STEPS
-    return _lower(engine.decode, values, device)
+    return _lower(programs.decode, values, device)
 
 
 def _prefill(case: Case, device: Any) -> Any:
-    """Lower `engine.prefill`."""
+    """Lower `programs.prefill`."""
     values = _engine_values(case)
     values["tokens_GP"] = np.zeros((case.rows, case.tokens), np.int32)
     values["length_G"] = np.zeros(case.rows, np.int32)
-    return _lower(engine.prefill, values, device)
+    return _lower(programs.prefill, values, device)
 
 
 def _engine_values(case: Case) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _lower(function: Any, values: dict[str, Any], device: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
     arrays = jax.tree.map(abstract, arrays)
-    if keys := engine.key_format(sharding) if "past" in arrays else None:
+    if keys := programs.key_format(sharding) if "past" in arrays else None:
         k_BNHS = tuple(abstract(leaf, keys) for leaf in arrays["past"].k_BNHS)
         arrays["past"] = dataclasses.replace(arrays["past"], k_BNHS=k_BNHS)
     return function.lower(**static, **arrays)

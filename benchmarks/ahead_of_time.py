@@ -36,7 +36,7 @@ HEADINGS = (
 )
 HEADINGS += "collectives | temp MB | args MB | peak MB | attention | compile s"
 LEGEND = """\
-The programs are `decode` and `prefill` of `gpt2_jax/generation/engine.py`, and the training step with AdamW and a
+The programs are `decode` and `prefill` of `gpt2_jax/generation/programs.py`, and the training step with AdamW and a
 dropout of {dropout:g}. They were compiled and not run. Decode is greedy. Its figures are of one step; `once` is what a
 call of up to 16 steps runs before and after its loop. MB are 10^6 bytes.
 

@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from gpt2_jax.generation.engine import Picked
 from gpt2_jax.generation.non_finite import NoLogits
+from gpt2_jax.generation.programs import Picked
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.generation.text import RowText
 from gpt2_jax.sampling import NO_LOGITS

@@ -60,17 +60,17 @@ def test_rows_are_replaced_and_the_others_stay(params):
 @pytest.mark.parametrize("fixed", [False, True])
 def test_what_decoding_reads_it_does_not_copy(params, fixed):
     """The decoding loop does not update the long part: it makes no copy, and no other value, of its shape."""
-    from gpt2_jax.generation import engine
+    from gpt2_jax.generation import programs
     from gpt2_jax.sampling import Sampling
 
     model, n_slots = gpt2_jax.GPT2(CONFIG), 89
-    past, h_BD = engine.empty(model, 3, n_slots)
+    past, h_BD = programs.empty(model, 3, n_slots)
     row_B = np.arange(3, dtype=np.uint32)
     none_B, sampling, stop_ids = np.zeros(3, bool), Sampling(np.float32(1)), np.array([-2], np.int32)
     seen_BV = np.zeros((3, CONFIG.n_vocab), bool)
-    state, _ = engine.first(model, params, h_BD, seen_BV, none_B, row_B, np.uint32(0), sampling, stop_ids, None)
+    state, _ = programs.first(model, params, h_BD, seen_BV, none_B, row_B, np.uint32(0), sampling, stop_ids, None)
     knobs = (sampling, stop_ids, np.int32(3), None, fixed)
-    compiled = engine.decode.lower(model, params, (), past, state, none_B, *knobs).compile()
+    compiled = programs.decode.lower(model, params, (), past, state, none_B, *knobs).compile()
     shapes = [
         f"f32[3,{CONFIG.n_head},{CONFIG.head_dim},{n_slots}]",
         f"f32[3,{CONFIG.n_head},{n_slots},{CONFIG.head_dim}]",
@@ -79,7 +79,7 @@ def test_what_decoding_reads_it_does_not_copy(params, fixed):
     assert [line for line in lines if "parameter(" not in line and "get-tuple-element(" not in line] == []
     assert lines
     one_array = past.k_BNHS[0].nbytes
-    merged = engine.merge_recent.lower(past, state.recent).compile().memory_analysis()
+    merged = programs.merge_recent.lower(past, state.recent).compile().memory_analysis()
     assert merged.temp_size_in_bytes < one_array  # in place
 
 

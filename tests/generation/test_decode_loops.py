@@ -13,7 +13,7 @@ from tiny_models import CONFIG, random_params
 
 import gpt2_jax
 from gpt2_jax import research
-from gpt2_jax.generation import Settings, engine
+from gpt2_jax.generation import Settings, engine, programs
 from gpt2_jax.generation.memory import RECENT
 
 KINDS = {
@@ -116,19 +116,19 @@ def real_part(cache):
 def test_turns_after_the_last_step_change_nothing(params, kind, n_steps):
     """State, tokens and both parts of the cache are the same bit for bit, before and after `merge_recent`. All ids that
     the steps do not pick are stop ids, so a row would end in a later turn."""
-    _, picked = engine.decode(*begun(params, kind), np.int32(n_steps), 2)
+    _, picked = programs.decode(*begun(params, kind), np.int32(n_steps), 2)
     stop_ids = np.full(CONFIG.n_vocab, -2, np.int32)
     others = np.setdiff1d(np.arange(CONFIG.n_vocab), np.asarray(picked.id_BR)[:, :n_steps])
     stop_ids[: len(others)] = others
     found = []
     for fixed in (False, True):
         arguments = (*begun(params, kind)[:-1], stop_ids)
-        state, picked = engine.decode(*arguments, np.int32(n_steps), 2, fixed)
+        state, picked = programs.decode(*arguments, np.int32(n_steps), 2, fixed)
         rest = jax.tree.map(np.asarray, (real_part(state.recent), state.token_B, state.seen_BV, state.done_B))
         picked = jax.tree.map(lambda array: np.asarray(array)[[0, 2], :n_steps], picked)
         n_new = int(state.n_new)
         assert n_new == 1 + n_steps
-        past, recent = engine.merge_recent(arguments[3], state.recent)
+        past, recent = programs.merge_recent(arguments[3], state.recent)
         found.append((rest, picked, n_new, jax.tree.map(np.asarray, real_part(past)), int(recent.length)))
     jax.tree.map(np.testing.assert_array_equal, *found)
 
@@ -136,13 +136,15 @@ def test_turns_after_the_last_step_change_nothing(params, kind, n_steps):
 def test_both_loops_stop_when_all_rows_have(params):
     """Stop ids that end all rows in the third step: no later step counts."""
     model, _, edits, past, state, done_B, sampling, _ = begun(params, "greedy")
-    _, picked = engine.decode(model, params, edits, past, state, done_B, sampling, np.full(16, -2, np.int32), 16, None)
+    _, picked = programs.decode(
+        model, params, edits, past, state, done_B, sampling, np.full(16, -2, np.int32), 16, None
+    )
     ids = np.asarray(picked.id_BR)[[0, 2]]
     stops = np.resize(ids[:, 2], 16).astype(np.int32)
     first = max(int(np.flatnonzero(np.isin(row, stops))[0]) for row in ids)
     for fixed in (False, True):
         arguments = begun(params, "greedy")
-        state, _ = engine.decode(*arguments[:-1], stops, np.int32(16), None, fixed)
+        state, _ = programs.decode(*arguments[:-1], stops, np.int32(16), None, fixed)
         assert int(state.n_new) - 2 == first
         assert int(state.recent.length) == 1 + first
         assert np.asarray(state.done_B).all()
@@ -151,7 +153,7 @@ def test_both_loops_stop_when_all_rows_have(params):
 def test_no_turn_computes_nan(params):
     """The rows reach n_ctx in the third step. A token after it would be NaN, and NaN times 0 is NaN."""
     arguments = begun(params, length=CONFIG.n_ctx - 3)
-    state, _ = engine.decode(*arguments, np.int32(3), None, True)
+    state, _ = programs.decode(*arguments, np.int32(3), None, True)
     assert state.recent.n_slots == RECENT
     for leaf in jax.tree.leaves((state.recent.k_BNHS, state.recent.v_BNSH)):
         assert np.isfinite(leaf).all()
@@ -190,24 +192,24 @@ def test_a_gpu_never_waits_for_the_host_within_a_call(params, kind, loops, n_top
     """The program lowered for CUDA has no conditional, and the number of turns of each loop is a constant: 16 steps,
     and 16 passes for each of the two thresholds of a step. XLA does not wait in such loops."""
     arguments = begun(params, kind)
-    traced = engine.decode.trace(*arguments, np.int32(3), n_top, True)
+    traced = programs.decode.trace(*arguments, np.int32(3), n_top, True)
     found = operations(traced.lower(lowering_platforms=("cuda",)))
     names = [operation.name for operation in found]
     assert "stablehlo.dot_general" in names  # the whole program
     assert not {"stablehlo.case", "stablehlo.if"} & set(names)
     assert [trip_count(operation) for operation in found if operation.name == "stablehlo.while"] == loops
-    early = operations(engine.decode.trace(*arguments, np.int32(3), n_top).lower(lowering_platforms=("cuda",)))
+    early = operations(programs.decode.trace(*arguments, np.int32(3), n_top).lower(lowering_platforms=("cuda",)))
     assert None in [trip_count(operation) for operation in early if operation.name == "stablehlo.while"]
 
 
 # ---- the order of keys in memory
 
-ON_A_GPU = engine.KEY_LAYOUTS["gpu"]
+ON_A_GPU = programs.KEY_LAYOUTS["gpu"]
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(engine, "KEY_LAYOUTS", {"cpu": ON_A_GPU})
+    monkeypatch.setattr(programs, "KEY_LAYOUTS", {"cpu": ON_A_GPU})
 
 
 def order(array):
@@ -221,7 +223,7 @@ def test_both_orders_give_the_same_rows(params, monkeypatch):
         prompts, arguments = some_call(rng)
         found = []
         for layouts in ({}, {"cpu": ON_A_GPU}):
-            monkeypatch.setattr(engine, "KEY_LAYOUTS", layouts)
+            monkeypatch.setattr(programs, "KEY_LAYOUTS", layouts)
             found.append(as_lists(gpt2_jax.generate(CONFIG, params, prompts, **arguments)))
         assert found[0] == found[1], (case, arguments)
 
@@ -245,7 +247,7 @@ def test_the_long_keys_keep_their_order(params):
 def test_decode_reads_the_keys_as_they_are_stored(params):
     """Without a copy of an argument in another order, whichever order the program prefers inside."""
     arguments = begun(params)
-    compiled = engine.decode.lower(*arguments, np.int32(3), None).compile()
+    compiled = programs.decode.lower(*arguments, np.int32(3), None).compile()
     assert {order(k_BNHS) for k_BNHS in arguments[3].k_BNHS} == {ON_A_GPU.major_to_minor}
     past = compiled.input_formats[0][2]  # after params and edits
     assert {k.layout.major_to_minor for k in past.k_BNHS} == {ON_A_GPU.major_to_minor}
@@ -263,5 +265,5 @@ def test_only_one_gpu_has_another_order():
     cpu = SingleDeviceSharding(jax.devices()[0])
     mesh = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
     for sharding in (cpu, mesh, Sharding("tpu"), Sharding("gpu", "gpu")):
-        assert engine.key_format(sharding) is None
-    assert engine.in_format(engine.place, None) is engine.place
+        assert programs.key_format(sharding) is None
+    assert programs.in_format(programs.place, None) is programs.place
