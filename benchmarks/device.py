@@ -34,6 +34,7 @@ from typing import NoReturn
 from device_tools import FAILED, Job
 from turns import ENVIRONMENT
 
+MINUTES = 8.0  # the default budget, for which the limits below are made; they grow with a larger one
 RESERVE = 3.0  # seconds of the budget that no part gets: for the end of the last process, and for the summary
 SOFT = 0.9  # share of a part's time after which it begins no new case
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # a part has the device alone
@@ -47,7 +48,7 @@ class Part:
     Attributes:
       name: its name, in options and files.
       call: "module:function" of this folder; the function takes a Job.
-      limit: seconds after which its process is killed.
+      limit: seconds after which its process is killed, in a budget of MINUTES.
       least: seconds that must be left for it to begin.
       about: what it measures.
       environment: environment variables of its process; XLA_FLAGS is added to what is set.
@@ -97,7 +98,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("device-results"), metavar="DIR", help="folder (default: device-results)")
-    add("--minutes", type=float, default=8.0, help="the whole command ends within this time (default: 8)")
+    add("--minutes", type=float, default=MINUTES, help="the whole command ends within this time (default: 8); with "
+        "more, the limits of the parts grow in proportion")  # fmt: skip
     add("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these (default: all)", metavar="NAME")
     add("--tiny", action="store_true", help="tiny shapes, to try the command on a CPU")
     add("--child", help=argparse.SUPPRESS)  # run this one function, in this process
@@ -129,7 +131,7 @@ def run(parts: Sequence[Part], args: argparse.Namespace) -> int:
 
     for part in parts:
         left = end - RESERVE - time.monotonic()
-        seconds = min(part.limit, left)
+        seconds = min(part.limit * max(1, args.minutes / MINUTES), left)
         if left < part.least:
             why = f"it needs {part.least:.0f} s or more, and {max(0, left):.0f} s were left"
             last = Outcome(part.name, "skipped", 0, why)

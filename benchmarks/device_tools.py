@@ -131,13 +131,24 @@ def nominal_bandwidth() -> float | None:
     return NOMINAL_BANDWIDTHS.get(jax.devices()[0].device_kind)
 
 
-def copy_bandwidth(tiny: bool) -> float:
-    """Return bytes per second, read and written, of copying an array of 4 GiB (tiny: 4 MiB) on the device."""
-    import jax
+def bandwidths(tiny: bool) -> tuple[float, float]:
+    """Return bytes per second of reading an array of 1 GiB (tiny: 4 MiB) on the device, and of changing it in place.
 
-    block = jax.jit(lambda key: jax.random.normal(key, (2**20 if tiny else 2**30,)))(jax.random.key(0))
-    copy = jax.jit(lambda x: -x)
-    return 2 * block.nbytes / seconds_of(lambda: copy(block))
+    Reading counts the array once, and changing it twice. In place, because new pages take longer on a CPU.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    block = jax.jit(lambda key: jax.random.normal(key, (2**20 if tiny else 2**28,)))(jax.random.key(0))
+    total, negate = jax.jit(jnp.sum), jax.jit(jnp.negative, donate_argnums=0)
+    read = block.nbytes / seconds_of(lambda: total(block))
+
+    def change() -> jax.Array:
+        nonlocal block
+        block = negate(block)
+        return block
+
+    return read, 2 * block.nbytes / seconds_of(change)
 
 
 def seconds_of(call: Callable[[], Any], least: float = 0.2) -> float:
