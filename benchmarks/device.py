@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
@@ -59,7 +59,7 @@ class Part:
     limit: float
     least: float
     about: str
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 PARTS = (  # by worth: what comes last is skipped first
@@ -92,7 +92,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     listed = "\n".join(f"  {part.name:<22}{part.about}; at most {part.limit:.0f} s" for part in PARTS)
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         epilog=f"parts, in order:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

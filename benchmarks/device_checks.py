@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
@@ -186,7 +186,8 @@ def _rows(job: Job, config: Any, params: Any, ways: dict[str, tuple[str, str | N
     def run(dtype: str, precision: str | None, n_rows: int) -> tuple[list[int], list[float]]:
         weights, few = _cast(params, dtype), config.replace(param_dtype=dtype, compute_dtype=dtype)
         with jax.default_matmul_precision(precision):
-            ids, logprobs = gpt2_jax.generate(few, weights, prompts[:n_rows], n_new, temperature=0, logprobs=1)
+            found = gpt2_jax.generate(few, weights, prompts[:n_rows], n_new, temperature=0, logprobs=1)
+        ids, logprobs = cast("tuple[list[list[int]], list[Any]]", found)
         return ids[0], list(logprobs[0].chosen)
 
     alone = functools.cache(functools.partial(run, n_rows=1))
@@ -216,27 +217,17 @@ def tests(job: Job) -> None:
 def _test(job: Job, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-o",
-            "addopts=--import-mode=importlib",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-        ]
-        command += ["-W", "default", f"--junitxml={results}", str(ROOT / "tests" / name)]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", "-W", "default"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={results}", str(ROOT / "tests" / name)]
         left = max(1, job.until - time.monotonic())
         subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, timeout=left, check=False)
-        suite = ElementTree.parse(results).getroot().find("testsuite")
-    count = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-    passed = count["tests"] - count["failures"] - count["errors"] - count["skipped"]
-    bad = next((case for case in suite.iter("testcase") if set(case.iter("failure")) | set(case.iter("error"))), None)
-    first = "" if bad is None else f"{bad.get('name')}: {next(e.get('message') for e in bad if e.get('message'))}"
-    first = first.splitlines()[0][:160].replace("|", "\\|") if first else ""
-    job.row(
-        name, passed, count["failures"], count["errors"], count["skipped"], f"{float(suite.get('time')):.0f}", first
-    )
-    if count["failures"]:
-        raise ValueError(f"{count['failures']} failed")
+        suite = next(ElementTree.parse(results).iter("testsuite"))
+    kinds = ("failure", "error", "skipped")
+    cases = list(suite.iter("testcase"))
+    n_failed, n_errors, n_skipped = (sum(case.find(kind) is not None for case in cases) for kind in kinds)
+    bad = (f"{case.get('name')}: {found.get('message')}" for case in cases for found in case if found.tag in kinds[:2])
+    first = next(bad, "").partition("\n")[0][:160].replace("|", "\\|")
+    n_passed = len(cases) - n_failed - n_errors - n_skipped
+    job.row(name, n_passed, n_failed, n_errors, n_skipped, f"{float(suite.get('time', 'nan')):.0f}", first)
+    if n_failed:
+        raise ValueError(f"{n_failed} tests failed")

@@ -95,12 +95,13 @@ class Job:
 
     def finish(self) -> int:
         """Write what was left out and what failed; return the exit status."""
-        if peak := memory_stats().get("peak_bytes_in_use"):
-            self.say(f"\nPeak device memory of this part: {peak / 1e9:.2f} GB.")
         for line in self.left_out:
             self.say(f"\nLeft out: {line}.")
         for line in self.failed:
             self.say(f"\n{FAILED}{line.removesuffix('.')}.")
+        with contextlib.suppress(Exception):  # after a failure, the device may not answer
+            if peak := memory_stats().get("peak_bytes_in_use"):
+                self.say(f"\nPeak device memory of this part: {peak / 1e9:.2f} GB.")
         return int(bool(self.failed))
 
     def config(self, size: str, **changes: Any) -> tuple[str, GPT2Config]:
@@ -160,6 +161,7 @@ def seconds_of(call: Callable[[], Any], least: float = 0.2) -> float:
 
     def round_of(n: int) -> float:
         begin = time.perf_counter()
+        result = None
         for _ in range(n):
             result = call()
         jax.block_until_ready(result)

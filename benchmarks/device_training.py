@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from device_tools import Job, memory_stats, random_params, relative, same_bytes, seconds_of
@@ -32,7 +32,7 @@ def plan_of(config: Any, case: Case, dropout: float = 0.0) -> Plan:
         mesh=recipes.Mesh(data=1),
         batch_size=case.n_rows,
         accumulate=case.accumulate,
-        compute_dtype=case.dtype,
+        compute_dtype=cast("Any", case.dtype),
         remat=case.remat,
     )
     return make_plan(config, recipe, n_tokens=case.n_tokens)
@@ -115,7 +115,7 @@ def _measure(job: Job, size: str, config: Any, case: Case) -> None:
     plan = plan_of(config, case)
     state, batch = fresh_state(plan), batch_of(config, case)
     begin = time.perf_counter()
-    step = make_train_step(plan).lower(state, batch).compile()
+    step = cast("Any", make_train_step(plan)).lower(state, batch).compile()
     compiling = time.perf_counter() - begin
     losses = []
 
