@@ -136,21 +136,38 @@ def test_what_has_no_time_is_skipped_with_a_sentence_and_status_0(device, tmp_pa
     assert "Left out: next: the last case took" in summary
 
 
-def test_sigterm_ends_the_running_part_and_keeps_its_rows(device, tmp_path):
+def start_hanging(tmp_path):
+    """Start the command with one part that hangs; return (the command, the numbers of the part's two processes)."""
     code = "import device, sys; device.PARTS = (device.Part('hangs', 'device_parts:hangs', 60, 1, ''),); "
     code += "sys.exit(device.main())"
-    paths = os.pathsep.join([str(BENCHMARKS), os.environ["PYTHONPATH"]])
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "--output", str(tmp_path)], env=os.environ | {"PYTHONPATH": paths}
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ["PYTHONPATH"]])}
+    process = subprocess.Popen([sys.executable, "-c", code, "--output", str(tmp_path)], env=environment)
     while not (tmp_path / "pid").exists() or " " not in (tmp_path / "pid").read_text():
         assert process.poll() is None
+    return process, (tmp_path / "pid").read_text().split()
+
+
+def test_sigterm_ends_the_running_part_and_keeps_its_rows(device, tmp_path):
+    process, pids = start_hanging(tmp_path)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
-    assert not any(map(running, (tmp_path / "pid").read_text().split()))
+    assert not any(map(running, pids))
     summary = (tmp_path / "summary.md").read_text()
     assert "the command was stopped" in summary
     assert "| works | 7 |" in summary
+
+
+def test_a_killed_command_leaves_no_part_behind_and_its_rows(device, tmp_path):
+    process, (part, other) = start_hanging(tmp_path)
+    process.kill()
+    process.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while running(part):
+            assert time.monotonic() < deadline
+    finally:
+        os.kill(int(other), signal.SIGKILL)  # the part's own child
+    assert "| works | 7 |" in (tmp_path / "parts/hangs.md").read_text()
 
 
 @pytest.mark.parametrize(
