@@ -68,7 +68,7 @@ PARTS = (  # by worth: what comes last is skipped first
     Part("decode-124M", "device_speed:decode_124M", 90, 30, "milliseconds a token at 1, 8 and 64 rows, bfloat16"),
     Part("train-124M", "device_training:train_124M", 120, 40, "training steps: MFU and memory"),
     Part("decode-1558M", "device_speed:decode_1558M", 120, 50, "as decode-124M, at 1558M"),
-    Part("train-1558M", "device_training:train_1558M", 150, 60, "as train-124M, at 1558M with rematerialization"),
+    Part("train-1558M", "device_training:train_1558M", 180, 60, "as train-124M, at 1558M with rematerialization"),
     Part("prefill", "device_speed:prefill", 100, 30, "prompts of 1,023 tokens, both sizes"),
     Part("fidelity", "device_checks:fidelity", 120, 30, "rounding against float64; one row among many"),
     Part("resume", "device_training:resume", 60, 30, "whether a resumed run equals an uninterrupted one"),

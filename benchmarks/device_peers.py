@@ -75,7 +75,7 @@ def _train(job: Job, name: str, folder: Path, where: str, config: Any) -> None:
     first = timed(lambda: steps(1))
     steps(2)
     step = statistics.median(timed(lambda: steps(n_steps)) / n_steps for _ in range(ROUNDS))
-    ours = job.figures_of("train-124M").get(f"{n_rows} rows")
+    ours = job.figures_of("train-124M").get(f"{config.n_layer} layers, {n_rows} rows")
     _row(job, f"training step, {n_rows} x {config.n_ctx}", step, ours, first - step)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import tempfile
 import time
@@ -66,16 +67,16 @@ def batch_of(config: Any, case: Case) -> Any:
 
 def train_124M(job: Job) -> None:
     """Time training steps at 124M."""
-    train(job, "124M", (2, 4) if job.tiny else (8, 32), remat=False)
+    train(job, "124M", [(n_rows, 1) for n_rows in ((2, 4) if job.tiny else (8, 32))], remat=False)
 
 
 def train_1558M(job: Job) -> None:
-    """Time training steps at 1558M, with the rows that fit."""
-    train(job, "1558M", (2,) if job.tiny else (16,), remat=True)
+    """Time training steps at 1558M, with the rows that fit; first with a part of the layers, which compile sooner."""
+    train(job, "1558M", [(2, 2), (2, 1)] if job.tiny else [(16, 4), (16, 1)], remat=True)
 
 
-def train(job: Job, size: str, rows: Sequence[int], remat: bool) -> None:
-    """Time training steps; halve the rows as long as memory runs out."""
+def train(job: Job, size: str, cases: Sequence[tuple[int, int]], remat: bool) -> None:
+    """Time training steps in cases (rows, divisor of the layers); halve the rows as long as memory runs out."""
     label, config = job.config(size)
     n_tokens = config.n_ctx
     saving = ", rematerialization" * remat
@@ -83,25 +84,32 @@ def train(job: Job, size: str, rows: Sequence[int], remat: bool) -> None:
 {label}, windows of {n_tokens} tokens, bfloat16 products, float32 params and AdamW, no dropout{saving}.
 
 - MFU: 6 N + 12 L D T operations a token, of the device's peak in bfloat16. Minimum and aim: for an H200.
-- Peak: of the process so far, so rows are in order of size. Compiled: arguments, results and temporaries by
+- Peak: of the process so far, so cases are in order of size. Compiled: arguments, results and temporaries by
   `memory_analysis()`. Estimate: `memory_needed(plan)`.
 - Losses: of the first step and of the last measured one. The batch is always the same, so the loss must fall.
 """)
-    job.headings("rows | ms/step | tokens/s | MFU | minimum | aim | compile, s | peak, GB | compiled, GB | "
+    job.headings("layers | rows | ms/step | tokens/s | MFU | minimum | aim | compile, s | peak, GB | compiled, GB | "
                  "estimate, GB | losses")  # fmt: skip
 
-    def measure(n_rows: int) -> None:
+    def measure(n_rows: int, divisor: int) -> None:
+        few = config.replace(n_layer=config.n_layer // divisor)
         while True:
             try:
-                _measure(job, size, config, Case(n_rows, n_tokens, "bfloat16", 1, remat))
+                _measure(job, size, few, Case(n_rows, n_tokens, "bfloat16", 1, remat))
                 return
             except Exception as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or n_rows == 1 or time.monotonic() > job.until:
                     raise
                 job.left_out.append(f"{label}, {n_rows} rows: they do not fit into memory")
             n_rows //= 2
+            gc.collect()  # the arrays of the failed step
 
-    job.each({f"{label}, {n_rows} rows": functools.partial(measure, n_rows) for n_rows in rows})
+    job.each(
+        {
+            f"{label}, {config.n_layer // divisor} layers, {n} rows": functools.partial(measure, n, divisor)
+            for n, divisor in cases
+        }
+    )
 
 
 def _measure(job: Job, size: str, config: Any, case: Case) -> None:
@@ -131,11 +139,18 @@ def _measure(job: Job, size: str, config: Any, case: Case) -> None:
     peak = memory_stats().get("peak_bytes_in_use")
     wanted = ("", "") if job.tiny else WANTED[size]
     job.row(
-        *(case.n_rows, f"{seconds * 1e3:.2f}", f"{speed:.0f}", f"{used:.1%}" if used else "n/a", *wanted),
+        *(
+            config.n_layer,
+            case.n_rows,
+            f"{seconds * 1e3:.2f}",
+            f"{speed:.0f}",
+            f"{used:.1%}" if used else "n/a",
+            *wanted,
+        ),
         *(f"{compiling:.1f}", f"{peak / 1e9:.2f}" if peak else "n/a", gigabytes(compiled_bytes(step))),
         *(gigabytes(memory_needed(plan)["total"]), f"{float(losses[0]):.4f}, {float(losses[-1]):.4f}"),
     )
-    job.figure(f"{case.n_rows} rows", seconds)
+    job.figure(f"{config.n_layer} layers, {case.n_rows} rows", seconds)
 
 
 def gigabytes(n_bytes: float | None) -> str:

@@ -92,7 +92,8 @@ def test_tiny_sizes_without_the_packages_that_a_gpu_machine_lacks(tmp_path):
         assert float(step) == pytest.approx(seconds * 1e3, abs=6e-4)
         assert float(rest[1]) == pytest.approx(int(n_rows) / seconds, rel=0.01)
     training = rows((tmp_path / "out/parts/train-124M.md").read_text())
-    for n_rows, step, speed, *_, losses in training[2:]:
+    assert [row[:2] for row in training[2:]] == [["2", "2"], ["2", "4"]]  # layers, rows
+    for _, n_rows, step, speed, *_, losses in training[2:]:
         assert float(speed) == pytest.approx(int(n_rows) * 64 / float(step) * 1e3, rel=0.01)
         first, last = map(float, losses.split(","))
         assert last < first
