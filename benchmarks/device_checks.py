@@ -48,13 +48,39 @@ def embedded() -> tuple[Any, Any]:
     return config, unflatten({name: part.reshape(shapes[name]) for name, part in parts})
 
 
+def known_values(job: Job, config: Any, params: Any) -> None:
+    """Write whether single values of the weights are the known ones; raise ValueError if not."""
+    from gpt2_jax.inspection.known_values import known_for
+    from gpt2_jax.inspection.verification import check_values
+
+    wrong = [check for check in check_values(config, params, known_for(config)) if check["result"] != "pass"]
+    job.row("known values of the weights", f"{len(wrong)} wrong", "FAIL" if wrong else "pass")
+    if wrong:
+        raise ValueError(f"{wrong[0]['check']} is {wrong[0]['found']}")
+
+
+def near(job: Job, what: str, ours: Callable[[], Any], theirs: Any) -> None:
+    """Write whether logits agree within the bound; raise ValueError if not."""
+    error = relative(ours(), theirs)
+    job.row(what, f"{error:.1e}", "pass" if error <= BOUND else "FAIL")
+    if not error <= BOUND:
+        raise ValueError(f"the difference is {error:.1e}")
+
+
+def equal(job: Job, what: str, found: Any, expected: Any) -> None:
+    """Write whether all ids are equal; raise ValueError if not."""
+    same = [sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(found, expected, strict=True)]
+    counts = ", ".join(f"{n} of {len(row)}" for n, row in zip(same, expected, strict=True))
+    job.row(what, f"{counts} ids equal", "pass" if found == expected else "FAIL")
+    if found != expected:
+        raise ValueError("ids differ")
+
+
 def checks(job: Job) -> None:
     """Compare the embedded model with the results of OpenAI's TensorFlow graph, in full float32."""
     import jax
 
     import gpt2_jax
-    from gpt2_jax.inspection.known_values import known_for
-    from gpt2_jax.inspection.verification import check_values
 
     jax.config.update("jax_default_matmul_precision", None if jax.default_backend() == "cpu" else "highest")
     config, params = embedded()
@@ -66,25 +92,6 @@ def checks(job: Job) -> None:
     job.say(f"The embedded model in float32, precision `highest`. Differences are divided by the largest logit; the "
             f"bound is {BOUND:.0e}.\n")  # fmt: skip
     job.headings("check | found | result")
-
-    def near(what: str, ours: Callable[[], Any], theirs: Any) -> None:
-        error = relative(ours(), theirs)
-        job.row(what, f"{error:.1e}", "pass" if error <= BOUND else "FAIL")
-        if not error <= BOUND:
-            raise ValueError(f"the difference is {error:.1e}")
-
-    def equal(what: str, found: Any, expected: Any) -> None:
-        same = [sum(a == b for a, b in zip(*rows, strict=True)) for rows in zip(found, expected, strict=True)]
-        counts = ", ".join(f"{n} of {len(row)}" for n, row in zip(same, expected, strict=True))
-        job.row(what, f"{counts} ids equal", "pass" if found == expected else "FAIL")
-        if found != expected:
-            raise ValueError("ids differ")
-
-    def values() -> None:
-        wrong = [check for check in check_values(config, params, known_for(config)) if check["result"] != "pass"]
-        job.row("known values of the weights", f"{len(wrong)} wrong", "FAIL" if wrong else "pass")
-        if wrong:
-            raise ValueError(f"{wrong[0]['check']} is {wrong[0]['found']}")
 
     def cached() -> Any:
         cache, parts, start = gpt2_jax.init_cache(config, len(tokens), tokens.shape[1]), [], 0
@@ -103,15 +110,18 @@ def checks(job: Job) -> None:
             placed = jax.device_put(params, device)
             return gpt2_jax.generate(config, placed, prompts, n_new, temperature=0)
 
+    def cpu() -> Any:
+        return jax.devices("cpu")[0]
+
     expected = reference["greedy"][:, 9 : 9 + n_new].tolist()
     plain = functools.cache(lambda: np.asarray(logits(params, tokens).logits))
     job.each({
-        "known values": values,
-        "logits": lambda: near("logits, against TensorFlow on a CPU", plain, true),
-        "cached": lambda: near("with a cache in three calls, against without", cached, plain()),
-        "padded": lambda: near("padded on both sides, against without", padded, plain()),
-        "greedy": lambda: equal("greedy ids, against TensorFlow on a CPU", greedy(), expected),
-        "greedy on the CPU": lambda: equal("greedy ids, against this CPU's", greedy(), greedy(jax.devices("cpu")[0])),
+        "known values": lambda: known_values(job, config, params),
+        "logits": lambda: near(job, "logits, against TensorFlow on a CPU", plain, true),
+        "cached": lambda: near(job, "with a cache in three calls, against without", cached, plain()),
+        "padded": lambda: near(job, "padded on both sides, against without", padded, plain()),
+        "greedy": lambda: equal(job, "greedy ids, against TensorFlow on a CPU", greedy(), expected),
+        "greedy on the CPU": lambda: equal(job, "greedy ids, against this CPU's", greedy(), greedy(cpu())),
     })  # fmt: skip
 
 
