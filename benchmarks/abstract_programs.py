@@ -64,7 +64,7 @@ def least_bytes(case: Case) -> int:
 
 def _decode(case: Case, device: Any) -> Any:
     """Lower `programs.decode` for greedy decoding."""
-    values = _engine_values(case)
+    values = _engine_values(case, device)
     values["past"], values["h_BD"] = jax.eval_shape(
         functools.partial(programs.empty, values["model"], case.rows, case.slots)
     )
@@ -76,17 +76,17 @@ def _decode(case: Case, device: Any) -> Any:
 
 def _prefill(case: Case, device: Any) -> Any:
     """Lower `programs.prefill`."""
-    values = _engine_values(case)
+    values = _engine_values(case, device)
     values["tokens_GP"] = np.zeros((case.rows, case.tokens), np.int32)
     values["length_G"] = np.zeros(case.rows, np.int32)
     return _lower(programs.prefill, values, device)
 
 
-def _engine_values(case: Case) -> dict[str, Any]:
+def _engine_values(case: Case, device: Any) -> dict[str, Any]:
     """Return values for the parameters of the engine's programs, by name: one dict for all of them."""
     config = config_of(case)
     return {
-        "model": GPT2(config),
+        "model": GPT2(config, mesh=_mesh(device)),  # fused attention depends on the device
         "params": abstract_params(config),
         "edits": (),
         "seen_BV": np.zeros((case.rows, config.n_vocab), bool),
@@ -146,5 +146,9 @@ def _plan(case: Case, device: Any) -> Plan:
     """Return the plan of a run on one device."""
     dtype: Any = case.dtype
     recipe = recipes.Recipe(model=recipes.Model(dropout=case.dropout), batch_size=case.rows, compute_dtype=dtype)
-    mesh = Mesh(np.array(device).reshape(1, 1), (DATA, MODEL))
-    return make_plan(config_of(case), recipe, mesh, case.tokens)
+    return make_plan(config_of(case), recipe, _mesh(device), case.tokens)
+
+
+def _mesh(device: Any) -> Mesh:
+    """Return a mesh of one device."""
+    return Mesh(np.array(device).reshape(1, 1), (DATA, MODEL))
