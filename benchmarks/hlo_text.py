@@ -105,7 +105,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             lines[instruction.name] = instruction
             if is_root:
                 root = instruction.name
-        elif line.startswith("}") and lines:
+        elif line == "}" and lines:  # other lines that begin so are inside an attribute of a Pallas kernel
             lines[root] = lines.pop(root)  # the root need not be printed last
     return computations, entry
 

@@ -115,6 +115,22 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert 3 * 40 * 50 * F32 <= turn <= 3 * 40 * 50 * F32 + 64  # and the counter
 
 
+def test_attributes_may_have_several_lines():
+    """Those of a Pallas kernel do, and a line of them begins like the end of a computation."""
+    text = """HloModule m
+
+ENTRY %main (x: f32[100,50]) -> f32[100,50] {
+  %x = f32[100,50]{1,0} parameter(0)
+  %k = f32[100,50]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={a={
+"b":"{1}"
+}}, metadata={op_name="k"}
+  ROOT %t = f32[100,50]{1,0} tanh(%k)
+}
+"""
+    assert hlo_counts.Program(text).total() == hlo_counts.Cost(kernels=2, n_bytes=4 * 100 * 50 * F32)
+    assert hlo_counts.Program(text).targets() == {"tpu_custom_call": 1}
+
+
 COUNTED = """HloModule m
 
 %condition (c: (s32[], f32[40])) -> pred[] {
@@ -324,10 +340,23 @@ def test_the_command_says_what_to_install(target, package):
         pytest.skip(f"{package} is installed")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
-def test_decode_on_a_tpu_copies_no_cache():
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+
+
+@needs_libtpu
+def test_decode_on_a_tpu_copies_no_cache_and_has_no_conditional():
     done = run("--target", "v5e", "--rows", 2, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     assert done.returncode == 0, done.stderr
     (row,) = table(done.stdout)
     assert row["large copies"] == "0 + 0"
+    assert row["loops, conditionals"] == "1, 0"  # the loop of steps ends early if all rows have ended
     assert number(row["MB moved"]) <= 1.1 * number(row["least MB"])
+
+
+@needs_libtpu
+def test_prefill_and_training_on_a_tpu_have_fused_attention():
+    """A kernel for each of the two layers; in training, two more for the gradients of each."""
+    words = ("--program", "prefill", "train", "--rows", 2, "--tokens", 256)
+    done = run("--target", "v5e", *words, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    assert done.returncode == 0, done.stderr
+    assert [row["attention"] for row in table(done.stdout)] == ["2 Mosaic", "6 Mosaic"]
