@@ -91,6 +91,23 @@ def test_a_call_of_the_fixed_loop_always_asks_for_all_steps(tokenizer, both):
     assert len(early) > 2 * len(fixed) > 4
 
 
+def test_a_call_after_a_short_one_writes_no_slot_twice(params, both):
+    """A row ends in the call of 6 steps that fills its window. The other goes on, with 6 tokens in the recent part."""
+    settings = Settings(60, temperature=0.0, overflow="slide").check(CONFIG)
+    prompts = [np.arange(35), np.array([7])]
+
+    def ids_of_the_other():
+        finished_B, ids = np.zeros(2, bool), []
+        for picked in engine.decode_rows(gpt2_jax.GPT2(CONFIG), params, prompts, settings, finished_B):
+            ids += picked.id_BR[1].tolist()
+            finished_B[0] = len(ids) >= 7
+        return ids
+
+    early, fixed = both(ids_of_the_other)
+    assert early == fixed
+    assert len(fixed) == 60
+
+
 # ---- what a turn after the last step does
 
 
