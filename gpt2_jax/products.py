@@ -37,9 +37,11 @@ def product(
     """
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     asked = precision in HIGHEST and jax.default_backend() == "cpu"
-    if not asked or x.dtype != jnp.float32:
-        return jnp.einsum("...K,MK->...M" if transposed else "...K,KM->...M", x, w, preferred_element_type=dtype)
-    y_TM = _in_blocks(x.reshape(-1, x.shape[-1]), w.T if transposed else w)
+    x_TK = x.reshape(-1, x.shape[-1])
+    if asked and x.dtype == jnp.float32:
+        y_TM = _in_blocks(x_TK, w.T if transposed else w)
+    else:
+        y_TM = jnp.einsum("TK,MK->TM" if transposed else "TK,KM->TM", x_TK, w, preferred_element_type=dtype)
     return y_TM.reshape(*x.shape[:-1], -1)
 
 
