@@ -129,9 +129,9 @@ def reserved(config, recipe, n_tokens):
 )
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the figures are of XLA for CPUs")
 def test_the_estimate_is_near_what_xla_reserves(shape, changes, n_tokens):
-    """Within a quarter, for state and activations in different proportions."""
+    """For state and activations in different proportions. Measured: 0.91 to 1.08 times."""
     needed = memory_needed(make_plan(config(**shape), recipe(**changes), make_mesh(1, 1), n_tokens))
-    assert needed["total"] == pytest.approx(reserved(config(**shape), recipe(**changes), n_tokens), rel=0.25)
+    assert needed["total"] == pytest.approx(reserved(config(**shape), recipe(**changes), n_tokens), rel=0.15)
 
 
 def test_parts_of_the_state_are_exact():
@@ -190,7 +190,7 @@ def test_what_cannot_fit_is_refused():
     parts = memory_needed(plan)
     least = int(parts["total"] - memory.UNSURE * parts["activations"])
     assert check_memory(plan, available=least + 1) == parts
-    with pytest.raises(ValueError, match=r"training would take about 31.* MB on each device, which has ") as refused:
+    with pytest.raises(ValueError, match=r"training would take about 20.* MB on each device, which has ") as refused:
         check_memory(plan, available=least - 1)
     message = str(refused.value)
     for name, size in parts.items():

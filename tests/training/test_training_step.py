@@ -77,11 +77,11 @@ def test_remat_keeps_the_residual_stream_alone():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the compiler option is of XLA for CPUs")
 def test_the_recipe_s_remat_needs_less_memory_and_more_operations():
-    """Measured: 0.59 times the memory, 1.17 times the operations. Without the compiler option, remat changes neither."""
+    """Measured: 0.41 times the memory, 1.22 times the operations. Without the compiler option, it is the same memory."""
     config = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=97, n_embd=48, n_head=3, n_layer=6)
     programs = [ts.compiled(ts.recipe(remat=remat), config) for remat in (False, True)]
     (keeping, flops), (anew, more_flops) = [(ts.temporary(p), p.cost_analysis()["flops"]) for p in programs]
-    assert anew < 0.8 * keeping
+    assert anew < 0.6 * keeping
     assert more_flops > 1.1 * flops
 
 
@@ -89,11 +89,10 @@ def test_the_recipe_s_remat_needs_less_memory_and_more_operations():
 
 
 def test_results_of_products_are_kept_and_the_rest_is_computed_again():
-    """A forward pass keeps, in widths of the residual stream: 10 and the scores (6 here). It would keep 48 in all."""
-    stream = 6 * 127 * 24 * 4
-    scores = 6 * 3 * 127 * 127 * 4
+    """In addition to its input, a block keeps 9 residual streams and the scores: 24.9 streams here, and else 86.7."""
+    stream, scores = 6 * 127 * 24 * 4, 6 * 3 * 127 * 127 * 4
     kept = kept_bytes("elementwise") - kept_bytes(True)
-    assert kept < 4 * (9.5 * stream + scores)
+    assert kept == pytest.approx(4 * (9 * stream + scores), rel=0.02)
     assert kept < 0.5 * (kept_bytes(False) - kept_bytes(True))
 
 
