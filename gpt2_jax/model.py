@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -219,12 +219,13 @@ class GPT2(nn.Module):
     Attributes:
       config: the hyperparameters.
       remat: rematerialization: keep only the residual stream before each block; the backward pass recomputes the rest.
+        "elementwise" also keeps the results of products, so that only elementwise operations and sums are recomputed.
       mesh: the devices that the program runs on, from `make_mesh`. Only fused attention needs it, and only if the
         process has several accelerators or compiles for others.
     """
 
     config: GPT2Config
-    remat: bool = False
+    remat: bool | Literal["elementwise"] = False
     mesh: Mesh | None = None
 
     if TYPE_CHECKING:  # the return type depends on `method`
@@ -239,7 +240,9 @@ class GPT2(nn.Module):
             raise ValueError('float64 needs jax.config.update("jax_enable_x64", True); without it JAX uses float32')
         self.wte = param(self, "wte", normal(0.02), (config.n_vocab, config.n_embd))
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
-        block = nn.remat(Block, static_argnums=(6, 7)) if self.remat else Block  # `deterministic` and `taps`
+        policy = jax.checkpoint_policies.dots_saveable if self.remat == "elementwise" else None
+        static = (6, 7)  # `deterministic` and `taps`
+        block = nn.remat(Block, static_argnums=static, policy=policy) if self.remat else Block
         for i in range(config.n_layer):
             setattr(self, f"h{i}", block(config, i, self.mesh))
         self.ln_f = LayerNorm(config)

@@ -232,7 +232,8 @@ class Recipe:
       seed: seed of the validation split, data order, dropout, samples and new weights.
       compute_dtype: dtype of the inputs of matrix products; parameters, optimizer and loss are at least float32.
       remat: rematerialization: compute each block again in the backward pass instead of storing its activations. It
-        costs a third more computation, and memory hardly grows with n_layer. It saves no memory on a CPU.
+        costs a third more computation, and memory hardly grows with n_layer. Without it, training on a CPU still
+        computes elementwise operations again, which saves time too.
       attention: "auto" takes a fused kernel for attention on GPUs and TPUs, where it is known to fit: in bfloat16 and
         with model.dropout 0. "plain" never takes it. "fused" stops with an error if there is none.
     """

@@ -26,21 +26,24 @@ def memory_needed(plan: Plan) -> dict[str, int]:
     "parameters" and "optimizer" are exact: the part of the state that one device holds. "gradients" are those of the
     trained parameters. They count twice if a step has several parts, because their sum and the latest part exist at the
     same time. "gathered" is the copy of the parameters that is not divided along `data`, if that axis divides them.
-    "activations" are an estimate of what the blocks keep for the backward pass, and of the logits in the loss.
+    "activations" are an estimate of what the blocks keep for the backward pass, and of the logits in the loss. On a CPU
+    they are what a step needs beside the gradients, which take the place of activations.
 
-    The total was compared with `memory_analysis()` of the compiled step. On a CPU it is 1.02 times that value for 124M
-    at 4 rows of 256 tokens, and 0.95 to 1.25 times for small models, also on meshes (1.3 with LoRA, which keeps less).
+    The total was compared with `memory_analysis()` of the compiled step. On a CPU it is 1.00 times that value for 124M
+    at 4, 8 and 32 rows of 256 tokens, and at 8 of 1,024 (1.03 with LoRA, 0.98 with remat). It is 0.9 to 1.1 times for
+    small models (1.2 in bfloat16, which keeps less).
     For 124M on accelerators (bfloat16, AdamW, windows of 1,024 tokens), it is 1.01 times that value on a TPU v5p and
     0.89 times on an H200 at 8 rows, and 1.00 and 0.80 times at 32 rows. With plain attention it is lower: 0.76 and 0.61
     times at 8 rows, 0.69 and 0.54 times at 32 rows.
     """
     state = plan.state
+    gradients = _local_bytes(state.trained(plan.trained))
     parts = {
         "parameters": _local_bytes((state.params, state.lora)),
-        "gradients": _local_bytes(state.trained(plan.trained)) * (2 if plan.recipe.accumulate > 1 else 1),
+        "gradients": gradients * (2 if plan.recipe.accumulate > 1 else 1),
         "optimizer": _local_bytes(state.opt_state),
         "gathered": 0 if plan.mesh.shape[DATA] == 1 else _local_bytes(state.params, plan.gathered),
-        "activations": (_on_cpu if plan.on_cpu else _on_accelerator)(plan),
+        "activations": _on_cpu(plan, gradients) if plan.on_cpu else _on_accelerator(plan),
     }
     return parts | {"total": sum(parts.values())}
 
@@ -74,21 +77,32 @@ def _on_accelerator(plan: Plan) -> int:
     return config.n_layer * block + logits
 
 
-def _on_cpu(plan: Plan) -> int:
+def _on_cpu(plan: Plan, gradients: int = 0) -> int:
     """Return the bytes of activations that XLA for CPUs reserves; the factors were measured on the compiled step.
 
-    XLA for CPUs fuses less, computes bfloat16 in float32, and removes the recomputation of `remat` as duplicate work.
-    Exact GELU keeps one array of the MLP's width more than the tanh form and SiLU, and ReLU one less. An untied head
-    takes two more arrays of its size than its gradient.
+    A step keeps the results of products: each block keeps, in widths of the residual stream, its input, q, k and v, the
+    attention output before and after its projection, and the MLP before its activation function; and the attention
+    scores. The peak is in the loss, or in the backward pass of the last block. Products are in float32 for any
+    compute_dtype. With `remat`, a block keeps its input only, until its backward pass.
+
+    Args:
+      plan: the plan of the run.
+      gradients: bytes of one set of gradients. They take the place of activations that are no longer needed.
     """
     config, n_rows, n_tokens, n_parts = plan.config, plan.n_rows, plan.n_tokens, plan.mesh.shape[MODEL]
     itemsize = _wide(config)
     stream = n_rows * n_tokens * config.n_embd * itemsize
     weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
-    inner = 20.5 + {"gelu": 4, "relu": -4}.get(config.activation_function, 0)
-    block = 4 * stream + (inner * stream + 2 * weights) / n_parts
-    head = 2 * itemsize * config.param_counts.get("lm_head", 0) / n_parts
-    return int(config.n_layer * block + 4 * stream + 2.25 * itemsize * _n_logits(config, n_rows, n_tokens) + head)
+    block = 2 * stream + (8 * stream + weights) / n_parts
+    backward = 4.5 * stream + (13 * stream + 1.85 * weights) / n_parts
+    logits = _n_logits(config, n_rows, n_tokens)
+    loss = 2 * itemsize * logits + 6 * stream
+    if logits < n_rows * n_tokens * config.n_vocab:  # the gradient of the head is a sum over chunks
+        loss += itemsize * config.n_vocab * config.n_embd / n_parts
+    kept = config.n_layer * block
+    if plan.recipe.remat:
+        kept, backward = config.n_layer * stream, 1.1 * (block + backward)
+    return int(max(kept + max(loss, backward) - gradients, backward))
 
 
 def _wide(config: GPT2Config) -> int:
@@ -148,7 +162,7 @@ def _advice(plan: Plan) -> list[str]:
     recipe, advice = plan.recipe, []
     if plan.n_rows > 1:
         advice.append(f"a larger accumulate (now {recipe.accumulate}) or smaller batch_size (now {recipe.batch_size})")
-    if not recipe.remat and not plan.on_cpu:
+    if not recipe.remat:
         advice.append("remat = true")
     if recipe.compute_dtype != "bfloat16" and not plan.on_cpu:
         advice.append('compute_dtype = "bfloat16"')

@@ -55,6 +55,11 @@ def make_optimizer(optimizer: Optimizer, names: Iterable[str]) -> optax.Gradient
     factors = by_rules(optimizer.learning_rates, names, "optimizer.learning_rates")
     decays = by_rules(optimizer.decay, names, "optimizer.decay")
 
+    def clipped(updates, params):
+        norm = optax.tree.norm(updates)
+        scale = jnp.where(norm > optimizer.clip, optimizer.clip / norm, 1)
+        return {k: (u * scale).astype(u.dtype) for k, u in updates.items()}
+
     def decayed(updates, params):
         rate = optimizer.weight_decay
         return {k: u + rate * decays[k] * params[k] if rate * decays[k] else u for k, u in updates.items()}
@@ -63,7 +68,7 @@ def make_optimizer(optimizer: Optimizer, names: Iterable[str]) -> optax.Gradient
         return {k: factors[k] * u if factors[k] != 1 else u for k, u in updates.items()}
 
     return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip) if optimizer.clip else optax.identity(),
+        optax.stateless(clipped) if optimizer.clip else optax.identity(),
         _core(optimizer),
         optax.stateless(decayed),
         optax.stateless(scaled),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from gpt2_jax.training.loss import CHUNK, token_loss
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.state import TrainState, bare_state, model_params, seed_key
 
+# By default, XLA for CPUs removes barriers before it looks for duplicate work and fuses operations. So it would undo
+# rematerialization, and the order of updates in `_updated`. The results are the same, but take more time and memory.
+KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 MEAN_DECAY = 0.98  # decay of the running mean loss that spikes are compared with
 
 
@@ -70,16 +74,14 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         changing = state.trained(plan.trained)
         loss, grads = gradients(state, changing, batch, n_tokens)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = plan.optimizer.update(grads, state.opt_state, changing)
         rate = plan.schedule(state.step)
-        changed = jax.tree.map(lambda leaf, update: leaf - (rate * update).astype(leaf.dtype), changing, updates)
         skip = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm)) | (n_tokens == 0)
         if monitor.on_spike != "ignore":
             skip |= (state.mean_loss > 0) & (loss > monitor.spike * state.mean_loss)
-        new = dataclasses.replace(state.with_trained(changed), opt_state=opt_state)
-        new = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state, new)
+        changed, opt_state = _updated(plan, changing, state.opt_state, grads, rate, skip)
         mean_loss = _mean_loss(state.mean_loss, loss, n_tokens, monitor.spike)
-        new = dataclasses.replace(new, step=state.step + 1, mean_loss=mean_loss)
+        new = state.with_trained(changed)
+        new = dataclasses.replace(new, step=state.step + 1, opt_state=opt_state, mean_loss=mean_loss)
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "n_tokens": n_tokens, "skipped": skip}
         return new, metrics
 
@@ -89,7 +91,28 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         donate_argnums=0,
         in_shardings=(shardings, plan.over_rows(None)),
         out_shardings=(shardings, plan.whole()),
+        compiler_options=KEEP_BARRIERS if plan.on_cpu else None,
     )
+
+
+def _updated(plan: Plan, changing: dict, opt_state: Any, grads: dict, rate: jax.Array, skip: jax.Array) -> tuple:
+    """Return the trained arrays and the optimizer state after a step; the given ones if it is skipped.
+
+    XLA for CPUs computes each array in a pass of its own. The new moments replace the old ones in place, but the new
+    weights need the old moments, so XLA would copy these first. With the barrier, the weights are computed first. The
+    second call of the optimizer is for its state alone, and the first for its updates; XLA drops what is not used.
+    """
+
+    def unless_skipped(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, old)
+
+    updates, new_opt_state = plan.optimizer.update(grads, opt_state, changing)
+    changed = jax.tree.map(lambda leaf, update: leaf - (rate * update).astype(leaf.dtype), changing, updates)
+    changed = unless_skipped(changed, changing)
+    if plan.on_cpu:
+        changed, opt_state = lax.optimization_barrier((changed, opt_state))
+        _, new_opt_state = plan.optimizer.update(grads, opt_state, changing)
+    return changed, unless_skipped(new_opt_state, opt_state)
 
 
 def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, spike: float) -> jax.Array:
@@ -103,7 +126,9 @@ def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, spike: flo
 def _make_gradients(plan: Plan) -> Callable:
     """Return f(state, changing, batch, n_tokens) -> (mean loss, its gradients with respect to `changing`)."""
     recipe = plan.recipe
-    model = GPT2(plan.config, remat=recipe.remat, mesh=plan.mesh)
+    # On a CPU, writing an array to new memory and reading it again takes longer than an elementwise operation.
+    remat = recipe.remat or ("elementwise" if plan.on_cpu else False)
+    model = GPT2(plan.config, remat=remat, mesh=plan.mesh)
     deterministic = recipe.model.dropout == 0
     wide = jnp.promote_types(plan.config.compute_dtype, jnp.float32)
     chunk = CHUNK * plan.mesh.shape[DATA]  # CHUNK on each device

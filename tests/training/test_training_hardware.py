@@ -129,9 +129,9 @@ def reserved(config, recipe, n_tokens):
 )
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the figures are of XLA for CPUs")
 def test_the_estimate_is_near_what_xla_reserves(shape, changes, n_tokens):
-    """Within a quarter, for state and activations in different proportions."""
+    """For state and activations in different proportions. Measured: 0.91 to 1.08 times."""
     needed = memory_needed(make_plan(config(**shape), recipe(**changes), make_mesh(1, 1), n_tokens))
-    assert needed["total"] == pytest.approx(reserved(config(**shape), recipe(**changes), n_tokens), rel=0.25)
+    assert needed["total"] == pytest.approx(reserved(config(**shape), recipe(**changes), n_tokens), rel=0.15)
 
 
 def test_parts_of_the_state_are_exact():
@@ -190,15 +190,15 @@ def test_what_cannot_fit_is_refused():
     parts = memory_needed(plan)
     least = int(parts["total"] - memory.UNSURE * parts["activations"])
     assert check_memory(plan, available=least + 1) == parts
-    with pytest.raises(ValueError, match=r"training would take about 31.* MB on each device, which has ") as refused:
+    with pytest.raises(ValueError, match=r"training would take about 20.* MB on each device, which has ") as refused:
         check_memory(plan, available=least - 1)
     message = str(refused.value)
     for name, size in parts.items():
         assert f"  {name:<12}{memory.gigabytes(size):>10}\n" in message
-    for way in ("a larger accumulate (now 1)", "batch_size (now 4)", "adafactor", "LoRA", "frozen", "n_tokens"):
+    ways = ("a larger accumulate (now 1)", "batch_size (now 4)", "adafactor", "LoRA", "frozen", "n_tokens", "remat")
+    for way in ways:
         assert way in message
-    assert "remat" not in message  # on a CPU it saves nothing
-    assert "bfloat16" not in message
+    assert "bfloat16" not in message  # on a CPU it saves nothing
 
 
 def test_advice_is_of_what_is_not_done_yet():
@@ -253,7 +253,7 @@ def test_on_eight_devices():
     code = """
         import json, jax, tiny_models
         from gpt2_jax.sharding import make_mesh
-        from gpt2_jax.training.memory import device_memory, memory_needed
+        from gpt2_jax.training.memory import _on_cpu, device_memory, memory_needed
         from gpt2_jax.recipe import Recipe
         from gpt2_jax.training import init_state, make_plan
 
@@ -266,7 +266,7 @@ def test_on_eight_devices():
             for shard in leaf.addressable_shards
             if shard.device == jax.devices()[0]
         )
-        parts = [memory_needed(plan)["activations"] for plan in plans[:2]]
+        parts = [_on_cpu(plan) for plan in plans[:2]]
         needed = memory_needed(plans[2])
         print(json.dumps([here(state.params), here(state.opt_state), needed, parts, device_memory(jax.devices()[0])]))
     """
