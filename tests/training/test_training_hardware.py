@@ -195,7 +195,7 @@ def test_what_cannot_fit_is_refused():
     message = str(refused.value)
     for name, size in parts.items():
         assert f"  {name:<12}{memory.gigabytes(size):>10}\n" in message
-    for way in ("a larger accumulate (now 1)", "batch_size (now 4)", "adafactor", "LoRA", "frozen", "n_tokens", "remat"):
+    for way in ("a larger accumulate (now 1)", "batch_size (now 4)", "remat", "adafactor", "LoRA", "frozen", "n_token"):
         assert way in message
     assert "bfloat16" not in message  # on a CPU it saves nothing
 

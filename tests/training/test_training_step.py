@@ -77,7 +77,7 @@ def test_remat_keeps_the_residual_stream_alone():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the compiler option is of XLA for CPUs")
 def test_the_recipe_s_remat_needs_less_memory_and_more_operations():
-    """Measured: 0.41 times the memory, 1.22 times the operations. Without the compiler option, it is the same memory."""
+    """Measured: 0.41 times the memory, 1.22 times the operations. Without the option, the memory is the same."""
     config = gpt2_jax.GPT2Config(n_vocab=37, n_ctx=97, n_embd=48, n_head=3, n_layer=6)
     programs = [ts.compiled(ts.recipe(remat=remat), config) for remat in (False, True)]
     (keeping, flops), (anew, more_flops) = [(ts.temporary(p), p.cost_analysis()["flops"]) for p in programs]
