@@ -95,7 +95,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
     )
 
 
-def _updated(plan: Plan, changing: dict, opt_state: Any, grads: dict, rate: jax.Array, skip: jax.Array) -> tuple:
+def _updated(plan: Plan, changing: dict, opt_state: Any, grads: dict, rate: Any, skip: jax.Array) -> tuple:
     """Return the trained arrays and the optimizer state after a step; the given ones if it is skipped.
 
     XLA for CPUs computes each array in a pass of its own. The new moments replace the old ones in place, but the new
