@@ -57,14 +57,14 @@ gpu_device_info {
 def missing(target: str) -> str | None:
     """Return a sentence that says what to install to compile for a target; None if everything is there."""
     if target in TPU and not _version("libtpu"):
-        return f"compiling for a {target} needs libtpu: pip install --no-deps '{_wanted('libtpu', 'tpu')}'"
+        return f"compiling for a {target} needs libtpu: pip install --no-deps '{wanted('libtpu', 'tpu')}'"
     if target == "h200" and not _version("jax-cuda13-plugin"):
-        plugin = _wanted("jax-cuda13-plugin[with-cuda]", "cuda13")
+        plugin = wanted("jax-cuda13-plugin[with-cuda]", "cuda13")
         return f"compiling for an H200 needs JAX's CUDA plugin (3.9 GB): pip install '{plugin}'"
     return None
 
 
-def _wanted(package: str, extra: str) -> str:
+def wanted(package: str, extra: str) -> str:
     """Return the requirement that the installed JAX has for a package in one of its extras."""
     for line in importlib.metadata.requires("jax") or []:
         requirement, _, marker = line.partition(";")
