@@ -32,9 +32,8 @@ def memory_needed(plan: Plan) -> dict[str, int]:
     The total was compared with `memory_analysis()` of the compiled step. On a CPU it is 1.00 times that value for 124M
     at 4, 8 and 32 rows of 256 tokens, and at 8 of 1,024 (1.03 with LoRA, 0.98 with remat). It is 0.9 to 1.1 times for
     small models (1.2 in bfloat16, which keeps less).
-    For 124M on accelerators (bfloat16, AdamW, windows of 1,024 tokens), it is 1.01 times that value on a TPU v5p and
-    0.89 times on an H200 at 8 rows, and 1.00 and 0.80 times at 32 rows. With plain attention it is lower: 0.76 and 0.61
-    times at 8 rows, 0.69 and 0.54 times at 32 rows.
+    On an H200 and a TPU v5p, in bfloat16 and windows of 1,024 tokens, it is 0.96 to 1.03 times for 124M and 355M, with
+    fused and plain attention (1.10 with remat).
     """
     state = plan.state
     gradients = _local_bytes(state.trained(plan.trained))
@@ -59,18 +58,21 @@ def _on_accelerator(plan: Plan) -> int:
     """Return the bytes of activations if XLA fuses elementwise operations and keeps the inputs of products.
 
     Each block keeps, in widths of the residual stream: the stream twice, two norms, q, k and v, the attention output,
-    and the MLP's inner activations before and after GELU. It also keeps the attention weights, unless a fused kernel
-    computes attention. With `remat`, the stream of each block is kept, and all of this for only one block (or the
-    logits, if they are larger).
+    and the MLP's inner activations before and after GELU. On a GPU it also keeps the tanh in between. Plain attention
+    keeps weights and scores, a fused kernel neither. With `remat`, the stream of each block is kept, and
+    all of this for only one block (or the logits, if they are larger).
     """
     config, n_rows, n_tokens, n_parts = plan.config, plan.n_rows, plan.n_tokens, plan.mesh.shape[MODEL]
-    itemsize = config.compute_dtype.itemsize
-    if plan.mesh.devices.flat[0].platform == "tpu":  # its products take bfloat16 by default
+    itemsize, on_tpu = config.compute_dtype.itemsize, plan.mesh.devices.flat[0].platform == "tpu"
+    if on_tpu:  # its products take bfloat16 by default
         itemsize = 2
     stream = n_rows * n_tokens * config.n_embd * itemsize
-    fused = kernels(config, plan.mesh, n_tokens, padding=None, dropped=config.attn_pdrop > 0)
-    weights = 0 if fused else n_rows * config.n_head * _n_seen(n_tokens) * itemsize
-    block = 4 * stream + (12 * stream + weights) // n_parts
+    dropped = config.attn_pdrop > 0
+    fused = kernels(config, plan.mesh, n_tokens, padding=None, dropped=dropped)
+    # Of each attention weight: its value, the float32 score and the mask of dropout. For a TPU this was measured.
+    weight = (5 if on_tpu else itemsize + 4) + dropped
+    weights = 0 if fused else n_rows * config.n_head * _n_seen(n_tokens) * weight
+    block = 4 * stream + ((12 if on_tpu else 16) * stream + weights) // n_parts
     logits = _n_logits(config, n_rows, n_tokens) * (_wide(config) + itemsize)  # and their gradient
     if plan.recipe.remat:
         return config.n_layer * stream + max(block, logits)

@@ -162,19 +162,25 @@ class Accelerator:
         self.devices[0, 0] = Device(platform=platform)
 
 
-def on_accelerator(config, **changes):
-    """The plan of a run on one accelerator, in bfloat16 unless the changes say otherwise."""
-    wanted = recipe(**{"compute_dtype": "bfloat16"} | changes)
-    return dataclasses.replace(make_plan(config, wanted, make_mesh(1, 1)), mesh=Accelerator())
+def on_accelerator(config, platform="gpu", dropout=0.0, **changes):
+    """The plan of a run on one accelerator without fused attention, in bfloat16 unless the changes say otherwise."""
+    wanted = recipe(**{"compute_dtype": "bfloat16", "model": Model(dropout=dropout)} | changes)
+    return dataclasses.replace(make_plan(config, wanted, make_mesh(1, 1)), mesh=Accelerator(platform))
 
 
-def test_activations_on_an_accelerator():
-    """By hand, for 3 rows of 1,024 tokens: 16 widths and the attention weights of four query blocks. Also remat."""
+@pytest.mark.parametrize(("platform", "dropout", "widths", "n_bytes"), [
+    ("gpu", 0.0, 20, 6),
+    ("gpu", 0.1, 20, 7),
+    ("tpu", 0.1, 16, 6),
+])  # fmt: skip
+def test_activations_on_an_accelerator(platform, dropout, widths, n_bytes):
+    """By hand, for 3 rows of 1,024 tokens: so many widths, and bytes of each attention weight of four query blocks."""
     sized = config(n_layer=5, n_embd=96, n_head=6, n_ctx=1024)
     stream, seen = 2 * 3 * 1024 * 96, 256 * (256 + 512 + 768 + 1024)
-    block, logits = 16 * stream + 2 * 3 * 6 * seen, 3 * 1024 * 997 * (4 + 2)
-    assert memory._on_accelerator(on_accelerator(sized, batch_size=3)) == 5 * block + logits
-    assert memory._on_accelerator(on_accelerator(sized, batch_size=3, remat=True)) == 5 * stream + max(block, logits)
+    block, logits = widths * stream + n_bytes * 3 * 6 * seen, 3 * 1024 * 997 * (4 + 2)
+    keeping, remat = (on_accelerator(sized, platform, dropout, batch_size=3, remat=remat) for remat in (False, True))
+    assert memory._on_accelerator(keeping) == 5 * block + logits
+    assert memory._on_accelerator(remat) == 5 * stream + max(block, logits)
 
 
 def test_logits_are_those_of_a_chunk():
