@@ -123,7 +123,7 @@ class Attention(nn.Module):
         past: tuple[jax.Array, jax.Array, jax.Array] | None,
         deterministic: bool,
         taps: Taps,
-        padding: Padding | None,
+        padding: Padding | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attend over the slots of this layer. The T new tokens are written to slots from `start` on.
 
@@ -240,11 +240,8 @@ class GPT2(nn.Module):
             raise ValueError('float64 needs jax.config.update("jax_enable_x64", True); without it JAX uses float32')
         self.wte = param(self, "wte", normal(0.02), (config.n_vocab, config.n_embd))
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
-        policy = jax.checkpoint_policies.dots_saveable if self.remat == "elementwise" else None
-        static = (6, 7)  # `deterministic` and `taps`
-        block = nn.remat(Block, static_argnums=static, policy=policy) if self.remat else Block
         for i in range(config.n_layer):
-            setattr(self, f"h{i}", block(config, i, self.mesh))
+            setattr(self, f"h{i}", Block(config, i, self.mesh))
         self.ln_f = LayerNorm(config)
         tied = config.tie_word_embeddings
         self.head = self.wte if tied else param(self, "lm_head", normal(0.02), (config.n_vocab, config.n_embd))
@@ -314,12 +311,19 @@ class GPT2(nn.Module):
         x_BTD = self._embed(tokens_BT, mask_BT, position_BT, seen)
         x_BTD = self.embd_dropout(x_BTD, deterministic)
         new_kv = []
+
+        def block(module: Block, x_BTD, kv, past):
+            return module(x_BTD, mask_BTS, kv, start, past, deterministic, seen, padding)
+
+        if self.remat:
+            policy = jax.checkpoint_policies.dots_saveable if self.remat == "elementwise" else None
+            block = nn.remat(block, policy=policy)
         for i in range(self.config.n_layer):
             kv = None if cache is None else (cache.k_BNHS[i], cache.v_BNSH[i])
             past = None
             if cache is not None and cache.past is not None:
                 past = (cache.past.k_BNHS[i], cache.past.v_BNSH[i], cache.past.mask_BS[:, None])
-            x_BTD, kv = getattr(self, f"h{i}")(x_BTD, mask_BTS, kv, start, past, deterministic, seen, padding)
+            x_BTD, kv = block(getattr(self, f"h{i}"), x_BTD, kv, past)
             new_kv.append(kv)
         if cache is not None:
             k_BNHS, v_BNSH = zip(*new_kv, strict=True)

@@ -129,13 +129,18 @@ def training_calls(data, tokenizer, folder):
 
 
 def same(found, expected, tolerance):
+    """Check that results are equal to `tolerance`; the loss of a run, which is 7.1, to twice this.
+
+    Float32 numbers of this size are 4.8e-7 apart.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, list | str):
             assert found[name] == value, name
         else:
+            bound = 2 * tolerance if name == "loss" else tolerance
             np.testing.assert_allclose(
-                np.asarray(found[name], np.float64), np.asarray(value, np.float64), rtol=0, atol=tolerance, err_msg=name
+                np.asarray(found[name], np.float64), np.asarray(value, np.float64), rtol=0, atol=bound, err_msg=name
             )
 
 
@@ -158,7 +163,7 @@ def test_results_do_not_depend_on_the_switch(params, data, tokenizer, plain, tmp
     """Equal ids and texts, and numbers equal up to the rounding of sums in another order."""
     with SWITCHES[switch]():
         found = all_calls(CONFIG, params, data, tokenizer, tmp_path)
-    same(found, plain, tolerance=6e-7)  # measured 1.5e-7, of trained params; all others, also the lens, are equal
+    same(found, plain, tolerance=6e-7)  # measured 1.5e-7, of trained params, and 6.9e-7, of the loss
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -60,12 +60,22 @@ def some_call(rng):
 
 
 def test_both_loops_give_the_same_rows_and_logprobs(params, both):
-    """Random calls, bit for bit: ragged rows, windows that slide, rows that stop, calls of 1 to 16 steps."""
+    """Random calls: ragged rows, windows that slide, rows that stop, calls of 1 to 16 steps. All ids are equal.
+
+    Log-probabilities are equal bit for bit, unless windows slide. After a slide, the loops move tokens into the long
+    cache at different steps, so sums over the two parts differ in rounding: measured 1.7e-6.
+    """
     rng = np.random.default_rng(1)
     for case in range(campaign(12, 100)):
         prompts, arguments = some_call(rng)
         early, fixed = both(lambda: gpt2_jax.generate(CONFIG, params, prompts, **arguments))  # noqa: B023
-        assert as_lists(early) == as_lists(fixed), (case, arguments)
+        if not isinstance(early, tuple) or "overflow" not in arguments:
+            assert as_lists(early) == as_lists(fixed), (case, arguments)
+            continue
+        assert early[0] == fixed[0], (case, arguments)
+        for one, other in zip(early[1], fixed[1], strict=True):
+            np.testing.assert_allclose(one.chosen, other.chosen, rtol=0, atol=4e-6)
+            np.testing.assert_allclose(one.top, other.top, rtol=0, atol=4e-6)
 
 
 def as_lists(result):
