@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from measures import COMPILATIONS
+from measures import COMPILATIONS, equations
 from sampling_reference import keys, knobs
 from strength import campaign
 
@@ -364,16 +364,6 @@ def test_a_narrower_kind_picks_the_same(n_vocab):
             assert token_B.tolist()[-3:] == [NO_LOGITS] * 3
 
 
-def primitives(jaxpr):
-    """Yield every operation."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from primitives(inner)
-
-
 @pytest.mark.parametrize(
     ("settings", "n_noise", "passes"),
     [({"temperature": 0, "top_k": 3}, 0, []), ({"min_p": 0.1}, 1, []), ({"top_k": 40}, 1, [16, 16])],
@@ -384,7 +374,7 @@ def test_nothing_is_sorted_and_each_kind_runs_only_its_part(settings, n_noise, p
     with jax.enable_x64(dtype == "float64"):
         logits_BV, seen_BV = np.zeros((3, 137), dtype), np.zeros((3, 137), bool)
         how = narrow(knobs(**settings), 137)
-        found = list(primitives(jax.make_jaxpr(sampling.pick)(logits_BV, keys(3), how, seen_BV).jaxpr))
+        found = list(equations(jax.make_jaxpr(sampling.pick)(logits_BV, keys(3), how, seen_BV).jaxpr))
     names = [equation.primitive.name for equation in found]
     assert not set(names) & {"sort", "top_k", "cumsum", "cond", "while"}
     assert names.count("random_bits") == n_noise
