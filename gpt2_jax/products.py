@@ -43,10 +43,10 @@ def product(
     """
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     asked = precision in HIGHEST and jax.default_backend() == "cpu"
-    x_TK = x.reshape(-1, x.shape[-1])
     if x.dtype.itemsize == 2 and dtype is None and not transposed:
-        y_TM = _rounded_once(x_TK, w)
-    elif asked and x.dtype == jnp.float32:
+        return _rounded_once(x, w)
+    x_TK = x.reshape(-1, x.shape[-1])
+    if asked and x.dtype == jnp.float32:
         y_TM = _in_blocks(x_TK, w.T if transposed else w)
     else:
         y_TM = jnp.einsum("TK,MK->TM" if transposed else "TK,KM->TM", x_TK, w, preferred_element_type=dtype)
@@ -54,26 +54,29 @@ def product(
 
 
 @jax.custom_jvp
-def _rounded_once(x_TK: jax.Array, w_KM: jax.Array) -> jax.Array:
-    """Return x @ w for 16-bit numbers, added in float32."""
-    if len(x_TK) == 1 and len(w_KM) % PARTS == 0:
-        return lax.platform_dependent(x_TK, w_KM, cuda=_in_parts, rocm=_in_parts, default=_added_in_float32)
-    return _added_in_float32(x_TK, w_KM)
+def _rounded_once(x: jax.Array, w_KM: jax.Array) -> jax.Array:
+    """Return x @ w for 16-bit numbers, added in float32.
+
+    x keeps its shape [..., K]. As [T, K], the training step of 124M on a TPU would take 12 % more memory.
+    """
+    if x.size == x.shape[-1] and x.size % PARTS == 0:
+        return lax.platform_dependent(x, w_KM, cuda=_in_parts, rocm=_in_parts, default=_added_in_float32)
+    return _added_in_float32(x, w_KM)
 
 
-def _added_in_float32(x_TK: jax.Array, w_KM: jax.Array) -> jax.Array:
-    return jnp.matmul(x_TK, w_KM, preferred_element_type=jnp.float32).astype(x_TK.dtype)
+def _added_in_float32(x: jax.Array, w_KM: jax.Array) -> jax.Array:
+    return jnp.matmul(x, w_KM, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _in_parts(x_1K: jax.Array, w_KM: jax.Array) -> jax.Array:
+def _in_parts(x: jax.Array, w_KM: jax.Array) -> jax.Array:
     """Return the product of one row, as PARTS sums that are added at the end.
 
     Without this, XLA for GPUs makes two kernels of most such products. The first one writes every term to memory: three
     to five times the bytes of w. Without the barrier, XLA would join the two sums again.
     """
-    x_PK, w_PKM = x_1K.reshape(PARTS, -1), w_KM.reshape(PARTS, -1, w_KM.shape[1])
+    x_PK, w_PKM = x.reshape(PARTS, -1), w_KM.reshape(PARTS, -1, w_KM.shape[1])
     y_PM = lax.optimization_barrier(jnp.einsum("PK,PKM->PM", x_PK, w_PKM, preferred_element_type=jnp.float32))
-    return y_PM.sum(0, keepdims=True).astype(x_1K.dtype)
+    return y_PM.sum(0).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 @functools.partial(_rounded_once.defjvp, symbolic_zeros=True)
@@ -83,8 +86,8 @@ def _tangents_in_16_bits(primals, tangents):
     The transpose of a product that returns float32 would take float32, which GPUs and TPUs multiply several times more
     slowly.
     """
-    (x_TK, w_KM), (dx_TK, dw_KM) = primals, tangents
-    return _rounded_once(x_TK, w_KM), _sum_of_known(dx_TK, dw_KM, lambda: dx_TK @ w_KM, lambda: x_TK @ dw_KM)
+    (x, w_KM), (dx, dw_KM) = primals, tangents
+    return _rounded_once(x, w_KM), _sum_of_known(dx, dw_KM, lambda: dx @ w_KM, lambda: x @ dw_KM)
 
 
 @jax.custom_jvp
@@ -108,9 +111,9 @@ def _tangents(primals, tangents):
     return _in_blocks(x_TK, w_KM), _sum_of_known(dx_TK, dw_KM, by_x, by_w)
 
 
-def _sum_of_known(dx_TK, dw_KM, by_x: Callable[[], jax.Array], by_w: Callable[[], jax.Array]) -> jax.Array:
+def _sum_of_known(dx, dw_KM, by_x: Callable[[], jax.Array], by_w: Callable[[], jax.Array]) -> jax.Array:
     """Return the sum of the parts of a tangent, without a part whose own tangent is zero by its structure."""
-    parts = [part() for d, part in ((dx_TK, by_x), (dw_KM, by_w)) if not isinstance(d, SymbolicZero)]
+    parts = [part() for d, part in ((dx, by_x), (dw_KM, by_w)) if not isinstance(d, SymbolicZero)]
     return functools.reduce(jnp.add, parts)
 
 
