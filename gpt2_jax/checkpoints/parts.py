@@ -204,9 +204,9 @@ def clear_errors(saving: bool = False) -> Iterator[None]:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Say whether a log record of asyncio is not about a task of Orbax that another error stopped."""
+    """Say whether a log record of asyncio is not about a task or future of Orbax that another error stopped."""
     text = str(record.msg)
-    return not (text.startswith("Task exception was never retrieved") and re.search("orbax|tensorstore", text))
+    return not (re.match(r"\w+ exception was never retrieved", text) and re.search("orbax|tensorstore", text))
 
 
 class _LateErrors:

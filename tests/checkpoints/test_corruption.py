@@ -5,6 +5,7 @@
 
 import collections
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from checkpoint_forms import DATA, SAFETENSORS
 from strength import campaign
 
 import gpt2_jax
-from gpt2_jax.checkpoints import integrity
+from gpt2_jax.checkpoints import integrity, parts
 from gpt2_jax.config import DROPOUT_RATES
 
 # About 20 kB, so that changes hit names, shapes and offsets often. n_head is 3; one byte can make it 1, 2, 4 or 6.
@@ -261,6 +262,18 @@ def test_damage_is_told_without_noise():
     assert done.returncode == 0, done.stderr[-3000:]
     noise = [line for line in done.stderr.splitlines() if not re.match(r"WARNING: All log|[IWE]\d{4} ", line)]
     assert noise == [], f"{len(noise)} lines, among them {noise[:3]}"
+
+
+@pytest.mark.parametrize("kind", ["Task", "Future", "_GatheringFuture"])  # asyncio names the class
+def test_late_errors_of_orbax_are_not_logged_and_others_are(kind):
+    def is_logged(text):
+        return parts._is_not_of_orbax(logging.makeLogRecord({"msg": text}))
+
+    assert not is_logged(
+        f"{kind} exception was never retrieved\nfuture: <{kind} finished exception=ValueError(tensorstore)>"
+    )
+    assert is_logged(f"{kind} exception was never retrieved\nfuture: <{kind} finished exception=ValueError('other')>")
+    assert is_logged("the event loop of orbax is slow")
 
 
 def test_names_exchanged_in_our_safetensors(tmp_path):
