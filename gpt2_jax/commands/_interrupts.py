@@ -79,8 +79,14 @@ def install() -> None:
 
 
 def remove() -> None:
-    """Let signals end the process at once, without a message: the work is done."""
+    """Let signals end the process at once, without a message: the work is done.
+
+    The timer of a postponed exception is ignored. Python removes its handler when it ends. The timer would then kill
+    the process.
+    """
     if threading.current_thread() is threading.main_thread():
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is _handle:
                 signal.signal(number, signal.SIG_DFL)
