@@ -56,6 +56,7 @@ def make_optimizer(optimizer: Optimizer, names: Iterable[str]) -> optax.Gradient
     decays = by_rules(optimizer.decay, names, "optimizer.decay")
 
     def clipped(updates, params):
+        # As optax.clip_by_global_norm, but with one factor: XLA for CPUs writes optax's results to memory.
         norm = optax.tree.norm(updates)
         scale = jnp.where(norm > optimizer.clip, optimizer.clip / norm, 1)
         return {k: (u * scale).astype(u.dtype) for k, u in updates.items()}
