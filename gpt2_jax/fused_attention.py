@@ -20,11 +20,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gpt2_jax.attention import causal_attention
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.sharding import DATA, MODEL
 
 SHORTEST = 128  # tokens; shorter calls, such as a decode step, have few scores
 BLOCKS = (512, 384, 256, 128)  # tokens of a block of splash attention: the first that divides the padded length
 LANES = 128  # splash attention takes a multiple of this many tokens
-DATA, MODEL = "data", "model"  # the axes of the meshes of gpt2_jax.sharding: rows, and heads
 AMPERE = 8.0  # compute capability of the first GPUs with cuDNN's kernel
 
 

@@ -63,7 +63,12 @@ def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
       ValueError: batch_size or length is not a positive whole number.
     """
     batch_size, length = whole_number("batch_size", batch_size, 1), whole_number("length", length, 1)
-    shape = (batch_size, config.n_head, config.head_dim, length)
+    return empty_cache(config, batch_size, length, config.n_head)
+
+
+def empty_cache(config: GPT2Config, batch_size: int, length: int, n_heads: int) -> KVCache:
+    """Return what `init_cache` returns, with another number of heads: see `gpt2_jax.tensor_parallel`."""
+    shape = (batch_size, n_heads, config.head_dim, length)
     return KVCache(
         k_BNHS=tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.n_layer)),
         v_BNSH=tuple(jnp.zeros((*shape[:2], *shape[:1:-1]), config.compute_dtype) for _ in range(config.n_layer)),
@@ -72,8 +77,8 @@ def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
     )
 
 
-def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int) -> None:
-    """Check that a cache fits this config and `n_rows` rows, and has at least `n_tokens` slots.
+def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int, n_heads: int) -> None:
+    """Check that a cache fits this config, `n_rows` rows and `n_heads` heads, and has at least `n_tokens` slots.
 
     Raises:
       ValueError: it is not a KVCache, has fewer slots than tokens, or fits another model, number of rows or dtype.
@@ -84,7 +89,7 @@ def check_cache(cache: KVCache, config: GPT2Config, n_rows: int, n_tokens: int) 
         raise ValueError(f"{n_tokens} tokens do not fit a cache of {cache.n_slots} slots")
     part: KVCache | None = cache
     while part is not None:
-        needed = jax.eval_shape(functools.partial(init_cache, config, n_rows, part.n_slots))
+        needed = jax.eval_shape(functools.partial(empty_cache, config, n_rows, part.n_slots, n_heads))
         found, needed = (
             [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(tree)]
             for tree in (dataclasses.replace(part, past=None), needed)

@@ -30,6 +30,7 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
 from gpt2_jax.products import product
+from gpt2_jax.tensor_parallel import divided, n_heads
 
 EPSILON = 1e-5  # the original's value; Flax's default is 1e-6
 ACTIVATION_FUNCTIONS = {
@@ -107,11 +108,12 @@ class Conv1D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention. The columns of c_attn are q, k and v, in this order."""
+    """Multi-head attention. The columns of c_attn are q, k and v, in this order; `by_heads`: those of each head."""
 
     config: GPT2Config
     layer: int = 0
     mesh: Mesh | None = None
+    by_heads: bool = False
 
     @nn.compact
     def __call__(
@@ -141,14 +143,12 @@ class Attention(nn.Module):
           What attention adds to the residual stream [B, T, D], and the layer's new (k_BNHS, v_BNSH).
         """
         config = self.config
-        heads = (*x_BTD.shape[:2], config.n_head, config.head_dim)
-        qkv_BT3D = Conv1D(config, 3 * config.n_embd, train_bias=config.qkv_bias, name="c_attn")(x_BTD)
-        qkv = jnp.split(qkv_BT3D, 3, axis=-1)
-        q_BTNH, k_BTNH, v_BTNH = (taps(self, name, part.reshape(heads)) for name, part in zip("qkv", qkv, strict=True))
+        q_BTNH, k_BTNH, v_BTNH = (taps(self, *pair) for pair in zip("qkv", self._qkv(x_BTD), strict=True))
         k_BNHS, v_BNSH = k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3)
         if kv is not None:
             k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
-        dropout = functools.partial(Dropout(config.attn_pdrop), deterministic=deterministic)
+        real = config.n_head if self.by_heads else None
+        dropout = functools.partial(Dropout(config.attn_pdrop, real), deterministic=deterministic)
         see = [functools.partial(taps, self, name) for name in ("scores", "pattern")]
         opened, dropped = taps.on(self, "scores", "pattern"), config.attn_pdrop > 0 and not deterministic
         divisor = self.layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
@@ -161,10 +161,20 @@ class Attention(nn.Module):
             z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see, divisor=divisor)
         else:
             z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, divisor)
-        z_BTD = taps(self, "z", z_BTNH).reshape(x_BTD.shape)
+        z_BTD = taps(self, "z", z_BTNH).reshape(*x_BTD.shape[:2], -1)
         out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTD)
         out_BTD = Dropout(config.resid_pdrop)(out_BTD, deterministic)
         return taps(self, "out", out_BTD), (k_BNHS, v_BNSH)
+
+    def _qkv(self, x_BTD: jax.Array) -> list[jax.Array]:
+        """Return q_BTNH, k_BTNH and v_BTNH."""
+        config, shape = self.config, x_BTD.shape[:2]
+        n = n_heads(config, self.mesh) if self.by_heads else config.n_head
+        qkv = Conv1D(config, 3 * n * config.head_dim, train_bias=config.qkv_bias, name="c_attn")(x_BTD)
+        if not self.by_heads:
+            return [part.reshape(*shape, n, config.head_dim) for part in jnp.split(qkv, 3, axis=-1)]
+        qkv_BTN3H = divided(qkv.reshape(*shape, n, 3, config.head_dim), self.mesh, parts=2)
+        return [qkv_BTN3H[:, :, :, i] for i in range(3)]
 
 
 class MLP(nn.Module):
@@ -187,6 +197,7 @@ class Block(nn.Module):
     config: GPT2Config
     layer: int = 0
     mesh: Mesh | None = None
+    by_heads: bool = False
 
     @nn.compact
     def __call__(
@@ -203,11 +214,11 @@ class Block(nn.Module):
         """Return the residual stream after this layer, and its new (k_BNHS, v_BNSH). Arguments: see Attention."""
         x_BTD = taps(self, "resid_pre", x_BTD)
         h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD, taps)
-        attn = Attention(self.config, self.layer, self.mesh, name="attn")
+        attn = Attention(self.config, self.layer, self.mesh, self.by_heads, name="attn")
         h_BTD, kv = attn(h_BTD, mask_BTS, kv, start, past, deterministic, taps, padding)
-        x_BTD = taps(self, "resid_mid", x_BTD + h_BTD)
+        x_BTD = taps(self, "resid_mid", divided(x_BTD + h_BTD, self.mesh))
         h_BTD = LayerNorm(self.config, name="ln_2")(x_BTD, taps)
-        x_BTD = x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic, taps)
+        x_BTD = divided(x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic, taps), self.mesh)
         return taps(self, "resid_post", x_BTD), kv
 
 
@@ -220,13 +231,16 @@ class GPT2(nn.Module):
       config: the hyperparameters.
       remat: rematerialization: keep only the residual stream before each block; the backward pass recomputes the rest.
         "elementwise" also keeps the results of products, so that only elementwise operations and sums are recomputed.
-      mesh: the devices that the program runs on, from `make_mesh`. Only fused attention needs it, and only if the
-        process has several accelerators or compiles for others.
+      mesh: the devices that the program runs on, from `make_mesh`. Rows are divided over its axis `data`, and the
+        residual stream is not divided over `model`. Fused attention needs it if the process has several accelerators or
+        compiles for others.
+      by_heads: the params are those of `gpt2_jax.tensor_parallel.by_heads`, and heads are divided over `model`.
     """
 
     config: GPT2Config
     remat: bool | Literal["elementwise"] = False
     mesh: Mesh | None = None
+    by_heads: bool = False
 
     if TYPE_CHECKING:  # the return type depends on `method`
 
@@ -241,7 +255,7 @@ class GPT2(nn.Module):
         self.wte = param(self, "wte", normal(0.02), (config.n_vocab, config.n_embd))
         self.wpe = param(self, "wpe", normal(0.01), (config.n_ctx, config.n_embd))
         for i in range(config.n_layer):
-            setattr(self, f"h{i}", Block(config, i, self.mesh))
+            setattr(self, f"h{i}", Block(config, i, self.mesh, self.by_heads))
         self.ln_f = LayerNorm(config)
         tied = config.tie_word_embeddings
         self.head = self.wte if tied else param(self, "lm_head", normal(0.02), (config.n_vocab, config.n_embd))
@@ -308,7 +322,7 @@ class GPT2(nn.Module):
         padding = Padding(mask_BT, length_B) if padded else None
         seen = self._taps(taps, position_BT)
 
-        x_BTD = self._embed(tokens_BT, mask_BT, position_BT, seen)
+        x_BTD = divided(self._embed(tokens_BT, mask_BT, position_BT, seen), self.mesh)
         x_BTD = self.embd_dropout(x_BTD, deterministic)
         new_kv = []
 
@@ -328,7 +342,7 @@ class GPT2(nn.Module):
         if cache is not None:
             k_BNHS, v_BNSH = zip(*new_kv, strict=True)
             cache = KVCache(k_BNHS, v_BNSH, mask_BS, cache.length + tokens_BT.shape[1], cache.past)
-        return self.ln_f(x_BTD, seen), cache
+        return divided(self.ln_f(x_BTD, seen), self.mesh), cache
 
     @under_jax_defaults
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
@@ -338,7 +352,13 @@ class GPT2(nn.Module):
         """
         dtype = self.config.compute_dtype
         wide = jnp.promote_types(dtype, jnp.float32)
+        h_BTD = divided(h_BTD, self.mesh)
         return product(h_BTD.astype(dtype), self.head.astype(dtype), transposed=True, dtype=wide)
+
+    @property
+    def n_heads(self) -> int:
+        """The number of heads of the cache: with `by_heads` it may be more than `config.n_head`."""
+        return n_heads(self.config, self.mesh) if self.by_heads else self.config.n_head
 
     def _taps(self, taps: Mapping[str, Tap] | None, position_BT: jax.Array) -> Taps:
         if not taps:
@@ -377,7 +397,7 @@ class GPT2(nn.Module):
         if mask_BT.shape != tokens_BT.shape or jnp.issubdtype(mask_BT.dtype, jnp.floating):
             raise ValueError(f"mask must be bool{tokens_BT.shape}, like the tokens, not {mask_BT.dtype}{mask_BT.shape}")
         if cache is not None:
-            check_cache(cache, self.config, *tokens_BT.shape)
+            check_cache(cache, self.config, *tokens_BT.shape, self.n_heads)
         if not deterministic and not self.has_rng("dropout"):
             raise ValueError('dropout (deterministic=False) needs a key: apply(..., rngs={"dropout": key})')
         return tokens_BT, mask_BT.astype(bool)

@@ -18,10 +18,13 @@ ALL = (MODEL, DATA)
 RULES = (
     # Along n_embd: 50,257 tokens are not divisible by any usual number of devices.
     (r"(^|/)(wte|wpe|lm_head)$", PartitionSpec(None, ALL)),
-    # As in Megatron: c_attn and c_fc are divided by their outputs, c_proj by its inputs.
-    (r"(c_attn|c_fc)/w$", PartitionSpec(DATA, MODEL)),
+    # As in Megatron: c_fc is divided by its outputs, c_proj by its inputs.
+    (r"c_fc/w$", PartitionSpec(DATA, MODEL)),
+    (r"c_fc/b$", PartitionSpec(ALL)),
     (r"c_proj/w$", PartitionSpec(MODEL, DATA)),
-    (".*", PartitionSpec(ALL)),
+    # By its inputs, since a part of its outputs, q, k and v, would hold no whole head (gpt2_jax.tensor_parallel).
+    (r"c_attn/w$", PartitionSpec(ALL)),
+    (".*", PartitionSpec(DATA)),  # vectors that every device along `model` needs in full
 )
 """How each parameter is divided over a mesh of `data` and `model` devices."""
 

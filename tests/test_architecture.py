@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"_lazy", "checks", "files", "jax_defaults", "progress"},
     {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
-    {"kv_cache", "fused_attention", "lora", "activations", "recipe", "release", "figures"},
-    {"model", "sharding"},
+    {"sharding"},
+    {"kv_cache", "fused_attention", "tensor_parallel", "lora", "activations", "recipe", "release", "figures"},
+    {"model"},
     {"edits"},
     {"checkpoints", "data"},
     {"generation"},

@@ -12,6 +12,7 @@ import numpy as np
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.generation.devices import on_devices
 from gpt2_jax.generation.engine import decode_rows
 from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory, row_bytes, rows_together
 from gpt2_jax.generation.non_finite import NoLogits, cause
@@ -21,7 +22,6 @@ from gpt2_jax.generation.settings import Overflow, Settings, TopPRule
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
-from gpt2_jax.sharding import placed
 from gpt2_jax.tokenizer import Tokenizer
 
 STEPS_A_PIECE = 4  # decode steps per piece of `stream`, except on a GPU: text comes often, even if a step takes 100 ms
@@ -183,7 +183,8 @@ def stream(
     row = Row("prompt", ids, settings, tokenizer, wants_text=True)
 
     def pieces() -> Generator[str, None, None]:
-        for _ in _decode(config, params, [row], settings, edits, steps_a_call=STEPS_A_PIECE):
+        model, on_them = on_devices(config, params, bool(edits))
+        for _ in _decode(model, on_them, [row], settings, edits, steps_a_call=STEPS_A_PIECE):
             if piece := row.new_text():
                 yield piece
         if piece := row.new_text(last=True):
@@ -207,13 +208,13 @@ def _run(
     check_params(config, params, dtypes=False)
     row_B = _row_numbers(first_row, len(ids))
     edits = check_edits(config, edits, whole_rows=False)
-    params = placed(params)
+    model, params = on_devices(config, params, bool(edits))
     rows = [Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(ids)]
     n_together = rows_together(config, params, len(rows), _longest(rows, settings))
     for start in range(0, len(rows), n_together):
         some = slice(start, start + n_together)
         how = {"first_row": row_B[some], "look_ahead": not settings.stop_strings}
-        for _ in _decode(config, params, rows[some], settings, edits, **how):
+        for _ in _decode(model, params, rows[some], settings, edits, **how):
             pass
     return rows
 
@@ -234,15 +235,16 @@ def _longest(rows: list[Row], settings: Settings) -> int:
 
 @under_jax_defaults
 def _decode(
-    config: GPT2Config, params: Params, rows: list[Row], settings: Settings, edits: tuple[Edit, ...], **how: Any
+    model: GPT2, params: Params, rows: list[Row], settings: Settings, edits: tuple[Edit, ...], **how: Any
 ) -> Iterator[None]:
     """Decode, and add the new tokens to the rows. Yields after each addition."""
+    config = model.config
     if settings.max_new_tokens == 0:
         return
     finished_B = np.zeros(len(rows), bool)
     prompts = [row.prompt for row in rows]
     try:
-        for picked in decode_rows(GPT2(config), placed(params), prompts, settings, finished_B, edits=edits, **how):
+        for picked in decode_rows(model, params, prompts, settings, finished_B, edits=edits, **how):
             for b in np.flatnonzero(~finished_B):
                 finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
             yield

@@ -17,11 +17,11 @@ from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
 from gpt2_jax.generation.memory import RECENT, cache_slots
 from gpt2_jax.generation.programs import (
     Picked,
+    cache_formats,
     decode,
     empty,
     first,
     in_format,
-    key_format,
     merge_recent,
     place,
     prefill,
@@ -117,8 +117,8 @@ class _Batch:
 
         self.n_rows = bucket_rows(len(prompts))
         longest = max(map(len, self.rows)) + settings.max_new_tokens
-        self.keys = key_format(jax.tree.leaves(params)[0].sharding)
-        self.past, self.h_BD = in_format(empty, self.keys)(model, self.n_rows, cache_slots(self.config, longest))
+        self.formats = cache_formats(model, params, self.n_rows)
+        self.past, self.h_BD = in_format(empty, self.formats)(model, self.n_rows, cache_slots(self.config, longest))
         self.n_cached_B = np.zeros(len(prompts), int)  # tokens in both parts of the cache
         self.n_recent = 0
         self._prefill({b: row[-window(self.config.n_ctx, len(row)) :] for b, row in enumerate(self.rows)})
@@ -167,7 +167,7 @@ class _Batch:
 
     def make_room(self, finished_B: np.ndarray) -> None:
         """Move the recent part into the long one, and cut the windows of full rows."""
-        self.past, recent = in_format(merge_recent, self.keys)(self.past, self.state.recent)
+        self.past, recent = in_format(merge_recent, self.formats)(self.past, self.state.recent)
         self.state = dataclasses.replace(self.state, recent=recent)
         self.n_recent = 0
         if full := self.full_rows(finished_B):
@@ -191,5 +191,5 @@ class _Batch:
                 length_G = np.array([len(window_of[b]) for b in group], np.int32)
                 cache, h_GD = prefill(self.model, self.params, self.edits, tokens_GP, length_G)
                 row_G = np.array(group, np.int32)
-                put = in_format(place, self.keys)
+                put = in_format(place, self.formats)
                 self.past, self.h_BD = put(self.past, self.h_BD, cache, h_GD, row_G)

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gpt2_jax.edits import Edit, taps_of
 from gpt2_jax.generation.memory import RECENT
-from gpt2_jax.kv_cache import KVCache, init_cache, insert, merge
+from gpt2_jax.kv_cache import KVCache, empty_cache, insert, merge
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.sampling import Sampling, pick, token_logprobs
+from gpt2_jax.tensor_parallel import divided, sharding
 
 # On a GPU, XLA reads the key of a slot together. If keys are stored otherwise, it transposes them in every call of
 # `decode`. So the long cache has the order [B, N, S, H] in memory there. On a CPU this order would take three times as
@@ -79,7 +80,7 @@ class State:
 def empty(model: GPT2, n_rows: int, n_slots: int) -> tuple[KVCache, jax.Array]:
     """Return an empty long cache, and zeros for the last hidden state of each row [B, D]."""
     config = model.config
-    return init_cache(config, n_rows, n_slots), jnp.zeros((n_rows, config.n_embd), config.compute_dtype)
+    return _empty_cache(model, n_rows, n_slots), jnp.zeros((n_rows, config.n_embd), config.compute_dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -93,10 +94,11 @@ def prefill(
     """
     n_rows, n_slots = tokens_GP.shape
     mask_GP = jnp.arange(n_slots) < length_G[:, None]
-    cache = init_cache(model.config, n_rows, n_slots)
+    cache = _empty_cache(model, n_rows, n_slots)
     how = {"taps": taps_of(edits), "right_padded": True, "method": "hidden"}
     h_GPD, cache = model.apply({"params": params}, tokens_GP, mask_GP, cache, **how)
-    return cache, h_GPD[jnp.arange(n_rows), jnp.maximum(length_G - 1, 0)]
+    last_G11 = jnp.maximum(length_G - 1, 0)[:, None, None]
+    return cache, jnp.take_along_axis(h_GPD, last_G11, axis=1)[:, 0]
 
 
 @functools.partial(jax.jit, **LONG_CACHE["place"])
@@ -123,7 +125,7 @@ def first(
     """Pick each row's first new token, from the hidden state of its last token."""
     key = jax.random.key(seed, impl="threefry2x32")
     state = State(
-        recent=init_cache(model.config, len(h_BD), RECENT),
+        recent=_empty_cache(model, len(h_BD), RECENT),
         token_B=jnp.zeros(len(h_BD), jnp.int32),
         seen_BV=jnp.asarray(seen_BV),  # a NumPy array if jit is disabled
         done_B=done_B,
@@ -132,6 +134,7 @@ def first(
     )
     logits_BV = model.apply({"params": params}, h_BD, method="unembed")
     state, picked = _append(state, logits_BV, sampling, stop_ids, n_top)
+    state = over_devices(model, state)
     return state, jax.tree.map(lambda array: array[:, None], picked)
 
 
@@ -171,6 +174,7 @@ def decode(
             recent = dataclasses.replace(recent, length=jnp.where(on, recent.length, state.recent.length))
         state = dataclasses.replace(state, recent=recent)
         state, picked = _append(state, out.logits[:, -1], sampling, stop_ids, n_top, on)
+        state = over_devices(model, state)
         write = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
         return i + 1, state, jax.tree.map(write, all_picked, picked)
 
@@ -188,24 +192,52 @@ def merge_recent(past: KVCache, recent: KVCache) -> tuple[KVCache, KVCache]:
     return merge(past, recent), recent_after
 
 
-def key_format(sharding: Sharding) -> Format | None:
-    """Return how a device stores the keys of the long cache, if not in the order of their axes.
+def over_devices(model: GPT2, tree: Any) -> Any:
+    """Return a cache or a State, divided over the model's mesh: rows over `data`, and heads over `model`."""
+    mesh = getattr(model, "mesh", None)
+    return jax.tree.map(lambda leaf: divided(leaf, mesh, parts=1 if leaf.ndim == 4 else None), tree)
 
-    None is the answer for several devices, too: how XLA divides the cache over them is not known here.
+
+def cache_formats(model: GPT2, params: Params, n_rows: int) -> KVCache | None:
+    """Return where and how devices store the arrays of a long cache; None means as XLA prefers.
+
+    None is the answer for several devices without a mesh, too: how XLA divides the cache over them is not known here.
     """
-    [device, *others] = sharding.device_set
-    if others or device.platform not in KEY_LAYOUTS:
+    mesh, at = getattr(model, "mesh", None), jax.tree.leaves(params)[0].sharding
+    layout = KEY_LAYOUTS.get(next(iter(at.device_set)).platform)
+    if mesh is not None:
+        kv, mask = sharding(mesh, (n_rows, _n_heads(model), 1, 1), parts=1), sharding(mesh, (n_rows, 1))
+        keys = kv if layout is None else Format(layout, kv)
+        return _formats(keys, kv, mask, NamedSharding(mesh, PartitionSpec()))
+    if layout is None or len(at.device_set) > 1:
         return None
-    return Format(KEY_LAYOUTS[device.platform], SingleDeviceSharding(device))
+    return _formats(Format(layout, SingleDeviceSharding(*at.device_set)))
 
 
 @functools.lru_cache
-def in_format(program: Any, keys: Format | None) -> Any:
-    """Return one of the programs of LONG_CACHE, whose keys get this format. Programs that read them need no change."""
-    if keys is None:
+def in_format(program: Any, long_cache: KVCache | None) -> Any:
+    """Return one of the programs of LONG_CACHE, whose long cache gets these formats.
+
+    Programs that only read it need no change.
+    """
+    if long_cache is None:
         return program
-    long_cache: Any = KVCache(k_BNHS=keys, v_BNSH=None, mask_BS=None, length=None)  # pyright: ignore[reportArgumentType]
-    return jax.jit(program.__wrapped__, out_shardings=(long_cache, None), **LONG_CACHE[program.__name__])
+    others = None
+    if program is merge_recent and long_cache.v_BNSH is not None:  # an empty recent part
+        others = dataclasses.replace(long_cache, k_BNHS=long_cache.v_BNSH)
+    return jax.jit(program.__wrapped__, out_shardings=(long_cache, others), **LONG_CACHE[program.__name__])
+
+
+def _formats(keys: Any, values: Any = None, mask: Any = None, length: Any = None) -> KVCache:
+    return KVCache(keys, values, mask, length)  # a prefix of the tree of a cache, as out_shardings takes it
+
+
+def _empty_cache(model: GPT2, n_rows: int, n_slots: int) -> KVCache:
+    return over_devices(model, empty_cache(model.config, n_rows, n_slots, _n_heads(model)))
+
+
+def _n_heads(model: GPT2) -> int:
+    return getattr(model, "n_heads", model.config.n_head)
 
 
 def _append(
@@ -230,7 +262,7 @@ def _append(
     state = dataclasses.replace(
         state,
         token_B=token_B,
-        seen_BV=state.seen_BV.at[jnp.arange(len(seen_B)), seen_B].set(True, mode="drop"),
+        seen_BV=jax.vmap(lambda seen_V, seen: seen_V.at[seen].set(True, mode="drop"))(state.seen_BV, seen_B),
         done_B=done_B,
         n_new=state.n_new + (1 if on is None else on),
     )

@@ -18,6 +18,7 @@ from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits, taps_of
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
+from gpt2_jax.generation.devices import on_devices
 from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory
 from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_prompt, check_prompts
@@ -25,7 +26,7 @@ from gpt2_jax.generation.settings import Settings
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
-from gpt2_jax.sharding import placed, platform
+from gpt2_jax.sharding import platform
 
 # Tokens of one call. Larger calls do not fit a CPU's caches: at the 124M shape, 4 prompts of 1,024 tokens take half as
 # long one by one as together, on two cores. On other devices large calls keep the device busy.
@@ -123,14 +124,15 @@ def score(
     first = _check_first(rows, first)
     aside_V = np.isin(np.arange(config.n_vocab), check_prompt(config, "aside", aside)) if np.size(aside) else None
     check_params(config, params, dtypes=False)
-    edits, params = check_edits(config, edits, whole_rows=False), placed(params)
+    edits = check_edits(config, edits, whole_rows=False)
+    model, params = on_devices(config, params, bool(edits))
     wide = jnp.promote_types(config.compute_dtype, jnp.float32)
     logprobs = [np.empty(len(row) - start, wide) for row, start in zip(rows, first, strict=True)]
     greedy, greedy_aside = ([np.empty(row.shape, bool) for row in logprobs] for _ in range(2))
     windows = [window for i, row in enumerate(rows) for window in _windows(i, row, config.n_ctx, stride, first[i])]
     most_tokens = TOKENS_PER_CALL.get(platform(params), TOKENS_PER_CALL_ELSEWHERE)
     for n_tokens, batch in track(list(_batches(windows, config.n_ctx, most_tokens))):
-        scored = _scored(config, params, edits, batch, n_tokens, aside_V)
+        scored = _scored(model, params, edits, batch, n_tokens, aside_V)
         for into, values in zip((logprobs, greedy, greedy_aside), scored, strict=True):
             parts = np.split(values.ravel(), np.cumsum([len(window.targets) for window in batch]))
             for window, part in zip(batch, parts[:-1], strict=True):
@@ -145,7 +147,7 @@ def score(
 
 
 def _scored(
-    config: GPT2Config,
+    model: GPT2,
     params: Params,
     edits: tuple[Edit, ...],
     batch: list[Window],
@@ -153,8 +155,9 @@ def _scored(
     aside_V: np.ndarray | None,
 ) -> tuple[np.ndarray, ...]:
     """Return the results of `_logprobs` for the windows of one call."""
+    config = model.config
     try:
-        return jax.device_get(_logprobs(GPT2(config), params, edits, *_arrays(batch, n_tokens), aside_V))
+        return jax.device_get(_logprobs(model, params, edits, *_arrays(batch, n_tokens), aside_V))
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise

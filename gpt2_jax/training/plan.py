@@ -16,7 +16,7 @@ from gpt2_jax.fused_attention import kernels
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, by_rules
 from gpt2_jax.recipe import Recipe
-from gpt2_jax.sharding import DATA, make_mesh, param_shardings
+from gpt2_jax.sharding import DATA, MODEL, make_mesh, param_shardings
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.state import TrainState, bare_state
 
@@ -48,6 +48,11 @@ class Plan:
     schedule: optax.Schedule
     state: TrainState
     gathered: Params
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether heads are divided over devices: see `gpt2_jax.tensor_parallel`."""
+        return self.mesh.shape[MODEL] > 1
 
     @property
     def on_cpu(self) -> bool:

@@ -20,6 +20,7 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params, output_head
 from gpt2_jax.sharding import DATA
+from gpt2_jax.tensor_parallel import by_heads
 from gpt2_jax.training.loss import CHUNK, token_loss
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.state import TrainState, bare_state, model_params, seed_key
@@ -128,7 +129,7 @@ def _make_gradients(plan: Plan) -> Callable:
     recipe = plan.recipe
     # On a CPU, writing an array to new memory and reading it again takes longer than an elementwise operation.
     remat = recipe.remat or ("elementwise" if plan.on_cpu else False)
-    model = GPT2(plan.config, remat=remat, mesh=plan.mesh)
+    model = GPT2(plan.config, remat=remat, mesh=plan.mesh, by_heads=plan.by_heads)
     deterministic = recipe.model.dropout == 0
     wide = jnp.promote_types(plan.config.compute_dtype, jnp.float32)
     chunk = CHUNK * plan.mesh.shape[DATA]  # CHUNK on each device
@@ -137,7 +138,7 @@ def _make_gradients(plan: Plan) -> Callable:
         params = _gathered(plan, model_params(state.with_trained(changing), recipe))
         rngs = None if deterministic else {"dropout": key}
         h_BTD, _ = model.apply({"params": params}, tokens_BT, None, None, deterministic, method="hidden", rngs=rngs)
-        return token_loss(h_BTD, output_head(params), target_BT, weight_BT, chunk)
+        return token_loss(h_BTD, output_head(params), target_BT, weight_BT, chunk, plan.mesh)
 
     def gradients(state, changing, batch, n_tokens):
         weights = batch.weights.astype(wide) / jnp.where(n_tokens > 0, n_tokens, 1).astype(wide)
@@ -157,7 +158,7 @@ def _make_gradients(plan: Plan) -> Callable:
 
 def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Return a jitted `eval_step(params, batch of [rows, T]) -> (sum of nats, sum of weights)`, without dropout."""
-    model = GPT2(plan.config, mesh=plan.mesh)
+    model = GPT2(plan.config, mesh=plan.mesh, by_heads=plan.by_heads)
     chunk = CHUNK * plan.mesh.shape[DATA]
 
     @under_jax_defaults
@@ -165,14 +166,15 @@ def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax
         params = _gathered(plan, params)
         h_BTD, _ = model.apply({"params": params}, batch.tokens, method="hidden")
         head_VD = output_head(params)
-        return token_loss(h_BTD, head_VD, batch.targets, batch.weights, chunk), batch.weights.sum()
+        return token_loss(h_BTD, head_VD, batch.targets, batch.weights, chunk, plan.mesh), batch.weights.sum()
 
     return jax.jit(eval_step, in_shardings=(_shardings(plan.state.params), plan.over_rows()))
 
 
 def _gathered(plan: Plan, params: Params) -> Params:
-    """Constrain params to the sharding of matrix products, not divided along `data`; the state keeps them divided."""
-    return jax.tree.map(lax.with_sharding_constraint, params, plan.gathered)
+    """Divide params as matrix products need them: not along `data`, and by heads. The state keeps them divided."""
+    params = jax.tree.map(lax.with_sharding_constraint, params, plan.gathered)
+    return by_heads(plan.config, params, plan.mesh) if plan.by_heads else params
 
 
 def _shardings(tree):

@@ -1,13 +1,14 @@
 """What decoding does otherwise on a GPU than on a CPU: a loop of fixed length, and keys in another order in memory."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from fake_models import N_SAID, TEXT_CONFIG, speaker
 from jax.extend.mlir import ir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from strength import campaign
 from tiny_models import CONFIG, random_params
 
@@ -280,17 +281,26 @@ def test_decode_reads_the_keys_as_they_are_stored(params):
     assert {k.layout.major_to_minor for k in past.k_BNHS} == {ON_A_GPU.major_to_minor}
 
 
-def test_only_one_gpu_has_another_order():
+def test_only_gpus_have_another_order(monkeypatch):
+    """One GPU, or several with a mesh; and without a mesh, XLA decides how the cache is divided and stored."""
+
     class Device:
         def __init__(self, platform):
             self.platform = platform
 
-    class Sharding:
+    class Leaf:
         def __init__(self, *platforms):
-            self.device_set = {Device(platform) for platform in platforms}
+            self.sharding = SimpleNamespace(device_set={Device(platform) for platform in platforms})
 
-    cpu = SingleDeviceSharding(jax.devices()[0])
-    mesh = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
-    for sharding in (cpu, mesh, Sharding("tpu"), Sharding("gpu", "gpu")):
-        assert programs.key_format(sharding) is None
+    model, mesh = gpt2_jax.GPT2(CONFIG), Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    on_cpu = jax.device_put(np.zeros(3))
+    for leaf in (on_cpu, Leaf("tpu"), Leaf("gpu", "gpu"), Leaf("cpu", "cpu")):
+        assert programs.cache_formats(model, {"w": leaf}, 2) is None
     assert programs.in_format(programs.place, None) is programs.place
+    divided = gpt2_jax.GPT2(CONFIG, mesh=mesh)
+    formats = programs.cache_formats(divided, {"w": on_cpu}, 2)
+    assert formats.k_BNHS == formats.v_BNSH == NamedSharding(mesh, PartitionSpec())
+    monkeypatch.setitem(programs.KEY_LAYOUTS, "cpu", ON_A_GPU)
+    formats = programs.cache_formats(divided, {"w": on_cpu}, 2)
+    assert formats.k_BNHS.layout == ON_A_GPU
+    assert formats.v_BNSH == NamedSharding(mesh, PartitionSpec())

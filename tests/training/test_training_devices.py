@@ -75,3 +75,54 @@ def test_each_device_holds_an_eighth(found, mesh, part):
 
 def test_a_mesh_of_one_is_one_device(found):
     assert found["one"] == [1, 1.0]
+
+
+COLLECTIVES = """
+    import collections, json, sys
+    sys.path.append(sys.argv.pop())
+    import jax, jax.numpy as jnp
+    import gpt2_jax
+    import training_steps as ts
+    from gpt2_jax.data.batching import Batch
+    from gpt2_jax.training.plan import make_plan
+    from gpt2_jax.training.step import make_eval_step, make_train_step
+    from hlo_counts import COLLECTIVES, Program
+
+    def arrays(plan, *before):
+        n_rows = 8
+        return Batch(*(
+            jax.ShapeDtypeStruct((*before, n_rows, 19), dtype, sharding=plan.over_rows(*[None] * len(before)))
+            for dtype in (jnp.int32, jnp.int32, jnp.float32)
+        ))
+
+    found = {}
+    for name in sys.argv[1:]:
+        n_layer, data, model, n_head = map(int, name.split("x"))
+        config = gpt2_jax.GPT2Config(n_vocab=67, n_ctx=19, n_embd=16 * n_head, n_head=n_head, n_layer=n_layer)
+        recipe = ts.recipe(batch_size=8, accumulate=1, mesh={"data": data, "model": model})
+        plan = make_plan(config, recipe)
+        lowered = {
+            "train": make_train_step(plan).lower(plan.state, arrays(plan, 1)),
+            "evaluate": make_eval_step(plan).lower(plan.state.params, arrays(plan)),
+        }
+        programs = {key: Program(one.compile().as_text()) for key, one in lowered.items()}
+        found[name] = {key: {kind: one.count(kind) for kind in COLLECTIVES if one.count(kind)} | {
+            "endless": one.count_endless()} for key, one in programs.items()}
+    print(json.dumps(found))
+"""
+
+
+def test_a_layer_adds_four_sums_to_a_step():
+    """Two in the forward and two in the backward pass, as in Megatron-LM. They are the all-reduces of activations.
+
+    The matrices of c_attn, divided by their inputs in the state, are exchanged once for each pass (all-to-all), and the
+    gradient of its bias is gathered. Everything else is needed once: the gathered embeddings, four sums in the loss,
+    one for the norm of the gradients, and the exchange of the output head.
+    """
+    benchmarks = commands.ROOT / "benchmarks"
+    found = commands.on_eight_devices(COLLECTIVES, "2x1x4x4", "5x1x4x4", benchmarks)
+    two, five = found["2x1x4x4"], found["5x1x4x4"]
+    assert two["train"] == {"all-reduce": 4 * 2 + 4, "all-to-all": 2 * 2 + 2, "all-gather": 2 + 1, "endless": 0}
+    assert five["train"] == {"all-reduce": 4 * 5 + 4, "all-to-all": 2 * 5 + 2, "all-gather": 5 + 1, "endless": 0}
+    assert two["evaluate"] == {"all-reduce": 2 * 2 + 2, "all-to-all": 2 + 1, "all-gather": 1, "endless": 0}
+    assert five["evaluate"] == {"all-reduce": 2 * 5 + 2, "all-to-all": 5 + 1, "all-gather": 1, "endless": 0}

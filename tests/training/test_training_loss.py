@@ -20,7 +20,7 @@ BOUNDS = {"float32": 4e-6, "float64": 1e-13}  # relative to the largest value
 LONG = gpt2_jax.GPT2Config(n_vocab=50257, n_ctx=1021, n_embd=8, n_head=1, n_layer=1)
 
 
-def plain(h_BTD, wte_VD, target_BT, weight_BT, chunk=None):
+def plain(h_BTD, wte_VD, target_BT, weight_BT, chunk=None, mesh=None):
     """The definition, from all logits at once."""
     log_p_BTV = jax.nn.log_softmax(h_BTD @ wte_VD.T)
     return -(jnp.take_along_axis(log_p_BTV, target_BT[..., None], axis=-1)[..., 0] * weight_BT).sum()
