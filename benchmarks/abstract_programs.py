@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from gpt2_jax import SIZES, GPT2Config
 from gpt2_jax import recipe as recipes
@@ -22,7 +22,9 @@ from gpt2_jax.generation import engine, programs
 from gpt2_jax.generation.memory import RECENT
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.model import GPT2, abstract_params
-from gpt2_jax.sharding import DATA, MODEL
+from gpt2_jax.params import flatten, unflatten
+from gpt2_jax.sharding import DATA, MODEL, make_mesh, param_shardings
+from gpt2_jax.tensor_parallel import RULES_BY_HEADS, by_heads, sharding
 from gpt2_jax.training import make_plan, make_train_step
 from gpt2_jax.training.plan import Plan
 
@@ -44,13 +46,21 @@ def large(case: Case) -> int:
     return case.rows * case.n_positions * config_of(case).n_embd
 
 
-def lower(case: Case, device: Any) -> Any:
-    """Lower a program for a device. Nothing is allocated."""
-    return {"decode": _decode, "prefill": _prefill, "train": _train}[case.program](case, device)
+def lower(case: Case, devices: list[Any]) -> Any:
+    """Lower a program for devices along the mesh axis `model`. Nothing is allocated."""
+    mesh = Mesh(np.array(devices).reshape(1, -1), (DATA, MODEL))
+    return {"decode": _decode, "prefill": _prefill, "train": _train}[case.program](case, mesh)
 
 
 def least_bytes(case: Case) -> int:
-    """Return the bytes that a program, or a step of decode, must read and write, whatever kernels it has."""
+    """Return the bytes that a program, or a step of decode, must read and write, whatever kernels it has.
+
+    Several devices share them.
+    """
+    return _least_bytes_of_all(case) // case.devices
+
+
+def _least_bytes_of_all(case: Case) -> int:
     config = config_of(case)
     wpe, wte = (config.param_dtype.itemsize * n * config.n_embd for n in (config.n_ctx, config.n_vocab))
     if case.program == "decode":  # weights and cache are read; one slot of each row is written
@@ -58,36 +68,38 @@ def least_bytes(case: Case) -> int:
         return config.param_bytes - wpe + config.cache_bytes(case.rows, n_slots)
     if case.program == "prefill":  # the weights of the blocks are read; the cache is written
         return config.param_bytes - wpe - wte + config.cache_bytes(case.rows, case.tokens)
-    state = jax.tree.leaves(_plan(case, jax.devices()[0]).state)  # read and written
+    state = jax.tree.leaves(_plan(case, make_mesh(1, 1)).state)  # read and written
     return 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in state)
 
 
-def _decode(case: Case, device: Any) -> Any:
+def _decode(case: Case, mesh: Mesh) -> Any:
     """Lower `programs.decode` for greedy decoding."""
-    values = _engine_values(case, device)
+    values = _engine_values(case, mesh)
     values["past"], values["h_BD"] = jax.eval_shape(
         functools.partial(programs.empty, values["model"], case.rows, case.slots)
     )
     static, arrays = _arguments(programs.first, values)
     values["state"], _ = jax.eval_shape(functools.partial(programs.first, **static), **arrays)
-    values["fixed"] = device.platform in engine.FIXED_STEPS
-    return _lower(programs.decode, values, device)
+    values["fixed"] = mesh.devices.flat[0].platform in engine.FIXED_STEPS
+    return _lower(programs.decode, values)
 
 
-def _prefill(case: Case, device: Any) -> Any:
+def _prefill(case: Case, mesh: Mesh) -> Any:
     """Lower `programs.prefill`."""
-    values = _engine_values(case, device)
+    values = _engine_values(case, mesh)
     values["tokens_GP"] = np.zeros((case.rows, case.tokens), np.int32)
     values["length_G"] = np.zeros(case.rows, np.int32)
-    return _lower(programs.prefill, values, device)
+    return _lower(programs.prefill, values)
 
 
-def _engine_values(case: Case, device: Any) -> dict[str, Any]:
+def _engine_values(case: Case, mesh: Mesh) -> dict[str, Any]:
     """Return values for the parameters of the engine's programs, by name: one dict for all of them."""
-    config = config_of(case)
+    config, params = config_of(case), abstract_params(config_of(case))
+    if several := mesh.size > 1:
+        params = jax.eval_shape(lambda params: by_heads(config, params, mesh), params)
     return {
-        "model": GPT2(config, mesh=_mesh(device)),  # fused attention depends on the device
-        "params": abstract_params(config),
+        "model": GPT2(config, mesh=mesh, by_heads=several),  # fused attention depends on the device
+        "params": params,
         "edits": (),
         "seen_BV": np.zeros((case.rows, config.n_vocab), bool),
         "done_B": np.zeros(case.rows, bool),
@@ -114,41 +126,41 @@ def _is_arrays(value: Any) -> bool:
     return all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value))
 
 
-def _lower(function: Any, values: dict[str, Any], device: Any) -> Any:
-    """Lower a jitted function for a device. Arguments are passed by name: their order may change."""
+def _lower(function: Any, values: dict[str, Any]) -> Any:
+    """Lower a jitted function for the devices of its model. Arguments are passed by name: their order may change."""
     static, arrays = _arguments(function, values)
-    sharding = SingleDeviceSharding(device)
+    model, mesh = values["model"], values["model"].mesh
 
-    def abstract(leaf: Any, at: Any = sharding) -> Any:
+    def abstract(leaf: Any, at: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
-    arrays = jax.tree.map(abstract, arrays)
-    if keys := programs.key_format(sharding) if "past" in arrays else None:
-        k_BNHS = tuple(abstract(leaf, keys) for leaf in arrays["past"].k_BNHS)
+    def divided(leaf: Any) -> Any:  # the cache by heads
+        return abstract(leaf, sharding(mesh, leaf.shape, parts=1 if leaf.ndim == 4 else None))
+
+    flat = flatten(arrays.pop("params"))
+    at = param_shardings(flat, mesh, rules=RULES_BY_HEADS)
+    params = unflatten({name: abstract(leaf, at[name]) for name, leaf in flat.items()})
+    arrays = jax.tree.map(divided, arrays)
+    if formats := programs.cache_formats(model, params, len(values["done_B"])) if "past" in arrays else None:
+        k_BNHS = tuple(abstract(leaf, formats.k_BNHS) for leaf in arrays["past"].k_BNHS)
         arrays["past"] = dataclasses.replace(arrays["past"], k_BNHS=k_BNHS)
-    return function.lower(**static, **arrays)
+    return function.lower(**static, **arrays, params=params)
 
 
-def _train(case: Case, device: Any) -> Any:
-    """Lower a training step with AdamW on a mesh of one device."""
-    plan = _plan(case, device)
-    sharding = plan.over_rows(None)
+def _train(case: Case, mesh: Mesh) -> Any:
+    """Lower a training step with AdamW."""
+    plan = _plan(case, mesh)
 
     def windows(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((1, case.rows, case.tokens), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((1, case.rows, case.tokens), dtype, sharding=plan.over_rows(None))
 
     batch = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
     step: Any = make_train_step(plan)
     return step.lower(plan.state, batch)
 
 
-def _plan(case: Case, device: Any) -> Plan:
-    """Return the plan of a run on one device."""
+def _plan(case: Case, mesh: Mesh) -> Plan:
+    """Return the plan of a run."""
     dtype: Any = case.dtype
     recipe = recipes.Recipe(model=recipes.Model(dropout=case.dropout), batch_size=case.rows, compute_dtype=dtype)
-    return make_plan(config_of(case), recipe, _mesh(device), case.tokens)
-
-
-def _mesh(device: Any) -> Mesh:
-    """Return a mesh of one device."""
-    return Mesh(np.array(device).reshape(1, 1), (DATA, MODEL))
+    return make_plan(config_of(case), recipe, mesh, case.tokens)

@@ -56,15 +56,18 @@ call of up to 16 steps runs before and after its loop. MB are 10^6 bytes.
 - Attention: how many kernels of Mosaic (Pallas on a TPU), cuDNN or Triton there are; plain means none: XLA's own matrix
   products and softmax."""
 ATTENTION = {"tpu_custom_call": "Mosaic", "__cudnn$fmha": "cuDNN", "triton": "Triton"}
-PUBLISHED = [  # target, program, size, rows, tokens, dtype
-    *(("h200", "decode", "124M", rows, 1024, "bfloat16") for rows in (1, 8)),
-    ("h200", "prefill", "124M", 16, 1024, "bfloat16"),
-    *(("h200", "train", "124M", rows, 1024, "bfloat16") for rows in (8, 32)),
-    *(("v5e", "decode", "124M", rows, 1024, "bfloat16") for rows in (1, 8)),
-    *(("v5p", "train", "124M", rows, 1024, "bfloat16") for rows in (8, 32)),
-    ("v6e", "decode", "124M", 1, 1024, "bfloat16"),
-    *(("cpu", "decode", "124M", rows, 1024, "float32") for rows in (1, 8)),
-    ("cpu", "train", "124M", 4, 256, "float32"),
+PUBLISHED = [  # target, program, size, rows, tokens, dtype, devices
+    *(("h200", "decode", "124M", rows, 1024, "bfloat16", 1) for rows in (1, 8)),
+    ("h200", "prefill", "124M", 16, 1024, "bfloat16", 1),
+    *(("h200", "train", "124M", rows, 1024, "bfloat16", 1) for rows in (8, 32)),
+    *(("v5e", "decode", "124M", rows, 1024, "bfloat16", 1) for rows in (1, 8)),
+    *(("v5p", "train", "124M", rows, 1024, "bfloat16", 1) for rows in (8, 32)),
+    ("v6e", "decode", "124M", 1, 1024, "bfloat16", 1),
+    *(("cpu", "decode", "124M", rows, 1024, "float32", 1) for rows in (1, 8)),
+    ("cpu", "train", "124M", 4, 256, "float32", 1),
+    *((target, "decode", "1558M", 1, 1024, "bfloat16", n) for target in ("h200", "v5e") for n in (1, 4)),
+    ("h200", "prefill", "1558M", 4, 1024, "bfloat16", 4),
+    ("h200", "train", "124M", 8, 1024, "bfloat16", 4),
 ]
 
 
@@ -81,6 +84,7 @@ class Case:
       dtype: dtype of the products; in decode and prefill also of the params.
       slots: slots of the long cache that decode reads.
       dropout: dropout rate, in train.
+      devices: devices that share heads and neurons.
     """
 
     target: str
@@ -91,12 +95,14 @@ class Case:
     dtype: str
     slots: int
     dropout: float
+    devices: int = 1
 
     def __str__(self) -> str:
         """Return the program as the table names it."""
         several = "s" * (self.rows > 1)
         shape = f"{self.rows} row{several}" if self.program == "decode" else f"{self.rows} x {self.tokens}"
-        return f"{self.program}, {self.size} {self.dtype}, {shape}"
+        together = f", {self.devices} devices" if self.devices > 1 else ""
+        return f"{self.program}, {self.size} {self.dtype}, {shape}{together}"
 
     @property
     def n_positions(self) -> int:
@@ -116,6 +122,7 @@ def parse_args() -> argparse.Namespace:
     add("--slots", type=int, default=1024, help="slots of the cache, in decode")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the matrix products")
     add("--dropout", type=float, default=0.0, help="dropout rate, in train")
+    add("--devices", type=int, default=1, help=f"devices that share heads and neurons, up to {topology.MOST_DEVICES}")
     add("--published", action="store_true", help="compile the programs of results/ahead_of_time.md instead")
     add("--limit", type=float, default=360, help="seconds after which a program is left out")
     add("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
@@ -123,14 +130,18 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.tokens, args.slots, *args.rows) < 1 or not 0 <= args.dropout < 1:
         parser.error("--tokens, --slots and --rows must be 1 or more, and --dropout at least 0 and less than 1")
+    if not 1 <= args.devices <= topology.MOST_DEVICES:
+        parser.error(f"--devices must be from 1 to {topology.MOST_DEVICES}")
     return args
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """Yield the programs to compile."""
-    every = itertools.product(args.target, args.program, [args.size], args.rows, [args.tokens], [args.dtype])
-    for target, program, size, rows, tokens, dtype in PUBLISHED if args.published else every:
-        yield Case(target, program, size, rows, tokens, dtype, args.slots, args.dropout)
+    every = itertools.product(
+        args.target, args.program, [args.size], args.rows, [args.tokens], [args.dtype], [args.devices]
+    )
+    for target, program, size, rows, tokens, dtype, n_devices in PUBLISHED if args.published else every:
+        yield Case(target, program, size, rows, tokens, dtype, args.slots, args.dropout, n_devices)
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -138,7 +149,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     import abstract_programs
     from hlo_counts import Cost, Program
 
-    lowered = abstract_programs.lower(case, topology.device(case.target))
+    lowered = abstract_programs.lower(case, topology.devices(case.target, case.devices))
     begin = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - begin
@@ -176,7 +187,7 @@ def in_own_process(case: Case, limit: float) -> dict[str, Any]:
       RuntimeError: it failed; the message is its last line.
     """
     command = [sys.executable, __file__, "--worker", json.dumps(dataclasses.asdict(case))]
-    environment = os.environ | topology.ENVIRONMENT
+    environment = os.environ | topology.environment(case.devices)
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, env=environment)
     except subprocess.TimeoutExpired:

@@ -6,6 +6,7 @@ JAX reads the environment when it is imported, so `ENVIRONMENT` must be set befo
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 from typing import Any
 
@@ -22,6 +23,7 @@ ENVIRONMENT = {
 
 # The smallest slice of each generation that libtpu describes. A program for one device uses its first chip.
 TPU = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+MOST_DEVICES = 4  # the chips of these slices
 TARGETS = ("cpu", "h200", *TPU)
 
 # A GpuTargetConfigProto. XLA chooses kernels and their tiles by these figures. XLA's own description of this GPU is
@@ -88,17 +90,26 @@ def _version(package: str) -> str | None:
         return None
 
 
-def device(target: str) -> Any:
-    """Return one device of a target, to put into the sharding of abstract arguments. Only the CPU can run programs."""
+def environment(n_devices: int) -> dict[str, str]:
+    """Return the environment of a process that compiles for up to this many devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={n_devices}"
+    return ENVIRONMENT | ({"XLA_FLAGS": flags} if n_devices > 1 else {})
+
+
+def devices(target: str, n_devices: int = 1) -> list[Any]:
+    """Return devices of a target, to put into the sharding of abstract arguments. Only CPUs can run programs.
+
+    GPUs are in one machine. At most MOST_DEVICES are there of each target.
+    """
     import jax
     from jax.experimental import topologies
 
     if target == "cpu":
-        return jax.devices("cpu")[0]
+        return jax.devices("cpu")[:n_devices]
     if target in TPU:
-        return topologies.get_topology_desc(TPU[target], platform="tpu").devices[0]
+        return topologies.get_topology_desc(TPU[target], platform="tpu").devices[:n_devices]
     _let_gpu_mean_cuda()
-    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200).devices[0]
+    return topologies.get_topology_desc(platform="cuda", topology=f"1x1x{n_devices}", target_config=H200).devices
 
 
 def _let_gpu_mean_cuda() -> None:

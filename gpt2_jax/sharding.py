@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,15 +48,21 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
     return Mesh(np.array(devices[: data * model]).reshape(data, model), (DATA, MODEL))
 
 
-def param_shardings(shapes: Mapping[str, Any], mesh: Mesh, gathered: Iterable[str] = ()) -> dict[str, NamedSharding]:
-    """Return the sharding of each parameter by RULES. Mesh axes that do not divide a side are dropped, last first.
+def param_shardings(
+    shapes: Mapping[str, Any],
+    mesh: Mesh,
+    gathered: Iterable[str] = (),
+    rules: Sequence[tuple[str, PartitionSpec]] = RULES,
+) -> dict[str, NamedSharding]:
+    """Return the sharding of each parameter. Mesh axes that do not divide a side are dropped, last first.
 
     Args:
       shapes: {name: object with a shape}.
       mesh: a mesh from `make_mesh`.
       gathered: mesh axes over which nothing is divided.
+      rules: (regular expression, PartitionSpec); the first rule that matches a name counts.
     """
-    specs = by_rules(RULES, shapes)
+    specs = by_rules(rules, shapes)
     return {name: _fitting(leaf.shape, specs[name], mesh, tuple(gathered)) for name, leaf in shapes.items()}
 
 

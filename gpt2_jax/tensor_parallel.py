@@ -23,7 +23,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.sharding import DATA, MODEL
+from gpt2_jax.sharding import DATA, MODEL, RULES
+
+RULES_BY_HEADS = ((r"c_attn/w$", PartitionSpec(None, MODEL)), (r"c_attn/b$", PartitionSpec(MODEL)), *RULES)
+"""How the params that `by_heads` returns are divided."""
 
 
 def size(mesh: Mesh | None, axis: str = MODEL) -> int:
