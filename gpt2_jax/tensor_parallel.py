@@ -98,10 +98,11 @@ def _columns_by_heads(array: jax.Array, config: GPT2Config, mesh: Mesh) -> jax.A
 
 
 def _with_zero_rows(w_DD: jax.Array, config: GPT2Config, mesh: Mesh) -> jax.Array:
-    """Return the c_proj/w of attention as [N * H, D]."""
+    """Return the c_proj/w of attention as [K, D] with K = N * H."""
     n_zeros = (n_heads(config, mesh) - config.n_head) * config.head_dim
-    w_DD = divided(w_DD, mesh, None, 1)  # so that no device has to shift its rows to the next one
-    return divided(jnp.pad(w_DD, [(0, n_zeros), (0, 0)]), mesh, None, 0)
+    by_columns = functools.partial(divided, mesh=mesh, rows=None, parts=1)  # no device shifts rows to the next one
+    w_KD = by_columns(jnp.pad(by_columns(w_DD), [(0, n_zeros), (0, 0)]))
+    return divided(w_KD, mesh, None, 0)
 
 
 def rounded_up(n: int, factor: int) -> int:
