@@ -79,7 +79,7 @@ def _sum(h_BTD, head_VD, target_BT, weight_BT, chunk, mesh, gradients):
         return jnp.moveaxis(array.reshape(n_rows, n_chunks, n_together, *array.shape[2:]), 1, 0)
 
     def one(carry, part):
-        loss, dhead_GVD = carry
+        loss, dhead = carry
         h_BCD, target_BC, weight_BC = part
         logits_BCV = product(h_BCD, cast_VD, transposed=True, dtype=wide)
         if shared:
@@ -100,25 +100,27 @@ def _sum(h_BTD, head_VD, target_BT, weight_BT, chunk, mesh, gradients):
         dlogits_BCV = (exp_BCV / total_BC1 - is_target_BCV) * weight_BC[..., None]
         dlogits_BCV = jnp.where(weight_BC[..., None] == 0, 0, dlogits_BCV).astype(h_BCD.dtype)
         dh_BCD = product(dlogits_BCV, cast_VD, dtype=wide)
-        dhead_GVD += _by_groups(dlogits_BCV, h_BCD, n_groups, wide)
-        return (loss, dhead_GVD), dh_BCD.astype(h_BCD.dtype)
+        dhead += _by_groups(dlogits_BCV, h_BCD, n_groups, wide)
+        return (loss, dhead), dh_BCD.astype(h_BCD.dtype)
 
-    start = (jnp.zeros((), wide), jnp.zeros((n_groups, *head_VD.shape), wide) if gradients else None)
+    groups = (n_groups,) if n_groups > 1 else ()
+    start = (jnp.zeros((), wide), jnp.zeros((*groups, *head_VD.shape), wide) if gradients else None)
     parts = (chunks(h_BTD), chunks(target_BT), chunks(weight_BT.astype(wide)))
-    (loss, dhead_GVD), dh = lax.scan(one, start, parts)
-    if dh is None or dhead_GVD is None:  # no gradients were requested
+    (loss, dhead), dh = lax.scan(one, start, parts)
+    if dh is None or dhead is None:  # no gradients were requested
         return loss, None, None
     dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(n_rows, n_chunks * n_together, -1)[:, :n_positions]
-    return loss, dh_BTD, dhead_GVD.sum(0)[:n_vocab].astype(dtype)
+    dhead_VD = dhead.sum(0) if groups else dhead
+    return loss, dh_BTD, dhead_VD[:n_vocab].astype(dtype)
 
 
 def _by_groups(dlogits_BCV: jax.Array, h_BCD: jax.Array, n_groups: int, dtype: np.dtype) -> jax.Array:
-    """Return the gradient with respect to the head, [G, V, D]: a part of the sum for each group of rows.
+    """Return the gradient with respect to the head, [V, D]; for several groups of rows, the part of each, [G, V, D].
 
     Devices that have different rows would otherwise add their sums after each chunk, and not once at the end.
     """
-    dlogits_GPV, h_GPD = (x.reshape(n_groups, -1, x.shape[-1]) for x in (dlogits_BCV, h_BCD))
-    dlogits_GVP = dlogits_GPV.swapaxes(1, 2)
+    by_head = functools.partial(product, dtype=dtype)
     if n_groups == 1:
-        return product(dlogits_GVP[0], h_GPD[0], dtype=dtype)[None]
-    return jax.vmap(functools.partial(product, dtype=dtype))(dlogits_GVP, h_GPD)
+        return by_head(dlogits_BCV.reshape(-1, dlogits_BCV.shape[-1]).T, h_BCD.reshape(-1, h_BCD.shape[-1]))
+    dlogits_GPV, h_GPD = (x.reshape(n_groups, -1, x.shape[-1]) for x in (dlogits_BCV, h_BCD))
+    return jax.vmap(by_head)(dlogits_GPV.swapaxes(1, 2), h_GPD)
