@@ -73,7 +73,7 @@ def _on_accelerator(plan: Plan) -> int:
     weight = (5 if on_tpu else itemsize + 4) + dropped
     weights = 0 if fused else n_rows * config.n_head * _n_seen(n_tokens) * weight
     block = 4 * stream + ((12 if on_tpu else 16) * stream + weights) // n_parts
-    logits = _n_logits(config, n_rows, n_tokens) * (_wide(config) + itemsize)  # and their gradient
+    logits = _n_logits(config, n_rows, n_tokens) * (_wide(config) + itemsize) // n_parts  # and their gradient
     if plan.recipe.remat:
         return config.n_layer * stream + max(block, logits)
     return config.n_layer * block + logits
@@ -98,9 +98,11 @@ def _on_cpu(plan: Plan, gradients: int = 0) -> int:
     block = 2 * stream + (8 * stream + weights) / n_parts
     backward = 4.5 * stream + (13 * stream + 1.85 * weights) / n_parts
     logits = _n_logits(config, n_rows, n_tokens)
-    loss = 2 * itemsize * logits + 6 * stream
+    loss = 2 * itemsize * logits / n_parts + 6 * stream
     if logits < n_rows * n_tokens * config.n_vocab:  # the gradient of the head is a sum over chunks
         loss += itemsize * config.n_vocab * config.n_embd / n_parts
+    if plan.mesh.size > 1:  # copies of the head and of its gradient, divided as the loss needs them
+        loss += 2.5 * itemsize * config.n_vocab * config.n_embd / n_parts
     kept = config.n_layer * block
     if plan.recipe.remat:
         kept, backward = config.n_layer * stream, 1.1 * (block + backward)
@@ -120,7 +122,7 @@ def _n_seen(n_tokens: int) -> int:
 
 
 def _n_logits(config: GPT2Config, n_rows: int, n_tokens: int) -> int:
-    """Return how many logits one device holds at once, in the chunks of `token_loss`."""
+    """Return how many logits a device holds at once, in the chunks of `token_loss`, if it has the whole vocabulary."""
     n_chunks = min(n_tokens, -(-n_rows * n_tokens * config.n_vocab // CHUNK))
     return n_rows * -(-n_tokens // n_chunks) * config.n_vocab
 
