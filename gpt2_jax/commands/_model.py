@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -37,6 +38,16 @@ DtypeOption = Annotated[
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How many devices share the work. -1 means all that are left."""
+
+    data: int = 1
+    """Devices that share the rows of a batch. Each holds all weights, or its share of them along --mesh.model."""
+    model: int = 1
+    """Devices that share heads, neurons and weights. A model may then be larger than the memory of one device."""
+
+
 def source(model: str | None) -> str | Path:
     """Return the model of the option, for `gpt2_jax.load`; None means the embedded one."""
     return gpt2_jax.embedded_model() if model is None else model
@@ -47,14 +58,30 @@ def title(model: str | None) -> str:
     return EMBEDDED if model is None else model
 
 
-def load(model: str | None, dtype: str | None) -> tuple[GPT2Config, Params]:
+def load(model: str | None, dtype: str | None, mesh: Mesh) -> tuple[GPT2Config, Params]:
     """Return config and params, with `dtype` for storage and computation; None keeps the checkpoint's dtype.
 
     Raises:
-      as `gpt2_jax.load`.
+      as `gpt2_jax.load`; ValueError too if the mesh does not fit the devices.
     """
-    config, params = gpt2_jax.load(source(model), dtype=dtype)
+    config, params = gpt2_jax.load(source(model), dtype=dtype, sharding=_shardings(model, mesh))
     return (config if dtype is None else config.replace(compute_dtype=dtype)), params
+
+
+def _shardings(model: str | None, mesh: Mesh) -> Params | None:
+    """Return where each parameter goes; None means the default device."""
+    if mesh == Mesh():
+        return None
+    from gpt2_jax.params import flatten, unflatten
+    from gpt2_jax.sharding import DATA, make_mesh, param_shardings
+
+    for name, n in dataclasses.asdict(mesh).items():
+        if n < 1 and n != -1:
+            raise ValueError(f"--mesh.{name} must be 1 or more, or -1 for all devices that are left, not {n}")
+    if mesh.data == mesh.model == -1:
+        raise ValueError("--mesh.data and --mesh.model cannot both be -1: set one of them")
+    shapes = flatten(gpt2_jax.abstract_params(gpt2_jax.load_config(source(model))))
+    return unflatten(param_shardings(shapes, make_mesh(mesh.data, mesh.model), gathered=(DATA,)))
 
 
 def keep_compiled() -> None:

@@ -47,13 +47,14 @@ class Model:
     tokenizer: Tokenizer
     options: Options
     batch_size: int
+    mesh: _model.Mesh
 
     @functools.cached_property
     def weights(self) -> tuple[GPT2Config, Params]:
         """The config and the params. Loading them prints a line on standard error."""
         import jax
 
-        config, params = _model.load(self.name, self.dtype)
+        config, params = _model.load(self.name, self.dtype, self.mesh)
         more = "" if self.name else "; for OpenAI's GPT-2 use --model 124M (downloads 0.5 GB the first time)"
         print(f"model: {_model.title(self.name)}, {config.n_params:,} parameters{more}", file=sys.stderr)
         if self.dtype == "bfloat16" and jax.default_backend() == "cpu":

@@ -56,6 +56,7 @@ class Args:
     """Dtype of weights and matrix products. bfloat16 needs half the memory, but more time on a CPU."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Use only the first N documents, passages or questions, 1 or more."""
+    mesh: _model.Mesh = dataclasses.field(default_factory=_model.Mesh)
     json: bool = False
     """Write one JSON object instead of the table. gpt2_jax.evaluate documents its keys."""
 
@@ -77,7 +78,7 @@ def run(args: Args) -> None:
     items = items[: args.limit]
     _model.keep_compiled()
     tokenizer = gpt2_jax.load_tokenizer(_model.source(args.model))
-    config, params = _model.load(args.model, args.dtype)
+    config, params = _model.load(args.model, args.dtype, args.mesh)
     print(f"model: {_model.title(args.model)}, {config.n_params:,} parameters, {config.compute_dtype}", file=sys.stderr)
     result = dataclasses.asdict(_measure(args, config, params, tokenizer, items))
     if args.json:

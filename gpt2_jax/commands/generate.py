@@ -59,6 +59,7 @@ class Args:
     batch_size: int = 16
     """Samples to compute at the same time, 1 or more.
     A larger batch takes less time in total and more memory. The text is the same."""
+    mesh: _model.Mesh = dataclasses.field(default_factory=_model.Mesh)
     sampling: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
 
 
@@ -78,7 +79,7 @@ def run(args: Args) -> None:
     _model.keep_compiled()
     directory = _model.source(args.model)
     config, tokenizer = gpt2_jax.load_config(directory), gpt2_jax.load_tokenizer(directory)
-    model = Model(args.model, args.dtype, config, tokenizer, args.sampling, args.batch_size)
+    model = Model(args.model, args.dtype, config, tokenizer, args.sampling, args.batch_size, args.mesh)
     settings = model.settings()
     if texts:  # before weights are loaded: that can take long
         check_prompts(config, [model.encode(text) for text in texts], settings)
