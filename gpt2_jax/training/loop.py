@@ -23,7 +23,7 @@ from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
-from gpt2_jax.training.memory import check_memory, gigabytes
+from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
 from gpt2_jax.training.observer import Observer, due
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, read_records
@@ -31,7 +31,7 @@ from gpt2_jax.training.report import Report
 from gpt2_jax.training.signals import Stop, stopping
 from gpt2_jax.training.start import check_data, check_tokenizer
 from gpt2_jax.training.state import TrainState, model_params
-from gpt2_jax.training.step import init_state, make_train_step
+from gpt2_jax.training.step import compile_train_step, init_state
 
 MOST_SKIPPED = 100  # skipped steps in a row that end a run, because it may never recover
 CURVE = "loss.png"
@@ -103,13 +103,13 @@ def fit(
         report = resources.enter_context(Report(plan, run_dir, first_step))
         stop = resources.enter_context(stopping())
         _announce(report, memory, n_steps_before, n_steps, first_step)
-        train_step = make_train_step(plan)
+        train_step = _compiled(plan, report) if first_step < n_steps else None
         steps = _Steps(plan, report)
         observer = Observer(plan, data, run_dir, tokenizer, report, stop)
         step = saved = first_step
         _observe(observer, steps, step, state)  # a signal may have come before the work of this step was done
         with contextlib.closing(_batches(plan, data, step)) as stream:
-            while step < n_steps and not stop and not steps.why:
+            while train_step and step < n_steps and not stop and not steps.why:
                 batch, started = next(stream), time.monotonic()
                 state, metrics = train_step(state, batch)
                 step += 1
@@ -153,6 +153,14 @@ def _announce(report: Report, memory: dict[str, int], n_steps_before: int, n_ste
         report.message(f"all {n_steps:,} steps are done; to train further, set more, for example --steps {2 * n_steps}")
     elif first_step:
         report.message(f"resuming after step {first_step:,}")
+
+
+def _compiled(plan: Plan, report: Report) -> Any:
+    """Return the compiled step, and report the memory that it needs. Refuse if a device has less."""
+    train_step = compile_train_step(plan)
+    if n_bytes := check_compiled(plan, train_step):
+        report.message(f"the compiled step needs {gigabytes(n_bytes)} of memory on each device")
+    return train_step
 
 
 def _batches(plan: Plan, data: Prepared, first_step: int) -> Generator[Batch, None, None]:

@@ -140,13 +140,45 @@ def check_memory(plan: Plan, available: int | None = None) -> dict[str, int]:
         and what would reduce them.
     """
     parts = memory_needed(plan)
-    if available is None:
-        available = device_memory(plan.mesh.local_devices[0])
+    available = _available(plan) if available is None else available
     least = parts["total"] - UNSURE * sum(parts[name] for name in ESTIMATED)
     if available is None or least <= available:
         return parts
-    raise ValueError(
-        f"training would take about {gigabytes(parts['total'])} on each device, which has {gigabytes(available)}:\n"
+    raise _too_large(plan, f"about {gigabytes(parts['total'])}", available, parts)
+
+
+def check_compiled(plan: Plan, compiled: Any, available: int | None = None) -> int | None:
+    """Return the peak bytes of a compiled step on one device, by XLA's own figures, if a device has as many.
+
+    Args:
+      plan: the plan of the run.
+      compiled: the step, from `compile_train_step`.
+      available: as in `check_memory`.
+
+    Returns:
+      The bytes: arguments, results that do not take their place, and temporaries. None if the backend does not say.
+
+    Raises:
+      ValueError: the step does not fit. The message lists what would reduce it.
+    """
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return None
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    total += sizes.temp_size_in_bytes
+    available = _available(plan) if available is None else available
+    if available is not None and total > available:
+        raise _too_large(plan, gigabytes(total), available, memory_needed(plan))
+    return total
+
+
+def _available(plan: Plan) -> int | None:
+    return device_memory(plan.mesh.local_devices[0])
+
+
+def _too_large(plan: Plan, needed: str, available: int, parts: dict[str, int]) -> ValueError:
+    return ValueError(
+        f"training would take {needed} on each device, which has {gigabytes(available)}:\n"
         f"{memory_table(parts)}\nTo use less: {'; '.join(_advice(plan))}."
     )
 

@@ -96,6 +96,18 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
     )
 
 
+def compile_train_step(plan: Plan) -> Any:
+    """Return `make_train_step(plan)`, compiled for a plan, before there is a state or a batch: a jax.stages.Compiled."""
+    shape, at = (plan.recipe.accumulate, plan.recipe.batch_size // plan.recipe.accumulate), plan.over_rows(None)
+
+    def windows(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*shape, plan.n_tokens), dtype, sharding=at)
+
+    batch: Any = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
+    step: Any = make_train_step(plan)
+    return step.lower(plan.state, batch).compile()
+
+
 def _updated(plan: Plan, changing: dict, opt_state: Any, grads: dict, rate: Any, skip: jax.Array) -> tuple:
     """Return the trained arrays and the optimizer state after a step; the given ones if it is skipped.
 

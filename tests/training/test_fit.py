@@ -155,6 +155,7 @@ def test_a_run_measures_keeps_and_speaks_as_often_as_it_should(tmp_path, run, da
     out, err = capfd.readouterr()
     assert out == ""
     assert "each device needs about" in err
+    assert re.search(r"the compiled step needs [\d.]+ MB of memory on each device", err)
     assert (fitted.step, fitted.stopped, fitted.signal) == (7, "", None)
     assert list(metrics(folder)) == [1, 2, 3, 4, 5, 6, 7]
     assert list(metrics(folder, "val_loss")) == [0, 3, 6, 7]

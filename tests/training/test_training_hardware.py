@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import commands
 import jax
@@ -14,9 +15,9 @@ from gpt2_jax.recipe import Lora, Mesh, Model, Optimizer, Recipe
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.training import memory
 from gpt2_jax.training.hardware import flops_per_token, mfu, peak_flops
-from gpt2_jax.training.memory import check_memory, device_memory, memory_needed
+from gpt2_jax.training.memory import check_compiled, check_memory, device_memory, memory_needed
 from gpt2_jax.training.plan import make_plan
-from gpt2_jax.training.step import make_train_step
+from gpt2_jax.training.step import compile_train_step, make_train_step
 
 
 @dataclasses.dataclass
@@ -205,6 +206,19 @@ def test_what_cannot_fit_is_refused():
     for way in ways:
         assert way in message
     assert "bfloat16" not in message  # on a CPU it saves nothing
+
+
+def test_a_compiled_step_that_does_not_fit_is_refused():
+    """By what XLA reserves, to the byte. A backend that does not say it refuses nothing."""
+    plan = make_plan(config(n_layer=1), recipe(accumulate=2), make_mesh(1, 1))
+    compiled = compile_train_step(plan)
+    n_bytes = reserved(config(n_layer=1), recipe(accumulate=2), plan.n_tokens)
+    assert check_compiled(plan, compiled, available=n_bytes) == n_bytes
+    message = f"training would take {memory.gigabytes(n_bytes)} on each device, which has .*use less: a larger acc"
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        check_compiled(plan, compiled, available=n_bytes - 1)
+    silent = SimpleNamespace(memory_analysis=lambda: None)
+    assert check_compiled(plan, silent, available=1) is None
 
 
 def test_advice_is_of_what_is_not_done_yet():
