@@ -318,6 +318,23 @@ def test_the_command_compiles_each_program(tmp_path):
         assert number(row["peak MB"]) >= number(row["args MB"]) >= weights * F32 / 1e6
 
 
+def test_several_devices_share_heads_and_neurons():
+    """Two collectives a layer and two more; each device has a quarter of the weights. The two heads become four."""
+    words = ("--program", "decode", "prefill", "--rows", 3, "--tokens", 40, "--slots", 200, "--dtype", "float32")
+    one, four = (table(run(*words, "--devices", n).stdout) for n in (1, 4))
+    assert [row["program"] for row in four] == [row["program"] + ", 4 devices" for row in one]
+    assert [row["collectives"] for row in four] == ["6", "5"]
+    for row, whole in zip(four, one, strict=True):
+        assert number(row["least MB"]) == pytest.approx(number(whole["least MB"]) / 4, rel=0.01)
+        assert number(row["args MB"]) < 0.55 * number(whole["args MB"])
+
+
+def test_more_devices_than_a_target_has_are_refused():
+    done = run("--devices", 5)
+    assert done.returncode == 2
+    assert "--devices must be from 1 to 4" in done.stderr
+
+
 def test_a_program_that_takes_too_long_is_left_out():
     done = run("--limit", 0.1)
     assert done.returncode == 1
@@ -351,6 +368,16 @@ def test_decode_on_a_tpu_copies_no_cache_and_has_no_conditional():
     assert row["large copies"] == "0 + 0"
     assert row["loops, conditionals"] == "1, 0"  # the loop of steps ends early if all rows have ended
     assert number(row["MB moved"]) <= 1.1 * number(row["least MB"])
+
+
+@needs_libtpu
+def test_decode_on_four_tpus_has_two_collectives_a_layer():
+    done = run("--target", "v5e", "--rows", 2, "--devices", 4, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    assert done.returncode == 0, done.stderr
+    (row,) = table(done.stdout)
+    assert row["collectives"] == "6"
+    assert row["large copies"] == "0 + 0"
+    assert row["loops, conditionals"] == "1, 0"
 
 
 @needs_libtpu

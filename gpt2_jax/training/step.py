@@ -97,7 +97,7 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
 
 def compile_train_step(plan: Plan) -> Any:
-    """Return `make_train_step(plan)`, compiled for a plan, before there is a state or a batch: a jax.stages.Compiled."""
+    """Return `make_train_step(plan)` as a jax.stages.Compiled, before there is a state or a batch."""
     shape, at = (plan.recipe.accumulate, plan.recipe.batch_size // plan.recipe.accumulate), plan.over_rows(None)
 
     def windows(dtype: Any) -> jax.ShapeDtypeStruct:

@@ -67,6 +67,15 @@ def test_nothing_is_dropped_where_nothing_is_asked_for():
     assert (np.asarray(Dropout(0.5).apply({}, x, False, rngs=key)) == 0).any()
 
 
+def test_real_heads_have_the_same_bits_with_heads_of_zeros():
+    weights_BNTS, key = jnp.ones((2, 3, 5, 7)), {"dropout": jax.random.key(0)}
+    more_BNTS = jnp.pad(weights_BNTS, [(0, 0), (0, 2), (0, 0), (0, 0)])
+    expected = Dropout(0.4).apply({}, weights_BNTS, False, rngs=key)
+    found = Dropout(0.4, n_heads=3).apply({}, more_BNTS, False, rngs=key)
+    np.testing.assert_array_equal(found[:, :3], expected)
+    np.testing.assert_array_equal(found[:, 3:], 0)
+
+
 def test_the_gradient_passes_where_the_value_does():
     x, key = jnp.ones(SHAPE[2:]), jax.random.key(1)
     value = drop(x, 0.3, key)
