@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gpt2_jax.sharding import next_key
+
 
 class Dropout(nn.Module):
     """Set a fraction of the entries to 0, and scale the others up so that the mean stays the same.
@@ -20,7 +22,7 @@ class Dropout(nn.Module):
 
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """Return x with dropout, drawn with the next key of "dropout". `deterministic=True` returns x."""
-        return x if deterministic or self.rate == 0 else drop(x, self.rate, self.make_rng("dropout"))
+        return x if deterministic or self.rate == 0 else drop(x, self.rate, next_key(self, "dropout"))
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
 from gpt2_jax.products import product
+from gpt2_jax.sharding import automatic, on_auto_axes
 
 EPSILON = 1e-5  # the original's value; Flax's default is 1e-6
 ACTIVATION_FUNCTIONS = {
@@ -64,7 +65,7 @@ def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...
     if jnp.shape(value) != shape:
         place = "/".join([*module.path, name])
         raise ScopeParamShapeError(name, place, shape, jnp.shape(value))
-    return value
+    return automatic(value)
 
 
 class LayerNorm(nn.Module):
@@ -279,6 +280,7 @@ class GPT2(nn.Module):
         return Output(logits=self.unembed(h_BTD), cache=cache)
 
     @under_jax_defaults
+    @on_auto_axes
     def hidden(
         self,
         tokens_BT: jax.Array,
@@ -331,6 +333,7 @@ class GPT2(nn.Module):
         return self.ln_f(x_BTD, seen), cache
 
     @under_jax_defaults
+    @on_auto_axes
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
         """Return the logits [..., V] of hidden states [..., D]: a product with the output head.
 
