@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gpt2_jax.sharding import next_key
+from gpt2_jax.explicit_axes import next_key
 
 
 class Dropout(nn.Module):

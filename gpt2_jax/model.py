@@ -25,12 +25,12 @@ from gpt2_jax.activations import NO_TAPS, Tap, Taps, check_names
 from gpt2_jax.attention import attention, causal_attention, open_causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.dropout import Dropout
+from gpt2_jax.explicit_axes import automatic, on_auto_axes
 from gpt2_jax.fused_attention import Padding, fused_attention, kernels
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
 from gpt2_jax.params import Params, check, flatten, unflatten
 from gpt2_jax.products import product
-from gpt2_jax.sharding import automatic, on_auto_axes
 
 EPSILON = 1e-5  # the original's value; Flax's default is 1e-6
 ACTIVATION_FUNCTIONS = {

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.params import Params, by_rules
 
-F = TypeVar("F", bound=Callable[..., Any])
 DATA, MODEL = "data", "model"
 ALL = (MODEL, DATA)
 RULES = (
@@ -27,7 +24,6 @@ RULES = (
     (".*", PartitionSpec(ALL)),
 )
 """How each parameter is divided over a mesh of `data` and `model` devices."""
-NO_MESH = AbstractMesh((), ())
 
 
 def make_mesh(data: int = -1, model: int = 1) -> Mesh:
@@ -97,107 +93,3 @@ def placed(params: Params) -> Params:
 def platform(params: Params) -> str:
     """Return the kind of device that `placed` params are on: "cpu", "gpu" or "tpu"."""
     return next(iter(jax.tree.leaves(params)[0].devices())).platform
-
-
-# ---- Explicit axes in a module's methods
-
-
-def on_auto_axes(method: F) -> F:
-    """Return a method of a Flax module that computes on Auto axes if its arrays, or the mesh in use, have Explicit ones.
-
-    On Explicit axes, each gather and product would have to name the sharding of its result. The method takes the module
-    and an array, and may take `cache` and `taps`. It returns an array, or an array and the new cache. These are on the
-    Explicit axes again: the first as the given array along all axes but its last, the cache as the given cache, or else
-    by rows. The functions in `taps` get values on the Explicit axes, divided by rows, and may return such values.
-    """
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-        used = jax.sharding.get_abstract_mesh()
-        mesh = _explicit_mesh_of((module.variables, args, kwargs)) if used.empty else used
-        if AxisType.Explicit not in mesh.axis_types or module.is_initializing():
-            return method(module, *args, **kwargs)
-        bound = signature.bind(module, *args, **kwargs)
-        given = list(bound.arguments.values())[1]
-        cache, taps = (bound.arguments.get(name) for name in ("cache", "taps"))
-        sides = _spec_of(given) or ()
-
-        def explicit(array: jax.Array, spec: Iterable[Any]) -> jax.Array:
-            return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*spec)))
-
-        def as_given(new: jax.Array, old: Any) -> jax.Array:
-            spec = _spec_of(old)
-            return explicit(new, sides[: min(new.ndim, 1)] if spec is None else spec)
-
-        def outside(tap: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-            def call_tap(*values: jax.Array) -> jax.Array:
-                values = tuple(explicit(value, sides[:1]) for value in values)
-                with jax.sharding.use_abstract_mesh(used):
-                    value = tap(*values)
-                return automatic(value)
-
-            return call_tap
-
-        bound.arguments.update({name: jax.tree.map(automatic, value) for name, value in bound.arguments.items()})
-        if taps:
-            bound.arguments["taps"] = {name: outside(tap) for name, tap in taps.items()}
-        with jax.sharding.use_abstract_mesh(_automatic(mesh)):
-            found = method(*bound.args, **bound.kwargs)
-        if not isinstance(found, tuple):
-            return explicit(found, sides[: found.ndim - 1])
-        array, new = found
-        return explicit(array, sides[: array.ndim - 1]), jax.tree.map(as_given, new, cache)
-
-    return cast(F, call)
-
-
-def next_key(module: Any, name: str) -> jax.Array:
-    """Return `module.make_rng(name)` with its Explicit axes as Auto ones, in a method that runs on Auto axes."""
-    mesh = _explicit_mesh_of(module.scope.rngs)
-    if mesh.empty:
-        return module.make_rng(name)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Flax computes the key from one on these axes
-        key = module.make_rng(name)
-    return automatic(key)
-
-
-def automatic(array: Any) -> Any:
-    """Return an array whose Explicit axes are Auto. Anything else is returned unchanged.
-
-    Raises:
-      ValueError: the array is inside of `jax.vmap`, over an axis that is divided along Explicit axes.
-    """
-    if _explicit_mesh_of(array).empty:
-        return array
-    mesh = _automatic(jax.typeof(array).sharding.mesh)
-    try:
-        return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
-    except ValueError as error:  # an Auto axis cannot be in the type of the whole array
-        raise ValueError(
-            "jax.vmap over an axis that is divided along Explicit mesh axes does not work with GPT2: pass the rows as a "
-            "batch, [B, T], or reshard the array first"
-        ) from error
-
-
-def _automatic(mesh: Mesh | AbstractMesh) -> AbstractMesh:
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = {axis: AxisType.Auto for axis, kind in kinds if kind == AxisType.Explicit}
-    return mesh.abstract_mesh.update_axis_types(axes)
-
-
-def _explicit_mesh_of(tree: Any) -> Mesh | AbstractMesh:
-    """Return the first mesh with Explicit axes that an array of a tree is on; an empty mesh if there is none.
-
-    It has devices if the array is not traced. They are needed outside of jit, to move other arrays to them.
-    """
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types:
-            return jax.typeof(leaf).sharding.mesh if isinstance(leaf, Tracer) else leaf.sharding.mesh
-    return NO_MESH
-
-
-def _spec_of(array: Any) -> PartitionSpec | None:
-    """Return how an array's type says that it is divided; None if it is on no mesh."""
-    sharding = jax.typeof(array).sharding if isinstance(array, jax.Array) else None
-    return None if sharding is None or sharding.mesh.empty else sharding.spec
