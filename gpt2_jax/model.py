@@ -217,6 +217,9 @@ class GPT2(nn.Module):
 
     `__call__` is `hidden`, then `unembed`. Each can be called separately: `apply(..., method="hidden")`.
 
+    On a mesh with Explicit axes, results are divided as the tokens are, the new cache as the given one, and values that
+    taps get by rows.
+
     Attributes:
       config: the hyperparameters.
       remat: rematerialization: keep only the residual stream before each block; the backward pass recomputes the rest.
