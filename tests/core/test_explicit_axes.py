@@ -235,6 +235,25 @@ def test_float32():
     assert errors_of(FLOAT32)["float32"] < 2e-5  # measured 2.9e-6
 
 
+FUSED = """
+    from gpt2_jax import fused_attention
+    import gpt2_jax.model
+
+    small = config.replace(n_ctx=130, param_dtype="float32", compute_dtype="float32")
+    params = jax.tree.map(np.asarray, random_params(small, 0, 0.3))
+    sharded, tokens = divide(params, mesh), rng.integers(0, 37, (4, 130))
+    expected = gpt2_jax.GPT2(small).apply({"params": params}, tokens).logits
+    gpt2_jax.model.kernels = lambda *args, **how: ("tpu",)
+    fused_attention.splash = functools.partial(fused_attention.splash, interpret=True)
+    model = gpt2_jax.GPT2(small, mesh=mesh)
+    errors["fused"] = error(jax.jit(logits)(sharded, jax.device_put(tokens, NamedSharding(mesh, P("data")))), expected)
+"""
+
+
+def test_fused_attention_with_an_explicit_mesh():
+    assert errors_of(FUSED)["fused"] < 5e-5  # measured 4.4e-6
+
+
 @pytest.mark.parametrize("mesh", [None, jax.sharding.AxisType.Auto])
 def test_without_explicit_axes_the_program_is_unchanged(mesh):
     model, params = gpt2_jax.GPT2(CONFIG), random_params(CONFIG, 0)
