@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gpt2_jax.explicit_axes import next_key
+
 
 class Dropout(nn.Module):
     """Set a fraction of the entries to 0, and scale the others up so that the mean stays the same.
@@ -26,7 +28,7 @@ class Dropout(nn.Module):
         if deterministic or self.rate == 0:
             return x
         counted = None if self.n_heads is None else (len(x), self.n_heads, *x.shape[2:])
-        return drop(x, self.rate, self.make_rng("dropout"), counted)
+        return drop(x, self.rate, next_key(self, "dropout"), counted)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array, counted: tuple[int, ...] | None = None) -> jax.Array:

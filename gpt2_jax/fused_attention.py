@@ -193,6 +193,7 @@ def _over(mesh: Mesh, kernel: Callable[..., jax.Array], shape: tuple[int, ...]) 
     """Return the kernel on the rows and heads of each device. Rows or heads that cannot be shared are not divided."""
     if mesh.size == 1:
         return kernel
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # on Auto axes, on which the model computes
     sizes = dict(mesh.shape)
     rows, heads = (
         axis if axis in sizes and n % sizes[axis] == 0 else None for axis, n in ((DATA, shape[0]), (MODEL, shape[2]))

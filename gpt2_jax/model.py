@@ -25,6 +25,7 @@ from gpt2_jax.activations import NO_TAPS, Tap, Taps, check_names
 from gpt2_jax.attention import attention, causal_attention, open_causal_attention
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.dropout import Dropout
+from gpt2_jax.explicit_axes import automatic, on_auto_axes
 from gpt2_jax.fused_attention import Padding, fused_attention, kernels
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache, check_cache, write_slots
@@ -65,7 +66,7 @@ def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...
     if jnp.shape(value) != shape:
         place = "/".join([*module.path, name])
         raise ScopeParamShapeError(name, place, shape, jnp.shape(value))
-    return value
+    return automatic(value)
 
 
 class LayerNorm(nn.Module):
@@ -227,6 +228,9 @@ class GPT2(nn.Module):
 
     `__call__` is `hidden`, then `unembed`. Each can be called separately: `apply(..., method="hidden")`.
 
+    On a mesh with Explicit axes, results are divided as the tokens are, the new cache as the given one, and values that
+    taps get by rows.
+
     Attributes:
       config: the hyperparameters.
       remat: rematerialization: keep only the residual stream before each block; the backward pass recomputes the rest.
@@ -293,6 +297,7 @@ class GPT2(nn.Module):
         return Output(logits=self.unembed(h_BTD), cache=cache)
 
     @under_jax_defaults
+    @on_auto_axes
     def hidden(
         self,
         tokens_BT: jax.Array,
@@ -345,6 +350,7 @@ class GPT2(nn.Module):
         return divided(self.ln_f(x_BTD, seen), self.mesh), cache
 
     @under_jax_defaults
+    @on_auto_axes
     def unembed(self, h_BTD: jax.Array) -> jax.Array:
         """Return the logits [..., V] of hidden states [..., D]: a product with the output head.
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only modules of lower levels or of its own room.
 LEVELS = [
+    {"explicit_axes"},
     {"_lazy", "checks", "files", "jax_defaults", "progress"},
     {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
     {"sharding"},

@@ -19,7 +19,7 @@ from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_fits, check_prompt, check_prompts
 from gpt2_jax.generation.rows import Logprobs, Row
 from gpt2_jax.generation.settings import Overflow, Settings, TopPRule
-from gpt2_jax.jax_defaults import under_jax_defaults
+from gpt2_jax.jax_defaults import with_own_arrays
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ class Completion:
     stop: int | str | None = None
 
 
-@under_jax_defaults
+@with_own_arrays
 def generate(
     config: GPT2Config,
     params: Params,
@@ -105,7 +105,7 @@ def generate(
     return ids if logprobs is None else (ids, [row.logprobs() for row in rows])
 
 
-@under_jax_defaults
+@with_own_arrays
 def complete(
     config: GPT2Config,
     params: Params,
@@ -131,7 +131,7 @@ def complete(
     ]
 
 
-@under_jax_defaults
+@with_own_arrays
 def stream(
     config: GPT2Config,
     params: Params,
@@ -233,7 +233,7 @@ def _longest(rows: list[Row], settings: Settings) -> int:
     return max(len(row.prompt) for row in rows) + settings.max_new_tokens
 
 
-@under_jax_defaults
+@with_own_arrays
 def _decode(
     model: GPT2, params: Params, rows: list[Row], settings: Settings, edits: tuple[Edit, ...], **how: Any
 ) -> Iterator[None]:

@@ -23,7 +23,7 @@ from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory
 from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_prompt, check_prompts
 from gpt2_jax.generation.settings import Settings
-from gpt2_jax.jax_defaults import under_jax_defaults
+from gpt2_jax.jax_defaults import with_own_arrays
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.sharding import platform
@@ -72,7 +72,7 @@ class Window:
     first: int
 
 
-@under_jax_defaults
+@with_own_arrays
 def score(
     config: GPT2Config,
     params: Params,

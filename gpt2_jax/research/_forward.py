@@ -9,7 +9,6 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from gpt2_jax.activations import Tap, select
 from gpt2_jax.config import GPT2Config
@@ -19,7 +18,6 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache
 from gpt2_jax.model import GPT2, Output, check_params
 from gpt2_jax.params import Params
-from gpt2_jax.sharding import placed
 
 
 @under_jax_defaults
@@ -89,14 +87,13 @@ def as_tokens(config: GPT2Config, tokens_BT: jax.Array | Sequence[Sequence[int]]
 
 
 def as_params(config: GPT2Config, params: Params) -> Params:
-    """Check the params against the config, and return them on devices. Traced params are returned unchanged.
+    """Check the params against the config, and return them on devices. Arrays of JAX are returned unchanged.
 
     Raises:
       ValueError: params do not match the config.
     """
     check_params(config, params, dtypes=False)
-    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
-    return params if traced else placed(params)
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), params)
 
 
 def places(mask_BT: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:

@@ -29,6 +29,7 @@ from jax.core import Tracer
 from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
 from gpt2_jax.params import Params, output_head
 from gpt2_jax.research._forward import as_params, as_tokens, forward, places, slots
@@ -78,6 +79,7 @@ class Attribution:
 
 
 @may_return_nan
+@whole_on_auto_axes
 def logit_attribution(
     config: GPT2Config,
     params: Params,

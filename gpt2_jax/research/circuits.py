@@ -25,6 +25,7 @@ from flax import struct
 
 from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params, output_head
 from gpt2_jax.research._forward import as_params
@@ -64,6 +65,7 @@ class LowRank:
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> LowRank:
     """Return W_Q @ W_K.T of a head: rows belong to the query token, columns to the key token.
 
@@ -76,6 +78,7 @@ def qk_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> LowRank:
     """Return W_V @ W_O of a head: rows belong to what the head reads, columns to what it writes.
 
@@ -88,6 +91,7 @@ def ov_circuit(config: GPT2Config, params: Params, layer: int, head: int) -> Low
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def top_tokens(
     config: GPT2Config, params: Params, vectors: Any, k: int = 10, *, ln_f: bool = False
 ) -> tuple[jax.Array, jax.Array]:
@@ -117,6 +121,7 @@ def top_tokens(
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k", "v"]) -> jax.Array:
     """Return how strongly each later head reads what each head writes: [L, N, L, N], the writer first.
 
@@ -132,6 +137,7 @@ def composition_scores(config: GPT2Config, params: Params, kind: Literal["q", "k
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def copying_scores(config: GPT2Config, params: Params, *, ln_f: bool = False) -> jax.Array:
     """Return for each head, [L, N], whether attending to a token raises that token's logit: 1 copies, -1 suppresses.
 

@@ -14,6 +14,7 @@ missing here. They are missing for an untied head (`lm_head`) too, so that all m
 from __future__ import annotations
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.research.trees import flat_of, module_of, product, wide
@@ -22,6 +23,7 @@ READERS = {"ln_1": "attn/c_attn", "ln_2": "mlp/c_fc"}  # only this layer reads t
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def fold_layer_norm(config: GPT2Config, params: Params) -> Params:
     """Move g and b of every ln_1 and ln_2 into the weights that read them. Logits are the same, up to rounding.
 
@@ -47,6 +49,7 @@ def fold_layer_norm(config: GPT2Config, params: Params) -> Params:
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def center_unembed(params: Params) -> Params:
     """Subtract the mean over the vocabulary from each column of the output head.
 

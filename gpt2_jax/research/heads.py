@@ -16,6 +16,7 @@ from flax import struct
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params, as_tokens, forward, places
@@ -40,6 +41,7 @@ class HeadScores:
 
 
 @may_return_nan
+@whole_on_auto_axes
 def head_scores(
     config: GPT2Config,
     params: Params,
@@ -65,6 +67,7 @@ def head_scores(
 
 
 @may_return_nan
+@whole_on_auto_axes
 def mean_attention(
     config: GPT2Config,
     params: Params,

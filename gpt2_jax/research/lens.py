@@ -19,6 +19,7 @@ from gpt2_jax.activations import axes, select
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.explicit_axes import on_auto_axes, whole_on_auto_axes
 from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
@@ -49,6 +50,7 @@ class Lens:
 
 
 @may_return_nan
+@whole_on_auto_axes
 def logit_lens(
     config: GPT2Config,
     params: Params,
@@ -103,7 +105,12 @@ def stream_logits(config: GPT2Config, params: Params, stream_BTD: jax.Array) -> 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: GPT2Config, params: Params, stream: jax.Array) -> jax.Array:
-    return GPT2(config).apply({"params": params}, stream, method=lambda model, x: model.unembed(model.ln_f(x)))
+    return GPT2(config).apply({"params": params}, stream, method=_read_out)
+
+
+@on_auto_axes
+def _read_out(model: GPT2, x: jax.Array) -> jax.Array:
+    return model.unembed(model.ln_f(x))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

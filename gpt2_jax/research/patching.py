@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from gpt2_jax.activations import BLOCK, axes, select, shape
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where, patch, replace, taps_of
+from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
@@ -34,6 +35,7 @@ from gpt2_jax.research.metrics import Metric, as_place, logits_at, traceable
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def activation_patching(
     config: GPT2Config,
     params: Params,
@@ -152,6 +154,7 @@ def _kept(activation: str) -> list[str]:
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def attribution_patching(
     config: GPT2Config,
     params: Params,

@@ -18,6 +18,7 @@ from jax.core import Tracer
 
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.research.trees import (
     Difference,
@@ -117,6 +118,7 @@ def _listed(layers: Iterable[int]) -> list[int]:
 # ---- matrices
 
 
+@whole_on_auto_axes
 def low_rank(params: Params, name: str, rank: int) -> Params:
     """Return params with one matrix replaced by the nearest matrix of a lower rank, its truncated SVD.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.research.trees import flat_of, module_of, product, require_alike, wide
@@ -22,6 +23,7 @@ Heads = dict[str, dict[str, Any]]
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def ablate_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = None) -> Params:
     """Remove what some heads add to the residual stream: their rows of attn/c_proj/w become 0.
 
@@ -41,6 +43,7 @@ def ablate_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = 
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def prune_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = None) -> Params:
     """Set all weights of some heads to 0: as `ablate_heads`, and their columns of attn/c_attn/w and b become 0 too.
 
@@ -51,6 +54,7 @@ def prune_heads(config: GPT2Config, params: Params, heads: Places, mean: Any = N
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def ablate_neurons(config: GPT2Config, params: Params, neurons: Places, mean: Any = None) -> Params:
     """Remove what some MLP neurons add to the residual stream: their rows of mlp/c_proj/w become 0.
 
@@ -68,6 +72,7 @@ def ablate_neurons(config: GPT2Config, params: Params, neurons: Places, mean: An
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def prune_neurons(config: GPT2Config, params: Params, neurons: Places, mean: Any = None) -> Params:
     """Set all weights of some neurons to 0: as `ablate_neurons`, and their columns of mlp/c_fc/w and b become 0 too.
 
@@ -142,6 +147,7 @@ def _zeroed(array: Any, index: Any) -> Any:
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def split_heads(config: GPT2Config, params: Params, layer: int) -> Heads:
     """Return the attention weights of a layer by head.
 
@@ -161,6 +167,7 @@ def split_heads(config: GPT2Config, params: Params, layer: int) -> Heads:
 
 
 @under_jax_defaults
+@whole_on_auto_axes
 def join_heads(config: GPT2Config, params: Params, layer: int, heads: Heads) -> Params:
     """Return params with `heads` as the attention weights of a layer. It is the exact inverse of `split_heads`.
 
