@@ -37,7 +37,7 @@ def on_auto_axes(method: F) -> F:
     @functools.wraps(method)
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
         used = jax.sharding.get_abstract_mesh()
-        mesh = _explicit_mesh_of((module.variables, args, kwargs)) if used.empty else used
+        mesh = explicit_mesh_of((module.variables, args, kwargs)) if used.empty else used
         if AxisType.Explicit not in mesh.axis_types or module.is_initializing():
             return method(module, *args, **kwargs)
         bound = signature.bind(module, *args, **kwargs)
@@ -84,7 +84,7 @@ def whole_on_auto_axes(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         used = jax.sharding.get_abstract_mesh()
-        mesh = _explicit_mesh_of((args, kwargs)) if used.empty else used
+        mesh = explicit_mesh_of((args, kwargs)) if used.empty else used
         if AxisType.Explicit not in mesh.axis_types:
             return function(*args, **kwargs)
         params, _ = jax.tree_util.tree_flatten_with_path(signature.bind(*args, **kwargs).arguments.get("params"))
@@ -125,7 +125,7 @@ def auto_mesh() -> contextlib.AbstractContextManager[None]:
 
 def next_key(module: Any, name: str) -> jax.Array:
     """Return `module.make_rng(name)` with its Explicit axes as Auto ones, in a method that runs on Auto axes."""
-    mesh = _explicit_mesh_of(module.scope.rngs)
+    mesh = explicit_mesh_of(module.scope.rngs)
     if mesh.empty:
         return module.make_rng(name)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Flax computes the key from one on these axes
@@ -139,7 +139,7 @@ def automatic(array: Any) -> Any:
     Raises:
       ValueError: the array is inside of `jax.vmap`, over an axis that is divided along Explicit axes.
     """
-    if _explicit_mesh_of(array).empty:
+    if explicit_mesh_of(array).empty:
         return array
     mesh = _automatic(jax.typeof(array).sharding.mesh)
     try:
@@ -157,7 +157,7 @@ def _automatic(mesh: Mesh | AbstractMesh) -> AbstractMesh:
     return mesh.abstract_mesh.update_axis_types(axes)
 
 
-def _explicit_mesh_of(tree: Any) -> Mesh | AbstractMesh:
+def explicit_mesh_of(tree: Any) -> Mesh | AbstractMesh:
     """Return the first mesh with Explicit axes that an array of a tree is on; an empty mesh if there is none.
 
     It has devices if the array is not traced. They are needed outside of jit, to move other arrays to them.

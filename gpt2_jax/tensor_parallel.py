@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.explicit_axes import explicit_mesh_of
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.sharding import DATA, MODEL, RULES
 
@@ -50,6 +51,7 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], rows: int | None = 0, parts: in
             spec[at] = axis
     while spec and spec[-1] is None:  # as compiled programs name it: another spec of the same meaning compiles again
         spec.pop()
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # on Auto axes, on which the model computes
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -70,7 +72,14 @@ def by_heads(config: GPT2Config, params: Params, mesh: Mesh) -> Params:
       config: the model's config.
       params: the model's params. They may be traced, and this is differentiable.
       mesh: a mesh from `make_mesh`.
+
+    Raises:
+      ValueError: params are on Explicit axes.
     """
+    if not explicit_mesh_of(params).empty:
+        raise ValueError(
+            "by_heads takes params on Auto mesh axes, as gpt2_jax.sharding.make_mesh makes them, not Explicit"
+        )
     flat = flatten(params)
     for name in flat:
         if change := _change(name, config, mesh):

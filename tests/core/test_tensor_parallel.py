@@ -50,6 +50,12 @@ CODE = """
                 if "c_attn" in name and not leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
             ],
         }
+    explicit = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    placed = jax.tree.map(jax.device_put, params, unflatten(param_shardings(flatten(params), explicit)))
+    try:
+        by_heads(config, placed, mesh)
+    except ValueError as error:
+        found["refused"] = str(error)
     print(json.dumps(found, default=float))
 """
 
@@ -59,7 +65,10 @@ def test_heads_over_devices_change_no_result():
 
     Measured: 8.3e-15 and 1.1e-13 of the largest value; 1.9e-14 with params in the checkpoint's order, which work too.
     """
-    for name, one in commands.on_eight_devices(CODE).items():
+    found = commands.on_eight_devices(CODE)
+    assert "by_heads takes params on Auto mesh axes" in found.pop("refused")
+    assert len(found) == 5
+    for name, one in found.items():
         assert one["wrong"] == [], name
         assert one["logits"] <= 1e-13, name
         assert one["unordered"] <= 1e-13, name
