@@ -232,7 +232,7 @@ FLOAT32 = """
 
 
 def test_float32():
-    assert errors_of(FLOAT32)["float32"] < 2e-5  # measured 2.9e-6
+    assert errors_of(FLOAT32)["float32"] < 2e-5  # measured 3.1e-6
 
 
 FUSED = """
@@ -251,7 +251,7 @@ FUSED = """
 
 
 def test_fused_attention_with_an_explicit_mesh():
-    assert errors_of(FUSED)["fused"] < 5e-5  # measured 4.4e-6
+    assert errors_of(FUSED)["fused"] < 5e-5  # measured 6.0e-6
 
 
 @pytest.mark.parametrize("mesh", [None, jax.sharding.AxisType.Auto])
