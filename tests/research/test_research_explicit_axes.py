@@ -82,4 +82,4 @@ PROGRAM = """
 
 def test_explicit_axes_give_the_same_results():
     """On Explicit axes again, with a mesh in use and without, and under jit. Changed params are divided as before."""
-    assert max(on_eight_devices(PROGRAM).values()) < 1e-12  # measured up to 2e-14
+    assert max(on_eight_devices(PROGRAM).values()) < 1e-12  # measured: 5.3e-15
