@@ -8,12 +8,14 @@ import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.jax_defaults import with_own_arrays
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.sharding import DATA, MODEL, param_shardings, placed
 from gpt2_jax.tensor_parallel import by_heads, n_heads, size
 
 
+@with_own_arrays
 def on_devices(config: GPT2Config, params: Params, edited: bool = False) -> tuple[GPT2, Params]:
     """Return the model and params to call compiled programs with.
 
