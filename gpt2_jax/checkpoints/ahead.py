@@ -15,7 +15,7 @@ N_THREADS = min(4, os.cpu_count() or 1)
 HELD = 1.15  # times the bytes of the largest tensor
 
 
-def read_ahead(sizes: Mapping[str, int], read_one: Callable[[str], np.ndarray], n_threads: int = N_THREADS) -> Leaves:
+def read_ahead(sizes: Mapping[str, int], read_one: Callable[[str], np.ndarray]) -> Leaves:
     """Yield every tensor, the largest first. The call starts threads that read.
 
     All arrays together have up to HELD times the bytes of the largest. This counts the one that was yielded, until the
@@ -24,17 +24,16 @@ def read_ahead(sizes: Mapping[str, int], read_one: Callable[[str], np.ndarray], 
     Args:
       sizes: the bytes of each tensor.
       read_one: reads a tensor by its name. Its errors are raised here.
-      n_threads: how many threads read.
     """
     waiting = collections.deque(sorted(sizes, key=lambda name: -sizes[name]))
     running: collections.deque[tuple[str, concurrent.futures.Future[np.ndarray]]] = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(n_threads)
+    pool = concurrent.futures.ThreadPoolExecutor(N_THREADS)
     most = int(HELD * max(sizes.values(), default=0))
 
     def start(held: int) -> None:
         """Start to read what there is room for, beside `held` bytes of the caller."""
         held += sum(sizes[name] for name, _ in running)
-        while waiting and len(running) <= n_threads:
+        while waiting and len(running) <= N_THREADS:
             held += sizes[waiting[0]]
             if sizes[waiting[0]] < held > most:  # alone, every tensor is read
                 return

@@ -114,12 +114,13 @@ def _make(directory: Path, source: dict[str, object], dtype: np.dtype | None) ->
 
 def _copied(directory: Path, source: dict[str, object], config: GPT2Config, leaves: Leaves) -> Leaves:
     """Yield the tensors of the original, and write each into the copy. Without room for it, yield them all the same."""
-    path, done = copy_path(directory), set()
+    done: set[str] = set()
 
     def metadata(hashes: Mapping[str, str]) -> dict[str, str]:
         return {"gpt2_jax": write_manifest(config, hashes, source=source)}
 
     try:
+        path = copy_path(directory)
         path.parent.mkdir(parents=True, exist_ok=True)
         with safetensors.writing(path, flatten(abstract_params(config)), metadata) as add:
             for name, array in leaves:

@@ -80,7 +80,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
                 raise DamagedError(f"{path} is damaged: {error}") from error
 
         sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in some.items()}
-        return read_ahead(sizes, read_one, n_threads=2)
+        return read_ahead(sizes, read_one)
 
     config_file = "config.json" if is_hugging_face else "hparams.json"
     matched = names.match(found, config, path, config_file, read_some, dtype)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from gpt2_jax.checkpoints import foreign_orbax, orbax_arrays, parts
@@ -32,7 +31,6 @@ from gpt2_jax.model import abstract_params
 from gpt2_jax.params import flatten, unflatten
 
 MANIFEST, TREE = "gpt2_jax.json", "params"
-CHUNK = 2**23  # bytes; an array in one chunk needs twice its memory when it is decompressed
 
 
 def read_config(directory: Path) -> GPT2Config:
@@ -75,7 +73,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         return array
 
     sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in shapes.items()}
-    return config, read_ahead(sizes, read_one, n_threads=2)
+    return config, read_ahead(sizes, read_one)
 
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
@@ -83,11 +81,12 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     import orbax.checkpoint as ocp
 
     path = (directory / TREE).resolve()
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt="[" not in str(path))  # its database treats [ as a pattern
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt="[" not in str(path),  # its database treats [ as a pattern
+        use_compression=False,  # it saves a tenth, but a compressed tensor needs twice its memory when it is read
+    )
     with parts.clear_errors(saving=True), ocp.Checkpointer(handler) as checkpointer:
-        tree = unflatten(flat)
-        in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), tree)
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=in_chunks))
+        checkpointer.save(path, args=ocp.args.PyTreeSave(unflatten(flat)))
     hashes = {name: sha256(array) for name, array in flat.items()}
     manifest = write_manifest(config, hashes, files=hash_files(path))
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")

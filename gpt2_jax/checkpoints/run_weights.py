@@ -61,7 +61,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
 
     lora = {name: read_one(name, LORA) for name in abstract[LORA]}
     sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in abstract[PARAMS].items()}
-    return config, _merged(read_ahead(sizes, read_one, n_threads=2), lora, fields["recipe"])
+    return config, _merged(read_ahead(sizes, read_one), lora, fields["recipe"])
 
 
 def _merged(params: Leaves, lora: Mapping[str, np.ndarray], recipe: Mapping[str, Any]) -> Leaves:
