@@ -36,6 +36,9 @@ def load(
 ) -> tuple[GPT2Config, Params]:
     """Load a model from any source, in any format. Every tensor is checked, and nothing is transposed.
 
+    Tensors are read and placed one after the other. Beside the params, the host needs memory for little more than the
+    largest tensor (all of flax_model.msgpack, and twice the largest of compressed arrays of Orbax).
+
     Args:
       source: a directory, a file, a size, or an id on the Hugging Face hub.
         A directory holds a TensorFlow checkpoint in OpenAI's layout, Hugging Face's config.json and safetensors, a
