@@ -123,7 +123,9 @@ def _rows(array: np.ndarray, n_values: int) -> int:
 
 
 def _platform(where: Any) -> str:
-    """Return the kind of a device: "cpu", "gpu" or "tpu". None is the default device."""
-    if not isinstance(where, Sharding):
-        where = jax.device_put(np.zeros((), np.float32), where).sharding
-    return next(iter(where.device_set)).platform
+    """Return the kind of a device: "cpu", "gpu" or "tpu". Without a sharding, it is the default device."""
+    if isinstance(where, Sharding):
+        return next(iter(where.device_set)).platform
+    # A device, the name of a platform, or None.
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return default if isinstance(default, str) else (default or jax.local_devices()[0]).platform
