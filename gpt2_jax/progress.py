@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def tracked(title: str, shown: bool | None = None) -> Callable[[Sequence[T]], It
     return track
 
 
-def reading(leaves: Iterable[tuple[str, Any]], title: str, n_bytes: int) -> Iterator[tuple[str, Any]]:
+def reading(leaves: Iterable[tuple[str, Any]], title: str, n_bytes: int) -> Generator[tuple[str, Any], None, None]:
     """Yield the (name, array) pairs of a model as they are read. Show a bar if the model has LARGE bytes or more."""
     done = 0
     with bars("bytes", "left", shown=None if n_bytes >= LARGE else False) as lines:
@@ -142,3 +142,4 @@ def reading(leaves: Iterable[tuple[str, Any]], title: str, n_bytes: int) -> Iter
             done += array.nbytes
             lines.update(title, done, n_bytes)
             yield name, array
+            del array  # before the next one is read

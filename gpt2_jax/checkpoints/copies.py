@@ -8,17 +8,17 @@ tensor of the copy is checked against its sha256.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from gpt2_jax.checkpoints import safetensors, tensorflow
 from gpt2_jax.checkpoints.integrity import (
-    STORED_DTYPES,
     DamagedError,
+    DtypeNeededError,
     Leaves,
     read_manifest,
-    sha256,
     warn,
     write_manifest,
 )
@@ -26,7 +26,6 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import cache_dir
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
-from gpt2_jax.progress import reading
 
 
 def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]:
@@ -47,8 +46,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
         opened = None
         warn(f"{error}; the copy is made again from {directory}")
     if opened is None:
-        config, arrays = _make(directory, source, dtype)
-        return config, _drain(arrays)
+        return _make(directory, source, dtype)
     config, leaves = opened
     return config, _or_make_again(directory, source, leaves)
 
@@ -85,45 +83,58 @@ def _open(directory: Path, source: dict[str, object]) -> tuple[GPT2Config, Leave
 
 def _or_make_again(directory: Path, source: dict[str, object], leaves: Leaves) -> Leaves:
     """Yield the tensors of the copy. If one is damaged, yield it and the remaining ones from the original."""
-    done = set()
+    done: set[str] = set()
     try:
-        for name, array in leaves:
-            done.add(name)
-            yield name, array
+        yield from _except(leaves, done)
         return
     except (DamagedError, OSError) as error:
         warn(f"{error}; the copy is made again from {directory}")
-    _, arrays = _make(directory, source, None)
-    yield from ((name, array) for name, array in _drain(arrays) if name not in done)
+    yield from _except(_make(directory, source, None)[1], done)
 
 
-def _make(
-    directory: Path, source: dict[str, object], dtype: np.dtype | None
-) -> tuple[GPT2Config, dict[str, np.ndarray]]:
+def _except(leaves: Leaves, done: set[str]) -> Leaves:
+    """Yield the tensors that are not done, and add them to those that are."""
+    for name, array in leaves:
+        if name not in done:
+            done.add(name)
+            yield name, array
+        del array  # before the next one is read
+
+
+def _make(directory: Path, source: dict[str, object], dtype: np.dtype | None) -> tuple[GPT2Config, Leaves]:
     """Read the original and keep a copy. `source` was made before: if the files changed since, the copy is not used."""
-    config, leaves = tensorflow.read(directory, dtype)
-    arrays = dict(reading(leaves, f"reading {directory.name}", config.param_bytes))
-    stored = {array.dtype.name for array in arrays.values()}
-    if len(stored) > 1 or not stored <= set(STORED_DTYPES):
-        return config, arrays
-    config = config.replace(param_dtype=stored.pop())
-    manifest = write_manifest(config, {name: sha256(array) for name, array in arrays.items()}, source=source)
+    try:
+        config, leaves = tensorflow.read(directory)
+    except DtypeNeededError:
+        if dtype is None:
+            raise
+        return tensorflow.read(directory, dtype)
+    return config, _copied(directory, source, config, leaves)
+
+
+def _copied(directory: Path, source: dict[str, object], config: GPT2Config, leaves: Leaves) -> Leaves:
+    """Yield the tensors of the original, and write each into the copy. Without room for it, yield them all the same."""
+    done: set[str] = set()
+
+    def metadata(hashes: Mapping[str, str]) -> dict[str, str]:
+        return {"gpt2_jax": write_manifest(config, hashes, source=source)}
+
     try:
         path = copy_path(directory)
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.write(path, arrays, {"gpt2_jax": manifest})
+        with safetensors.writing(path, flatten(abstract_params(config)), metadata) as add:
+            for name, array in leaves:
+                add(name, array)
+                done.add(name)
+                yield name, array
+                del array  # before the next one is read
+        return
     except OSError as error:
         warn(
             f"no copy of {directory} could be kept ({error}): the next load will be as slow as this "
             "one. Choose a folder with GPT2_JAX_CACHE, or turn copies off with GPT2_JAX_KEEP_COPY=0",
         )
-    return config, arrays
-
-
-def _drain(arrays: dict[str, np.ndarray]) -> Leaves:
-    """Yield every array, the largest first, and remove it from the dict."""
-    for name in sorted(arrays, key=lambda name: -arrays[name].nbytes):
-        yield name, arrays.pop(name)
+    yield from _except(tensorflow.read(directory)[1], done)
 
 
 def _fingerprint(directory: Path) -> dict[str, object]:

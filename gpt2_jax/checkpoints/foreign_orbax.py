@@ -7,15 +7,18 @@ are no hashes: only the damage that Orbax notices is found.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import huggingface, names, parts, tensorflow
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, drain, one_line
+from gpt2_jax.checkpoints import huggingface, names, orbax_arrays, parts, tensorflow
+from gpt2_jax.checkpoints.ahead import read_ahead
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, one_line
 from gpt2_jax.config import GPT2Config
 
 TREE_MARK = "_METADATA"
@@ -50,47 +53,63 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
       directory: the folder with the config.
       dtype: as in `huggingface.read`.
 
+    Returns:
+      config, leaves. Each leaf is read when it is requested, or a little earlier.
+
     Raises:
       FileNotFoundError: there is no config, or no tree.
       ValueError: the config describes another architecture, or the arrays do not match it.
-      DamagedError: Orbax cannot read the tree.
+      DamagedError: the tree cannot be read. The call or the reading of a leaf raises it.
     """
     is_hugging_face = (directory / "config.json").is_file()
     config = huggingface.read_config(directory) if is_hugging_face else tensorflow.read_hparams(directory)
     path = find(directory)
     if path is None:
         raise FileNotFoundError(f"{directory} holds no folder that Orbax wrote")
-    arrays = _restore(path.resolve())
+    path = path.resolve()
+    found, root = _find_arrays(path)
+
+    def read_some(some: Mapping[str, jax.ShapeDtypeStruct]) -> Leaves:
+        full_name = {id(leaf): root + name for name, leaf in found.items()}
+
+        def read_one(name: str) -> np.ndarray:
+            leaf = some[name]
+            try:
+                return orbax_arrays.read(path, full_name[id(leaf)], leaf.dtype, leaf.shape)
+            except OSError as error:
+                raise DamagedError(f"{path} is damaged: {error}") from error
+
+        sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in some.items()}
+        return read_ahead(sizes, read_one)
+
     config_file = "config.json" if is_hugging_face else "hparams.json"
-    matched = names.match(arrays, config, path, config_file, lambda some: some.items(), dtype)
-    return matched.config, matched.leaves(drain(matched.tensors))
+    matched = names.match(found, config, path, config_file, read_some, dtype)
+    return matched.config, matched.leaves(read_some(matched.tensors))
 
 
-def _restore(path: Path) -> dict[str, np.ndarray]:
-    """Read the params in a tree, without the rest of a training state, as {name with dots: array}."""
-    import jax
+def _find_arrays(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], str]:
+    """Return the params in a tree, without the rest of a training state, as {name with dots: shape and dtype}.
+
+    The names are without the root, which is returned too.
+    """
     import orbax.checkpoint as ocp
-
-    def is_leaf(node: Any) -> bool:
-        return hasattr(node, "shape")
 
     try:
         with parts.clear_errors(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
-            leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-            root = names.root_of(_name(keys) for keys, _ in leaves)
-            item = jax.tree_util.tree_map_with_path(
-                lambda keys, leaf: leaf if _is_param(_name(keys), root) else ocp.PLACEHOLDER, tree, is_leaf=is_leaf
-            )
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=is_leaf)
-            found = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=how))
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+        arrays = {_name(keys): leaf for keys, leaf in leaves if hasattr(leaf, "shape")}
+        root = names.root_of(arrays)
+        return {
+            name.removeprefix(root): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, leaf in arrays.items()
+            if _is_param(name, root)
+        }, root
     except MemoryError:
         raise
     except Exception as error:  # Orbax passes on the errors of the libraries below it
         said = one_line(error).removeprefix("Orbax says: ")
         raise DamagedError(f"{path} is damaged, Orbax says: {said}") from error
-    arrays = {_name(keys): array for keys, array in jax.tree_util.tree_leaves_with_path(found)}
-    return {name.removeprefix(root): array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
 
 def _is_param(name: str, root: str) -> bool:

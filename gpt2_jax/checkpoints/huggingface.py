@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt2_jax.checkpoints import names, pickles, safetensors
 from gpt2_jax.checkpoints.config_words import in_hugging_face_words, leaves_nanogpts_gelu_open
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, sha256, warn, write_manifest
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, warn, write_manifest
 from gpt2_jax.checkpoints.vocabulary_files import write_json
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, SIZES, VARIANTS, GPT2Config
 from gpt2_jax.files import read_json
@@ -199,8 +199,13 @@ def is_ours(directory: Path) -> bool:
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
     """Write config.json and model.safetensors, with a sha256 of each tensor, into an empty directory."""
     arrays = {hugging_face_name(name): array for name, array in flat.items()}
-    manifest = write_manifest(config, {key: sha256(array) for key, array in arrays.items()})
-    safetensors.write(directory / WEIGHTS, arrays, {"format": "pt", "gpt2_jax": manifest})
+
+    def metadata(hashes: Mapping[str, str]) -> dict[str, str]:
+        return {"format": "pt", "gpt2_jax": write_manifest(config, hashes)}
+
+    with safetensors.writing(directory / WEIGHTS, arrays, metadata) as add:
+        for key, array in arrays.items():
+            add(key, array)
     fields: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in HPARAM_NAMES.items()}
     fields |= {name: getattr(config, name) for name in DROPOUT_RATES}
     fields |= {name: getattr(config, name) for name in VARIANTS}

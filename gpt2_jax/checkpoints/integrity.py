@@ -16,7 +16,10 @@ import numpy as np
 from gpt2_jax.config import DROPOUT_RATES, HPARAMS, GPT2Config
 
 Leaves = Iterator[tuple[str, np.ndarray]]
-"""Every parameter once: its flat name ("h0/attn/c_attn/w") and its array on the host, with its shape in params."""
+"""Every parameter once: its flat name ("h0/attn/c_attn/w") and its array on the host, with its shape in params.
+
+An array need not be contiguous. Whoever yields or takes one lets go of it before the next one is read.
+"""
 
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 FLOATS = (*STORED_DTYPES, "float64")  # the dtypes that can be cast to one of those
@@ -110,9 +113,9 @@ def warn(message: str) -> None:
 
 
 def count_non_finite(array: np.ndarray) -> int:
-    """Return how many values are NaN or infinite. They are checked in chunks of 2^20."""
-    flat = array.reshape(-1)
-    chunks: Iterable[np.ndarray] = (flat[i : i + 2**20] for i in range(0, flat.size, 2**20))
+    """Return how many values are NaN or infinite. They are checked in chunks of 2^18."""
+    flat = array.ravel("K")  # this does not copy a transposed array
+    chunks: Iterable[np.ndarray] = (flat[i : i + 2**18] for i in range(0, flat.size, 2**18))
     with np.errstate(invalid="ignore"):  # a signaling NaN is counted like any other
         return sum(chunk.size - int(np.count_nonzero(np.isfinite(chunk))) for chunk in chunks)
 

@@ -119,4 +119,5 @@ def _leaves(path: Path, config: GPT2Config, n_rows: int) -> Leaves:
             if array.size != n:
                 raise DamagedError(f"{path} is damaged: it ends inside {name}")
             array = array.reshape(shape)[: config.n_vocab] if name == "wte" else array.reshape(shape)
-            yield name, np.ascontiguousarray(array.T) if name.endswith("/w") else array
+            yield name, array.T if name.endswith("/w") else array
+            del array  # before the next one is read

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import copies, flax_msgpack, foreign_orbax, huggingface, llmc, orbax, run_weights, tensorflow
+from gpt2_jax.checkpoints import (
+    copies,
+    flax_msgpack,
+    foreign_orbax,
+    huggingface,
+    llmc,
+    orbax,
+    placing,
+    run_weights,
+    tensorflow,
+)
 from gpt2_jax.checkpoints.forms import FormName
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES, DtypeNeededError, Leaves, count_non_finite, warn
 from gpt2_jax.checkpoints.released import use_release
@@ -25,6 +35,9 @@ def load(
     source: str | os.PathLike, dtype: Any = None, sharding: Any = None, keep_copy: bool = True
 ) -> tuple[GPT2Config, Params]:
     """Load a model from any source, in any format. Every tensor is checked, and nothing is transposed.
+
+    Tensors are read and placed one after the other. Beside the params, the host needs memory for little more than the
+    largest tensor (all of flax_model.msgpack, and twice the largest of compressed arrays of Orbax).
 
     Args:
       source: a directory, a file, a size, or an id on the Hugging Face hub.
@@ -65,7 +78,9 @@ def load(
     return open_and_place(locate(source)) if size is None else use_release(size, None, open_and_place)
 
 
-def read(path: Path, keep_copy: bool = True, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]:
+def read(
+    path: Path, keep_copy: bool = True, dtype: np.dtype | None = None
+) -> tuple[GPT2Config, Generator[tuple[str, np.ndarray], None, None]]:
     """Read the model at a path that `locate` returned onto the host.
 
     Args:
@@ -93,19 +108,27 @@ READERS: Mapping[FormName, Callable[[Path, np.dtype | None], tuple[GPT2Config, L
 }
 
 
-def _place(config: GPT2Config, leaves: Leaves, dtype: np.dtype | None, sharding: Any) -> tuple[GPT2Config, Params]:
+def _place(
+    config: GPT2Config, leaves: Generator[tuple[str, np.ndarray], None, None], dtype: np.dtype | None, sharding: Any
+) -> tuple[GPT2Config, Params]:
     """Cast every leaf and put it on its device, one after the other."""
     if isinstance(sharding, Mapping):
         sharding = flatten(dict(sharding))
         if wrong := sorted(sharding.keys() ^ flatten(abstract_params(config)).keys()):
             raise ValueError(f"sharding must have the structure of the params: {wrong[0]} is in only one of the two")
     flat, non_finite, overflown = {}, {}, {}
-    for name, stored in leaves:
-        with np.errstate(over="ignore"):  # the warning below names the tensor
-            array = stored if dtype is None else stored.astype(dtype, copy=False)
-        if n_non_finite := count_non_finite(array):
-            (non_finite if count_non_finite(stored) else overflown)[name] = n_non_finite
-        flat[name] = jax.device_put(array, sharding[name] if isinstance(sharding, Mapping) else sharding)
+    try:
+        with contextlib.closing(leaves):
+            for name, stored in leaves:
+                where = sharding[name] if isinstance(sharding, Mapping) else sharding
+                flat[name], n_non_finite = placing.place(stored, dtype or config.param_dtype, where)
+                if n_non_finite:
+                    (non_finite if count_non_finite(stored) else overflown)[name] = n_non_finite
+                del stored  # before the next one is read
+    except BaseException:
+        for leaf in flat.values():  # a traceback may keep this frame for long
+            leaf.delete()
+        raise
     warn_of_non_finite(non_finite, "these weights hold NaN or infinite values")
     warn_of_non_finite(overflown, f"values too large for {dtype} have become infinite")
     return config if dtype is None else config.replace(param_dtype=dtype), unflatten(flat)

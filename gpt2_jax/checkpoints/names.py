@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt2_jax.checkpoints.integrity import FLOATS, DtypeNeededError, Leaves, stored_dtype, warn
+from gpt2_jax.checkpoints.integrity import FLOATS, DtypeNeededError, Leaves, sha256, stored_dtype, warn
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
@@ -127,18 +127,27 @@ class Matched:
     def leaves(self, arrays: Iterable[tuple[str, np.ndarray]]) -> Leaves:
         """Yield every parameter once. `arrays` yields (short name, array) for each of `tensors`, in any order."""
         name_of = {key: name for name, keys in self.keys.items() for key in keys}
-        waiting: dict[str, dict[str, np.ndarray]] = {}
-        for key, stored in arrays:
-            array = np.ascontiguousarray(stored.T) if key in self.transposed else stored
-            name = name_of[key]
-            if len(self.keys[name]) == 1:
-                yield name, array
-                continue
-            parts = waiting.setdefault(name, {})
-            parts[key] = array
-            if len(parts) == len(self.keys[name]):
-                yield name, np.concatenate([waiting[name].pop(key) for key in self.keys[name]], axis=-1)
         shapes = flatten(abstract_params(self.config))
+        dtypes = {key: tensor.dtype for key, tensor in self.tensors.items()}
+        waiting: dict[str, tuple[np.ndarray, set[str]]] = {}  # what has only some of its parts, and those that lack
+        for key, stored in arrays:
+            array = stored.T if key in self.transposed else stored
+            name = name_of[key]
+            keys = self.keys[name]
+            if len(keys) > 1:
+                if name not in waiting:
+                    dtype = np.result_type(*(dtypes[part] for part in keys))
+                    waiting[name] = np.empty(shapes[name].shape, dtype), {*keys}
+                whole, lacking = waiting[name]
+                np.split(whole, len(keys), axis=-1)[keys.index(key)][...] = array
+                lacking.remove(key)
+                if lacking:
+                    del array, stored, whole
+                    continue
+                array, _ = waiting.pop(name)
+                del whole
+            yield name, array
+            del array, stored  # before the next one is read
         yield from ((n, np.zeros(shapes[n].shape, shapes[n].dtype)) for n, keys in self.keys.items() if not keys)
 
 
@@ -184,6 +193,7 @@ def match(
     config = config.replace(param_dtype=stored_dtype((tensor.dtype for tensor in tensors.values()), source, dtype))
     expected = {key: jax.ShapeDtypeStruct(leaf.shape, config.param_dtype) for key, leaf in expected.items()}
     check_differences(tensors, expected, source, config_file, dtype)
+    tensors = {key: tensors[key] for parts in keys.values() for key in parts}  # so parts of a whole follow each other
     return Matched(config, tensors, keys, frozenset(transposed & expected.keys()))
 
 
@@ -226,8 +236,11 @@ def _merge_prefixes(found: Mapping[str, Any], source: object, read: Read) -> dic
 def _equal(one: Any, other: Any, read: Read) -> bool:
     if tuple(one.shape) != tuple(other.shape) or one.dtype.name != other.dtype.name or one.dtype.name not in FLOATS:
         return False
-    first, second = (np.ascontiguousarray(array).view(np.uint8) for _, array in read({"one": one, "other": other}))
-    return np.array_equal(first, second)
+    found = set()
+    for _, array in read({"one": one, "other": other}):
+        found.add(sha256(array))
+        del array  # before the other one is read
+    return len(found) == 1
 
 
 def _tie(tensors: dict[str, Any], naming: Naming, config: GPT2Config, source: object, read: Read) -> GPT2Config:

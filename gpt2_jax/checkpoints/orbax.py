@@ -8,19 +8,19 @@ open; earlier versions of this package wrote the layout of v1, which is read too
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from gpt2_jax.checkpoints import parts
+from gpt2_jax.checkpoints import foreign_orbax, orbax_arrays, parts
+from gpt2_jax.checkpoints.ahead import read_ahead
 from gpt2_jax.checkpoints.integrity import (
     DamagedError,
     Leaves,
     check_hash,
-    one_line,
     read_manifest,
     sha256,
     write_manifest,
@@ -45,38 +45,35 @@ def read_config(directory: Path) -> GPT2Config:
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     """Read what `write` wrote onto the host. The devices from which it was saved do not matter.
 
+    Returns:
+      config, leaves. Each leaf is read when it is requested, or a little earlier.
+
     Raises:
       FileNotFoundError: the folder of params beside gpt2_jax.json is missing.
       DamagedError: a file is damaged (found at the start, or while the leaves are read).
     """
-    from orbax.checkpoint import v1 as ocp
-
     config, manifest = _read_manifest(directory)
     path = (directory / TREE).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{directory} holds no folder {TREE} beside {MANIFEST}")
-    found = hash_files(path)  # before Orbax opens them: damaged files make it leave threads with errors
+    found = hash_files(path)
     if wrong := [name for name, digest in manifest["files"].items() if found.get(name) != digest]:
         raise DamagedError(f"{path} is damaged: {wrong[0]} is not what was written, or is missing")
-    host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_params(config))
-    try:
-        tree = ocp.load(str(path), host)
-    except MemoryError:
-        raise
-    except Exception as error:  # Orbax passes on the errors of the libraries below it
-        raise DamagedError(f"{path} is damaged, Orbax says: {one_line(error)}") from error
-    return config, _leaves(flatten(tree), flatten(abstract_params(config)), manifest["sha256"], path)
+    tree = foreign_orbax.find(path)
+    if tree is None:
+        raise DamagedError(f"{path} is damaged: it holds no folder that Orbax wrote")
+    shapes = flatten(abstract_params(config))
 
+    def read_one(name: str) -> np.ndarray:
+        try:
+            array = orbax_arrays.read(tree, name.replace("/", "."), shapes[name].dtype, shapes[name].shape)
+        except OSError as error:
+            raise DamagedError(f"{path} is damaged: {error}") from error
+        check_hash(name, array, manifest["sha256"], path)
+        return array
 
-def _leaves(
-    flat: dict[str, np.ndarray], expected: Mapping[str, jax.ShapeDtypeStruct], hashes: Mapping[str, str], path: Path
-) -> Leaves:
-    for name in sorted(flat, key=lambda name: -flat[name].nbytes):
-        array = flat.pop(name)
-        if array.shape != expected[name].shape or array.dtype != expected[name].dtype:
-            raise DamagedError(f"{path} is damaged: {name} is {array.dtype}{array.shape}")
-        check_hash(name, array, hashes, path)
-        yield name, array
+    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in shapes.items()}
+    return config, read_ahead(sizes, read_one)
 
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
@@ -84,7 +81,10 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     import orbax.checkpoint as ocp
 
     path = (directory / TREE).resolve()
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt="[" not in str(path))  # its database treats [ as a pattern
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt="[" not in str(path),  # its database treats [ as a pattern
+        use_compression=False,  # it saves a tenth, but a compressed tensor needs twice its memory when it is read
+    )
     with parts.clear_errors(saving=True), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(unflatten(flat)))
     hashes = {name: sha256(array) for name, array in flat.items()}

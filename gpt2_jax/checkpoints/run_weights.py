@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.checkpoints import parts, runs
+from gpt2_jax.checkpoints import orbax_arrays, parts, runs
+from gpt2_jax.checkpoints.ahead import read_ahead
 from gpt2_jax.checkpoints.integrity import Leaves
 from gpt2_jax.checkpoints.runs import LORA, PARAMS
 from gpt2_jax.config import GPT2Config
@@ -37,6 +38,9 @@ def read_config(directory: Path) -> GPT2Config:
 def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     """Read the params of a run's checkpoint onto the host, with LoRA merged. The optimizer's state is not read.
 
+    Returns:
+      config, leaves. Each leaf is read when it is requested, or a little earlier, and has its dtype in the run.
+
     Raises:
       FileNotFoundError: the checkpoint is not in a run's folder, whose run.json holds the config.
       ValueError: run.json is malformed, or describes another model.
@@ -49,20 +53,25 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     if wrong := differences(abstract[PARAMS], flatten(abstract_params(config)), dtypes=False):
         raise ValueError(f"{directory} does not match the model in {runs.run_of(directory) / runs.RUN}: {wrong[0]}")
     parts.check_files(directory, manifest, (PARAMS, LORA))
-    host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
-    found = parts.read(directory.resolve(), host)
-    return config, _merged(config, found[PARAMS], found[LORA], fields["recipe"])
+    directory = directory.resolve()
+
+    def read_one(name: str, part: str = PARAMS) -> np.ndarray:
+        leaf = abstract[part][name]
+        return orbax_arrays.read(directory / part, name.replace("/", "."), leaf.dtype, leaf.shape)
+
+    lora = {name: read_one(name, LORA) for name in abstract[LORA]}
+    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in abstract[PARAMS].items()}
+    return config, _merged(read_ahead(sizes, read_one), lora, fields["recipe"])
 
 
-def _merged(
-    config: GPT2Config, params: dict[str, np.ndarray], lora: Mapping[str, np.ndarray], recipe: Mapping[str, Any]
-) -> Leaves:
-    for name in sorted(params, key=lambda name: -params[name].nbytes):
-        leaf = params.pop(name)
+def _merged(params: Leaves, lora: Mapping[str, np.ndarray], recipe: Mapping[str, Any]) -> Leaves:
+    for name, leaf in params:
         if f"{name}/a" in lora:
             pair: dict[str, Any] = {side: lora[f"{name}/{side}"] for side in "ab"}
-            leaf = flatten(merge_lora(unflatten({name: leaf}), {name: pair}, recipe["lora"]["alpha"]))[name]
-        yield name, np.asarray(leaf, config.param_dtype)
+            merged = flatten(merge_lora(unflatten({name: leaf}), {name: pair}, recipe["lora"]["alpha"]))
+            leaf = np.asarray(merged.pop(name))
+        yield name, leaf
+        del leaf  # before the next one is read
 
 
 def _dtype(manifest: Mapping[str, Any]) -> np.dtype:

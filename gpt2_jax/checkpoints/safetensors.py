@@ -7,8 +7,7 @@ program writes to, JAX can use the mapped file itself.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,7 +15,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -24,7 +23,9 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, check_hash, one_line
+from gpt2_jax.checkpoints.ahead import read_ahead
+from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, check_hash, one_line, sha256
+from gpt2_jax.checkpoints.placing import ALIGNMENT, aligned
 from gpt2_jax.files import replacing_file
 
 DTYPES = {
@@ -34,8 +35,6 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ALIGNMENT = 64  # bytes: JAX needs this alignment to use memory without a copy
-N_THREADS = min(4, os.cpu_count() or 1)
 # Before Python 3.13 each mapping keeps a file descriptor open, and a process may often have only 1,024 of them. So only
 # tensors of at least this many bytes are mapped: 50 of the 148 of 124M.
 LEAST_MAPPED = 2**16
@@ -97,6 +96,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped: bool = False) -> Leaves:
     """Yield every tensor, the largest first, verified if hashes are given. The call starts threads that read ahead.
 
+    The bytes that are held are bounded, as in `ahead.read_ahead`.
+
     Args:
       tensors: the tensors to read, from one file or several.
       hashes: the sha256 of each tensor; None verifies nothing.
@@ -106,25 +107,8 @@ def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped
     Raises:
       DamagedError: a tensor is not what was written, or the file is too short.
     """
-    waiting = collections.deque(sorted(tensors, key=lambda name: -math.prod(tensors[name].shape)))
-    running: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(N_THREADS)
-
-    def read_ahead() -> None:
-        while waiting and len(running) <= N_THREADS:
-            name = waiting.popleft()
-            running.append((name, pool.submit(_read_one, name, tensors[name], hashes, mapped)))
-
-    def results() -> Leaves:
-        with pool:
-            while running:
-                name, future = running.popleft()
-                array = future.result()
-                read_ahead()
-                yield name, array
-
-    read_ahead()
-    return results()
+    sizes = {name: tensor.n_bytes for name, tensor in tensors.items()}
+    return read_ahead(sizes, lambda name: _read_one(name, tensors[name], hashes, mapped))
 
 
 def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None, mapped: bool) -> np.ndarray:
@@ -159,10 +143,7 @@ def _map_bytes(file: io.FileIO, tensor: Stored) -> np.ndarray:
 
 
 def _read_bytes(file: io.FileIO, name: str, tensor: Stored) -> np.ndarray:
-    n_bytes = tensor.n_bytes
-    room = np.empty(n_bytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    flat = room[start : start + n_bytes]
+    n_bytes, flat = tensor.n_bytes, aligned(tensor.n_bytes)
     file.seek(tensor.offset)
     n_read = 0
     while n_read < n_bytes:
@@ -173,16 +154,43 @@ def _read_bytes(file: io.FileIO, name: str, tensor: Stored) -> np.ndarray:
     return flat
 
 
-def write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a file under a temporary name and rename it. The data begins at a multiple of ALIGNMENT, for mapping."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+@contextlib.contextmanager
+def writing(
+    path: Path, tensors: Mapping[str, Any], metadata: Callable[[Mapping[str, str]], Mapping[str, str]]
+) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Write a file under a temporary name, and rename it at the end of the block. So tensors need not be there at once.
+
+    The data begins at a multiple of ALIGNMENT, for mapping.
+
+    Args:
+      path: the file.
+      tensors: {name: an object with shape and dtype}, in the order of the file.
+      metadata: makes the file's metadata from the sha256 of each tensor. Its length must not depend on the digits.
+
+    Yields:
+      add(name, array), to call once for each tensor, in any order.
+    """
+    entries: dict[str, Any] = {}
     end = 0
-    for name, array in arrays.items():
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    hashes = dict.fromkeys(tensors, "0" * 64)
+
+    def header() -> bytes:
+        text = json.dumps({"__metadata__": dict(metadata(hashes)), **entries}).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
     with replacing_file(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        first = len(header())
+
+        def add(name: str, array: np.ndarray) -> None:
+            array = np.ascontiguousarray(array)
+            hashes[name] = sha256(array)
+            file.seek(first + entries[name]["data_offsets"][0])
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+        yield add
+        file.seek(0)
+        file.write(header())

@@ -79,7 +79,9 @@ def read(path: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]
         for name, leaf in expected.items():
             with _clear_damage_errors(tf, prefix):
                 array = reader.get_tensor(PREFIX + name)
-            yield name, array.reshape(leaf.shape)
+            array = array.reshape(leaf.shape)
+            yield name, array
+            del array  # before the next one is read
 
     return config, leaves()
 

@@ -71,7 +71,7 @@ def run(args: Args) -> int:
         f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens",
         file=sys.stderr,
     )
-    fitted = fit(plan, params, data, folder, tokenizer)
+    fitted = fit(plan, params, data, folder, tokenizer, donate=True)
     print(f"to generate text: gpt2-generate --model {shlex.quote(str(folder))}", file=sys.stderr)
     print(folder)
     if fitted.signal:

@@ -62,7 +62,12 @@ class Fitted:
 
 @under_jax_defaults
 def fit(
-    plan: Plan, params: Params | None, data: Prepared, run_dir: str | os.PathLike, tokenizer: Tokenizer | None = None
+    plan: Plan,
+    params: Params | None,
+    data: Prepared,
+    run_dir: str | os.PathLike,
+    tokenizer: Tokenizer | None = None,
+    donate: bool = False,
 ) -> Fitted:
     """Train a model, or resume the run in `run_dir`.
 
@@ -80,6 +85,8 @@ def fit(
       run_dir: the run's folder, for checkpoints, the best model, metrics, samples and the loss curve. You can pass it
         to `load` and `load_tokenizer`.
       tokenizer: for the samples; it is also saved with the model. With None, no samples are written.
+      donate: delete the jax arrays of `params` when they are copied. Otherwise they stay in memory beside the state for
+        as long as you keep them.
 
     Raises:
       ValueError: recipe, model, data and devices do not fit together, `run_dir` contains a different run, or the
@@ -99,7 +106,7 @@ def fit(
     with contextlib.ExitStack() as resources:
         checkpoints = resources.enter_context(Checkpoints(run_dir))
         first_step = checkpoints.latest() or 0
-        state = checkpoints.restore(plan.state) if first_step else _begin(plan, params, run_dir)
+        state = checkpoints.restore(plan.state) if first_step else _begin(plan, params, run_dir, donate)
         report = resources.enter_context(Report(plan, run_dir, first_step))
         stop = resources.enter_context(stopping())
         _announce(report, memory, n_steps_before, n_steps, first_step)
@@ -128,7 +135,7 @@ def fit(
     return fitted
 
 
-def _begin(plan: Plan, params: Params | None, run_dir: Path) -> TrainState:
+def _begin(plan: Plan, params: Params | None, run_dir: Path, donate: bool) -> TrainState:
     """Return the initial state. Refuse if there are no params, or if the files of an earlier run would be lost."""
     if params is None:
         raise ValueError(f"{run_dir} has no checkpoint to resume from: pass params")
@@ -139,7 +146,7 @@ def _begin(plan: Plan, params: Params | None, run_dir: Path) -> TrainState:
             f"{run_dir} has metrics up to step {reached:,}, but its checkpoints are gone: the run cannot resume, and "
             "a new run would overwrite its files; choose another folder"
         )
-    return init_state(plan, params)
+    return init_state(plan, params, donate)
 
 
 def _announce(report: Report, memory: dict[str, int], n_steps_before: int, n_steps: int, first_step: int) -> None:

@@ -20,7 +20,7 @@ from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
 from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import init_params
-from gpt2_jax.params import Params
+from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training.memory import check_memory
@@ -30,10 +30,12 @@ ORIGIN = "origin.json"  # in the token folder: which text the tokens were made f
 
 
 def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tuple[Plan, Params | None, Tokenizer]:
-    """Return the plan of a run, and the params and the tokenizer that it starts from; params are on the host.
+    """Return the plan of a run, and the params and the tokenizer that it starts from.
 
-    Memory is checked before weights are read. If `run_dir` contains a run with a checkpoint, params are None: they are
-    in the checkpoint, and the model source is not read. Errors of `load` and `load_tokenizer` are passed on.
+    Params are float32, on the devices of the plan's mesh, where training keeps them. `fit(..., donate=True)` takes over
+    their memory. Memory is checked before weights are read. If `run_dir` contains a run with a checkpoint, params are
+    None: they are in the checkpoint, and the model source is not read. Errors of `load` and `load_tokenizer` are passed
+    on.
 
     Raises:
       ValueError: new weights have no vocabulary, the plan cannot be made, or the devices have too little memory.
@@ -58,13 +60,17 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     check_memory(plan)
     if begun is not None:
         return plan, None, tokenizer
-    with jax.default_device(_host()):
-        params = load(model.source, dtype="float32")[1] if model.source else new_params(config, recipe.seed)
-    return plan, params, tokenizer
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
+    if model.source:
+        return plan, load(model.source, dtype="float32", sharding=shardings)[1], tokenizer
+    with jax.default_device(_host()):  # the same numbers for all devices
+        flat = flatten(new_params(config, recipe.seed))
+    placed = {name: jax.device_put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()}
+    return plan, unflatten(placed), tokenizer
 
 
 def _host() -> Any:
-    """Return the device that holds params before they are sharded: the CPU, or None if JAX has no CPU backend."""
+    """Return the device that makes new params before they are sharded: the CPU, or None if JAX has no CPU backend."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

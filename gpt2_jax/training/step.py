@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import NamedSharding
 
+from gpt2_jax.checkpoints.placing import place
 from gpt2_jax.data.batching import Batch
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
@@ -32,22 +34,43 @@ MEAN_DECAY = 0.98  # decay of the running mean loss that spikes are compared wit
 
 
 @under_jax_defaults
-def init_state(plan: Plan, params: Params) -> TrainState:
-    """Return the state before the first step, on the devices of the plan's mesh; `params` are copied.
+def init_state(plan: Plan, params: Params, donate: bool = False) -> TrainState:
+    """Return the state before the first step, on the devices of the plan's mesh.
+
+    Args:
+      plan: the plan of the run.
+      params: the initial params, on any devices or as NumPy arrays. They are copied, one after the other.
+      donate: delete each jax array of `params` as soon as it is copied, so that they are never in memory twice.
 
     Raises:
       ValueError: params do not match the plan's config.
     """
     check_params(plan.config, params, dtypes=False)
-    params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(plan.config.param_dtype), params)
     shardings = _shardings(plan.state)
-    params = jax.tree.map(jax.device_put, params, shardings.params)
+
+    def copy(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        copied = _copy(leaf, plan.config.param_dtype, sharding)
+        if donate and isinstance(leaf, jax.Array):
+            leaf.delete()
+        return copied
+
+    params = jax.tree.map(copy, params, shardings.params)
 
     def make(params: Params) -> TrainState:
         state = bare_state(plan.recipe, params)
         return dataclasses.replace(state, opt_state=plan.optimizer.init(state.trained(plan.trained)))
 
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _copy(leaf: jax.Array | np.ndarray, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    """Return a copy of an array with a dtype and a sharding. It is complete, and its memory can be donated."""
+    if isinstance(leaf, jax.Array) and leaf.dtype == dtype:
+        placed = jax.device_put(leaf, sharding)  # from device to device
+    else:  # the NumPy array of a jax array would live as long as that array: so it is that of a copy
+        placed, _ = place(np.asarray(jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf), dtype, sharding)
+    # `placed` may share the memory of `leaf` or, on a CPU, of a NumPy array, which cannot be donated.
+    return jax.jit(jnp.copy, out_shardings=sharding)(placed).block_until_ready()
 
 
 def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:

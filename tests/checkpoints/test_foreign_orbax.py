@@ -96,8 +96,8 @@ def test_a_tree_of_another_model(tmp_path, flat):
 
 def test_a_damaged_tree(tmp_path, flat, monkeypatch):
     """It is read once, and nothing waits: only a save has threads that go on."""
-    read, n_reads, slept = foreign_orbax._restore, [], []
-    monkeypatch.setattr(foreign_orbax, "_restore", lambda path: n_reads.append(path) or read(path))
+    read, n_reads, slept = foreign_orbax._find_arrays, [], []
+    monkeypatch.setattr(foreign_orbax, "_find_arrays", lambda path: n_reads.append(path) or read(path))
     monkeypatch.setattr(parts, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
     save_tree(tmp_path / "tree", forms.nested(flat), "StandardCheckpointer")
     (tmp_path / "hparams.json").write_text(json.dumps(CONFIG.to_hparams()))

@@ -11,7 +11,7 @@ import safetensors.numpy
 from checkpoint_forms import CONFIG, FORMATS
 
 import gpt2_jax
-from gpt2_jax.checkpoints import copies, saving
+from gpt2_jax.checkpoints import ahead, copies, saving
 from gpt2_jax.checkpoints import safetensors as reader
 
 
@@ -30,7 +30,7 @@ def test_a_file_replaced_while_it_is_read_is_told(tmp_path, flat, monkeypatch):
     """A load must not mix the halves of two models."""
     directory = forms.write_huggingface(tmp_path / "model", CONFIG, forms.hf_tensors(flat))
     other = forms.write_huggingface(tmp_path / "other", CONFIG, forms.hf_tensors(forms.random_model(seed=7)))
-    monkeypatch.setattr(reader, "N_THREADS", 1)
+    monkeypatch.setattr(ahead, "N_THREADS", 1)
     read_bytes, n_read = reader._read_bytes, []
 
     def read_then_replace(*args):
