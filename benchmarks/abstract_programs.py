@@ -142,7 +142,7 @@ def _lower(function: Any, values: dict[str, Any]) -> Any:
     params = unflatten({name: abstract(leaf, at[name]) for name, leaf in flat.items()})
     arrays = jax.tree.map(divided, arrays)
     if formats := programs.cache_formats(model, params, len(values["done_B"])) if "past" in arrays else None:
-        k_BNHS = tuple(abstract(leaf, formats.k_BNHS) for leaf in arrays["past"].k_BNHS)
+        k_BNHS = tuple(abstract(leaf, formats.keys) for leaf in arrays["past"].k_BNHS)
         arrays["past"] = dataclasses.replace(arrays["past"], k_BNHS=k_BNHS)
     return function.lower(**static, **arrays, params=params)
 

@@ -403,7 +403,8 @@ class GPT2(nn.Module):
         if mask_BT.shape != tokens_BT.shape or jnp.issubdtype(mask_BT.dtype, jnp.floating):
             raise ValueError(f"mask must be bool{tokens_BT.shape}, like the tokens, not {mask_BT.dtype}{mask_BT.shape}")
         if cache is not None:
-            check_cache(cache, self.config, *tokens_BT.shape, self.n_heads)
+            n_rows, n_tokens = tokens_BT.shape
+            check_cache(cache, self.config, n_rows, n_tokens, self.n_heads)
         if not deterministic and not self.has_rng("dropout"):
             raise ValueError('dropout (deterministic=False) needs a key: apply(..., rngs={"dropout": key})')
         return tokens_BT, mask_BT.astype(bool)

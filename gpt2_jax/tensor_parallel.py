@@ -47,7 +47,7 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], rows: int | None = 0, parts: in
     """
     spec: list[str | None] = [None] * len(shape)
     for at, axis in ((rows, DATA), (parts, MODEL)):
-        if at in range(len(shape)) and size(mesh, axis) > 1 and shape[at] % size(mesh, axis) == 0:
+        if at is not None and at < len(shape) and size(mesh, axis) > 1 and shape[at] % size(mesh, axis) == 0:
             spec[at] = axis
     while spec and spec[-1] is None:  # as compiled programs name it: another spec of the same meaning compiles again
         spec.pop()

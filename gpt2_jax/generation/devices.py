@@ -49,8 +49,9 @@ def _mesh(params: Params) -> Mesh | None:
     """Return the mesh that all params are on, if it has several devices and the axes of `make_mesh`."""
     found = {getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(params)}
     mesh = found.pop()
-    known = not found and isinstance(mesh, Mesh) and {*mesh.axis_names} == {DATA, MODEL}
-    return mesh if known and mesh.size > 1 else None
+    if found or not isinstance(mesh, Mesh) or mesh.size == 1 or {*mesh.axis_names} != {DATA, MODEL}:
+        return None
+    return mesh
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

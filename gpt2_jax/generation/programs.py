@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,15 @@ class State:
     done_B: jax.Array
     key_B: jax.Array
     n_new: jax.Array
+
+
+class Formats(NamedTuple):
+    """Where and how devices store the arrays of a long cache: a Format or a Sharding each. None is as XLA prefers."""
+
+    keys: Any
+    values: Any = None
+    mask: Any = None
+    length: Any = None
 
 
 @functools.partial(jax.jit, **LONG_CACHE["empty"])
@@ -198,8 +207,8 @@ def over_devices(model: GPT2, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: divided(leaf, mesh, parts=1 if leaf.ndim == 4 else None), tree)
 
 
-def cache_formats(model: GPT2, params: Params, n_rows: int) -> KVCache | None:
-    """Return where and how devices store the arrays of a long cache; None means as XLA prefers.
+def cache_formats(model: GPT2, params: Params, n_rows: int) -> Formats | None:
+    """Return the formats of a long cache; None means that all are as XLA prefers.
 
     None is the answer for several devices without a mesh, too: how XLA divides the cache over them is not known here.
     """
@@ -208,28 +217,24 @@ def cache_formats(model: GPT2, params: Params, n_rows: int) -> KVCache | None:
     if mesh is not None:
         kv, mask = sharding(mesh, (n_rows, _n_heads(model), 1, 1), parts=1), sharding(mesh, (n_rows, 1))
         keys = kv if layout is None else Format(layout, kv)
-        return _formats(keys, kv, mask, NamedSharding(mesh, PartitionSpec()))
+        return Formats(keys, kv, mask, NamedSharding(mesh, PartitionSpec()))
     if layout is None or len(at.device_set) > 1:
         return None
-    return _formats(Format(layout, SingleDeviceSharding(*at.device_set)))
+    return Formats(Format(layout, SingleDeviceSharding(*at.device_set)))
 
 
 @functools.lru_cache
-def in_format(program: Any, long_cache: KVCache | None) -> Any:
+def in_format(program: Any, formats: Formats | None) -> Any:
     """Return one of the programs of LONG_CACHE, whose long cache gets these formats.
 
     Programs that only read it need no change.
     """
-    if long_cache is None:
+    if formats is None:
         return program
     others = None
-    if program is merge_recent and long_cache.v_BNSH is not None:  # an empty recent part
-        others = dataclasses.replace(long_cache, k_BNHS=long_cache.v_BNSH)
-    return jax.jit(program.__wrapped__, out_shardings=(long_cache, others), **LONG_CACHE[program.__name__])
-
-
-def _formats(keys: Any, values: Any = None, mask: Any = None, length: Any = None) -> KVCache:
-    return KVCache(keys, values, mask, length)  # a prefix of the tree of a cache, as out_shardings takes it
+    if program is merge_recent and formats.values is not None:  # an empty recent part
+        others = KVCache(*formats._replace(keys=formats.values))
+    return jax.jit(program.__wrapped__, out_shardings=(KVCache(*formats), others), **LONG_CACHE[program.__name__])
 
 
 def _empty_cache(model: GPT2, n_rows: int, n_slots: int) -> KVCache:

@@ -123,10 +123,10 @@ def compile_train_step(plan: Plan) -> Any:
     """Return `make_train_step(plan)` as a jax.stages.Compiled, before there is a state or a batch."""
     shape, at = (plan.recipe.accumulate, plan.recipe.batch_size // plan.recipe.accumulate), plan.over_rows(None)
 
-    def windows(dtype: Any) -> jax.ShapeDtypeStruct:
+    def windows(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((*shape, plan.n_tokens), dtype, sharding=at)
 
-    batch: Any = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
+    batch = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
     step: Any = make_train_step(plan)
     return step.lower(plan.state, batch).compile()
 

@@ -299,8 +299,8 @@ def test_only_gpus_have_another_order(monkeypatch):
     assert programs.in_format(programs.place, None) is programs.place
     divided = gpt2_jax.GPT2(CONFIG, mesh=mesh)
     formats = programs.cache_formats(divided, {"w": on_cpu}, 2)
-    assert formats.k_BNHS == formats.v_BNSH == NamedSharding(mesh, PartitionSpec())
+    assert formats.keys == formats.values == NamedSharding(mesh, PartitionSpec())
     monkeypatch.setitem(programs.KEY_LAYOUTS, "cpu", ON_A_GPU)
     formats = programs.cache_formats(divided, {"w": on_cpu}, 2)
-    assert formats.k_BNHS.layout == ON_A_GPU
-    assert formats.v_BNSH == NamedSharding(mesh, PartitionSpec())
+    assert formats.keys.layout == ON_A_GPU
+    assert formats.values == NamedSharding(mesh, PartitionSpec())
