@@ -7,12 +7,13 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from gpt2_jax.commands import _interrupts, _streams
+from gpt2_jax.commands import _interrupts, _processes, _streams
 
 A = TypeVar("A")
 NAMES = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()  # these can write every file name
@@ -26,12 +27,16 @@ def call(
     *,
     start: Callable[[], A] | None = None,
     text: bool = False,
+    again: str = _processes.AGAIN,
 ) -> None:
     """Parse a command's arguments and run it. If its exit status is not 0, the process ends with that status.
 
     ValueError, OSError and too little memory give status 2. Their message goes to standard error as "PROG: MESSAGE".
     Ctrl-C gives 130, and SIGTERM 143. Otherwise the status is what `run` returns; None means 0. What is written to a
     closed standard output or error (`>&-`) is discarded.
+
+    If the arguments have a field `processes` that asks for several processes, `run` is called in a child that is
+    connected to the others. Only the child of process 0 writes what `run` prints.
 
     Args:
       prog: the command's name.
@@ -41,11 +46,36 @@ def call(
       start: returns the arguments that the options change; None means the defaults of `args_type`.
       text: True if standard output is text to read: a character that it cannot show becomes "?", and a closed pipe, as
         after `| head`, ends the command with status 0. False if it is file names, which are written unchanged.
+      again: what to do if another one of several processes has ended.
     """
+
+    def run_here(args: A) -> int | None:
+        return _run(prog, run, args, again)
+
     with _streams.present():
-        status = _status(prog, args_type, run, argv, start, text)
+        try:
+            status = _status(prog, args_type, run_here, argv, start, text)
+        except Exception:
+            if not _processes.is_connected():
+                raise
+            traceback.print_exc()
+            status = 1
+        if _processes.is_connected():
+            _processes.abandon(status or 0)
     if status:
         sys.exit(status)
+
+
+def _run(prog: str, run: Callable[[A], int | None], args: A, again: str) -> int | None:
+    """Run the command: in this process, as the parent of a child, or as the child."""
+    processes: _processes.Processes | None = getattr(args, "processes", None)
+    if processes is None or not processes.several():
+        return run(args)
+    if _processes.is_child():
+        return _processes.work(processes, lambda: run(args))
+    from gpt2_jax.commands import _supervisor
+
+    return _supervisor.supervise(prog, processes, again)
 
 
 def _status(
@@ -75,14 +105,16 @@ def _status(
         raise
     except Exception as error:
         _interrupts.check()  # an error after a signal is a consequence of it
+        if _processes.peer_ended(error):
+            return _processes.TEMPFAIL
         reader_left = isinstance(error, BrokenPipeError) and (text or args is None)  # --help is text, too
         message = "" if reader_left else _message(error)
         if message is None:
             raise
         if message:
-            report(prog, message)
+            report(_processes.named(prog), message)
         _drop_output()
-        return 0 if reader_left else 2
+        return 0 if reader_left else _processes.TEMPFAIL if isinstance(error, _processes.Unconnected) else 2
 
 
 def _message(error: Exception) -> str | None:

@@ -12,18 +12,21 @@ from collections.abc import Iterator
 class _Messages(io.RawIOBase):
     """Standard error. A message that it does not accept is dropped: it must not end the work."""
 
+    def __init__(self, number: int = 2):
+        self._number = number
+
     def writable(self) -> bool:
         return True
 
     def fileno(self) -> int:
-        return 2
+        return self._number
 
     def isatty(self) -> bool:
-        return os.isatty(2)
+        return os.isatty(self._number)
 
     def write(self, data) -> int:
         with contextlib.suppress(OSError):
-            return os.write(2, data)
+            return os.write(self._number, data)
         return len(data)
 
 
@@ -40,9 +43,26 @@ def prepare() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     if isinstance(sys.stderr, io.TextIOWrapper) and os.name == "posix":  # a console of Windows takes no bytes
         sys.stderr.flush()
-        sys.stderr = io.TextIOWrapper(
-            io.BufferedWriter(_Messages()), sys.stderr.encoding, "backslashreplace", line_buffering=True
-        )
+        sys.stderr = _messages(2, sys.stderr.encoding)
+
+
+def _messages(number: int, encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedWriter(_Messages(number)), encoding, "backslashreplace", line_buffering=True)
+
+
+def divert(file: int) -> None:
+    """Let what C++ code writes to standard output and error go into an open file. What Python writes does not."""
+    out, err = os.dup(1), os.dup(2)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if stream is not None:
+            stream.flush()
+        os.dup2(file, number)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        how = {"line_buffering": sys.stdout.line_buffering or sys.stdout.write_through, "newline": "\n"}
+        raw = io.BufferedWriter(io.FileIO(out, "w"))
+        sys.stdout = sys.__stdout__ = io.TextIOWrapper(raw, sys.stdout.encoding, sys.stdout.errors, **how)
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = sys.__stderr__ = _messages(err, sys.stderr.encoding)
 
 
 @contextlib.contextmanager

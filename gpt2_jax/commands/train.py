@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from gpt2_jax.commands import _command, _model
+from gpt2_jax.commands import _command, _model, _processes
 from gpt2_jax.files import expanded
 from gpt2_jax.recipe import Recipe
 
@@ -32,11 +32,13 @@ class Args:
         Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/NAME of the recipe)")
     ] = None
     """The run's folder: checkpoints, best model, metrics, samples and loss curve. gpt2-generate --model takes it."""
+    processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "gpt2-train") -> None:
     """Run the command."""
-    _command.call(prog, Args, run, argv, start=lambda: _start(argv, prog))
+    again = f"the last checkpoint is complete; {_processes.AGAIN}"
+    _command.call(prog, Args, run, argv, start=lambda: _start(argv, prog), again=again)
 
 
 def finetune(argv: Sequence[str] | None = None) -> None:

@@ -91,7 +91,7 @@ def parse(command: str, *arguments: str) -> Any:
     module, function = MAINS[name].split(".")
     parsed = []
 
-    def call(prog, args_type, run, argv=None, *, start=None, text=False):
+    def call(prog, args_type, run, argv=None, *, start=None, **_how):
         parsed.append(tyro.cli(args_type, prog=prog, args=argv, **({} if start is None else {"default": start()})))
 
     with mock.patch.object(_command, "call", call), contextlib.chdir(ROOT):

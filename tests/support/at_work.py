@@ -1,0 +1,63 @@
+"""A command whose processes work together until they are stopped. test_processes.py starts and kills them.
+
+It does not import JAX until it works. Each process writes "INDEX PID" into the pipe $PIPE after the first round.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+
+from gpt2_jax.commands import _command, _processes, _supervisor, start
+
+
+@dataclasses.dataclass
+class Args:
+    """Work together."""
+
+    processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
+    rounds: int = 10**9
+    fail: str = ""
+    """Processes that fail in round 3, and how: "0 ValueError", "01 RuntimeError", "1 crash"."""
+
+
+def run(args: Args) -> int:
+    print("ordinary message", file=sys.stderr)
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from gpt2_jax.training.signals import stopping
+
+    index, total = jax.process_index(), 0
+    with stopping() as stop:
+        for i in range(args.rounds):
+            if i == 3 and str(index) in args.fail:
+                fail(args.fail.split()[1])
+            flags = multihost_utils.process_allgather(np.array([bool(stop), 1]))
+            total += flags.reshape(-1, 2)[:, 1].sum()
+            if i == 0 and "PIPE" in os.environ:
+                with open(os.environ["PIPE"], "w") as pipe:  # noqa: PTH123
+                    pipe.write(f"{index} {os.getpid()}\n")
+            if flags.reshape(-1, 2)[:, 0].any():
+                break
+    print(total)
+    return 128 + signal.SIGTERM if i < args.rounds - 1 else 0
+
+
+def fail(how: str):
+    if how == "crash":
+        os.write(2, b"last words of C++\n")
+        os.kill(os.getpid(), signal.SIGSEGV)
+    raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[how]("wrong")
+
+
+def main():
+    _command.call("gpt2-train", Args, run, again="the last checkpoint is complete; start all processes again")
+
+
+if __name__ == "__main__":
+    _supervisor.GRACE = float(os.environ.get("GRACE", _supervisor.GRACE))
+    sys.modules["gpt2_jax.commands.at_work"] = sys.modules["__main__"]
+    start.MAINS["at_work"] = "at_work.main"
+    start._run("at_work")
