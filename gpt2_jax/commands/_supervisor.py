@@ -51,8 +51,8 @@ class _Child:
             self._forward(self.received)
         status = self.process.wait()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        if status < 0:
-            self._send_to_group(signal.SIGKILL)  # processes that it started
+        if status:
+            self._send_to_group(signal.SIGKILL)  # processes that it started, and has not ended
         return status
 
     def text(self) -> str:

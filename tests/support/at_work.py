@@ -1,11 +1,13 @@
 """A command whose processes work together until they are stopped. test_processes.py starts and kills them.
 
-It does not import JAX until it works. Each process writes "INDEX PID" into the pipe $PIPE after the first round.
+It does not import JAX until it works. After the first round each process writes "INDEX PID HELPER" into the pipe
+$PIPE: its number, its own process and one that it has started.
 """
 
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 
 from gpt2_jax.commands import _command, _processes, _supervisor, start
@@ -29,7 +31,7 @@ def run(args: Args) -> int:
 
     from gpt2_jax.training.signals import stopping
 
-    index, total = jax.process_index(), 0
+    index, total, helper = jax.process_index(), 0, None
     with stopping() as stop:
         for i in range(args.rounds):
             if i == 3 and str(index) in args.fail:
@@ -37,10 +39,13 @@ def run(args: Args) -> int:
             flags = multihost_utils.process_allgather(np.array([bool(stop), 1]))
             total += flags.reshape(-1, 2)[:, 1].sum()
             if i == 0 and "PIPE" in os.environ:
+                helper = subprocess.Popen(["sleep", "600"])
                 with open(os.environ["PIPE"], "w") as pipe:  # noqa: PTH123
-                    pipe.write(f"{index} {os.getpid()}\n")
+                    pipe.write(f"{index} {os.getpid()} {helper.pid}\n")
             if flags.reshape(-1, 2)[:, 0].any():
                 break
+    if helper:
+        helper.kill()
     print(total)
     return 128 + signal.SIGTERM if i < args.rounds - 1 else 0
 
