@@ -111,6 +111,8 @@ def prepare() -> None:
         return
     lifeline, log = map(int, descriptors.split(","))
     os.set_inheritable(lifeline, False)
+    for number in (signal.SIGTTOU, signal.SIGTTIN):  # to write to a terminal is allowed, and to read is an error
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     _streams.divert(log)
     os.close(log)
@@ -170,6 +172,7 @@ def _connect(processes: Processes) -> None:
         raise
     except jax.errors.JaxRuntimeError as error:
         raise Unconnected(f"the processes could not connect: {error}") from error
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has put its own handler in this one's place
     from jax._src import distributed  # jax.process_index() would look for devices
 
     _State.connected, _State.index = True, distributed.global_state.process_id

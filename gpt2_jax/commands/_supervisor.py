@@ -13,7 +13,7 @@ from typing import IO
 
 from gpt2_jax.commands import _command, _processes
 
-GRACE = 60.0  # seconds from a signal to the end: a training run saves a checkpoint, with the other processes
+GRACE = 60.0  # seconds from SIGTERM to the end: a training run saves a checkpoint, with the other processes
 UNCONNECTED_GRACE = 3.0  # the same before the processes are connected: the child waits, and has nothing to save
 ABORTED = "JAX distributed service detected fatal errors"  # JAX's message when it aborts a process
 TAIL = 4000  # characters of the log
@@ -68,6 +68,8 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
         connected = f"{_processes.NOTE}connected" in self.text()
+        if connected and number == signal.SIGINT:
+            return  # a second Ctrl-C ends the child at once
         if not signal.getitimer(signal.ITIMER_REAL)[0]:
             signal.setitimer(signal.ITIMER_REAL, GRACE if connected else UNCONNECTED_GRACE)
 
@@ -90,8 +92,8 @@ class _Child:
 def supervise(prog: str, processes: _processes.Processes, again: str) -> int:
     """Run this command again as a child, and return its exit status.
 
-    SIGTERM, SIGINT and SIGHUP are forwarded; 60 seconds after the first, or 3 if the processes are not connected yet,
-    a child that is left is killed. A child whose parent is killed is killed too.
+    SIGTERM, SIGINT and SIGHUP are forwarded. A child that does not end is killed 60 seconds after SIGTERM or SIGHUP, or
+    3 seconds after any of them if the processes are not connected yet. A child whose parent is killed is killed, too.
 
     Args:
       prog: the command's name.

@@ -273,6 +273,43 @@ def test_a_signal_reaches_the_process_once(group, number):
     assert other == (128 + signal.SIGTERM, "", "")
 
 
+def test_a_signal_to_a_process_alone_ends_the_others(group):
+    """The command does not handle the signal itself. JAX must not swallow it."""
+    group.start(2, "--no-agree")
+    group.until_working(2)
+    group.parents[1].terminate()
+    assert group.end(1, SOON) == (143, "", "")
+    assert group.end(0, SOON) == (75, "", f"ordinary message\ngpt2-train: process 0: {ENDED}")
+
+
+def test_ctrl_z(group):
+    """The process stops and goes on with its parent."""
+    group.start(2)
+    group.until_working(2)
+    parent = group.parents[1].pid
+    os.kill(parent, signal.SIGTSTP)
+    assert os.WIFSTOPPED(os.waitpid(parent, os.WUNTRACED)[1])
+    stat, deadline = Path(f"/proc/{group.children[1]}/stat"), time.monotonic() + SOON
+    while stat.read_text().rpartition(")")[2].split()[0] != "T":  # its threads stop one by one
+        assert time.monotonic() < deadline
+    os.kill(parent, signal.SIGCONT)
+    os.kill(parent, signal.SIGTERM)
+    assert group.end(1) == (143, "", "")
+
+
+def test_a_second_ctrl_c_ends_a_process_that_waits_for_a_hung_one(group, monkeypatch):
+    monkeypatch.setattr(commands, "SCRIPTS", SCRIPT.parent)
+    with commands.OnATerminal("at_work", *group.address(2, 0), cwd=SCRIPT.parent, PIPE=str(group.pipe)) as shown:
+        group.add(*group.address(2, 1))
+        group.until_working(2)
+        os.kill(group.children[1], signal.SIGSTOP)
+        shown.type("\x03")
+        shown.until_idle()
+        shown.type("\x03")
+        assert shown.end() == 130
+        until_gone(group.children[0])
+
+
 def test_ctrl_c_in_a_terminal_reaches_the_process_once(group, monkeypatch):
     monkeypatch.setattr(commands, "SCRIPTS", SCRIPT.parent)
     with commands.OnATerminal("at_work", *group.address(2, 0), cwd=SCRIPT.parent, PIPE=str(group.pipe)) as shown:

@@ -4,6 +4,7 @@ It does not import JAX until it works. After the first round each process writes
 $PIPE: its number, its own process and one that it has started.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -19,6 +20,8 @@ class Args:
 
     processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
     rounds: int = 10**9
+    agree: bool = True
+    """Stop together after a signal to any of them, as a training run. Otherwise a signal ends one process."""
     fail: str = ""
     """Processes that fail in round 3, and how: "0 ValueError", "01 RuntimeError", "1 crash"."""
 
@@ -32,7 +35,7 @@ def run(args: Args) -> int:
     from gpt2_jax.training.signals import stopping
 
     index, total, helper = jax.process_index(), 0, None
-    with stopping() as stop:
+    with stopping() if args.agree else contextlib.nullcontext(False) as stop:
         for i in range(args.rounds):
             if i == 3 and str(index) in args.fail:
                 fail(args.fail.split()[1])
