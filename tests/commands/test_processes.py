@@ -311,8 +311,13 @@ def test_a_second_ctrl_c_ends_a_process_that_waits_for_a_hung_one(group, monkeyp
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_process_once(group, monkeypatch):
+    import termios  # not on Windows
+
     monkeypatch.setattr(commands, "SCRIPTS", SCRIPT.parent)
     with commands.OnATerminal("at_work", *group.address(2, 0), cwd=SCRIPT.parent, PIPE=str(group.pipe)) as shown:
+        modes = termios.tcgetattr(shown.terminal)
+        modes[3] |= termios.TOSTOP  # after `stty tostop`, too, the process writes to the terminal
+        termios.tcsetattr(shown.terminal, termios.TCSANOW, modes)
         group.add(*group.address(2, 1))
         group.until_working(2)
         shown.type("\x03")
@@ -322,8 +327,9 @@ def test_ctrl_c_in_a_terminal_reaches_the_process_once(group, monkeypatch):
 
 
 def test_a_hung_process_ends_the_others(group):
-    """It sends no heartbeats."""
-    group.start(2)
+    """It sends no heartbeats. JAX ends the others after HEARTBEAT seconds; its own default is 100."""
+    assert _processes.HEARTBEAT < SOON / 2
+    group.start(2, HEARTBEAT="2")
     group.until_working(2)
     os.kill(group.children[1], signal.SIGSTOP)
     assert group.end(0, SOON) == (75, "", f"ordinary message\ngpt2-train: process 0: {ENDED}")

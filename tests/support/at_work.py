@@ -66,6 +66,7 @@ def main():
 
 if __name__ == "__main__":
     _supervisor.GRACE = float(os.environ.get("GRACE", _supervisor.GRACE))
+    _processes.HEARTBEAT = int(os.environ.get("HEARTBEAT", _processes.HEARTBEAT))
     sys.modules["gpt2_jax.commands.at_work"] = sys.modules["__main__"]
     start.MAINS["at_work"] = "at_work.main"
     start._run("at_work")
