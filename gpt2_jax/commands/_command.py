@@ -73,6 +73,7 @@ def _run(prog: str, run: Callable[[A], int | None], args: A, again: str) -> int 
         return run(args)
     if _processes.is_child():
         return _processes.work(processes, lambda: run(args))
+    _processes.check_restart()
     from gpt2_jax.commands import _supervisor
 
     return _supervisor.supervise(prog, processes, again)

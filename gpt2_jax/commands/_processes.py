@@ -17,6 +17,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Annotated, NoReturn
@@ -28,12 +29,13 @@ from gpt2_jax.commands import _interrupts, _streams
 TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start the same command again
 CHILD = "GPT2_JAX_CHILD"  # an environment variable for the child: two file descriptors
 HEARTBEAT = 10  # seconds without a sign of life until JAX takes a process for dead
+LONGEST_END = 86_400  # seconds that a process that has ended waits for the last one, which may write large files
 TOGETHER = 3.0  # seconds that a failed process waits for the others to fail too, each with its own message
 AGAIN = "start all processes again"
 NOTE = "gpt2_jax: "  # begins a line of the log that the child writes for its parent
 GONE = re.compile(  # in errors of JAX's operations and of its coordination service
-    r"Gloo \w+ failed|Connection (closed|reset) by peer|Socket closed|coordination.?service|heartbeat"
-    r"|task.{0,20}(died|unhealthy|disconnected)|NCCL.*(remote process|aborted|system error)|ncclRemoteError",
+    r"Gloo .{0,40}failed|coordination.?service|heartbeat|barrier.{0,40}(failed|timed out)"
+    r"|NCCL.*(remote process|remote error|aborted)",
     re.IGNORECASE | re.DOTALL,
 )
 NO_CLUSTER = (
@@ -96,16 +98,18 @@ class Unconnected(OSError):
 class _State:
     """This process."""
 
+    restarts = False  # its command line starts it again
     child = False  # it runs under a parent
     connected = False  # to the other processes
     index: int | None = None
 
 
 def prepare() -> None:
-    """Prepare a child, before anything is imported. In any other process, do nothing.
+    """Prepare a command's process, before anything large is imported.
 
-    The child ends with its parent. What C++ code writes to standard output and error goes into the parent's log.
+    A child ends with its parent. What C++ code writes to its standard output and error goes into the parent's log.
     """
+    _State.restarts = sys.orig_argv[-len(sys.argv[1:]) :] == sys.argv[1:]  # false for %run of IPython
     descriptors = os.environ.pop(CHILD, None)
     if descriptors is None:
         return
@@ -122,6 +126,12 @@ def prepare() -> None:
 def _end_with_parent(lifeline: int) -> None:
     os.read(lifeline, 1)  # returns when no process can write to it any more
     os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def check_restart() -> None:
+    """Raise ValueError unless the command line of this process starts the command again."""
+    if not _State.restarts:
+        raise ValueError("several processes need the command gpt2-...: in Python, call jax.distributed.initialize")
 
 
 def is_child() -> bool:
@@ -164,7 +174,10 @@ def _connect(processes: Processes) -> None:
             _check_port(int(str(processes.coordinator).rpartition(":")[2]))
     try:
         jax.distributed.initialize(
-            **address, initialization_timeout=processes.timeout, heartbeat_timeout_seconds=HEARTBEAT
+            **address,
+            initialization_timeout=processes.timeout,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=LONGEST_END,
         )
     except ValueError as error:
         if processes.auto and "defined" in str(error):  # of the address, the count or the index
@@ -211,7 +224,8 @@ def quiet_unless_first() -> Iterator[None]:
 def peer_ended(error: BaseException | None) -> bool:
     """Return whether an error of a connected process is only the consequence of another process's end."""
     while _State.connected and error is not None:
-        if isinstance(error, RuntimeError | ValueError) and GONE.search(str(error)):
+        of_jax = isinstance(error, RuntimeError | ValueError) and not isinstance(error, OSError)
+        if of_jax and GONE.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

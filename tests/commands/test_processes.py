@@ -161,6 +161,36 @@ def test_refused_options(capfd, options, message):
     assert run(*(f"--processes.{option}" for option in options.split())) == (2, "", f"gpt2-train: {message}\n")
 
 
+def test_a_call_in_python_starts_no_process(capfd):
+    """The command line of this process is not that of the command."""
+    done = commands.caller(train.main, capfd)("--processes.auto")
+    message = "several processes need the command gpt2-...: in Python, call jax.distributed.initialize"
+    assert done == (2, "", f"gpt2-train: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            ValueError("UNKNOWN: Gloo AllGather failed: [pair.cc:538] Connection reset by peer"),
+            True,
+        ),
+        (RuntimeError("UNAVAILABLE: Failed to send RPC to coordination service."), True),
+        (RuntimeError("INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited"), True),
+        (RuntimeError("INTERNAL: NCCL operation ncclCommInitRank() failed: unhandled system error"), False),
+        (RuntimeError("UNAVAILABLE: TPU initialization failed: the device is busy"), False),
+        (ConnectionResetError("Connection reset by peer"), False),
+    ],
+)
+def test_errors_of_another_end(monkeypatch, error, expected):
+    """Of connected processes alone, and also as the cause of another error."""
+    wrapped = RuntimeError("the checkpoint was not saved")
+    wrapped.__cause__ = error
+    assert not _processes.peer_ended(error)
+    monkeypatch.setattr(_processes._State, "connected", True)
+    assert _processes.peer_ended(error) is _processes.peer_ended(wrapped) is expected
+
+
 def test_one_process_pays_nothing(tmp_path):
     """No child, and no import of what several processes need."""
     code = """
