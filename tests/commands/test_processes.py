@@ -393,8 +393,15 @@ def test_a_process_that_fails_ends_the_other(group, how, status, message):
     assert (failed.err == message) == (how == "ValueError")
 
 
-def test_processes_that_fail_together(group):
-    """Each says why. None says that another ended."""
-    group.start(2, "--fail=01 ValueError")
-    assert group.end(0) == (2, "", "ordinary message\ngpt2-train: process 0: wrong\n")
+def test_processes_that_fail_together(group, tmp_path):
+    """Each says why, and none that another ended, if the second fails within TOGETHER seconds."""
+    turn = tmp_path / "turn"
+    os.mkfifo(turn)
+    group.start(2, "--fail=01 ValueError", TURN=str(turn))
+    lines = iter(group.parents[0].stderr.readline, "")
+    assert [next(lines), next(lines)] == ["ordinary message\n", "gpt2-train: process 0: wrong\n"]
+    with pytest.raises(subprocess.TimeoutExpired):  # the end of process 0 would end it
+        group.parents[1].wait(0.5)
+    turn.write_text("")
+    assert group.end(0) == (2, "", "")
     assert group.end(1) == (2, "", "gpt2-train: process 1: wrong\n")

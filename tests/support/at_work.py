@@ -23,7 +23,7 @@ class Args:
     agree: bool = True
     """Stop together after a signal to any of them, as a training run. Otherwise a signal ends one process."""
     fail: str = ""
-    """Processes that fail in round 3, and how: "0 ValueError", "01 RuntimeError", "1 crash"."""
+    """Processes that fail in round 3, and how: "1 ValueError", "1 crash". "01 ValueError": 1 after 0."""
 
 
 def run(args: Args) -> int:
@@ -38,6 +38,8 @@ def run(args: Args) -> int:
     with stopping() if args.agree else contextlib.nullcontext(False) as stop:
         for i in range(args.rounds):
             if i == 3 and str(index) in args.fail:
+                if index and args.fail.startswith("0"):
+                    open(os.environ["TURN"]).close()  # noqa: PTH123  waits until the test opens this pipe
                 fail(args.fail.split()[1])
             flags = multihost_utils.process_allgather(np.array([bool(stop), 1]))
             total += flags.reshape(-1, 2)[:, 1].sum()
