@@ -401,7 +401,7 @@ def test_processes_that_fail_together(group, tmp_path):
     lines = iter(group.parents[0].stderr.readline, "")
     assert [next(lines), next(lines)] == ["ordinary message\n", "gpt2-train: process 0: wrong\n"]
     with pytest.raises(subprocess.TimeoutExpired):  # the end of process 0 would end it
-        group.parents[1].wait(0.5)
-    turn.write_text("")
+        group.parents[1].wait(_processes.TOGETHER / 2)
+    os.close(os.open(turn, os.O_WRONLY | os.O_NONBLOCK))  # fails if process 1 does not wait for it
     assert group.end(0) == (2, "", "")
     assert group.end(1) == (2, "", "gpt2-train: process 1: wrong\n")
