@@ -359,7 +359,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_process_once(group, monkeypatch):
 def test_a_hung_process_ends_the_others(group):
     """It sends no heartbeats. JAX ends the others after HEARTBEAT seconds; its own default is 100."""
     assert _processes.HEARTBEAT < SOON / 2
-    group.start(2, HEARTBEAT="2")
+    group.start(2, HEARTBEAT="4")
     group.until_working(2)
     os.kill(group.children[1], signal.SIGSTOP)
     assert group.end(0, SOON) == (75, "", f"ordinary message\ngpt2-train: process 0: {ENDED}")
