@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -196,6 +194,9 @@ def _check_port(port: int) -> None:
     """Refuse a port that is in use. JAX's service crashes on it."""
     if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
         return  # JAX listens there instead
+    import errno
+    import socket
+
     family, host = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not matter

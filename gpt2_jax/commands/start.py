@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-from gpt2_jax.commands import _interrupts, _processes, _streams
+from gpt2_jax.commands import _interrupts, _streams
 
 MAINS = {
     "convert": "convert.main",
@@ -31,6 +31,8 @@ def _run(name: str) -> None:
         try:
             _interrupts.install()
             _streams.prepare()
+            from gpt2_jax.commands import _processes  # imports more than the two above
+
             _processes.prepare()
             module, function = MAINS[name].split(".")
             getattr(importlib.import_module(f"gpt2_jax.commands.{module}"), function)()
