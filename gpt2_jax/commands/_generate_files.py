@@ -29,8 +29,12 @@ def complete_file(model: Model, args: Args, source: Path, target: Path) -> None:
     """Complete the prompts of `source`, and write them to `target`. One that is not a file is read or written once."""
     lines, start = _Lines(model, args), time.perf_counter()
     stream, descriptor = is_stream(target), descriptor_of(source)
+    if model.share.count > 1:
+        _check_shared(source, target, stream)
     name = "standard input" if descriptor == 0 else expanded(source)
     n_done = (lines.through if stream else lines.into_a_file)(name, descriptor, target)
+    if model.share.index:
+        return
     if lines.n_bad:
         print(f'lines skipped: {lines.n_bad}; "error" of an output line says why', file=sys.stderr)
     print(f"{n_done} prompts in {time.perf_counter() - start:.1f} s, with loading and compilation", file=sys.stderr)
@@ -45,6 +49,18 @@ def is_stream(target: Path) -> bool:
     except OSError:  # not there yet
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _check_shared(source: Path, target: Path, stream: bool) -> None:
+    """Check that several processes can read the prompts and write the results.
+
+    Raises:
+      ValueError: one of them is not a file.
+    """
+    if stream:
+        raise ValueError(f"--output {target} is not a file: several processes write their lines into one file together")
+    if descriptor_of(source) is not None or (expanded(source).exists() and not expanded(source).is_file()):
+        raise ValueError(f"--input {source} is not a file: each of several processes must read all of its lines")
 
 
 @dataclasses.dataclass
@@ -93,6 +109,7 @@ class _Lines:
             check=self.check,
             skip=self.skip if self.args.skip_bad_lines else None,
             data=data,
+            share=model.share,
         )
 
     def through(self, source: str | Path, descriptor: int | None, target: Path) -> int:
@@ -122,10 +139,7 @@ class _Lines:
 
         for name in set(ignored(line)) - self.noted:
             self.noted.add(name)
-            print(
-                f'note: "{name}" of a line has no effect, and is only copied: write it in "{IN_A_LINE}"',
-                file=sys.stderr,
-            )
+            self.print(f'note: "{name}" of a line has no effect, and is only copied: write it in "{IN_A_LINE}"')
         self.with_settings |= line.get(IN_A_LINE) is not None
         row = self.row(line, 0)
         check_prompt(self.model.config, "the prompt", row.ids)
@@ -135,7 +149,12 @@ class _Lines:
         """Report a bad line."""
         self.n_bad += 1
         if self.n_bad <= SHOWN:
-            print(f"skipped: {message}", file=sys.stderr)
+            self.print(f"skipped: {message}")
+
+    def print(self, message: str) -> None:
+        """Print a message on standard error, in process 0. All processes read all lines."""
+        if self.model.share.index == 0:
+            print(message, file=sys.stderr)
 
     def row(self, line: dict[str, Any], number: int) -> Row:
         """Return what is to be completed."""

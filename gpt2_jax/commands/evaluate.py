@@ -20,6 +20,7 @@ from gpt2_jax.files import expanded
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config, Tokenizer
     from gpt2_jax.params import Params
+    from gpt2_jax.processes import Share
 
 PERPLEXITY_ALONE = ("stride", "per", "bos")
 
@@ -69,6 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: Args) -> None:
     """Read the file, load the model, measure, print."""
     _check(args)
+    from gpt2_jax import processes
+
+    share = processes.share()
+    with share.telling():
+        result = _result(args, share)
+        if share.index == 0:
+            _print(args, *result)
+
+
+def _result(args: Args, share: Share) -> tuple[GPT2Config, dict[str, Any]]:
+    """Return the model's config, and what was measured, the same in all processes."""
     from gpt2_jax.evaluate import files
 
     readers = {"perplexity": files.read_documents, "lambada": files.read_passages, "cloze": files.read_questions}
@@ -79,8 +91,14 @@ def run(args: Args) -> None:
     _model.keep_compiled()
     tokenizer = gpt2_jax.load_tokenizer(_model.source(args.model))
     config, params = _model.load(args.model, args.dtype, args.mesh)
-    print(f"model: {_model.title(args.model)}, {config.n_params:,} parameters, {config.compute_dtype}", file=sys.stderr)
-    result = dataclasses.asdict(_measure(args, config, params, tokenizer, items))
+    if share.index == 0:
+        title = f"{_model.title(args.model)}, {config.n_params:,} parameters, {config.compute_dtype}"
+        print(f"model: {title}", file=sys.stderr)
+    return config, dataclasses.asdict(_measure(args, config, params, tokenizer, items, share))
+
+
+def _print(args: Args, config: GPT2Config, result: dict[str, Any]) -> None:
+    """Print what was measured."""
     if args.json:
         name = "embedded" if args.model is None else args.model
         about = {"task": args.task, "file": str(args.file), "model": name, "dtype": str(config.compute_dtype)}
@@ -100,16 +118,18 @@ def _check(args: Args) -> None:
         raise ValueError("--detokenizer is for --task perplexity or cloze: lambada does not change its passages")
 
 
-def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenizer, items: list) -> Any:
-    """Return the task's result."""
+def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenizer, items: list, share: Share) -> Any:
+    """Return the task's result. Process 0 shows a progress bar of the whole."""
     from gpt2_jax import evaluate
 
+    shown = False if share.index else None
+
     def track(batches: Sequence[Any]) -> Iterator[Any]:
-        for batch in progress.tracked(args.task)(batches):
+        for batch in progress.tracked(args.task, shown)(batches):
             _interrupts.check()
             yield batch
 
-    more: dict[str, Any] = {"track": track}
+    more: dict[str, Any] = {"track": track, "share": share}
     if args.task != "lambada":
         more |= {"detokenizer": args.detokenizer}
     if args.task == "perplexity":

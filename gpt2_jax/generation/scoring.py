@@ -5,9 +5,12 @@ Shape letters: B batch, T query, D n_embd, V vocab, C positions unembedded at a 
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +29,14 @@ from gpt2_jax.generation.settings import Settings
 from gpt2_jax.jax_defaults import with_own_arrays
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
+from gpt2_jax.processes import Share
 from gpt2_jax.sharding import platform
 
 # Tokens of one call. Larger calls do not fit a CPU's caches: at the 124M shape, 4 prompts of 1,024 tokens take half as
 # long one by one as together, on two cores. On other devices large calls keep the device busy.
 TOKENS_PER_CALL = {"cpu": 1024}
 TOKENS_PER_CALL_ELSEWHERE = 4096
+BATCHES_PER_EXCHANGE = 8  # of a process, before several processes exchange their results
 CHUNK = 256  # positions whose logits exist at a time: 51 MB of float32 for 50,257 tokens
 
 
@@ -83,6 +88,7 @@ def score(
     aside: Sequence[int] = (),
     track: Callable[[list], Iterable] = iter,
     edits: Edit | Sequence[Edit] = (),
+    share: Share | None = None,
 ) -> list[Score]:
     """Score each prompt, of any length: the log-probability of every token except the first.
 
@@ -108,6 +114,9 @@ def score(
       aside: ids that `Score.greedy_aside` ignores.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
       edits: activation edits from `gpt2_jax.research`. A value is the same for all tokens.
+      share: this process's share, if several connected processes call this with the same arguments. Each computes whole
+        batches, those of one process, and gets the results of all. `track` then takes only this process's batches; the
+        processes wait for each other, so that is how much of the whole is done.
 
     Returns:
       A Score for each prompt, in order.
@@ -115,6 +124,7 @@ def score(
     Raises:
       ValueError: an argument is invalid (raised before tracing), or the logits become NaN or infinite (raised later).
       MemoryError: the device has too little memory.
+      PeerError: another process failed.
     """
     rows = check_prompts(config, prompts, Settings(overflow="slide").check(config))
     for i, row in enumerate(rows):
@@ -131,10 +141,15 @@ def score(
     greedy, greedy_aside = ([np.empty(row.shape, bool) for row in logprobs] for _ in range(2))
     windows = [window for i, row in enumerate(rows) for window in _windows(i, row, config.n_ctx, stride, first[i])]
     most_tokens = TOKENS_PER_CALL.get(platform(params), TOKENS_PER_CALL_ELSEWHERE)
-    for n_tokens, batch in track(list(_batches(windows, config.n_ctx, most_tokens))):
-        scored = _scored(model, params, edits, batch, n_tokens, aside_V)
-        for into, values in zip((logprobs, greedy, greedy_aside), scored, strict=True):
-            parts = np.split(values.ravel(), np.cumsum([len(window.targets) for window in batch]))
+
+    def scored(n_tokens: int, batch: list[Window]) -> list[np.ndarray]:
+        n_scored = sum(len(window.targets) for window in batch)
+        return [values.ravel()[:n_scored] for values in _scored(model, params, edits, batch, n_tokens, aside_V)]
+
+    batches = list(_batches(windows, config.n_ctx, most_tokens))
+    for batch, results in _results(batches, scored, (wide, bool, bool), track, share or Share()):
+        for into, values in zip((logprobs, greedy, greedy_aside), results, strict=True):
+            parts = np.split(values, np.cumsum([len(window.targets) for window in batch]))
             for window, part in zip(batch, parts[:-1], strict=True):
                 into[window.prompt][window.first - first[window.prompt] :][: len(part)] = part
     try:
@@ -144,6 +159,39 @@ def score(
         ]
     except NoLogits as error:
         raise ValueError(f"{error}: {cause(config, params, edits)}") from None
+
+
+def _results(
+    batches: list[tuple[int, list[Window]]],
+    scored: Callable[[int, list[Window]], list[np.ndarray]],
+    dtypes: Sequence[Any],
+    track: Callable[[list], Iterable],
+    share: Share,
+) -> Iterator[tuple[list[Window], list[np.ndarray]]]:
+    """Yield all batches in order with their results, of all processes."""
+    if share.count == 1:
+        for n_tokens, batch in track(batches):
+            yield batch, scored(n_tokens, batch)
+        return
+    own = iter(track(list(share.of(batches))))
+    n_in_round = BATCHES_PER_EXCHANGE * share.count
+    for start in range(0, len(batches), n_in_round):
+        some = batches[start : start + n_in_round]
+        n_own = len(share.of(some))
+        found = share.gather(lambda n=n_own: [[_as_text(v) for v in scored(*it)] for it in itertools.islice(own, n)])
+        for i, (_, batch) in enumerate(some):
+            texts = found[i % share.count][i // share.count]
+            yield batch, [_from_text(text, dtype) for text, dtype in zip(texts, dtypes, strict=True)]
+    for _ in own:  # lets `track` end
+        pass
+
+
+def _as_text(values: np.ndarray) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def _from_text(text: str, dtype: Any) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)
 
 
 def _scored(

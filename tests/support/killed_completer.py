@@ -1,4 +1,4 @@
-"""Completes a file of prompts. test_jsonl.py kills it, also before each line of jsonl.py or files.py."""
+"""Completes a file of prompts. test_jsonl.py kills it, also before each line of jsonl.py, part_files.py or files.py."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ import filelock  # noqa: F401  once, before the forks
 import forks
 
 from gpt2_jax import files
-from gpt2_jax.generation import jsonl
+from gpt2_jax.generation import jsonl, part_files
 
 SETTINGS = {"temperature": 0.5, "stop": ("\n", "caf\xe9"), "model": "124M", "top_k": 40}
 
@@ -38,4 +38,4 @@ def work(say, source, target, log=os.devnull, batch_size=3, rounds=1):
 
 
 if __name__ == "__main__":
-    forks.serve(work, lines_of=(jsonl.__file__, files.__file__))
+    forks.serve(work, lines_of=(jsonl.__file__, part_files.__file__, files.__file__))
