@@ -20,21 +20,20 @@ from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
     from gpt2_jax.commands.generate import Args
+    from gpt2_jax.processes import Share
 
 SPREAD = 8  # batches of a call if lines have their own settings, so that lines with equal settings can run together
 SHOWN = 5  # bad lines whose messages are shown
 
 
-def complete_file(model: Model, args: Args, source: Path, target: Path) -> None:
+def complete_file(model: Model, args: Args, source: Path, target: Path, share: Share) -> None:
     """Complete the prompts of `source`, and write them to `target`. One that is not a file is read or written once."""
-    lines, start = _Lines(model, args), time.perf_counter()
+    lines, start = _Lines(model, args, share), time.perf_counter()
     stream, descriptor = is_stream(target), descriptor_of(source)
-    if model.share.count > 1:
+    if share.count > 1:
         _check_shared(source, target, stream)
     name = "standard input" if descriptor == 0 else expanded(source)
     n_done = (lines.through if stream else lines.into_a_file)(name, descriptor, target)
-    if model.share.index:
-        return
     if lines.n_bad:
         print(f'lines skipped: {lines.n_bad}; "error" of an output line says why', file=sys.stderr)
     print(f"{n_done} prompts in {time.perf_counter() - start:.1f} s, with loading and compilation", file=sys.stderr)
@@ -69,6 +68,7 @@ class _Lines:
 
     model: Model
     args: Args
+    share: Share
     n_bad: int = 0
     with_settings: bool = False  # whether a line that was checked has its own settings
     noted: set[str] = dataclasses.field(default_factory=set)
@@ -109,7 +109,7 @@ class _Lines:
             check=self.check,
             skip=self.skip if self.args.skip_bad_lines else None,
             data=data,
-            share=model.share,
+            share=self.share,
         )
 
     def through(self, source: str | Path, descriptor: int | None, target: Path) -> int:
@@ -139,7 +139,10 @@ class _Lines:
 
         for name in set(ignored(line)) - self.noted:
             self.noted.add(name)
-            self.print(f'note: "{name}" of a line has no effect, and is only copied: write it in "{IN_A_LINE}"')
+            print(
+                f'note: "{name}" of a line has no effect, and is only copied: write it in "{IN_A_LINE}"',
+                file=sys.stderr,
+            )
         self.with_settings |= line.get(IN_A_LINE) is not None
         row = self.row(line, 0)
         check_prompt(self.model.config, "the prompt", row.ids)
@@ -149,12 +152,7 @@ class _Lines:
         """Report a bad line."""
         self.n_bad += 1
         if self.n_bad <= SHOWN:
-            self.print(f"skipped: {message}")
-
-    def print(self, message: str) -> None:
-        """Print a message on standard error, in process 0. All processes read all lines."""
-        if self.model.share.index == 0:
-            print(message, file=sys.stderr)
+            print(f"skipped: {message}", file=sys.stderr)
 
     def row(self, line: dict[str, Any], number: int) -> Row:
         """Return what is to be completed."""

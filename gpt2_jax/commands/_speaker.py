@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from gpt2_jax.commands._generate_options import Options
     from gpt2_jax.generation import Completion, Settings
     from gpt2_jax.params import Params
-    from gpt2_jax.processes import Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +48,18 @@ class Model:
     options: Options
     batch_size: int
     mesh: _model.Mesh
-    share: Share
 
     @functools.cached_property
     def weights(self) -> tuple[GPT2Config, Params]:
-        """The config and the params. Loading them prints a line on standard error, in process 0."""
+        """The config and the params. Loading them prints a line on standard error."""
         import jax
 
         config, params = _model.load(self.name, self.dtype, self.mesh)
-        _interrupts.check()
-        if self.share.index:
-            return config, params
         more = "" if self.name else "; for OpenAI's GPT-2 use --model 124M (downloads 0.5 GB the first time)"
         print(f"model: {_model.title(self.name)}, {config.n_params:,} parameters{more}", file=sys.stderr)
         if self.dtype == "bfloat16" and jax.default_backend() == "cpu":
             print("on a CPU, bfloat16 saves memory but takes two to five times as long as float32", file=sys.stderr)
+        _interrupts.check()
         return config, params
 
     def settings(self, options: Options | None = None) -> Settings:

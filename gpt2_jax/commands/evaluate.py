@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gpt2_jax.processes import Share
 
 PERPLEXITY_ALONE = ("stride", "per", "bos")
+OPTIONS = ("task", *PERPLEXITY_ALONE, "detokenizer", "dtype", "limit")
 
 
 @dataclasses.dataclass
@@ -74,13 +76,10 @@ def run(args: Args) -> None:
 
     share = processes.share()
     with share.telling():
-        result = _result(args, share)
-        if share.index == 0:
-            _print(args, *result)
+        _evaluate(args, share)
 
 
-def _result(args: Args, share: Share) -> tuple[GPT2Config, dict[str, Any]]:
-    """Return the model's config, and what was measured, the same in all processes."""
+def _evaluate(args: Args, share: Share) -> None:
     from gpt2_jax.evaluate import files
 
     readers = {"perplexity": files.read_documents, "lambada": files.read_passages, "cloze": files.read_questions}
@@ -91,14 +90,10 @@ def _result(args: Args, share: Share) -> tuple[GPT2Config, dict[str, Any]]:
     _model.keep_compiled()
     tokenizer = gpt2_jax.load_tokenizer(_model.source(args.model))
     config, params = _model.load(args.model, args.dtype, args.mesh)
-    if share.index == 0:
-        title = f"{_model.title(args.model)}, {config.n_params:,} parameters, {config.compute_dtype}"
-        print(f"model: {title}", file=sys.stderr)
-    return config, dataclasses.asdict(_measure(args, config, params, tokenizer, items, share))
-
-
-def _print(args: Args, config: GPT2Config, result: dict[str, Any]) -> None:
-    """Print what was measured."""
+    print(f"model: {_model.title(args.model)}, {config.n_params:,} parameters, {config.compute_dtype}", file=sys.stderr)
+    if share.count > 1:
+        _check_same(args, config, params, items, share)
+    result = dataclasses.asdict(_measure(args, config, params, tokenizer, items, share))
     if args.json:
         name = "embedded" if args.model is None else args.model
         about = {"task": args.task, "file": str(args.file), "model": name, "dtype": str(config.compute_dtype)}
@@ -118,14 +113,29 @@ def _check(args: Args) -> None:
         raise ValueError("--detokenizer is for --task perplexity or cloze: lambada does not change its passages")
 
 
+def _check_same(args: Args, config: GPT2Config, params: Params, items: list, share: Share) -> None:
+    """Check that all processes measure the same. Each has read its own files, which may be on different disks.
+
+    Raises:
+      ValueError: the file, the model or an option is not the same in all processes.
+    """
+    from gpt2_jax.checkpoints.fingerprints import fingerprint
+
+    own = {f"--{name}": repr(getattr(args, name)) for name in OPTIONS}
+    own |= {"FILE": hashlib.sha256(repr(items).encode(errors="replace")).hexdigest()}
+    own |= {"--model": fingerprint(config, params)}
+    every = share.gather(lambda: own)
+    for name in own:
+        if any(one[name] != own[name] for one in every):
+            raise ValueError(f"{name} is not the same in all processes")
+
+
 def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenizer, items: list, share: Share) -> Any:
-    """Return the task's result. Process 0 shows a progress bar of the whole."""
+    """Return the task's result, in all processes."""
     from gpt2_jax import evaluate
 
-    shown = False if share.index else None
-
     def track(batches: Sequence[Any]) -> Iterator[Any]:
-        for batch in progress.tracked(args.task, shown)(batches):
+        for batch in progress.tracked(args.task)(batches):
             _interrupts.check()
             yield batch
 

@@ -92,14 +92,14 @@ def _generate(args: Args, texts: list[str], share: Share) -> None:
     _model.keep_compiled()
     directory = _model.source(args.model)
     config, tokenizer = gpt2_jax.load_config(directory), gpt2_jax.load_tokenizer(directory)
-    model = Model(args.model, args.dtype, config, tokenizer, args.sampling, args.batch_size, args.mesh, share)
+    model = Model(args.model, args.dtype, config, tokenizer, args.sampling, args.batch_size, args.mesh)
     settings = model.settings()
     if texts:  # before weights are loaded: that can take long
         check_prompts(config, [model.encode(text) for text in texts], settings)
     if args.interactive:
         converse(model, args.sampling.seed, args.echo)
     elif args.input and args.output:
-        complete_file(model, args, args.input, args.output)
+        complete_file(model, args, args.input, args.output, share)
     else:
         _complete_prompts(model, args, texts)
 
