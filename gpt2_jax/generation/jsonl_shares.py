@@ -185,7 +185,7 @@ class _Lines:
                     index = None
                 if not isinstance(index, int) or not 0 <= index < len(self.offsets):
                     raise part_files.not_written(path, self._line_number(path))
-                self.n_done += self.offsets[index] < 0
+                self.n_done += int(self.offsets[index] < 0)
                 self.offsets[index], self._files[index] = self.ends[path], number
                 self.ends[path] += len(line)
 
