@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import os
 import shutil
 import threading
 
+import forks
+import killed_completer
 import pytest
 import several_processes
 from killed_completer import fake
+from strength import campaign
 
 from gpt2_jax import files, processes, progress
 from gpt2_jax.generation import jsonl, jsonl_shares, part_files
@@ -198,6 +202,48 @@ def test_killed_while_it_finishes(source, whole, tmp_path, monkeypatch):
             assert results(count, source, target, settings=SETTINGS) == [0] * count
             assert target.read_bytes() == whole
             assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "kept"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_before_each_step(tmp_path, monkeypatch):
+    """Process 0, while it completes its share and puts the lines of both in order; then the same call again."""
+    (tmp_path / "in").write_text('"a"\n"b"\n"c"\n"d"\n"e"\n')
+    (tmp_path / "here").mkdir()
+    target, other = tmp_path / "here" / "out", tmp_path / "here" / "out.part-1-of-2"
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl_shares._Lines, "remove", lambda lines: None)
+        several_processes.in_threads(2, complete := lambda share: again(tmp_path / "in", target, share))
+    whole, theirs = target.read_bytes(), other.read_bytes()
+    between = 0
+
+    def only_the_other():
+        for path in target.parent.iterdir():
+            path.unlink()
+        other.write_bytes(theirs)
+
+    with forks.Forks("killed_completer") as fork:
+        request = {"source": str(tmp_path / "in"), "target": str(target), "batch_size": 2, "count": 2}
+        only_the_other()
+        done = fork(**request)
+        assert (done.error, target.read_bytes()) == ("", whole)
+        steps = done.operations
+        assert steps > 200, "nothing was watched"
+        for step in campaign(sorted({*range(0, steps, 13), *range(steps - 60, steps, 4)}), range(steps)):
+            only_the_other()
+            assert fork(**request, operation=step).killed
+            left = [path for path in target.parent.iterdir() if ".part" in path.name]
+            between += target.exists() and bool(left)
+            if target.exists() and not left:
+                with pytest.raises(ValueError, match="exists and is complete"):
+                    complete(Share(0, 2))
+            else:
+                complete(Share(0, 2))
+            assert {path.name: path.read_bytes() for path in target.parent.iterdir()} == {"out": whole}, step
+    assert between >= 2
+
+
+def again(source, target, share):
+    return jsonl.complete_file(source, target, fake(), killed_completer.SETTINGS, 2, share=share)
 
 
 @pytest.mark.parametrize("change", ["a line", "one more line", "one line less"])
