@@ -5,12 +5,9 @@ Shape letters: B batch, T query, D n_embd, V vocab, C positions unembedded at a 
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +23,7 @@ from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory
 from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_prompt, check_prompts
 from gpt2_jax.generation.settings import Settings
+from gpt2_jax.generation.shared_batches import results_of
 from gpt2_jax.jax_defaults import with_own_arrays
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
@@ -36,7 +34,6 @@ from gpt2_jax.sharding import platform
 # long one by one as together, on two cores. On other devices large calls keep the device busy.
 TOKENS_PER_CALL = {"cpu": 1024}
 TOKENS_PER_CALL_ELSEWHERE = 4096
-BATCHES_PER_EXCHANGE = 8  # of a process, before several processes exchange their results
 CHUNK = 256  # positions whose logits exist at a time: 51 MB of float32 for 50,257 tokens
 
 
@@ -147,7 +144,7 @@ def score(
         return [values.ravel()[:n_scored] for values in _scored(model, params, edits, batch, n_tokens, aside_V)]
 
     batches = list(_batches(windows, config.n_ctx, most_tokens))
-    for batch, results in _results(batches, scored, (wide, bool, bool), track, share or Share()):
+    for batch, results in results_of(batches, scored, (wide, bool, bool), track, share or Share()):
         for into, values in zip((logprobs, greedy, greedy_aside), results, strict=True):
             parts = np.split(values, np.cumsum([len(window.targets) for window in batch]))
             for window, part in zip(batch, parts[:-1], strict=True):
@@ -159,39 +156,6 @@ def score(
         ]
     except NoLogits as error:
         raise ValueError(f"{error}: {cause(config, params, edits)}") from None
-
-
-def _results(
-    batches: list[tuple[int, list[Window]]],
-    scored: Callable[[int, list[Window]], list[np.ndarray]],
-    dtypes: Sequence[Any],
-    track: Callable[[list], Iterable],
-    share: Share,
-) -> Iterator[tuple[list[Window], list[np.ndarray]]]:
-    """Yield all batches in order with their results, of all processes."""
-    if share.count == 1:
-        for n_tokens, batch in track(batches):
-            yield batch, scored(n_tokens, batch)
-        return
-    own = iter(track(list(share.of(batches))))
-    n_in_round = BATCHES_PER_EXCHANGE * share.count
-    for start in range(0, len(batches), n_in_round):
-        some = batches[start : start + n_in_round]
-        n_own = len(share.of(some))
-        found = share.gather(lambda n=n_own: [[_as_text(v) for v in scored(*it)] for it in itertools.islice(own, n)])
-        for i, (_, batch) in enumerate(some):
-            texts = found[i % share.count][i // share.count]
-            yield batch, [_from_text(text, dtype) for text, dtype in zip(texts, dtypes, strict=True)]
-    for _ in own:  # lets `track` end
-        pass
-
-
-def _as_text(values: np.ndarray) -> str:
-    return base64.b64encode(values.tobytes()).decode()
-
-
-def _from_text(text: str, dtype: Any) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), dtype)
 
 
 def _scored(

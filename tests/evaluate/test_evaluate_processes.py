@@ -11,7 +11,7 @@ from tiny_models import CONFIG, random_params
 import gpt2_jax
 from gpt2_jax import evaluate, processes
 from gpt2_jax.commands import evaluate as command
-from gpt2_jax.generation import scoring
+from gpt2_jax.generation import scoring, shared_batches
 
 PARAMS = random_params(CONFIG, 5)
 WORDS = ["the king", "my lord", "of a rose", "and", "thou art", "to", "be", "good night", "sweet", "prince"]
@@ -21,7 +21,7 @@ WORDS = ["the king", "my lord", "of a rose", "and", "thou art", "to", "be", "goo
 def small_batches(monkeypatch):
     """Two rows of a batch, and two batches of a process before an exchange: several rounds, the last one incomplete."""
     monkeypatch.setitem(scoring.TOKENS_PER_CALL, "cpu", 64)
-    monkeypatch.setattr(scoring, "BATCHES_PER_EXCHANGE", 2)
+    monkeypatch.setattr(shared_batches, "BATCHES_PER_EXCHANGE", 2)
 
 
 def prompts(n):
