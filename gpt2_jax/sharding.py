@@ -29,13 +29,18 @@ RULES = (
 """How each parameter is divided over a mesh of `data` and `model` devices."""
 
 
-def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of the first data x model devices in JAX's list. -1 means as many as the other number allows.
+
+    Args:
+      data: devices that divide the rows of a batch.
+      model: devices that divide heads, neurons and weights.
+      devices: the devices to choose from; None means all of all processes.
 
     Raises:
       ValueError: there are too few devices, or -1 is given and the other number does not divide their number.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if -1 in (data, model):
         other = max(data, model)
         if len(devices) % other:

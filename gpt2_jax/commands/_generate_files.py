@@ -20,15 +20,18 @@ from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
     from gpt2_jax.commands.generate import Args
+    from gpt2_jax.processes import Share
 
 SPREAD = 8  # batches of a call if lines have their own settings, so that lines with equal settings can run together
 SHOWN = 5  # bad lines whose messages are shown
 
 
-def complete_file(model: Model, args: Args, source: Path, target: Path) -> None:
+def complete_file(model: Model, args: Args, source: Path, target: Path, share: Share) -> None:
     """Complete the prompts of `source`, and write them to `target`. One that is not a file is read or written once."""
-    lines, start = _Lines(model, args), time.perf_counter()
+    lines, start = _Lines(model, args, share), time.perf_counter()
     stream, descriptor = is_stream(target), descriptor_of(source)
+    if share.count > 1:
+        _check_shared(source, target, stream)
     name = "standard input" if descriptor == 0 else expanded(source)
     n_done = (lines.through if stream else lines.into_a_file)(name, descriptor, target)
     if lines.n_bad:
@@ -47,12 +50,25 @@ def is_stream(target: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
+def _check_shared(source: Path, target: Path, stream: bool) -> None:
+    """Check that several processes can read the prompts and write the results.
+
+    Raises:
+      ValueError: one of them is not a file.
+    """
+    if stream:
+        raise ValueError(f"--output {target} is not a file: several processes write their lines into one file together")
+    if descriptor_of(source) is not None or (expanded(source).exists() and not expanded(source).is_file()):
+        raise ValueError(f"--input {source} is not a file: each of several processes must read all of its lines")
+
+
 @dataclasses.dataclass
 class _Lines:
     """Completes the prompts of lines."""
 
     model: Model
     args: Args
+    share: Share
     n_bad: int = 0
     with_settings: bool = False  # whether a line that was checked has its own settings
     noted: set[str] = dataclasses.field(default_factory=set)
@@ -93,6 +109,7 @@ class _Lines:
             check=self.check,
             skip=self.skip if self.args.skip_bad_lines else None,
             data=data,
+            share=self.share,
         )
 
     def through(self, source: str | Path, descriptor: int | None, target: Path) -> int:

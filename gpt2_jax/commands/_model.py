@@ -72,6 +72,8 @@ def _shardings(model: str | None, mesh: Mesh) -> Params | None:
     """Return where each parameter goes; None means the default device."""
     if mesh == Mesh():
         return None
+    import jax
+
     from gpt2_jax.params import flatten, unflatten
     from gpt2_jax.sharding import DATA, make_mesh, param_shardings
 
@@ -81,7 +83,8 @@ def _shardings(model: str | None, mesh: Mesh) -> Params | None:
     if mesh.data == mesh.model == -1:
         raise ValueError("--mesh.data and --mesh.model cannot both be -1: set one of them")
     shapes = flatten(gpt2_jax.abstract_params(gpt2_jax.load_config(source(model))))
-    return unflatten(param_shardings(shapes, make_mesh(mesh.data, mesh.model), gathered=(DATA,)))
+    own = make_mesh(mesh.data, mesh.model, jax.local_devices())  # each process has the whole model
+    return unflatten(param_shardings(shapes, own, gathered=(DATA,)))
 
 
 def keep_compiled() -> None:

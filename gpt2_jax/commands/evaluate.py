@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -20,8 +21,10 @@ from gpt2_jax.files import expanded
 if TYPE_CHECKING:
     from gpt2_jax import GPT2Config, Tokenizer
     from gpt2_jax.params import Params
+    from gpt2_jax.processes import Share
 
 PERPLEXITY_ALONE = ("stride", "per", "bos")
+OPTIONS = ("task", *PERPLEXITY_ALONE, "detokenizer", "dtype", "limit")
 
 
 @dataclasses.dataclass
@@ -69,6 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: Args) -> None:
     """Read the file, load the model, measure, print."""
     _check(args)
+    from gpt2_jax import processes
+
+    share = processes.share()
+    with share.telling():
+        _evaluate(args, share)
+
+
+def _evaluate(args: Args, share: Share) -> None:
     from gpt2_jax.evaluate import files
 
     readers = {"perplexity": files.read_documents, "lambada": files.read_passages, "cloze": files.read_questions}
@@ -80,7 +91,9 @@ def run(args: Args) -> None:
     tokenizer = gpt2_jax.load_tokenizer(_model.source(args.model))
     config, params = _model.load(args.model, args.dtype, args.mesh)
     print(f"model: {_model.title(args.model)}, {config.n_params:,} parameters, {config.compute_dtype}", file=sys.stderr)
-    result = dataclasses.asdict(_measure(args, config, params, tokenizer, items))
+    if share.count > 1:
+        _check_same(args, config, params, items, share)
+    result = dataclasses.asdict(_measure(args, config, params, tokenizer, items, share))
     if args.json:
         name = "embedded" if args.model is None else args.model
         about = {"task": args.task, "file": str(args.file), "model": name, "dtype": str(config.compute_dtype)}
@@ -100,8 +113,25 @@ def _check(args: Args) -> None:
         raise ValueError("--detokenizer is for --task perplexity or cloze: lambada does not change its passages")
 
 
-def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenizer, items: list) -> Any:
-    """Return the task's result."""
+def _check_same(args: Args, config: GPT2Config, params: Params, items: list, share: Share) -> None:
+    """Check that all processes measure the same. Each has read its own files, which may be on different disks.
+
+    Raises:
+      ValueError: the file, the model or an option is not the same in all processes.
+    """
+    from gpt2_jax.checkpoints.fingerprints import fingerprint
+
+    own = {f"--{name}": repr(getattr(args, name)) for name in OPTIONS}
+    own |= {"FILE": hashlib.sha256(repr(items).encode(errors="replace")).hexdigest()}
+    own |= {"--model": fingerprint(config, params)}
+    every = share.gather(lambda: own)
+    for name in own:
+        if any(one[name] != own[name] for one in every):
+            raise ValueError(f"{name} is not the same in all processes")
+
+
+def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenizer, items: list, share: Share) -> Any:
+    """Return the task's result, in all processes."""
     from gpt2_jax import evaluate
 
     def track(batches: Sequence[Any]) -> Iterator[Any]:
@@ -109,7 +139,7 @@ def _measure(args: Args, config: GPT2Config, params: Params, tokenizer: Tokenize
             _interrupts.check()
             yield batch
 
-    more: dict[str, Any] = {"track": track}
+    more: dict[str, Any] = {"track": track, "share": share}
     if args.task != "lambada":
         more |= {"detokenizer": args.detokenizer}
     if args.task == "perplexity":

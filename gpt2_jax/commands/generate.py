@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -21,6 +21,9 @@ from gpt2_jax.commands._interactive import converse, print_stream
 from gpt2_jax.commands._prompts import descriptor_of, read_prompts
 from gpt2_jax.commands._samples import logprob_table, tokens_of, tokens_of_prompt
 from gpt2_jax.commands._speaker import Model, Row
+
+if TYPE_CHECKING:
+    from gpt2_jax.processes import Share
 
 
 @dataclasses.dataclass
@@ -74,6 +77,16 @@ def run(args: Args) -> None:
     """Load the model, generate, print."""
     _check(args)
     texts = [] if args.interactive or args.input else list(read_prompts(args.prompt, args.prompt_file))
+    from gpt2_jax import processes
+
+    share = processes.share()
+    if share.count > 1 and not args.input:
+        raise ValueError("several processes divide the lines of --input: without it, start one process")
+    with share.telling():
+        _generate(args, texts, share)
+
+
+def _generate(args: Args, texts: list[str], share: Share) -> None:
     from gpt2_jax.generation.prompts import check_prompts
 
     _model.keep_compiled()
@@ -86,7 +99,7 @@ def run(args: Args) -> None:
     if args.interactive:
         converse(model, args.sampling.seed, args.echo)
     elif args.input and args.output:
-        complete_file(model, args, args.input, args.output)
+        complete_file(model, args, args.input, args.output, share)
     else:
         _complete_prompts(model, args, texts)
 

@@ -13,6 +13,7 @@ from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.continuations import score_continuations
 from gpt2_jax.evaluate.detokenizers import DETOKENIZERS
 from gpt2_jax.params import Params
+from gpt2_jax.processes import Share
 from gpt2_jax.tokenizer import Tokenizer
 
 BLANK = "XXXXX"
@@ -65,6 +66,7 @@ def cloze(
     detokenizer: str = "none",
     edits: Edit | Sequence[Edit] = (),
     track: Callable[[list], Iterable] = iter,
+    share: Share | None = None,
 ) -> Cloze:
     """Choose among the candidates of each question (GPT-2's paper, section 3.2).
 
@@ -81,6 +83,7 @@ def cloze(
         Test), or "none".
       edits: activation edits, as in `score`.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
+      share: this process's share, if several connected processes call this; as in `score`.
 
     Raises:
       ValueError: there are no questions; or a question does not have exactly one blank, or has no text before it,
@@ -95,7 +98,7 @@ def cloze(
         of_this = _pairs(tokenizer, question, DETOKENIZERS[detokenizer])
         n_cut += any(len(context) + len(rest) > config.n_ctx + 1 for context, rest in of_this)
         pairs += of_this
-    scores, _ = score_continuations(config, params, pairs, edits=edits, track=track)
+    scores, _ = score_continuations(config, params, pairs, edits=edits, track=track, share=share)
     sums = iter([one.sum for one in scores])
     right = 0
     for question in questions:

@@ -13,6 +13,7 @@ from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.continuations import score_continuations
 from gpt2_jax.generation.scoring import Score
 from gpt2_jax.params import Params
+from gpt2_jax.processes import Share
 from gpt2_jax.tokenizer import Tokenizer
 
 # Words that can continue a passage but rarely end one. The paper does not publish its list. The last line is for
@@ -71,6 +72,7 @@ def lambada(
     stop_words: Iterable[str] = STOP_WORDS,
     edits: Edit | Sequence[Edit] = (),
     track: Callable[[list], Iterable] = iter,
+    share: Share | None = None,
 ) -> Lambada:
     """Predict the last word of each passage from the text before it (GPT-2's paper, section 3.3).
 
@@ -92,6 +94,7 @@ def lambada(
       stop_words: the stop words, in lower case.
       edits: activation edits, as in `score`.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
+      share: this process's share, if several connected processes call this; as in `score`.
 
     Raises:
       ValueError: there are no passages, or a passage has no space before its last word.
@@ -102,7 +105,7 @@ def lambada(
         raise ValueError("passages is empty: give at least one text")
     pairs = [(tokenizer.encode(context), tokenizer.encode(f" {word}")) for context, word in parts]
     aside = _stop_ids(tokenizer, stop_words)
-    scores, n_cut = score_continuations(config, params, pairs, aside=aside, edits=edits, track=track)
+    scores, n_cut = score_continuations(config, params, pairs, aside=aside, edits=edits, track=track, share=share)
     is_stop_word = [word.lower() in stop_words for _, word in parts]
     nats = -math.fsum(one.sum for one in scores)
     n_tokens = sum(len(one.logprobs) for one in scores)

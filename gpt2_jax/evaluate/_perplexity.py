@@ -14,6 +14,7 @@ from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.detokenizers import DETOKENIZERS
 from gpt2_jax.generation.scoring import as_stride, score
 from gpt2_jax.params import Params
+from gpt2_jax.processes import Share
 from gpt2_jax.tokenizer import Tokenizer, end_of_text
 
 UNITS = ("token", "word", "byte")
@@ -66,6 +67,7 @@ def perplexity(
     bos: bool = False,
     edits: Edit | Sequence[Edit] = (),
     track: Callable[[list], Iterable] = iter,
+    share: Share | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a text, or of several independent texts.
 
@@ -85,6 +87,7 @@ def perplexity(
       bos: put `<|endoftext|>` before each document, so that its first token is scored too.
       edits: activation edits, as in `score`.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
+      share: this process's share, if several connected processes call this; as in `score`.
 
     Raises:
       ValueError: an argument is invalid, or a document is too short to score.
@@ -94,7 +97,7 @@ def perplexity(
     choice("per", per, UNITS)
     rows = _rows(tokenizer, documents, detokenizer, bos)
     stride = as_stride(config, stride)
-    scores = score(config, params, rows, stride, edits=edits, track=track)
+    scores = score(config, params, rows, stride, edits=edits, track=track, share=share)
     nats = -math.fsum(one.sum for one in scores)
     counts = {
         "documents": len(documents),

@@ -8,6 +8,7 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit
 from gpt2_jax.generation.scoring import Score, score
 from gpt2_jax.params import Params
+from gpt2_jax.processes import Share
 
 
 def score_continuations(
@@ -18,6 +19,7 @@ def score_continuations(
     aside: Sequence[int] = (),
     edits: Edit | Sequence[Edit] = (),
     track: Callable[[list], Iterable] = iter,
+    share: Share | None = None,
 ) -> tuple[list[Score], int]:
     """Score the continuation of each pair, given its context.
 
@@ -31,6 +33,7 @@ def score_continuations(
       aside: ids that `Score.greedy_aside` ignores.
       edits: activation edits, as in `score`.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
+      share: this process's share, if several connected processes call this; as in `score`.
 
     Returns:
       A Score for each continuation, token by token, and the number of contexts that were cut.
@@ -48,5 +51,5 @@ def score_continuations(
         rows.append([*context, *continuation][-config.n_ctx - 1 :])
         first.append(len(rows[-1]) - len(continuation))
     n_cut = sum(len(row) < len(context) + len(rest) for row, (context, rest) in zip(rows, pairs, strict=True))
-    scores = score(config, params, rows, config.n_ctx, first=first, aside=aside, edits=edits, track=track)
+    scores = score(config, params, rows, config.n_ctx, first=first, aside=aside, edits=edits, track=track, share=share)
     return scores, n_cut

@@ -8,22 +8,21 @@ far the work is, or the complete target.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import functools
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax import files, progress
 from gpt2_jax.checks import whole_number
-from gpt2_jax.generation.prompt_lines import INDEX, Check, Complete, Reader, as_line, completed, read_prompts
-
-MODEL = "model_sha256"
-HEADER = {"settings", "input_sha256", MODEL}
+from gpt2_jax.generation import part_files
+from gpt2_jax.generation.part_files import MODEL
+from gpt2_jax.generation.prompt_lines import INDEX, Check, Complete, Reader, completed, read_prompts
+from gpt2_jax.processes import Share
 
 
 def complete_file(
@@ -39,6 +38,7 @@ def complete_file(
     skip: Callable[[str], None] | None = None,
     data: bytes | None = None,
     shown: bool | None = None,
+    share: Share | None = None,
 ) -> int:
     """Complete every prompt of a JSON lines file, and write one line per prompt, in order, to another file.
 
@@ -66,15 +66,18 @@ def complete_file(
         prompt's number stays unused. None raises the error.
       data: the input's bytes, if `source` is only their name.
       shown: True shows a progress bar on standard error; None shows it if that is a terminal.
+      share: this process's share, if several processes call this with the same arguments, and see the same files.
+        The target is then the one that one process writes. `gpt2_jax.generation.jsonl_shares` has the details.
 
     Returns:
-      The number of lines that this call wrote.
+      The number of lines that this call wrote, together with the other processes if `share.index` is 0.
 
     Raises:
       FileNotFoundError: the input or the folder of the output does not exist.
       ValueError: raised before anything is generated or written: a line of the input is not a prompt, or the output
         exists, is the input, is being written by another process, or was started from a different input, settings or
         weights.
+      PeerError: another process failed.
     """
     source, target = Path(source), Path(target).resolve()
     if data is None:
@@ -83,10 +86,16 @@ def complete_file(
     data = source.read_bytes() if data is None else data
     prompts = read_prompts(data, Reader(source, fields, check, skip))
     n_together = whole_number("batch_size", batch_size() if callable(batch_size) else batch_size, 1)
-    with _alone(target):
-        if not _begin(target, _header(settings, data), len(prompts), model):
+    header, share = part_files.header_of(settings, data), share or Share()
+    if share.count > 1 or part_files.parts_of_several(target):
+        from gpt2_jax.generation.jsonl_shares import complete_share
+
+        job = functools.partial(completed, complete=complete, results_in=fields)
+        return complete_share(target, prompts, n_together, header, job, model, share, shown)
+    with part_files.alone(target):
+        if not _begin(target, header, len(prompts), model):
             return 0
-        part = _part(target)
+        part = part_files.part(target)
         n_done, title = _resume(part, len(prompts)), f"writing {target.name}"
         # A batch may take minutes, so the speed is averaged over the last hour.
         with progress.bars("count", "left", shown=shown, stay=True, period=3600) as bars, part.open("ab") as file:
@@ -105,7 +114,8 @@ def _check_source(source: Path, target: Path) -> None:
         raise FileNotFoundError(f"no such file: {source}")
     if source.is_dir():
         raise ValueError(f"{source} is a folder, not a file of prompts")
-    if source.resolve() in (target, _part(target), _new(target)) or (target.exists() and target.samefile(source)):
+    written = (target, part_files.part(target), part_files.unfinished(target))
+    if source.resolve() in written or (target.exists() and target.samefile(source)):
         raise ValueError(f"{target} is the input: name another --output")
 
 
@@ -116,54 +126,22 @@ def _check_target(target: Path) -> None:
         raise FileNotFoundError(f"no such folder: {target.parent}")
 
 
-def _part(target: Path) -> Path:
-    return target.with_name(f"{target.name}.part")
-
-
-def _new(target: Path) -> Path:
-    """Return the name under which a complete file is made. The holder of the lock may overwrite it."""
-    return target.with_name(f".{target.name}.new")
-
-
-@contextlib.contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Keep other processes from writing the same target."""
-    path = target.with_name(f".{target.name}.lock")
-    busy = ValueError(f"another process is writing {target}: wait for it, or name another --output")
-    with files.lock(path, busy):
-        try:
-            yield
-        finally:
-            if target.exists():  # a process that still locks the removed file finds the target and does nothing
-                with contextlib.suppress(OSError):
-                    path.unlink()
-
-
-def _header(settings: Mapping[str, Any], data: bytes) -> dict[str, Any]:
-    header = {"settings": dict(settings), "input_sha256": hashlib.sha256(data).hexdigest()}
-    return json.loads(as_line(header))  # as JSON returns it: tuples become lists
-
-
 def _begin(target: Path, header: dict[str, Any], n_prompts: int, model: Callable[[], str | None]) -> bool:
     """Create the part file if there is none. Return False if the target is complete; the part file is then removed."""
-    part = _part(target)
-    old = _read_header(part) if part.exists() else None
+    part = part_files.part(target)
+    old = part_files.read_header(part) if part.exists() else None
     if target.exists():
         if old is not None and old == {MODEL: old.get(MODEL)} | header and _has_all(target, part, n_prompts):
             part.unlink()
             return False
-        raise ValueError(f"{target} exists and is complete: delete it or name another --output")
+        raise part_files.complete_already(target)
     if part.exists():
-        _check_header(part, old, header)
+        part_files.check_header(part, old, header)
     header |= {MODEL: model()}
     if old is None:
-        with files.replacing_file(part, _new(target)) as new:
-            new.write_bytes(as_line(header))
-    elif old[MODEL] != header[MODEL]:
-        raise ValueError(
-            f"{part} was started with other weights: the model's SHA-256 was {old[MODEL]} and is {header[MODEL]}. Run "
-            "with the same weights to resume, or delete it to start again"
-        )
+        part_files.begin(part, part_files.unfinished(target), header)
+    else:
+        part_files.check_model(part, old[MODEL], header[MODEL])
     return True
 
 
@@ -196,53 +174,16 @@ def _resume(part: Path, n_prompts: int) -> int:
             except (ValueError, TypeError, KeyError):
                 index = None
             if index != n_done or n_done == n_prompts:
-                raise ValueError(f"{part}, line {n_done + 2} is not what was written there: delete it to start again")
+                raise part_files.not_written(part, n_done + 2)
             n_done, end = n_done + 1, end + len(line)
     os.truncate(part, end)
     return n_done
 
 
-def _read_header(part: Path) -> dict[str, Any] | None:
-    """Return the part file's first line, or None if this module did not write it."""
-    with part.open("rb") as file:
-        try:
-            header = json.loads(file.readline())
-        except ValueError:
-            return None
-    return header if isinstance(header, dict) and header.keys() | {MODEL} == HEADER else None
-
-
-def _check_header(part: Path, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
-    """Check that a part file was started from the same input and settings.
-
-    Raises:
-      ValueError: it was not, or it is not a part file of this command; nothing was changed.
-    """
-    if old is None:
-        raise ValueError(f"{part} exists and is not an unfinished output: move it away or name another --output")
-    if MODEL not in old:
-        raise ValueError(
-            f"{part} was started by an earlier version, which did not record the weights: finish it with that version, "
-            "or delete it to start again"
-        )
-    changes = []
-    if old["input_sha256"] != new["input_sha256"]:
-        changes.append(f"the input's SHA-256 was {old['input_sha256']} and is {new['input_sha256']}")
-    was, now = old["settings"], new["settings"]
-    for name in dict.fromkeys([*was, *now]):
-        if name not in was or name not in now or was[name] != now[name]:
-            before, after = (json.dumps(it[name], ensure_ascii=False) if name in it else "not set" for it in (was, now))
-            changes.append(f"{name} was {before} and is {after}")
-    if changes:
-        raise ValueError(
-            f"{part} was started from a different input or different settings: {'; '.join(changes)}. "
-            "Run with the same ones to resume, or delete it to start again"
-        )
-
-
 def _finish(target: Path) -> None:
     """Make the target from a complete part file."""
-    with files.replacing_file(target, _new(target)) as new, _part(target).open("rb") as lines, new.open("wb") as file:
+    part, unfinished = part_files.part(target), part_files.unfinished(target)
+    with files.replacing_file(target, unfinished) as new, part.open("rb") as lines, new.open("wb") as file:
         lines.readline()
         shutil.copyfileobj(lines, file, 2**20)
-    _part(target).unlink()
+    part.unlink()

@@ -23,9 +23,11 @@ from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory
 from gpt2_jax.generation.non_finite import NoLogits, cause
 from gpt2_jax.generation.prompts import check_prompt, check_prompts
 from gpt2_jax.generation.settings import Settings
+from gpt2_jax.generation.shared_batches import results_of
 from gpt2_jax.jax_defaults import with_own_arrays
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
+from gpt2_jax.processes import Share
 from gpt2_jax.sharding import platform
 
 # Tokens of one call. Larger calls do not fit a CPU's caches: at the 124M shape, 4 prompts of 1,024 tokens take half as
@@ -83,6 +85,7 @@ def score(
     aside: Sequence[int] = (),
     track: Callable[[list], Iterable] = iter,
     edits: Edit | Sequence[Edit] = (),
+    share: Share | None = None,
 ) -> list[Score]:
     """Score each prompt, of any length: the log-probability of every token except the first.
 
@@ -108,6 +111,9 @@ def score(
       aside: ids that `Score.greedy_aside` ignores.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
       edits: activation edits from `gpt2_jax.research`. A value is the same for all tokens.
+      share: this process's share, if several connected processes call this with the same arguments. Each computes whole
+        batches, those of one process, and gets the results of all. `track` then takes only this process's batches; the
+        processes wait for each other, so that is how much of the whole is done.
 
     Returns:
       A Score for each prompt, in order.
@@ -115,6 +121,7 @@ def score(
     Raises:
       ValueError: an argument is invalid (raised before tracing), or the logits become NaN or infinite (raised later).
       MemoryError: the device has too little memory.
+      PeerError: another process failed.
     """
     rows = check_prompts(config, prompts, Settings(overflow="slide").check(config))
     for i, row in enumerate(rows):
@@ -131,10 +138,15 @@ def score(
     greedy, greedy_aside = ([np.empty(row.shape, bool) for row in logprobs] for _ in range(2))
     windows = [window for i, row in enumerate(rows) for window in _windows(i, row, config.n_ctx, stride, first[i])]
     most_tokens = TOKENS_PER_CALL.get(platform(params), TOKENS_PER_CALL_ELSEWHERE)
-    for n_tokens, batch in track(list(_batches(windows, config.n_ctx, most_tokens))):
-        scored = _scored(model, params, edits, batch, n_tokens, aside_V)
-        for into, values in zip((logprobs, greedy, greedy_aside), scored, strict=True):
-            parts = np.split(values.ravel(), np.cumsum([len(window.targets) for window in batch]))
+
+    def scored(n_tokens: int, batch: list[Window]) -> list[np.ndarray]:
+        n_scored = sum(len(window.targets) for window in batch)
+        return [values.ravel()[:n_scored] for values in _scored(model, params, edits, batch, n_tokens, aside_V)]
+
+    batches = list(_batches(windows, config.n_ctx, most_tokens))
+    for batch, results in results_of(batches, scored, (wide, bool, bool), track, share or Share()):
+        for into, values in zip((logprobs, greedy, greedy_aside), results, strict=True):
+            parts = np.split(values, np.cumsum([len(window.targets) for window in batch]))
             for window, part in zip(batch, parts[:-1], strict=True):
                 into[window.prompt][window.first - first[window.prompt] :][: len(part)] = part
     try:

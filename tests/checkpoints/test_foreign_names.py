@@ -15,6 +15,7 @@ from flax import serialization
 from foreign_models import BOOK, CONFIG, NANOGPT, TOKENS
 
 import gpt2_jax
+from gpt2_jax.commands._model import Mesh
 from gpt2_jax.commands._speaker import Model
 
 BOUND = 2e-6  # the largest error measured is 6e-7 of the largest logit
@@ -82,7 +83,7 @@ def test_a_gelu_that_is_only_assumed_is_named(tmp_path, fields, assumed, guessed
 
 def test_a_warning_of_a_command_names_its_script_and_comes_once(tmp_path):
     """Also if the weights are a cached property, which the standard library calls."""
-    model = Model(str(foreign.write(tmp_path, NANOGPT, foreign.nanogpt())), None, CONFIG, None, None, 1)
+    model = Model(str(foreign.write(tmp_path, NANOGPT, foreign.nanogpt())), None, CONFIG, None, None, 1, Mesh())
     with pytest.warns(UserWarning, match="gelu is assumed") as caught:
         assert model.weights[0].activation_function == "gelu"
     assert [warning.filename for warning in caught] == [__file__]

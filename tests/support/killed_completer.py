@@ -1,4 +1,4 @@
-"""Completes a file of prompts. test_jsonl.py kills it, also before each line of jsonl.py or files.py."""
+"""Completes a file of prompts. test_jsonl.py kills it, also before each line of the modules that write."""
 
 import hashlib
 import os
@@ -8,7 +8,8 @@ import filelock  # noqa: F401  once, before the forks
 import forks
 
 from gpt2_jax import files
-from gpt2_jax.generation import jsonl
+from gpt2_jax.generation import jsonl, jsonl_shares, part_files
+from gpt2_jax.processes import Share
 
 SETTINGS = {"temperature": 0.5, "stop": ("\n", "caf\xe9"), "model": "124M", "top_k": 40}
 
@@ -31,11 +32,11 @@ def fake(log=os.devnull, rounds=1):
     return complete
 
 
-def work(say, source, target, log=os.devnull, batch_size=3, rounds=1):
+def work(say, source, target, log=os.devnull, batch_size=3, rounds=1, index=0, count=1):
     complete = fake(log, rounds)
     say()
-    jsonl.complete_file(source, target, complete, SETTINGS, batch_size)
+    jsonl.complete_file(source, target, complete, SETTINGS, batch_size, share=Share(index, count))
 
 
 if __name__ == "__main__":
-    forks.serve(work, lines_of=(jsonl.__file__, files.__file__))
+    forks.serve(work, lines_of=(jsonl.__file__, jsonl_shares.__file__, part_files.__file__, files.__file__))
