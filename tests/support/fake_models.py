@@ -50,7 +50,7 @@ class CountingGPT2(gpt2_jax.GPT2):
 @pytest.fixture
 def decode_steps(monkeypatch):
     """Count the steps of generate and stream. Calling the fixture returns the decode steps since its last call."""
-    monkeypatch.setattr("gpt2_jax.generation.decoding.GPT2", CountingGPT2)
+    monkeypatch.setattr("gpt2_jax.generation.devices.GPT2", CountingGPT2)
     RUNS.clear()
 
     def steps_since():
