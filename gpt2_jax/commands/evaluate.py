@@ -15,7 +15,7 @@ import tyro
 
 import gpt2_jax
 from gpt2_jax import progress
-from gpt2_jax.commands import _command, _interrupts, _model, _tables
+from gpt2_jax.commands import _command, _interrupts, _model, _processes, _tables
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Args:
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
     """Use only the first N documents, passages or questions, 1 or more."""
     mesh: _model.Mesh = dataclasses.field(default_factory=_model.Mesh)
+    processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
     json: bool = False
     """Write one JSON object instead of the table. gpt2_jax.evaluate documents its keys."""
 

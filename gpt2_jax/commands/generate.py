@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 import gpt2_jax
-from gpt2_jax.commands import _command, _model
+from gpt2_jax.commands import _command, _model, _processes
 from gpt2_jax.commands._generate_files import complete_file
 from gpt2_jax.commands._generate_options import Options
 from gpt2_jax.commands._interactive import converse, print_stream
@@ -63,6 +63,7 @@ class Args:
     """Samples to compute at the same time, 1 or more.
     A larger batch takes less time in total and more memory. The text is the same."""
     mesh: _model.Mesh = dataclasses.field(default_factory=_model.Mesh)
+    processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
     sampling: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
 
 
