@@ -49,6 +49,7 @@ call of up to 16 steps runs before and after its loop. MB are 10^6 bytes.
 - Least MB of a decode step: the weights without the position table, and the cache ({slots} slots and 16 recent ones of
   each row), each read once, and one slot written. Of prefill: the weights without the embeddings read, and the cache
   written. Of a training step: parameters and moments, each read and written; no activations.
+- Devices: they share heads and neurons (the mesh axis `model`). All figures are of one of them.
 - Large copies: copies and transposes of at least the elements of one layer's keys, in a step + once.
 - Loops, conditionals: loops whose number of turns depends on data, and conditionals, in the whole program. A GPU waits
   for the host at each turn of the former and at each of the latter.
