@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only modules of lower levels or of its own room.
 LEVELS = [
     {"explicit_axes"},
-    {"_lazy", "checks", "files", "jax_defaults", "progress"},
+    {"_lazy", "checks", "files", "jax_defaults", "processes", "progress"},
     {"config", "params", "dropout", "sampling", "tokenizer", "attention", "products"},
     {"sharding"},
     {"kv_cache", "fused_attention", "tensor_parallel", "lora", "activations", "recipe", "release", "figures"},
