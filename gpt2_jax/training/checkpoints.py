@@ -57,6 +57,7 @@ class Checkpoints:
         self.keep = keep
         self._resources: contextlib.ExitStack | None = None
         self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self._is_lost = False  # whether process 0 has failed in a save, and this process still waits for it in a thread
 
     def __enter__(self) -> Self:
         """Open the run for saving.
@@ -73,7 +74,8 @@ class Checkpoints:
                 self._clear()
 
             processes.on_first(open_folder)
-            self._thread = resources.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+            self._thread = concurrent.futures.ThreadPoolExecutor(1)
+            resources.callback(lambda: self._thread.shutdown(wait=not self._is_lost))
             self._resources = resources.pop_all()
         return self
 
@@ -148,17 +150,23 @@ class Checkpoints:
         if self._saving is None:
             return
         step, saving = self._saving
-        concurrent.futures.wait([saving])  # after an interrupt here, the save can still be waited for
-        self._saving = None
 
         def result() -> None:
             with self._clear_errors(step):
                 saving.result()
 
-        if not together or not processes.is_first():
+        if together and not processes.is_first():
+            self._saving, self._is_lost = None, True
+            processes.on_first(result)  # an error of process 0: Orbax would wait for it for many minutes
+            self._is_lost = False
             result()
+            return
+        concurrent.futures.wait([saving])  # after an interrupt here, the save can still be waited for
+        self._saving = None
         if together:
             processes.on_first(result)
+        else:
+            result()
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in order; damaged checkpoints are included."""

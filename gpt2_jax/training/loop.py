@@ -119,8 +119,8 @@ def fit(
                 batch, started = next(stream), time.monotonic()
                 state, metrics = train_step(state, batch)
                 step += 1
-                stop.agree()
                 steps.dispatched(step, metrics, started)
+                stop.agree()
                 _observe(observer, steps, step, state)
                 if due(step, save_every, n_steps):
                     steps.fetch()
