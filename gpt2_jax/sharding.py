@@ -56,7 +56,7 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
     return Mesh(np.array(devices[: data * model]).reshape(data, model), (DATA, MODEL))
 
 
-def _of_each_process(devices: Sequence[jax.Device], data: int, model: int) -> list[jax.Device]:
+def _of_each_process(devices: Sequence[Any], data: int, model: int) -> list[Any]:
     """Return the devices of a mesh, the same number from each process.
 
     Raises:

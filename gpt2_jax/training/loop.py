@@ -79,6 +79,11 @@ def fit(
     loses the steps since the last save. If you resume with more `steps` than before, the learning rate follows the
     schedule of the new length. It jumps up if it had already decayed.
 
+    If `jax.distributed.initialize` has connected several processes, all of them call this with the same arguments, and
+    must see the same files. They run every step together, with the same result for any number of processes up to
+    rounding. Process 0 writes the files, and generates the samples. Its errors, and a signal to any process, end the
+    run in all of them.
+
     Args:
       plan: from `make_plan(config, recipe)` or `start_model`. The recipe's `model.source` and `data.path` are not read.
       params: the initial params, from `load(...)[1]` or `init_params(...)`; they are copied. With None, a run can only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -47,7 +48,7 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     if not (model.source or model.tokenizer):
         raise ValueError("model.tokenizer must name a vocabulary if model.source is empty: new weights have none")
     begun = None if run_dir is None else expanded(run_dir)
-    if begun is not None and not processes.on_first(lambda: runs.is_run(begun) and bool(runs.steps(begun))):
+    if begun is not None and not processes.on_first(functools.partial(_has_checkpoint, begun)):
         begun = None
     tokenizer = load_tokenizer(begun or model.tokenizer or model.source)
     if begun is not None:
@@ -71,6 +72,10 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     put = (lambda leaf, sharding: hosts.put(np.asarray(leaf), sharding)) if processes.count() > 1 else jax.device_put
     placed = {name: put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()}
     return plan, unflatten(placed), tokenizer
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    return runs.is_run(run_dir) and bool(runs.steps(run_dir))
 
 
 def _host() -> Any:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -212,7 +211,6 @@ def test_one_process_runs_nothing_of_this(tmp_path, tokenizer, monkeypatch):
     for module, name in ((hosts, "put"), (hosts, "gathered"), (hosts, "on_own_devices"), (hosts, "CommonStop")):
         monkeypatch.setattr(module, name, fail)
     monkeypatch.setattr(processes, "_client", fail)
-    monkeypatch.setitem(sys.modules, "jax.experimental.multihost_utils", None)  # an import is an error
     (tmp_path / "text.txt").write_text(tiny_runs.TEXT)
     data = prepare([tmp_path / "text.txt"], tmp_path / "tokens", tokenizer, val_fraction=0.2, split="tail", shown=False)
     monitor = {"evaluate_every": 2, "save_every": 2, "sample_every": 2, "sample_tokens": 2, "prompts": [""]}
