@@ -24,7 +24,7 @@ def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
 
 
 def gathered(params: Params) -> Params:
-    """Return params as float32 NumPy arrays in process 0, and an empty dict in the others. All must call this.
+    """Return params as NumPy arrays in process 0, and an empty dict in the others. All must call this.
 
     Tensors are gathered one after the other. Each device holds one in full for a moment.
     """
@@ -32,7 +32,7 @@ def gathered(params: Params) -> Params:
 
     flat = {}
     for name, leaf in flatten(params).items():
-        whole = multihost_utils.process_allgather(leaf.astype(jnp.float32), tiled=True)
+        whole = multihost_utils.process_allgather(leaf, tiled=True)
         if processes.is_first():
             flat[name] = np.asarray(whole)
     return unflatten(flat)

@@ -101,10 +101,8 @@ class Observer:
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
             config = self.plan.config.replace(param_dtype="float32", compute_dtype="float32")
-            if processes.count() > 1:
-                params = hosts.gathered(params)
-            else:
-                params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also after training in float64
+            params = hosts.gathered(params) if processes.count() > 1 else params
+            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also after training in float64
             best_dir = self.run_dir / runs.BEST
             processes.on_first(lambda: save(best_dir, config, params, "orbax", self.tokenizer))
         else:

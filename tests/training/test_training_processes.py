@@ -62,7 +62,7 @@ def one(start):
 @pytest.fixture(scope="module")
 def two(start, one):
     """Start two processes of two devices."""
-    jobs = {"two": [{"monitor": {"prompts": ["The "]}}], "two64": [{"compute_dtype": "float64", "monitor": QUIET}]}
+    jobs = {"two": [{"monitor": {"prompts": ["The "]}}], "two64": [{"compute_dtype": "float64"}]}
     return start("2x2", jobs)
 
 
