@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gpt2_jax import processes
 from gpt2_jax.params import Params, by_rules
 
 DATA, MODEL = "data", "model"
@@ -32,15 +33,21 @@ RULES = (
 def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of the first data x model devices in JAX's list. -1 means as many as the other number allows.
 
+    With several processes, each gives the mesh the same number of its devices, the first of its own. `data` goes across
+    processes and `model` stays within one, where communication is fast. If `model` is larger than this number, it must
+    be a multiple of it, and goes across whole processes.
+
     Args:
       data: devices that divide the rows of a batch.
       model: devices that divide heads, neurons and weights.
       devices: the devices to choose from; None means all of all processes.
 
     Raises:
-      ValueError: there are too few devices, or -1 is given and the other number does not divide their number.
+      ValueError: there are too few devices, or -1 is given and the other number does not divide their number. Or the
+        mesh cannot be divided over the processes.
     """
-    devices = jax.devices() if devices is None else devices
+    across = devices is None and processes.count() > 1
+    devices = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else devices
     if -1 in (data, model):
         other = max(data, model)
         if len(devices) % other:
@@ -50,7 +57,30 @@ def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = No
         raise ValueError(
             f"a mesh of data={data} times model={model} needs {data * model} devices, but there are {len(devices)}"
         )
+    if across:
+        devices = _of_each_process(devices, data, model)
     return Mesh(np.array(devices[: data * model]).reshape(data, model), (DATA, MODEL))
+
+
+def _of_each_process(devices: Sequence[Any], data: int, model: int) -> list[Any]:
+    """Return the devices of a mesh, the same number from each process.
+
+    Raises:
+      ValueError: the processes cannot share the mesh.
+    """
+    n, mesh = processes.count(), f"a mesh of data={data} times model={model}"
+    share, rest = divmod(data * model, n)
+    if rest:
+        raise ValueError(f"{mesh} cannot be divided equally over {n} processes: set its size to a multiple of {n}")
+    if share % model and model % share:
+        raise ValueError(
+            f"{mesh} has {share} devices in each of {n} processes, which model={model} does not fit: set model to a "
+            "number that divides them, or to a multiple of them"
+        )
+    own = [[device for device in devices if device.process_index == index] for index in range(n)]
+    if (fewest := min(map(len, own))) < share:
+        raise ValueError(f"{mesh} needs {share} devices in each of {n} processes, but one of them has {fewest}")
+    return [device for some in own for device in some[:share]]
 
 
 def param_shardings(

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from gpt2_jax import processes
 from gpt2_jax.checkpoints import foreign_orbax, orbax_arrays, parts
 from gpt2_jax.checkpoints.ahead import read_ahead
 from gpt2_jax.checkpoints.integrity import (
@@ -77,19 +79,33 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
 
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
-    """Write gpt2_jax.json and the params into an empty directory."""
+    """Write gpt2_jax.json and the params into an empty directory. This process writes alone, whatever others do."""
     import orbax.checkpoint as ocp
 
     path = (directory / TREE).resolve()
+    checkpointer_type, own = _alone(ocp) if processes.count() > 1 else (ocp.Checkpointer, {})
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt="[" not in str(path),  # its database treats [ as a pattern
         use_compression=False,  # it saves a tenth, but a compressed tensor needs twice its memory when it is read
+        **own,
     )
-    with parts.clear_errors(saving=True), ocp.Checkpointer(handler) as checkpointer:
+    with parts.clear_errors(saving=True), checkpointer_type(handler, **own) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(unflatten(flat)))
     hashes = {name: sha256(array) for name, array in flat.items()}
     manifest = write_manifest(config, hashes, files=hash_files(path))
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+def _alone(ocp: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the Checkpointer, and its options, with which Orbax does not wait for other processes."""
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(own, active_processes={own}, barrier_sync_key_prefix=f"gpt2_jax_{own}")
+
+    class Alone(ocp.Checkpointer):
+        def synchronize_next_awaitable_signal_operation_id(self) -> None:
+            """Do not count this operation: the numbers name the barriers of operations of all processes."""
+
+    return Alone, {"multiprocessing_options": options}
 
 
 def _read_manifest(directory: Path) -> tuple[GPT2Config, dict[str, Any]]:

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax import processes
 from gpt2_jax.checkpoints.integrity import DamagedError, one_line, sealed, unsealed
 from gpt2_jax.files import hash_files
 from gpt2_jax.params import flatten, unflatten
@@ -62,9 +63,13 @@ def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
 
     leaves = {part: {name: _describe(leaf) for name, leaf in flat.items()} for part, flat in parts.items()}
     trees = {part: unflatten(flat) for part, flat in parts.items() if flat}
-    for probe in leftovers(path):  # fail here, because Orbax would leave coroutines behind
-        probe.mkdir()
-        probe.rmdir()
+
+    def probe() -> None:  # fail here, because Orbax would leave coroutines behind
+        for folder in leftovers(path):
+            folder.mkdir()
+            folder.rmdir()
+
+    processes.on_first(probe)
     with plain_files(), clear_errors(saving=True):
         response = ocp.save_checkpointables_async(str(path), trees)
 

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax import processes
 from gpt2_jax.checkpoints import parts, runs
 from gpt2_jax.checkpoints.integrity import DamagedError
 from gpt2_jax.files import expanded, lock, put_in_place
@@ -56,6 +57,7 @@ class Checkpoints:
         self.keep = keep
         self._resources: contextlib.ExitStack | None = None
         self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self._is_lost = False  # whether process 0 has failed in a save, and this process still waits for it in a thread
 
     def __enter__(self) -> Self:
         """Open the run for saving.
@@ -64,18 +66,23 @@ class Checkpoints:
           OSError: the folder cannot be created, or another process has the run open.
         """
         with contextlib.ExitStack() as resources:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            busy = OSError(f"{self.directory} is open in another process, which is training this run")
-            resources.enter_context(lock(self.directory / ".lock", busy))
-            self._thread = resources.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-            self._clear()
+
+            def open_folder() -> None:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                busy = OSError(f"{self.directory} is open in another process, which is training this run")
+                resources.enter_context(lock(self.directory / ".lock", busy))
+                self._clear()
+
+            processes.on_first(open_folder)
+            self._thread = concurrent.futures.ThreadPoolExecutor(1)
+            resources.callback(lambda: self._thread.shutdown(wait=not self._is_lost))
             self._resources = resources.pop_all()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Close. If the block raised an error, an error of the last save becomes a note on it."""
         try:
-            self.close()
+            self._close(together=error is None)  # after an error, the other processes may not call `close`
         except Exception as failed:
             if error is None:
                 raise
@@ -87,8 +94,11 @@ class Checkpoints:
         Raises:
           OSError: the last save failed.
         """
+        self._close(together=True)
+
+    def _close(self, together: bool) -> None:
         try:
-            self.wait()
+            self._wait(together)
         finally:
             if self._resources is not None:
                 self._resources.close()
@@ -113,10 +123,15 @@ class Checkpoints:
             raise ValueError("the checkpoints are not open: save inside `with Checkpoints(run_dir) as checkpoints:`")
         self.wait()
         path = self.directory / str(step)
-        if path.exists() and not (path / parts.MANIFEST).is_file():
-            raise FileExistsError(f"{path} is not a checkpoint of this package: move it elsewhere")
+
+        def check_folder() -> None:
+            if path.exists() and not (path / parts.MANIFEST).is_file():
+                raise FileExistsError(f"{path} is not a checkpoint of this package: move it elsewhere")
+            with self._clear_errors(step):
+                self._clear()
+
+        processes.on_first(check_folder)
         with self._clear_errors(step):
-            self._clear()
             finish = parts.start_writing(self._hidden(step, "saving"), step, _in_parts(state, jnp.asarray))
         self._saving = step, self._thread.submit(self._complete, step, finish)
         if wait:
@@ -128,17 +143,34 @@ class Checkpoints:
         Raises:
           OSError: that save failed.
         """
+        self._wait(together=True)
+
+    def _wait(self, together: bool) -> None:
+        """Wait until the last save is complete; `together` also waits until process 0 has completed it."""
         if self._saving is None:
             return
         step, saving = self._saving
+
+        def result() -> None:
+            with self._clear_errors(step):
+                saving.result()
+
+        if together and not processes.is_first():
+            self._saving, self._is_lost = None, True
+            processes.on_first(result)  # an error of process 0: Orbax would wait for it for many minutes
+            self._is_lost = False
+            result()
+            return
         concurrent.futures.wait([saving])  # after an interrupt here, the save can still be waited for
         self._saving = None
-        with self._clear_errors(step):
-            saving.result()
+        if together:
+            processes.on_first(result)
+        else:
+            result()
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in order; damaged checkpoints are included."""
-        return runs.steps(self.run_dir)
+        return processes.on_first(lambda: runs.steps(self.run_dir))
 
     def latest(self) -> int | None:
         """Return the newest step that has a checkpoint; None if there is none."""
@@ -161,21 +193,25 @@ class Checkpoints:
           OSError: a file cannot be read.
         """
         there = self.steps()
-        step = self.latest() if step is None else step
+        step = max(there, default=None) if step is None else step
         if step not in there:
             of = "" if step is None else f" of step {step}"
             listed = f"steps {', '.join(map(str, there))}" if there else "none"
             raise FileNotFoundError(f"{self.directory} has no checkpoint{of}; available: {listed}")
         path = self.directory / str(step)
         wanted = _in_parts(abstract_state)
-        try:
-            manifest = parts.read_manifest(path)
-            _check_fits(path, manifest, wanted)
-            parts.check_files(path, manifest, list(wanted))
-        except DamagedError as error:
-            older = [other for other in there if other < step]
-            listed = f"older checkpoints: steps {', '.join(map(str, older))}" if older else "no older checkpoint"
-            raise DamagedError(f"{error}; {listed}") from error
+
+        def check() -> None:
+            try:
+                manifest = parts.read_manifest(path)
+                _check_fits(path, manifest, wanted)
+                parts.check_files(path, manifest, list(wanted))
+            except DamagedError as error:
+                older = [other for other in there if other < step]
+                listed = f"older checkpoints: steps {', '.join(map(str, older))}" if older else "no older checkpoint"
+                raise DamagedError(f"{error}; {listed}") from error
+
+        processes.on_first(check)
         return _from_parts(abstract_state, parts.read(path, wanted))
 
     def _complete(self, step: int, finish: Any) -> None:
@@ -188,7 +224,11 @@ class Checkpoints:
         put_in_place(written, path)
         if replaced:
             shutil.rmtree(written)
-        ours = [old for old in self.steps() if old <= step and (self.directory / str(old) / parts.MANIFEST).is_file()]
+        ours = [
+            old
+            for old in runs.steps(self.run_dir)
+            if old <= step and (self.directory / str(old) / parts.MANIFEST).is_file()
+        ]
         for old in ours[: -self.keep]:
             deleted = self._hidden(old, "deleted")
             (self.directory / str(old)).rename(deleted)  # other processes see the whole checkpoint or none

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.data.batching import Batch, batches
 from gpt2_jax.data.token_files import Prepared
@@ -21,13 +22,14 @@ from gpt2_jax.files import expanded
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training import hosts
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
 from gpt2_jax.training.observer import Observer, due
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, read_records
-from gpt2_jax.training.report import Report
+from gpt2_jax.training.report import Report, Silence
 from gpt2_jax.training.signals import Stop, stopping
 from gpt2_jax.training.start import check_data, check_tokenizer
 from gpt2_jax.training.state import TrainState, model_params
@@ -77,6 +79,11 @@ def fit(
     loses the steps since the last save. If you resume with more `steps` than before, the learning rate follows the
     schedule of the new length. It jumps up if it had already decayed.
 
+    If `jax.distributed.initialize` has connected several processes, all of them call this with the same arguments, and
+    must see the same files. They run every step together, with the same result for any number of processes up to
+    rounding. Process 0 writes the files, and generates the samples. Its errors, and a signal to any process, end the
+    run in all of them.
+
     Args:
       plan: from `make_plan(config, recipe)` or `start_model`. The recipe's `model.source` and `data.path` are not read.
       params: the initial params, from `load(...)[1]` or `init_params(...)`; they are copied. With None, a run can only
@@ -95,20 +102,17 @@ def fit(
     """
     if not isinstance(plan, Plan):
         raise ValueError(f"plan must be a Plan from make_plan(config, recipe), not a {type(plan).__name__}")
-    if jax.process_count() > 1:
-        raise ValueError("fit runs in a single process with all its devices; for several, use make_train_step")
     run_dir, n_steps, save_every = expanded(run_dir), plan.recipe.steps, plan.recipe.monitor.save_every
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
     data = check_data(plan, data, tokenizer)
-    n_steps_before = runs.read_run(run_dir).recipe.steps if runs.is_run(run_dir) else n_steps
-    runs.write_run(run_dir, plan.config, plan.recipe, {"sha256": data.digests()}, tokenizer)
+    n_steps_before = processes.on_first(lambda: _write_run(plan, data, run_dir, tokenizer))
     with contextlib.ExitStack() as resources:
         checkpoints = resources.enter_context(Checkpoints(run_dir))
         first_step = checkpoints.latest() or 0
         state = checkpoints.restore(plan.state) if first_step else _begin(plan, params, run_dir, donate)
-        report = resources.enter_context(Report(plan, run_dir, first_step))
-        stop = resources.enter_context(stopping())
+        report = _opened_report(plan, run_dir, first_step, resources)
+        stop = resources.enter_context(stopping(hosts.CommonStop(plan.mesh) if processes.count() > 1 else None))
         _announce(report, memory, n_steps_before, n_steps, first_step)
         train_step = _compiled(plan, report) if first_step < n_steps else None
         steps = _Steps(plan, report)
@@ -121,6 +125,7 @@ def fit(
                 state, metrics = train_step(state, batch)
                 step += 1
                 steps.dispatched(step, metrics, started)
+                stop.agree()
                 _observe(observer, steps, step, state)
                 if due(step, save_every, n_steps):
                     steps.fetch()
@@ -131,8 +136,26 @@ def fit(
             checkpoints.save(step, state)
         checkpoints.wait()
         fitted = _fitted(plan, state, step, steps, observer, stop, report)
-    plot_curve(run_dir / METRICS, run_dir / CURVE)
+    processes.on_first(lambda: plot_curve(run_dir / METRICS, run_dir / CURVE))
     return fitted
+
+
+def _write_run(plan: Plan, data: Prepared, run_dir: Path, tokenizer: Tokenizer | None) -> int:
+    """Start the run, or check that it may be resumed. Return the recipe's steps before."""
+    n_steps_before = runs.read_run(run_dir).recipe.steps if runs.is_run(run_dir) else plan.recipe.steps
+    runs.write_run(run_dir, plan.config, plan.recipe, {"sha256": data.digests()}, tokenizer)
+    return n_steps_before
+
+
+def _opened_report(plan: Plan, run_dir: Path, first_step: int, resources: contextlib.ExitStack) -> Report:
+    """Return the report, which `resources` closes. Process 0 alone writes."""
+    report = (Report if processes.is_first() else Silence)(plan, run_dir, first_step)
+
+    def open_it() -> None:
+        resources.enter_context(report)
+
+    processes.on_first(open_it)
+    return report
 
 
 def _begin(plan: Plan, params: Params | None, run_dir: Path, donate: bool) -> TrainState:
@@ -140,7 +163,9 @@ def _begin(plan: Plan, params: Params | None, run_dir: Path, donate: bool) -> Tr
     if params is None:
         raise ValueError(f"{run_dir} has no checkpoint to resume from: pass params")
     path = run_dir / METRICS
-    reached = max((record["step"] for record in read_records(path)), default=0) if path.exists() else 0
+    reached = processes.on_first(
+        lambda: max((record["step"] for record in read_records(path)), default=0) if path.exists() else 0
+    )
     if reached > 2 * plan.recipe.monitor.save_every > 0:  # by then the first checkpoint was complete
         raise ValueError(
             f"{run_dir} has metrics up to step {reached:,}, but its checkpoints are gone: the run cannot resume, and "
@@ -173,9 +198,10 @@ def _compiled(plan: Plan, report: Report) -> Any:
 def _batches(plan: Plan, data: Prepared, first_step: int) -> Generator[Batch, None, None]:
     """Yield the batch of each step on the devices, divided into the parts of a step."""
     recipe, sharding = plan.recipe, plan.over_rows(None)
+    put = hosts.put if processes.count() > 1 else jax.device_put
 
     def place(array: np.ndarray) -> jax.Array:
-        return jax.device_put(array.reshape(recipe.accumulate, -1, array.shape[-1]), sharding)
+        return put(array.reshape(recipe.accumulate, -1, array.shape[-1]), sharding)
 
     stream = batches(data.train, plan.n_tokens, recipe.batch_size, recipe.seed, first_step)
     with contextlib.closing(stream):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import save
 from gpt2_jax.data.batching import windows
@@ -16,6 +17,7 @@ from gpt2_jax.data.token_files import Prepared, Tokens
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training import hosts
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, read_records
 from gpt2_jax.training.report import Report
@@ -46,8 +48,8 @@ class Observer:
         self.recipe, self.report, self.stop = plan.recipe, report, stop
         self.eval_step = make_eval_step(plan)
         self.missed = False
-        self.best_step, self.best_loss, self.n_worse, self.evaluated = self._evaluated_so_far()
-        self.sampled = max((record["step"] for record in read_records(run_dir / SAMPLES)), default=0)
+        self.best_step, self.best_loss, self.n_worse, self.evaluated = processes.on_first(self._evaluated_so_far)
+        self.sampled = processes.on_first(self._sampled_so_far)
 
     def is_due(self, step: int) -> bool:
         """Return whether work is due at a step and has not been done."""
@@ -99,8 +101,10 @@ class Observer:
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
             config = self.plan.config.replace(param_dtype="float32", compute_dtype="float32")
+            params = hosts.gathered(params) if processes.count() > 1 else params
             params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also after training in float64
-            save(self.run_dir / runs.BEST, config, params, "orbax", self.tokenizer)
+            best_dir = self.run_dir / runs.BEST
+            processes.on_first(lambda: save(best_dir, config, params, "orbax", self.tokenizer))
         else:
             self.n_worse += 1
         self.evaluated = step
@@ -111,8 +115,11 @@ class Observer:
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         nats, weights = jnp.float32(0), jnp.float32(0)
         for batch in windows(val, self.plan.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
+            self.stop.agree()
             if self.stop:
                 return None
+            if processes.count() > 1:
+                batch = jax.tree.map(lambda array: hosts.put(array, self.plan.over_rows()), batch)
             part_nats, part_weights = self.eval_step(params, batch)
             nats, weights = nats + part_nats, weights + part_weights
         return float(nats) / float(weights) if weights else math.nan
@@ -122,6 +129,15 @@ class Observer:
         if self.stop:
             self.missed = True
             return
+        if processes.count() > 1:  # generation is process 0's alone: what it runs depends on what it generates
+            params = hosts.gathered(params)
+        processes.on_first(lambda: self._write_samples(step, params, tokenizer))
+        self.sampled = step
+
+    def _write_samples(self, step: int, params: Params, tokenizer: Tokenizer) -> None:
+        """Generate on the devices of this process."""
+        if processes.count() > 1:
+            params = hosts.on_own_devices(params, self.plan.mesh)
         monitor = self.recipe.monitor
         prompts = [tokenizer.prompt(prompt) for prompt in monitor.prompts]
         stop_ids = [] if tokenizer.eot is None else [tokenizer.eot]
@@ -134,7 +150,9 @@ class Observer:
         for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):
             self.report.sample(step, prompt, tokenizer.decode(row), overlap.share)
             self.report.message(str(overlap))
-        self.sampled = step
+
+    def _sampled_so_far(self) -> int:
+        return max((record["step"] for record in read_records(self.run_dir / SAMPLES)), default=0)
 
     def _evaluated_so_far(self) -> tuple[int | None, float, int, int | None]:
         """Return the step and loss of the best evaluation, how many came after it, and the step of the last one."""

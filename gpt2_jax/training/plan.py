@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gpt2_jax import processes
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.fused_attention import kernels
 from gpt2_jax.model import abstract_params
@@ -82,6 +83,7 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
     """
     if mesh is None:
         mesh = make_mesh(recipe.mesh.data, recipe.mesh.model)
+    _check_processes(mesh)
     config = training_config(config, recipe)
     if recipe.data.n_tokens > config.n_ctx:
         raise ValueError(
@@ -135,6 +137,15 @@ def _shardings(tree: Any, mesh: Mesh, gathered: tuple[str, ...] = ()) -> Any:
         return param_shardings({name: leaf}, mesh, gathered)[name]
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _check_processes(mesh: Mesh) -> None:
+    """Check that every process has devices of the mesh: all of them run all steps."""
+    without = {*range(processes.count())} - {device.process_index for device in mesh.devices.flat}
+    if without and processes.count() > 1:
+        raise ValueError(
+            f"process {min(without)} has no device of the mesh: make the mesh with make_mesh, or start fewer"
+        )
 
 
 def _check_rows(recipe: Recipe, mesh: Mesh) -> None:

@@ -166,6 +166,25 @@ class Report:
                 self._board.add_scalar(name, float(value), step)
 
 
+class Silence(Report):
+    """Reports nothing: the processes of a run except process 0."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def step(self, step: int, metrics: Mapping[str, float], tokens: int, seconds: float) -> None:
+        """Do nothing."""
+
+    def evaluation(self, step: int, loss: float, perplexity: float, best: bool) -> None:
+        """Do nothing."""
+
+    def sample(self, step: int, prompt: str, text: str, verbatim: float | None = None) -> None:
+        """Do nothing."""
+
+    def message(self, text: str) -> None:
+        """Do nothing."""
+
+
 def _tensorboard(folder: Path, first_step: int) -> Any:
     """Return a writer of TensorBoard event files, which makes TensorBoard discard the steps after `first_step`."""
     from tensorboardX import SummaryWriter

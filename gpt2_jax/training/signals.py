@@ -21,6 +21,9 @@ class Stop:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def agree(self) -> None:
+        """Take over a signal that came to another process of the run. One process has no others: nothing is done."""
+
     def _note(self, number: int, _frame: object) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
@@ -28,12 +31,13 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stopping() -> Iterator[Stop]:
-    """Give a `Stop` that the first Ctrl-C or SIGTERM sets. A second Ctrl-C raises KeyboardInterrupt at once.
+def stopping(stop: Stop | None = None) -> Iterator[Stop]:
+    """Give `stop` (None is a new `Stop`), which the first Ctrl-C or SIGTERM sets.
 
-    Outside the main thread it is never set, because Python delivers no signals there.
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread no signal sets it, because Python delivers
+    none there.
     """
-    stop, before = Stop(), {}
+    stop, before = Stop() if stop is None else stop, {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, stop._note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from gpt2_jax import processes
 from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
 from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
@@ -23,6 +26,7 @@ from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
+from gpt2_jax.training import hosts
 from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.plan import Plan, make_plan
 
@@ -44,7 +48,7 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     if not (model.source or model.tokenizer):
         raise ValueError("model.tokenizer must name a vocabulary if model.source is empty: new weights have none")
     begun = None if run_dir is None else expanded(run_dir)
-    if begun is not None and not (runs.is_run(begun) and runs.steps(begun)):
+    if begun is not None and not processes.on_first(functools.partial(_has_checkpoint, begun)):
         begun = None
     tokenizer = load_tokenizer(begun or model.tokenizer or model.source)
     if begun is not None:
@@ -65,8 +69,13 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
         return plan, load(model.source, dtype="float32", sharding=shardings)[1], tokenizer
     with jax.default_device(_host()):  # the same numbers for all devices
         flat = flatten(new_params(config, recipe.seed))
-    placed = {name: jax.device_put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()}
+    put = (lambda leaf, sharding: hosts.put(np.asarray(leaf), sharding)) if processes.count() > 1 else jax.device_put
+    placed = {name: put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()}
     return plan, unflatten(placed), tokenizer
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    return runs.is_run(run_dir) and bool(runs.steps(run_dir))
 
 
 def _host() -> Any:
@@ -146,11 +155,18 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
       FileExistsError: the run's folder contains other things.
       ValueError: no text is named, or the run was started with another text.
     """
-    data, run_dir = recipe.data, folder.parent
-    if not data.path:
+    if not recipe.data.path:
         raise ValueError("data.path must name text or a folder that gpt2-prepare wrote: pass --data.path")
-    if is_prepared(data.path):
-        return open_prepared(data.path, tokenizer)
+    if is_prepared(recipe.data.path):
+        return open_prepared(recipe.data.path, tokenizer)
+    opened: list[Prepared] = []
+    processes.on_first(lambda: opened.append(_tokenized(recipe, tokenizer, folder)))
+    return opened[0] if opened else open_prepared(folder, tokenizer)
+
+
+def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
+    """Tokenize the text of a recipe, unless the folder has its tokens."""
+    data, run_dir = recipe.data, folder.parent
     runs.check_free(run_dir)
     settings = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
     origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings

@@ -65,7 +65,9 @@ def init_state(plan: Plan, params: Params, donate: bool = False) -> TrainState:
 
 def _copy(leaf: jax.Array | np.ndarray, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
     """Return a copy of an array with a dtype and a sharding. It is complete, and its memory can be donated."""
-    if isinstance(leaf, jax.Array) and leaf.dtype == dtype:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # on the devices of several processes
+        return jax.jit(lambda leaf: jnp.copy(leaf).astype(dtype), out_shardings=sharding)(leaf).block_until_ready()
+    if isinstance(leaf, jax.Array) and leaf.dtype == dtype and sharding.is_fully_addressable:
         placed = jax.device_put(leaf, sharding)  # from device to device
     else:  # the NumPy array of a jax array would live as long as that array: so it is that of a copy
         placed, _ = place(np.asarray(jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf), dtype, sharding)
