@@ -47,7 +47,7 @@ class Model:
     tokenizer: Tokenizer
     options: Options
     batch_size: int
-    mesh: _model.Mesh = _model.Mesh()
+    mesh: _model.Mesh = dataclasses.field(default_factory=_model.Mesh)
 
     @functools.cached_property
     def weights(self) -> tuple[GPT2Config, Params]:
