@@ -91,7 +91,7 @@ def array_sharding(mesh: Mesh, shape: tuple[int, ...], rows: int | None = 0, par
     for at, axis in ((rows, DATA), (parts, MODEL)):
         if at is not None and at < len(shape) and axis_size(mesh, axis) > 1 and shape[at] % axis_size(mesh, axis) == 0:
             spec[at] = axis
-    while spec and spec[-1] is None:  # as compiled programs name it: another spec of the same meaning compiles again
+    while spec and spec[-1] is None:  # as compiled programs name it, so that jit finds them by it at once
         spec.pop()
     return NamedSharding(with_auto_axes(mesh), PartitionSpec(*spec))
 
