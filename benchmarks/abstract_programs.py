@@ -11,22 +11,21 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax import SIZES, GPT2Config
 from gpt2_jax import recipe as recipes
-from gpt2_jax.data.batching import Batch
 from gpt2_jax.generation import engine, programs
 from gpt2_jax.generation.memory import RECENT
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.model import GPT2, abstract_params
 from gpt2_jax.params import flatten, unflatten
-from gpt2_jax.sharding import DATA, MODEL, make_mesh, param_shardings
-from gpt2_jax.tensor_parallel import RULES_BY_HEADS, by_heads, sharding
-from gpt2_jax.training import make_plan, make_train_step
+from gpt2_jax.sharding import DATA, MODEL, array_sharding, make_mesh, param_shardings
+from gpt2_jax.tensor_parallel import RULES_BY_HEADS, by_heads
+from gpt2_jax.training import make_plan
 from gpt2_jax.training.plan import Plan
+from gpt2_jax.training.step import lower_train_step
 
 if TYPE_CHECKING:
     from ahead_of_time import Case
@@ -135,7 +134,7 @@ def _lower(function: Any, values: dict[str, Any]) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
 
     def divided(leaf: Any) -> Any:  # the cache by heads
-        return abstract(leaf, sharding(mesh, leaf.shape, parts=1 if leaf.ndim == 4 else None))
+        return abstract(leaf, array_sharding(mesh, leaf.shape, parts=1 if leaf.ndim == 4 else None))
 
     flat = flatten(arrays.pop("params"))
     at = param_shardings(flat, mesh, rules=RULES_BY_HEADS)
@@ -149,14 +148,7 @@ def _lower(function: Any, values: dict[str, Any]) -> Any:
 
 def _train(case: Case, mesh: Mesh) -> Any:
     """Lower a training step with AdamW."""
-    plan = _plan(case, mesh)
-
-    def windows(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((1, case.rows, case.tokens), dtype, sharding=plan.over_rows(None))
-
-    batch = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
-    step: Any = make_train_step(plan)
-    return step.lower(plan.state, batch)
+    return lower_train_step(_plan(case, mesh))
 
 
 def _plan(case: Case, mesh: Mesh) -> Plan:

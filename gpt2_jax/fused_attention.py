@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from gpt2_jax.attention import causal_attention
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.sharding import DATA, MODEL
+from gpt2_jax.sharding import array_sharding
 
 SHORTEST = 128  # tokens; shorter calls, such as a decode step, have few scores
 BLOCKS = (512, 384, 256, 128)  # tokens of a block of splash attention: the first that divides the padded length
@@ -193,14 +193,9 @@ def _over(mesh: Mesh, kernel: Callable[..., jax.Array], shape: tuple[int, ...]) 
     """Return the kernel on the rows and heads of each device. Rows or heads that cannot be shared are not divided."""
     if mesh.size == 1:
         return kernel
-    mesh = Mesh(mesh.devices, mesh.axis_names)  # on Auto axes, on which the model computes
-    sizes = dict(mesh.shape)
-    rows, heads = (
-        axis if axis in sizes and n % sizes[axis] == 0 else None for axis, n in ((DATA, shape[0]), (MODEL, shape[2]))
-    )
-    divided, by_rows = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-    specs = (divided, divided, divided, by_rows)
-    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=divided, check_vma=False)
+    divided, by_rows = array_sharding(mesh, shape, parts=2), array_sharding(mesh, shape[:1])
+    specs = (divided.spec, divided.spec, divided.spec, by_rows.spec)
+    return jax.shard_map(kernel, mesh=divided.mesh, in_specs=specs, out_specs=divided.spec, check_vma=False)
 
 
 def splash(

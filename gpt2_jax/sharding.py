@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax import processes
 from gpt2_jax.params import Params, by_rules
@@ -112,6 +112,30 @@ def _fitting(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, gathered: 
     return NamedSharding(mesh, PartitionSpec(*sides))
 
 
+def axis_size(mesh: Mesh | None, axis: str = MODEL) -> int:
+    """Return the number of devices along an axis of a mesh: 1 if there is no mesh or no such axis."""
+    return 1 if mesh is None else mesh.shape.get(axis, 1)
+
+
+def array_sharding(mesh: Mesh, shape: tuple[int, ...], rows: int | None = 0, parts: int | None = None) -> NamedSharding:
+    """Return the sharding of an array whose axis `rows` is divided over `data`, and its axis `parts` over `model`.
+
+    An axis whose size the devices cannot share equally is not divided.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    for at, axis in ((rows, DATA), (parts, MODEL)):
+        if at is not None and at < len(shape) and axis_size(mesh, axis) > 1 and shape[at] % axis_size(mesh, axis) == 0:
+            spec[at] = axis
+    while spec and spec[-1] is None:  # as compiled programs name it, so that jit finds them by it at once
+        spec.pop()
+    return NamedSharding(with_auto_axes(mesh), PartitionSpec(*spec))
+
+
+def with_auto_axes(mesh: Mesh | AbstractMesh) -> Mesh:
+    """Return a mesh of the same devices with Auto axes, on which the model computes."""
+    return Mesh(np.asarray(mesh.devices), mesh.axis_names)
+
+
 def placed(params: Params) -> Params:
     """Return params on devices, so that calling programs with them transfers nothing. NumPy arrays are copied once.
 
@@ -128,7 +152,7 @@ def placed(params: Params) -> Params:
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
-        mesh = Mesh(np.asarray(sharding.mesh.devices), sharding.mesh.axis_names)
+        mesh = with_auto_axes(sharding.mesh)
         return jax.device_put(leaf, NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind))
 
     return jax.tree.map(place, params)

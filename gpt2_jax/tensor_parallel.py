@@ -19,47 +19,27 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.explicit_axes import explicit_mesh_of
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.sharding import DATA, MODEL, RULES
+from gpt2_jax.sharding import MODEL, RULES, array_sharding, axis_size
 
 RULES_BY_HEADS = ((r"c_attn/w$", PartitionSpec(None, MODEL)), (r"c_attn/b$", PartitionSpec(MODEL)), *RULES)
 """How the params that `by_heads` returns are divided."""
 
 
-def size(mesh: Mesh | None, axis: str = MODEL) -> int:
-    """Return the number of devices along an axis of a mesh: 1 if there is no mesh or no such axis."""
-    return 1 if mesh is None else mesh.shape.get(axis, 1)
-
-
 def n_heads(config: GPT2Config, mesh: Mesh | None) -> int:
     """Return the number of heads with those of zeros: a multiple of the devices along `model`."""
-    return rounded_up(config.n_head, size(mesh))
-
-
-def sharding(mesh: Mesh, shape: tuple[int, ...], rows: int | None = 0, parts: int | None = None) -> NamedSharding:
-    """Return the sharding of an array whose axis `rows` is divided over `data`, and its axis `parts` over `model`.
-
-    An axis whose size the devices cannot share equally is not divided.
-    """
-    spec: list[str | None] = [None] * len(shape)
-    for at, axis in ((rows, DATA), (parts, MODEL)):
-        if at is not None and at < len(shape) and size(mesh, axis) > 1 and shape[at] % size(mesh, axis) == 0:
-            spec[at] = axis
-    while spec and spec[-1] is None:  # as compiled programs name it: another spec of the same meaning compiles again
-        spec.pop()
-    mesh = Mesh(mesh.devices, mesh.axis_names)  # on Auto axes, on which the model computes
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return rounded_up(config.n_head, axis_size(mesh))
 
 
 def divided(x: jax.Array, mesh: Mesh | None, rows: int | None = 0, parts: int | None = None) -> jax.Array:
-    """Return x, divided as `sharding` says. Without a mesh of several devices it stays as it is."""
+    """Return x, divided as `array_sharding` says. Without a mesh of several devices it stays as it is."""
     if mesh is None or mesh.size == 1:
         return x
-    return lax.with_sharding_constraint(x, sharding(mesh, x.shape, rows, parts))
+    return lax.with_sharding_constraint(x, array_sharding(mesh, x.shape, rows, parts))
 
 
 def by_heads(config: GPT2Config, params: Params, mesh: Mesh) -> Params:

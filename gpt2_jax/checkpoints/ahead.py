@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import math
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,16 +17,17 @@ N_THREADS = min(4, os.cpu_count() or 1)
 HELD = 1.15  # times the bytes of the largest tensor
 
 
-def read_ahead(sizes: Mapping[str, int], read_one: Callable[[str], np.ndarray]) -> Leaves:
+def read_ahead(tensors: Mapping[str, Any], read_one: Callable[[str], np.ndarray]) -> Leaves:
     """Yield every tensor, the largest first. The call starts threads that read.
 
     All arrays together have up to HELD times the bytes of the largest. This counts the one that was yielded, until the
     next one is requested: let go of it before.
 
     Args:
-      sizes: the bytes of each tensor.
+      tensors: what has the shape and the dtype of each tensor.
       read_one: reads a tensor by its name. Its errors are raised here.
     """
+    sizes = {name: math.prod(tensor.shape) * tensor.dtype.itemsize for name, tensor in tensors.items()}
     waiting = collections.deque(sorted(sizes, key=lambda name: -sizes[name]))
     running: collections.deque[tuple[str, concurrent.futures.Future[np.ndarray]]] = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(N_THREADS)

@@ -7,7 +7,6 @@ are no hashes: only the damage that Orbax notices is found.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,8 +78,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
             except OSError as error:
                 raise DamagedError(f"{path} is damaged: {error}") from error
 
-        sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in some.items()}
-        return read_ahead(sizes, read_one)
+        return read_ahead(some, read_one)
 
     config_file = "config.json" if is_hugging_face else "hparams.json"
     matched = names.match(found, config, path, config_file, read_some, dtype)

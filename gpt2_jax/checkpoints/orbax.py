@@ -8,7 +8,6 @@ open; earlier versions of this package wrote the layout of v1, which is read too
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,8 +73,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         check_hash(name, array, manifest["sha256"], path)
         return array
 
-    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in shapes.items()}
-    return config, read_ahead(sizes, read_one)
+    return config, read_ahead(shapes, read_one)
 
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,7 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         return orbax_arrays.read(directory / part, name.replace("/", "."), leaf.dtype, leaf.shape)
 
     lora = {name: read_one(name, LORA) for name in abstract[LORA]}
-    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in abstract[PARAMS].items()}
-    return config, _merged(read_ahead(sizes, read_one), lora, fields["recipe"])
+    return config, _merged(read_ahead(abstract[PARAMS], read_one), lora, fields["recipe"])
 
 
 def _merged(params: Leaves, lora: Mapping[str, np.ndarray], recipe: Mapping[str, Any]) -> Leaves:

@@ -107,8 +107,7 @@ def read(tensors: Mapping[str, Stored], hashes: Mapping[str, str] | None, mapped
     Raises:
       DamagedError: a tensor is not what was written, or the file is too short.
     """
-    sizes = {name: tensor.n_bytes for name, tensor in tensors.items()}
-    return read_ahead(sizes, lambda name: _read_one(name, tensors[name], hashes, mapped))
+    return read_ahead(tensors, lambda name: _read_one(name, tensors[name], hashes, mapped))
 
 
 def _read_one(name: str, tensor: Stored, hashes: Mapping[str, str] | None, mapped: bool) -> np.ndarray:

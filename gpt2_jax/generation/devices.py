@@ -11,8 +11,8 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.jax_defaults import with_own_arrays
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.sharding import DATA, MODEL, param_shardings, placed
-from gpt2_jax.tensor_parallel import by_heads, n_heads, size
+from gpt2_jax.sharding import DATA, MODEL, axis_size, param_shardings, placed
+from gpt2_jax.tensor_parallel import by_heads, n_heads
 
 
 @with_own_arrays
@@ -34,7 +34,7 @@ def on_devices(config: GPT2Config, params: Params, edited: bool = False) -> tupl
     mesh = _mesh(params)
     if mesh is None:
         return GPT2(config), params
-    ordered = size(mesh) > 1 and not (edited and n_heads(config, mesh) != config.n_head)
+    ordered = axis_size(mesh) > 1 and not (edited and n_heads(config, mesh) != config.n_head)
     flat = flatten(params)
     shardings = param_shardings(flat, mesh, gathered=(DATA,))
     params = unflatten({name: jax.device_put(leaf, shardings[name]) for name, leaf in flat.items()})

@@ -25,7 +25,8 @@ from gpt2_jax.kv_cache import KVCache, empty_cache, insert, merge
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.sampling import Sampling, pick, token_logprobs
-from gpt2_jax.tensor_parallel import divided, sharding
+from gpt2_jax.sharding import array_sharding
+from gpt2_jax.tensor_parallel import divided
 
 # On a GPU, XLA reads the key of a slot together. If keys are stored otherwise, it transposes them in every call of
 # `decode`. So the long cache has the order [B, N, S, H] in memory there. On a CPU this order would take three times as
@@ -215,7 +216,7 @@ def cache_formats(model: GPT2, params: Params, n_rows: int) -> Formats | None:
     mesh, at = getattr(model, "mesh", None), jax.tree.leaves(params)[0].sharding
     layout = KEY_LAYOUTS.get(next(iter(at.device_set)).platform)
     if mesh is not None:
-        kv, mask = sharding(mesh, (n_rows, _n_heads(model), 1, 1), parts=1), sharding(mesh, (n_rows, 1))
+        kv, mask = array_sharding(mesh, (n_rows, _n_heads(model), 1, 1), parts=1), array_sharding(mesh, (n_rows, 1))
         keys = kv if layout is None else Format(layout, kv)
         return Formats(keys, kv, mask, NamedSharding(mesh, PartitionSpec()))
     if layout is None or len(at.device_set) > 1:

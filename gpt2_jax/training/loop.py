@@ -33,7 +33,7 @@ from gpt2_jax.training.report import Report, Silence
 from gpt2_jax.training.signals import Stop, stopping
 from gpt2_jax.training.start import check_data, check_tokenizer
 from gpt2_jax.training.state import TrainState, model_params
-from gpt2_jax.training.step import compile_train_step, init_state
+from gpt2_jax.training.step import init_state, lower_train_step
 
 MOST_SKIPPED = 100  # skipped steps in a row that end a run, because it may never recover
 CURVE = "loss.png"
@@ -189,7 +189,7 @@ def _announce(report: Report, memory: dict[str, int], n_steps_before: int, n_ste
 
 def _compiled(plan: Plan, report: Report) -> Any:
     """Return the compiled step, and report the memory that it needs. Refuse if a device has less."""
-    train_step = compile_train_step(plan)
+    train_step = lower_train_step(plan).compile()
     if n_bytes := check_compiled(plan, train_step):
         report.message(f"the compiled step needs {gigabytes(n_bytes)} of memory on each device")
     return train_step

@@ -14,8 +14,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from gpt2_jax.products import product
-from gpt2_jax.sharding import DATA
-from gpt2_jax.tensor_parallel import divided, rounded_up, size
+from gpt2_jax.sharding import DATA, axis_size
+from gpt2_jax.tensor_parallel import divided, rounded_up
 
 CHUNK = 2**26  # maximum number of logits in memory at once: 256 MB of float32
 
@@ -66,11 +66,11 @@ def _sum(h_BTD, head_VD, target_BT, weight_BT, chunk, mesh, gradients):
     n_chunks = min(n_positions, -(-n_rows * n_positions * n_vocab // chunk))
     n_together = -(-n_positions // n_chunks)
     wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
-    if shared := size(mesh) > 1:  # the vocabulary is divided, with rows of zeros that no token has
-        n_zeros = rounded_up(n_vocab, size(mesh)) - n_vocab
+    if shared := axis_size(mesh) > 1:  # the vocabulary is divided, with rows of zeros that no token has
+        n_zeros = rounded_up(n_vocab, axis_size(mesh)) - n_vocab
         head_VD = divided(jnp.pad(head_VD, [(0, n_zeros), (0, 0)]), mesh, None, 0)
     cast_VD = head_VD.astype(h_BTD.dtype)
-    n_groups = size(mesh, DATA) if n_rows % size(mesh, DATA) == 0 else 1
+    n_groups = axis_size(mesh, DATA) if n_rows % axis_size(mesh, DATA) == 0 else 1
 
     def chunks(array: jax.Array) -> jax.Array:
         """[B, T, ...] -> [chunks, B, C, ...], padded at the end with zeros: positions of weight 0."""

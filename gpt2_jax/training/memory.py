@@ -152,7 +152,7 @@ def check_compiled(plan: Plan, compiled: Any, available: int | None = None) -> i
 
     Args:
       plan: the plan of the run.
-      compiled: the step, from `compile_train_step`.
+      compiled: the step, from `lower_train_step(plan).compile()`.
       available: as in `check_memory`.
 
     Returns:

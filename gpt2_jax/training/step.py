@@ -121,8 +121,8 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
     )
 
 
-def compile_train_step(plan: Plan) -> Any:
-    """Return `make_train_step(plan)` as a jax.stages.Compiled, before there is a state or a batch."""
+def lower_train_step(plan: Plan) -> Any:
+    """Return `make_train_step(plan)` as a jax.stages.Lowered, before there is a state or a batch."""
     shape, at = (plan.recipe.accumulate, plan.recipe.batch_size // plan.recipe.accumulate), plan.over_rows(None)
 
     def windows(dtype: Any) -> Any:
@@ -130,7 +130,7 @@ def compile_train_step(plan: Plan) -> Any:
 
     batch = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
     step: Any = make_train_step(plan)
-    return step.lower(plan.state, batch).compile()
+    return step.lower(plan.state, batch)
 
 
 def _updated(plan: Plan, changing: dict, opt_state: Any, grads: dict, rate: Any, skip: jax.Array) -> tuple:

@@ -153,7 +153,8 @@ def test_nothing_is_read_for_which_there_is_no_room():
             reading.append(name)
         return np.zeros(sizes[name], np.uint8)
 
-    leaves = ahead.read_ahead(sizes, read_one)
+    tensors = {name: jax.ShapeDtypeStruct((size,), np.uint8) for name, size in sizes.items()}
+    leaves = ahead.read_ahead(tensors, read_one)
     held = []
     for name, array in leaves:
         held.append(name)

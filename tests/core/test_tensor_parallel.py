@@ -73,3 +73,31 @@ def test_heads_over_devices_change_no_result():
         assert one["logits"] <= 1e-13, name
         assert one["unordered"] <= 1e-13, name
         assert one["gradients"] <= 1e-12, name
+
+
+WHOLE = """
+    import json, re
+    import jax, numpy as np
+    import gpt2_jax
+    from gpt2_jax.params import flatten, unflatten
+    from gpt2_jax.sharding import make_mesh, param_shardings
+    from tiny_models import random_params
+
+    config = gpt2_jax.GPT2Config(n_vocab=67, n_ctx=19, n_embd=64, n_head=4, n_layer=2)
+    mesh, params = make_mesh(1, 4), random_params(config, 0)
+    params = jax.tree.map(jax.device_put, params, unflatten(param_shardings(flatten(params), mesh)))
+    program = jax.jit(gpt2_jax.GPT2(config, mesh=mesh).apply)
+    text = program.lower({"params": params}, np.zeros((2, 9), int)).compile().as_text()
+    sums = [line for line in text.splitlines() if " all-reduce(" in line]
+    print(json.dumps([len(sums), [line for line in sums if re.search("/ln_2/|/ln_f/", line)]]))
+"""
+
+
+def test_the_residual_stream_is_whole_also_without_an_order_of_heads():
+    """LayerNorm adds nothing over devices. If the stream were divided, each LayerNorm would do so twice.
+
+    ln_1 may: its result is divided, as c_attn is by its inputs.
+    """
+    n_sums, of_layer_norms = commands.on_eight_devices(WHOLE)
+    assert n_sums > 0
+    assert of_layer_norms == []

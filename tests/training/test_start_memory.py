@@ -90,15 +90,15 @@ def test_the_command_keeps_no_second_copy_during_training(tmp_path, tokenizer, m
     gpt2_jax.save(tmp_path / "model", tiny_runs.CONFIG, tiny_runs.params(), "huggingface", tokenizer)
     (tmp_path / "text.txt").write_text(tiny_runs.TEXT)
     before, bytes_there = {id(array) for array in jax.live_arrays()}, []
-    make = loop.compile_train_step
+    make = loop.lower_train_step
 
-    def compile_train_step(plan):
+    def lower_train_step(plan):
         alive = [array for array in jax.live_arrays() if id(array) not in before]
         bytes_there.append(sum(array.nbytes for array in alive))
         bytes_there.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.state)))
         return make(plan)
 
-    monkeypatch.setattr(loop, "compile_train_step", compile_train_step)
+    monkeypatch.setattr(loop, "lower_train_step", lower_train_step)
     options = {
         "model.source": tmp_path / "model", "data.path": tmp_path / "text.txt", "run": tmp_path / "run",
         "steps": 1, "batch-size": 2, "data.n-tokens": 11,

@@ -17,7 +17,7 @@ from gpt2_jax.training import memory
 from gpt2_jax.training.hardware import flops_per_token, mfu, peak_flops
 from gpt2_jax.training.memory import check_compiled, check_memory, device_memory, memory_needed
 from gpt2_jax.training.plan import make_plan
-from gpt2_jax.training.step import compile_train_step, make_train_step
+from gpt2_jax.training.step import lower_train_step, make_train_step
 
 
 @dataclasses.dataclass
@@ -211,7 +211,7 @@ def test_what_cannot_fit_is_refused():
 def test_a_compiled_step_that_does_not_fit_is_refused():
     """By what XLA reserves, to the byte. A backend that does not say it refuses nothing."""
     plan = make_plan(config(n_layer=1), recipe(accumulate=2), make_mesh(1, 1))
-    compiled = compile_train_step(plan)
+    compiled = lower_train_step(plan).compile()
     n_bytes = reserved(config(n_layer=1), recipe(accumulate=2), plan.n_tokens)
     assert check_compiled(plan, compiled, available=n_bytes) == n_bytes
     message = f"training would take {memory.gigabytes(n_bytes)} on each device, which has .*use less: a larger acc"
