@@ -37,6 +37,9 @@ def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = No
     processes and `model` stays within one, where communication is fast. If `model` is larger than this number, it must
     be a multiple of it, and goes across whole processes.
 
+    A mesh of all TPUs has the order of `jax.experimental.mesh_utils`, which follows the torus that connects them, also
+    across processes. If the TPUs are several slices, `data` goes across slices, and `model` stays within one.
+
     Args:
       data: devices that divide the rows of a batch.
       model: devices that divide heads, neurons and weights.
@@ -44,9 +47,9 @@ def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = No
 
     Raises:
       ValueError: there are too few devices, or -1 is given and the other number does not divide their number. Or the
-        mesh cannot be divided over the processes.
+        mesh cannot be divided over the processes, or over slices of TPUs.
     """
-    across = devices is None and processes.count() > 1
+    chosen = devices is not None
     devices = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else devices
     if -1 in (data, model):
         other = max(data, model)
@@ -57,9 +60,31 @@ def make_mesh(data: int = -1, model: int = 1, devices: Sequence[Any] | None = No
         raise ValueError(
             f"a mesh of data={data} times model={model} needs {data * model} devices, but there are {len(devices)}"
         )
-    if across:
+    if not chosen and devices[0].platform == "tpu" and data * model == len(devices):
+        return Mesh(_on_torus(devices, data, model), (DATA, MODEL))
+    if not chosen and processes.count() > 1:
         devices = _of_each_process(devices, data, model)
     return Mesh(np.array(devices[: data * model]).reshape(data, model), (DATA, MODEL))
+
+
+def _on_torus(devices: Sequence[Any], data: int, model: int) -> np.ndarray:
+    """Return all TPUs as an array [data, model]. Slices come one after the other.
+
+    Raises:
+      ValueError: `model` would go across slices.
+    """
+    from jax.experimental import mesh_utils
+
+    n_slices = len({getattr(device, "slice_index", None) for device in devices})
+    if n_slices == 1:
+        return mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True)
+    if data % n_slices:
+        raise ValueError(
+            f"a mesh of data={data} times model={model} cannot be divided over {n_slices} slices of TPUs, since model "
+            f"stays within a slice: set data to a multiple of {n_slices}"
+        )
+    own, across = (data // n_slices, model), (n_slices, 1)
+    return mesh_utils.create_hybrid_device_mesh(own, across, devices, allow_split_physical_axes=True)
 
 
 def _of_each_process(devices: Sequence[Any], data: int, model: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -387,3 +388,41 @@ def test_prefill_and_training_on_a_tpu_have_fused_attention():
     done = run("--target", "v5e", *words, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
     assert done.returncode == 0, done.stderr
     assert [row["attention"] for row in table(done.stdout)] == ["2 Mosaic", "6 Mosaic"]
+
+
+SLICES = """
+import json, os, sys
+import topology
+os.environ |= topology.ENVIRONMENT
+import jax
+from jax.experimental import topologies
+from gpt2_jax import processes
+from gpt2_jax.sharding import make_mesh
+
+found = []
+for kind, n in json.loads(sys.argv[1]):
+    chips = topologies.get_topology_desc(kind, platform="tpu", **({"num_slices": n} if n > 1 else {})).devices
+    jax.devices, processes.count = lambda: chips, lambda: len({chip.process_index for chip in chips})
+    for model in (1, 2, 4):
+        mesh = make_mesh(-1, model)
+        rows = [{getattr(chip, "slice_index", 0) for chip in row} for row in mesh.devices]
+        found.append([{*mesh.devices.flat} == {*chips}, max(map(len, rows)), len(set.union(*rows))])
+print(json.dumps(found))
+"""
+
+
+@needs_libtpu
+def test_a_mesh_of_real_slices_has_model_within_a_slice():
+    """Of the topologies that libtpu describes, with one process for four chips."""
+    kinds = [("v5e:4x4", 1), ("v5e:4x4", 2), ("v5e:2x2", 3), ("v5p:2x2x2", 2), ("v6e:4x4", 2)]
+    paths = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", SLICES, json.dumps(kinds)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == [[True, 1, n] for _, n in kinds for _ in range(3)]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from gpt2_jax import processes
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.sharding import DATA, param_shardings
+from gpt2_jax.sharding import DATA, MODEL, param_shardings
 from gpt2_jax.training.signals import Stop
 
 
@@ -41,8 +41,16 @@ def gathered(params: Params) -> Params:
 def on_own_devices(params: Params, mesh: Mesh) -> Params:
     """Return params on the devices of this process that are in a mesh. They are divided along `model` alone."""
     flat = flatten(params)
-    shardings = param_shardings(flat, mesh.local_mesh, gathered=(DATA,))
+    shardings = param_shardings(flat, own_mesh(mesh), gathered=(DATA,))
     return unflatten({name: jax.device_put(leaf, shardings[name]) for name, leaf in flat.items()})
+
+
+def own_mesh(mesh: Mesh) -> Mesh:
+    """Return the devices of this process that are in a mesh, as its part of it, or else all along `model`."""
+    try:
+        return mesh.local_mesh
+    except ValueError:  # on the torus of a TPU pod, they may be no rectangle of the mesh
+        return Mesh(np.array(mesh.local_devices).reshape(1, -1), (DATA, MODEL))
 
 
 class CommonStop(Stop):
