@@ -130,7 +130,7 @@ class Turns:
     """Libraries that take turns, each in its own new process; `failed` says why some no longer run."""
 
     def __init__(self, names: Sequence[str]):
-        self.pools = {name: worker() for name in names}
+        self.pools: dict[str, Any] = {name: worker() for name in names}
         self.failed: dict[str, str] = {}
         self.begin = time.perf_counter()
 
