@@ -224,9 +224,13 @@ def quiet_unless_first() -> Iterator[None]:
 
 def peer_ended(error: BaseException | None) -> bool:
     """Return whether an error of a connected process is only the consequence of another process's end."""
-    while _State.connected and error is not None:
+    if not _State.connected:
+        return False
+    from gpt2_jax.processes import PeerError  # imports JAX, as this process has
+
+    while error is not None:
         of_jax = isinstance(error, RuntimeError | ValueError) and not isinstance(error, OSError)
-        if of_jax and GONE.search(str(error)):
+        if isinstance(error, PeerError) or (of_jax and GONE.search(str(error))):
             return True
         error = error.__cause__ or error.__context__
     return False
