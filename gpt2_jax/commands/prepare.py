@@ -57,8 +57,8 @@ class Args:
     The default, "auto", uses documents, or the tail if there are too few documents."""
     seed: int = 0
     """Seed of the draws, 0 to 4294967295."""
-    processes: int = 0
-    """Number of processes that encode; 0 uses one per core if there is enough text, else one."""
+    workers: int = 0
+    """Number of processes on this machine that encode; 0 uses one per core if there is enough text, else one."""
     overwrite: bool = False
     """Replace the folder, if it contains only prepared text."""
 
@@ -84,7 +84,7 @@ def run(args: Args) -> None:
         val_fraction=args.val_fraction,
         split=args.split,
         seed=args.seed,
-        n_processes=args.processes,
+        n_workers=args.workers,
         overwrite=args.overwrite,
     )
     print(_report(prepared, args.tokenizer), file=sys.stderr)

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt2_jax import files, progress
 from gpt2_jax.checks import choice, real_number, whole_number
-from gpt2_jax.data.encoding import PREPARED, encode_all, processes_for
+from gpt2_jax.data.encoding import PREPARED, encode_all, workers_for
 from gpt2_jax.data.sources import Fields, Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
 from gpt2_jax.data.token_files import FILES, MANIFEST, SPLITS, VERSION, Prepared, id_dtype, open_prepared
@@ -34,7 +34,7 @@ def prepare(
     val_fraction: float = 0.1,
     split: Literal["auto", "documents", "tail"] = "auto",
     seed: int = 0,
-    n_processes: int = 0,
+    n_workers: int = 0,
     overwrite: bool = False,
     shown: bool | None = None,
 ) -> Prepared:
@@ -64,7 +64,7 @@ def prepare(
         validates on the rest. "auto" is "documents", unless that leaves one side without a document, or with less than
         half or more than twice its share of the tokens. Then it is "tail".
       seed: the seed of the draws.
-      n_processes: number of processes that encode; 0 uses one per core if there is enough text, else one.
+      n_workers: number of processes on this machine that encode; 0 uses one per core if there is enough text, else one.
       overwrite: replace the folder, if it contains only prepared text.
       shown: show a progress bar on standard error; None shows it only on a terminal.
 
@@ -79,14 +79,14 @@ def prepare(
     number = real_number("val_fraction", val_fraction, 0, 1, open_high=True)
     val_fraction = val_fraction if isinstance(val_fraction, int) else number  # an integer 0 stays 0 in the manifest
     seed = whole_number("seed", seed, 0, 2**32 - 1)
-    n_processes = whole_number("n_processes", n_processes, 0, 1024)
+    n_workers = whole_number("n_workers", n_workers, 0, 1024)
     fields = Fields(field, prompt_field, completion_field)
     target = files.expanded(folder)
     check = functools.partial(check_replaceable, target, overwrite)
     check()
     found = Sources(sources, fields, tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
     with files.replacing(target, check) as temporary:
-        written = _write_all(temporary, found, tokenizer, n_processes or processes_for(found.n_bytes), shown)
+        written = _write_all(temporary, found, tokenizer, n_workers or workers_for(found.n_bytes), shown)
         division = divide(np.frombuffer(written.ends, np.int64), val_fraction, split, seed)
         sizes = {".bin": id_dtype(tokenizer.n_vocab).itemsize} | ({".mask.bin": 1} if fields.pairs else {})
         separate(temporary, division, sizes)
@@ -144,13 +144,13 @@ class _Written:
     n_markers: int = 0
 
 
-def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_processes: int, shown: bool | None) -> _Written:
+def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_workers: int, shown: bool | None) -> _Written:
     written = _Written(folder, found.fields.pairs)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context((folder / "train.bin").open("wb"))
         mask = stack.enter_context((folder / "train.mask.bin").open("wb")) if written.masked else None
         bars = stack.enter_context(progress.bars("bytes", "left", shown=shown))
-        encoded = stack.enter_context(contextlib.closing(encode_all(found.pieces(), tokenizer, n_processes)))
+        encoded = stack.enter_context(contextlib.closing(encode_all(found.pieces(), tokenizer, n_workers)))
         for part in encoded:
             out.write(part.ids.tobytes())
             if mask:
