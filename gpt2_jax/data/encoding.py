@@ -21,8 +21,8 @@ from gpt2_jax.data.token_files import id_dtype
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
 
 WORTHWHILE = 32 * BLOCK  # bytes of text; with less, starting other processes takes longer than it saves
-MOST_PROCESSES = 16  # one process reads for all of them
-DIED = "died, perhaps because memory ran out: use fewer processes"
+MOST_WORKERS = 16  # one process reads for all of them
+DIED = "died, perhaps because memory ran out: use fewer workers"
 PREPARED = "text that is prepared for training"  # what needs an end-of-text token
 Pipe = Any  # multiprocessing's Connection, on Windows its PipeConnection
 
@@ -47,33 +47,44 @@ class Encoded(NamedTuple):
     n_markers: int
 
 
-def processes_for(n_bytes: int) -> int:
-    """Return how many processes to use for n_bytes of text: one per core if that saves time, else one."""
+def workers_for(n_bytes: int) -> int:
+    """Return how many workers to use for n_bytes of text: one per core if that saves time, else one."""
     if n_bytes < WORTHWHILE:
         return 1
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(n_cores, MOST_PROCESSES)
+    return min(n_cores, MOST_WORKERS)
 
 
-def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_processes: int) -> Generator[Encoded, None, None]:
+def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_workers: int) -> Generator[Encoded, None, None]:
     """Yield the ids of all pieces, in order, some at a time. Memory does not grow with the number of pieces.
 
     Raises:
       OSError: another process died, or could not be started.
     """
-    if n_processes == 1:
-        for group in _groups(pieces):
+    return encode_groups(groups_of(pieces), tokenizer, n_workers)
+
+
+def encode_groups(
+    groups: Iterable[list[Piece]], tokenizer: Tokenizer, n_workers: int
+) -> Generator[Encoded, None, None]:
+    """Yield the ids of each group, in order.
+
+    Raises:
+      OSError: another process died, or could not be started.
+    """
+    if n_workers == 1:
+        for group in groups:
             yield encode_group(tokenizer, group)
         return
     # Spawn instead of fork: jax runs threads, and a forked process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    groups, waiting = _groups(pieces), collections.deque()
+    waiting = collections.deque()
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(context, tokenizer)) for _ in range(n_processes)]
+        workers = [stack.enter_context(_worker(context, tokenizer)) for _ in range(n_workers)]
         for worker in workers:
             _receive(worker, 'cannot be started: put the code of your program under `if __name__ == "__main__":`')
         for worker, group in zip(itertools.cycle(workers), groups):
-            if len(waiting) == n_processes:  # this worker has worked the longest
+            if len(waiting) == n_workers:  # this worker has worked the longest
                 yield _receive(waiting.popleft())
             _send(worker, group)
             waiting.append(worker)
@@ -169,7 +180,7 @@ def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
       ValueError: a piece ends a document, and the vocabulary has no end-of-text token.
     """
     dtype = id_dtype(tokenizer.n_vocab)
-    ids, counts, ends = [], [], []
+    ids, counts, ends = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], []  # there may be no pieces
     n_ids = n_characters = n_bytes = n_markers = 0
     for piece in pieces:
         part = piece.text
@@ -189,7 +200,7 @@ def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
     return Encoded(*joined, np.asarray(ends, np.int64), n_characters, n_bytes, n_markers)
 
 
-def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def groups_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Collect pieces into groups that are large enough to send to another process."""
     group, size = [], 0
     for piece in pieces:

@@ -23,7 +23,7 @@ LONG = {
     "generate --input": (["--input=in.jsonl", "--output=out.jsonl", "--max-new-tokens=200"], 6),
     "evaluate": (["--task=perplexity", VERDICT], 5),
     "convert": ([SHAKESPEARE, "new", "--format=orbax"], 4),
-    "prepare_data": ([VERDICT, "--output=new", "--processes=2"], 2),
+    "prepare_data": ([VERDICT, "--output=new", "--workers=2"], 2),
     "train_tokenizer": ([VERDICT, "--output=new"], 1),
     "train": (["--run=new", f"--data.path={VERDICT}", "--steps=100000", "--batch-size=2"], 6),
     "inspect_checkpoint": ([SHAKESPEARE], 3),

@@ -29,7 +29,7 @@ def test_text_to_a_folder(run, tmp_path, tokenizer):
     documents = [f"{text} {i}" for i in range(40) for text in DOCUMENTS]
     path = write_jsonl(tmp_path / "a.jsonl", [{"body": text} for text in documents])
     out = tmp_path / "tokens"
-    done = run(path, "--output", out, "--field", "body", "--val-fraction", 0.25, "--seed", 3, "--processes", 1)
+    done = run(path, "--output", out, "--field", "body", "--val-fraction", 0.25, "--seed", 3, "--workers", 1)
     assert (done.code, done.out) == (0, f"{out}\n"), done.err
     prepared = open_prepared(out, tokenizer)
     counts = {name: prepared.manifest[name] for name in ("train", "val")}
@@ -105,7 +105,7 @@ def test_as_a_user_runs_it_with_text_from_a_pipe(tmp_path, tokenizer):
     """In a process of its own, from another folder, with a tilde, and with several processes that encode."""
     text = "The quality of mercy is not strain'd.\n" * 99
     done = subprocess.run(
-        [sys.executable, str(commands.SCRIPTS / "prepare_data.py"), "-", "-o", "~/tokens", "--processes", "2"],
+        [sys.executable, str(commands.SCRIPTS / "prepare_data.py"), "-", "-o", "~/tokens", "--workers", "2"],
         input=text, cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -155,8 +155,8 @@ def test_any_number_of_processes_writes_the_same(made, tmp_path, monkeypatch):
     """Bytes of all files, with pieces small enough that each process gets several."""
     monkeypatch.setattr(encoding, "BLOCK", 499)
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"{text} {i}" * (i % 13)} for i in range(90) for text in DOCUMENTS])
-    one = made(tmp_path / "a.jsonl", name="1", n_processes=1, val_fraction=0.2)
-    made(tmp_path / "a.jsonl", name="3", n_processes=3, val_fraction=0.2)
+    one = made(tmp_path / "a.jsonl", name="1", n_workers=1, val_fraction=0.2)
+    made(tmp_path / "a.jsonl", name="3", n_workers=3, val_fraction=0.2)
     assert one.manifest["split"] == "documents"
     contents = [sorted((path.name, data) for path, data in snapshot(tmp_path / name).items()) for name in "13"]
     assert contents[0] == contents[1]
@@ -183,7 +183,7 @@ def test_a_program_that_cannot_start_others_is_told_why(tmp_path):
     (tmp_path / "program.py").write_text("""if True:
         import gpt2_jax; from gpt2_jax.data._prepare import prepare
         tokenizer = gpt2_jax.load_tokenizer(gpt2_jax.embedded_model())
-        prepare(["a.txt"], "tokens", tokenizer, n_processes=2)
+        prepare(["a.txt"], "tokens", tokenizer, n_workers=2)
     """)
     done = subprocess.run(
         [sys.executable, "program.py"], cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -207,7 +207,7 @@ def test_a_large_file_takes_little_memory(tmp_path):
     (tmp_path / "a.txt").write_bytes(line * (30 * 2**20 // len(line)))
     tracemalloc.start()
     try:
-        prepared = prepare([tmp_path / "a.txt"], tmp_path / "tokens", Bytes(), n_processes=1)
+        prepared = prepare([tmp_path / "a.txt"], tmp_path / "tokens", Bytes(), n_workers=1)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -455,7 +455,7 @@ def test_settings_that_do_not_fit(made, tmp_path, tokenizer):
         ((a,), {"val_fraction": 1.0}, r"val_fraction must be a number, 0 or more and below 1, not 1\.0"),
         ((a,), {"val_fraction": float("nan")}, "val_fraction"),
         ((a,), {"seed": -1}, r"seed must be a whole number, from 0 to 4294967295, not -1"),
-        ((a,), {"n_processes": -1}, "n_processes"),
+        ((a,), {"n_workers": -1}, "n_workers"),
         ((a,), {"split": "head"}, "split must be one of auto, documents, tail, not 'head'"),
         ((a,), {"split": "documents", "val_fraction": 0.1}, "puts none of the 1 documents into validation"),
         ((a,), {"val_fraction": 0.1}, "3 tokens are too few to keep 0.1 for validation: set val_fraction to 0"),
