@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -169,3 +170,40 @@ def test_processes_that_jax_connects(source, tmp_path, monkeypatch):
                 assert child.returncode == 0, err
     assert (tmp_path / "out1").read_bytes() == (tmp_path / "out2").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out1", "out2"}
+
+
+def test_the_command_in_two_processes(source, tmp_path):
+    """In the second round, one process cannot load the model. It says so, and the other one ends with status 75."""
+    source.write_text("".join(f'"O {i}"\n' for i in range(7)), encoding="utf-8")
+
+    def run(*models):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        command = [sys.executable, commands.SCRIPTS / "generate.py", "--input", source, "--output", tmp_path / "out"]
+        command += [*OPTIONS, "--processes.count=2", f"--processes.coordinator=127.0.0.1:{port}"]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        both = [
+            subprocess.Popen([*map(str, command), f"--processes.index={index}", *model], **pipes)
+            for index, model in enumerate(models)
+        ]
+        try:
+            ends = [process.communicate(timeout=120) for process in both]
+        finally:
+            for process in both:
+                process.kill()
+                process.wait()
+        return [commands.Run(process.returncode, *end) for process, end in zip(both, ends, strict=True)]
+
+    first, second = run([], [])
+    assert (first.code, second) == (0, (0, "", "")), first.err
+    assert len((tmp_path / "out").read_text().splitlines()) == 7
+    (tmp_path / "out").unlink()
+    first, second = run([], ["--model", str(tmp_path / "none")])
+    assert second.code == 2
+    assert second.err.startswith("gpt2-generate: process 1: ")
+    assert second.err.count("\n") == 1
+    assert first.code == 75
+    assert first.err.endswith(
+        "gpt2-generate: process 0: another process of this run ended: start all processes again\n"
+    )
+    assert "Traceback" not in first.err

@@ -15,6 +15,7 @@ import commands
 import pytest
 
 from gpt2_jax.commands import _processes, train
+from gpt2_jax.processes import PeerError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="waits for processes by pidfd")
 SCRIPT = commands.ROOT / "tests" / "support" / "at_work.py"
@@ -180,6 +181,7 @@ def test_a_call_in_python_starts_no_process(capfd):
         (RuntimeError("INTERNAL: NCCL operation ncclCommInitRank() failed: unhandled system error"), False),
         (RuntimeError("UNAVAILABLE: TPU initialization failed: the device is busy"), False),
         (ConnectionResetError("Connection reset by peer"), False),
+        (PeerError("the process with index 1 failed: wrong"), True),
     ],
 )
 def test_errors_of_another_end(monkeypatch, error, expected):

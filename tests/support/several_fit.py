@@ -2,7 +2,7 @@
 
 A job is {"run": folder, "recipe": changes of `RECIPE`}. The result of each is a line on standard output. More entries:
 "stop_after": a step after which the last process gets SIGTERM.
-"largest_file": the bytes of the largest file that process 0 can write, as if the disk was full then.
+"largest_file": a process, and the bytes of the largest file that it can write, as if its disk was full then.
 """
 
 import contextlib
@@ -62,10 +62,10 @@ def stopped(step):
 
 
 @contextlib.contextmanager
-def small_disk(n_bytes):
-    """Let process 0 write no larger file."""
+def small_disk(index, n_bytes):
+    """Let a process write no larger file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if jax.process_index() == 0:
+    if jax.process_index() == index:
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:
         yield
@@ -83,8 +83,8 @@ def train(job):
     with contextlib.ExitStack() as stack:
         if step := job.get("stop_after"):
             stack.enter_context(stopped(step))
-        if n_bytes := job.get("largest_file"):
-            stack.enter_context(small_disk(n_bytes))
+        if limit := job.get("largest_file"):
+            stack.enter_context(small_disk(*limit))
         fitted = fit(plan, params, data, run, tokenizer, donate=True)
     return {name: value for name, value in vars(fitted).items() if name != "params"}
 

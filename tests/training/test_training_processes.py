@@ -158,15 +158,19 @@ def test_a_run_of_four_goes_on_in_one_and_in_two(four, one, start):
     assert furthest(one / "resumed", one / "one") < 2e-6
 
 
-def test_an_error_of_process_0_ends_all_with_the_same_sentence(start, one):
+def test_an_error_ends_all_with_the_same_sentence(start, one):
+    """Of process 0, which alone holds the lock, and of a save in any process. Orbax would wait for it for minutes."""
     with Checkpoints(one / "one"):
         jobs = {"one in use": [{}], "one other": [{"batch_size": 4}], "mesh": [{"mesh": {"data": 1}}]}
-        with start.processes_of("2x1", jobs | {"full": [FULL_DISK, {"largest_file": 60_000}]}) as both:
+        jobs["full1"] = [FULL_DISK, {"largest_file": [1, 60_000]}]
+        jobs["full0"] = [FULL_DISK, {"largest_file": [0, 60_000]}]
+        with start.processes_of("2x1", jobs) as both:
             for said in (
                 f"OSError: {one / 'one' / 'checkpoints'} is open in another process",
                 f"ValueError: {one / 'one'} holds a run with other settings: recipe.batch_size was 8 and is 4",
                 "ValueError: a mesh of data=1 times model=1 cannot be divided equally over 2 processes",
-                f"OSError: the checkpoint of step 3 could not be saved in {start.base / 'full' / 'checkpoints'}: File",
+                f"OSError: the checkpoint of step 3 could not be saved in {start.base / 'full1' / 'checkpoints'}: File",
+                f"OSError: the checkpoint of step 3 could not be saved in {start.base / 'full0' / 'checkpoints'}: File",
             ):
                 first, second = (process.wait_for(said) for process in both)
                 assert first == second
