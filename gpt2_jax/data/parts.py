@@ -194,9 +194,8 @@ class _Parts:
 
     def encode(self, units: Sequence[int], n_workers: int, check: Callable[[], None]) -> Iterator[int]:
         """Encode units, and yield each after its file was written. `check` is called every few megabytes."""
-        ends: collections.deque[int | None] = (
-            collections.deque()
-        )  # for each group, documents without text at a unit's end
+        # For each group None, or at the end of a unit how many of its documents had no text.
+        ends: collections.deque[int | None] = collections.deque()
         encoded = encode_groups(self._groups(set(units), ends), self.tokenizer, n_workers)
         with contextlib.closing(encoded):
             for unit in units:
