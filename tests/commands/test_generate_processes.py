@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -176,29 +175,13 @@ def test_the_command_in_two_processes(source, tmp_path):
     """In the second round, one process cannot load the model. It says so, and the other one ends with status 75."""
     source.write_text("".join(f'"O {i}"\n' for i in range(7)), encoding="utf-8")
 
-    def run(*models):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        command = [sys.executable, commands.SCRIPTS / "generate.py", "--input", source, "--output", tmp_path / "out"]
-        command += [*OPTIONS, "--processes.count=2", f"--processes.coordinator=127.0.0.1:{port}"]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        both = [
-            subprocess.Popen([*map(str, command), f"--processes.index={index}", *model], **pipes)
-            for index, model in enumerate(models)
-        ]
-        try:
-            ends = [process.communicate(timeout=120) for process in both]
-        finally:
-            for process in both:
-                process.kill()
-                process.wait()
-        return [commands.Run(process.returncode, *end) for process, end in zip(both, ends, strict=True)]
-
-    first, second = run([], [])
+    args = ["--input", source, "--output", tmp_path / "out", *OPTIONS]
+    first, second = several_processes.run_command("generate.py", *args)
     assert (first.code, second) == (0, (0, "", "")), first.err
     assert len((tmp_path / "out").read_text().splitlines()) == 7
     (tmp_path / "out").unlink()
-    first, second = run([], ["--model", str(tmp_path / "none")])
+    each = [], ["--model", tmp_path / "none"]
+    first, second = several_processes.run_command("generate.py", *args, each=each)
     assert second.code == 2
     assert second.err.startswith("gpt2-generate: process 1: ")
     assert second.err.count("\n") == 1

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import commands
 import pytest
+import several_processes
 import token_folders
 from token_folders import DOCUMENTS, expected_ids, held, write_jsonl
 
@@ -119,24 +119,10 @@ def test_two_processes_write_the_files_of_one(run, tmp_path):
     """Started as a user does. Process 0 prints the folder and the table."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{text} {i}"} for i in range(40) for text in DOCUMENTS])
     assert run(path, "-o", tmp_path / "one").code == 0
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"--processes.coordinator=127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, commands.SCRIPTS / "prepare_data.py", path, "-o", tmp_path / "two"]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [
-        subprocess.Popen([*map(str, command), "--processes.count=2", address, f"--processes.index={index}"], **pipes)
-        for index in range(2)
-    ]
-    try:
-        ends = [process.communicate(timeout=120) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in both] == [0, 0], ends
-    assert ends[1] == ("", "")
-    assert ends[0][0] == f"{tmp_path / 'two'}\n"
-    assert "training" in table(ends[0][1])
+    both = several_processes.run_command("prepare_data.py", path, "-o", tmp_path / "two")
+    assert both[1] == (0, "", ""), both[1].err
+    assert both[0][:2] == (0, f"{tmp_path / 'two'}\n"), both[0].err
+    assert "training" in table(both[0].err)
     one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
     assert {file.name for file in tmp_path.iterdir()} == {"a.jsonl", "one", "two"}

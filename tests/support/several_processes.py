@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import commands
 
 from gpt2_jax.processes import Share
 
@@ -86,3 +88,22 @@ def started(count: int, command: str, *args: object, cwd: Path, **env: str) -> I
         for child in children:
             child.kill()
             child.communicate()
+
+
+def run_command(script: str, *args: object, each: Sequence[Sequence[object]] = ((), ())) -> list[commands.Run]:
+    """Run a script as a user does, in one process for each list of its own arguments. Return what each did."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"--processes.coordinator=127.0.0.1:{probe.getsockname()[1]}"
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = *args, address, f"--processes.count={len(each)}"
+    children = []
+    try:
+        for index, own in enumerate(each):
+            words = [commands.SCRIPTS / script, *options, f"--processes.index={index}", *own]
+            children.append(subprocess.Popen([sys.executable, *map(str, words)], **pipes))
+        ends = [child.communicate(timeout=120) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    return [commands.Run(child.returncode, *end) for child, end in zip(children, ends, strict=True)]
