@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import gpt2_jax
-from gpt2_jax.commands import _command, _model
+from gpt2_jax.commands import _command, _model, _processes
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Args:
     """Number of processes on this machine that encode; 0 uses one per core if there is enough text, else one."""
     overwrite: bool = False
     """Replace the folder, if it contains only prepared text."""
+    processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,21 +74,28 @@ def run(args: Args) -> None:
     """Prepare, report, print the folder."""
     from gpt2_jax.data._prepare import check_replaceable, prepare
 
+    share = None
+    if args.processes.several():
+        from gpt2_jax import processes  # it imports jax
+
+        share = processes.share()
     folder = expanded(args.output)
-    check_replaceable(folder, args.overwrite)  # before a vocabulary is downloaded
-    prepared = prepare(
-        args.sources,
-        folder,
-        gpt2_jax.load_tokenizer(_model.source(args.tokenizer)),
-        field=args.field,
-        prompt_field=args.prompt_field,
-        completion_field=args.completion_field,
-        val_fraction=args.val_fraction,
-        split=args.split,
-        seed=args.seed,
-        n_workers=args.workers,
-        overwrite=args.overwrite,
-    )
+    with contextlib.nullcontext() if share is None else share.telling():
+        check_replaceable(folder, args.overwrite)  # before a vocabulary is downloaded
+        prepared = prepare(
+            args.sources,
+            folder,
+            gpt2_jax.load_tokenizer(_model.source(args.tokenizer)),
+            field=args.field,
+            prompt_field=args.prompt_field,
+            completion_field=args.completion_field,
+            val_fraction=args.val_fraction,
+            split=args.split,
+            seed=args.seed,
+            n_workers=args.workers,
+            overwrite=args.overwrite,
+            share=share,
+        )
     print(_report(prepared, args.tokenizer), file=sys.stderr)
     print(folder)
 

@@ -8,19 +8,23 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from gpt2_jax import files, progress
 from gpt2_jax.checks import choice, real_number, whole_number
-from gpt2_jax.data.encoding import PREPARED, encode_all, workers_for
+from gpt2_jax.data import parts
+from gpt2_jax.data.encoding import PREPARED, Encoded, encode_all, workers_for
 from gpt2_jax.data.sources import Fields, Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
 from gpt2_jax.data.token_files import FILES, MANIFEST, SPLITS, VERSION, Prepared, id_dtype, open_prepared
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
+
+if TYPE_CHECKING:
+    from gpt2_jax.processes import Share
 
 
 def prepare(
@@ -37,6 +41,7 @@ def prepare(
     n_workers: int = 0,
     overwrite: bool = False,
     shown: bool | None = None,
+    share: Share | None = None,
 ) -> Prepared:
     """Tokenize text, and write it to a new folder as train.bin and val.bin with a manifest, tokens.json.
 
@@ -67,6 +72,9 @@ def prepare(
       n_workers: number of processes on this machine that encode; 0 uses one per core if there is enough text, else one.
       overwrite: replace the folder, if it contains only prepared text.
       shown: show a progress bar on standard error; None shows it only on a terminal.
+      share: this process's share, if several connected processes call this with the same arguments and see the same
+        files. They divide the text, and write the files that one process writes. Finished parts are kept in the folder
+        NAME.parts, and resumed with, until the result is complete. Both together take twice the space of the result.
 
     Raises:
       FileNotFoundError: a source does not exist.
@@ -74,41 +82,78 @@ def prepare(
       ValueError: a source is malformed, there is no text, or too little for this split; the message says where. Or the
         vocabulary has no end-of-text token.
       OSError: files cannot be read or written, or an encoding process died.
+      PeerError: another process of `share` failed; an OSError.
     """
-    choice("split", split, ("auto", "documents", "tail"))
-    number = real_number("val_fraction", val_fraction, 0, 1, open_high=True)
-    val_fraction = val_fraction if isinstance(val_fraction, int) else number  # an integer 0 stays 0 in the manifest
-    seed = whole_number("seed", seed, 0, 2**32 - 1)
-    n_workers = whole_number("n_workers", n_workers, 0, 1024)
-    fields = Fields(field, prompt_field, completion_field)
-    target = files.expanded(folder)
-    check = functools.partial(check_replaceable, target, overwrite)
-    check()
-    found = Sources(sources, fields, tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
-    with files.replacing(target, check) as temporary:
-        written = _write_all(temporary, found, tokenizer, n_workers or workers_for(found.n_bytes), shown)
-        division = divide(np.frombuffer(written.ends, np.int64), val_fraction, split, seed)
-        sizes = {".bin": id_dtype(tokenizer.n_vocab).itemsize} | ({".mask.bin": 1} if fields.pairs else {})
-        separate(temporary, division, sizes)
-        manifest = {
-            "gpt2_jax_tokens": VERSION,
-            "dtype": id_dtype(tokenizer.n_vocab).name,
-            "n_vocab": tokenizer.n_vocab,
-            "eot": tokenizer.eot,
-            "tokenizer_sha256": fingerprint(tokenizer),
-            "split": division.split,
-            "val_fraction": val_fraction,
-            "seed": seed,
-            "files": len(found.files),
-            "empty_documents": found.n_empty,
-            "characters": written.n_characters,
-            "bytes": written.n_bytes,
-            "end_of_text_as_text": written.n_markers,
-            **{name: _counts(temporary, name, tokenizer, division.documents[name]) for name in SPLITS},
-            "sha256": {path.name: files.sha256_of(path) for path in sorted(temporary.iterdir())},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return open_prepared(target, tokenizer)
+    with contextlib.nullcontext() if share is None else share.telling():
+        choice("split", split, ("auto", "documents", "tail"))
+        number = real_number("val_fraction", val_fraction, 0, 1, open_high=True)
+        val_fraction = val_fraction if isinstance(val_fraction, int) else number  # an integer 0 stays 0 in the manifest
+        settings = {"split": split, "val_fraction": val_fraction, "seed": whole_number("seed", seed, 0, 2**32 - 1)}
+        n_workers = whole_number("n_workers", n_workers, 0, 1024)
+        fields = Fields(field, prompt_field, completion_field)
+        target = files.expanded(folder)
+        check = functools.partial(check_replaceable, target, overwrite)
+        check()
+        found = Sources(sources, fields, tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
+
+        def write(encoded: Generator[Encoded, None, None], title: str = "joining") -> None:
+            with files.replacing(target, check) as temporary, contextlib.closing(encoded):
+                _write(temporary, found, tokenizer, encoded, settings, title, shown)
+
+        n_workers = n_workers or workers_for(found.n_bytes // (share.count if share else 1))
+        if share is None and parts.folder_of(target).exists() and None not in found.files:
+            from gpt2_jax.processes import Share  # it imports jax
+
+            share = Share()
+        if share is None or (share.count == 1 and not parts.folder_of(target).exists()):
+            write(encode_all(found.pieces(), tokenizer, n_workers), "encoding")
+        else:
+            parts.prepare_share(target, found, tokenizer, share, n_workers, shown, write)
+        return open_prepared(target, tokenizer)
+
+
+def _write(
+    folder: Path,
+    found: Sources,
+    tokenizer: Tokenizer,
+    encoded: Iterator[Encoded],
+    settings: dict[str, Any],
+    title: str,
+    shown: bool | None,
+) -> None:
+    """Write the files of a prepared folder.
+
+    Args:
+      folder: an empty folder.
+      found: the text.
+      tokenizer: the vocabulary of the ids.
+      encoded: the ids of the text, in order.
+      settings: "split", "val_fraction" and "seed", as in `prepare`.
+      title: the title of the progress bar.
+      shown: as in `prepare`.
+    """
+    written = _write_all(folder, found, encoded, id_dtype(tokenizer.n_vocab).itemsize, title, shown)
+    division = divide(np.frombuffer(written.ends, np.int64), **settings)
+    sizes = {".bin": id_dtype(tokenizer.n_vocab).itemsize} | ({".mask.bin": 1} if written.masked else {})
+    separate(folder, division, sizes)
+    manifest = {
+        "gpt2_jax_tokens": VERSION,
+        "dtype": id_dtype(tokenizer.n_vocab).name,
+        "n_vocab": tokenizer.n_vocab,
+        "eot": tokenizer.eot,
+        "tokenizer_sha256": fingerprint(tokenizer),
+        "split": division.split,
+        "val_fraction": settings["val_fraction"],
+        "seed": settings["seed"],
+        "files": len(found.files),
+        "empty_documents": found.n_empty,
+        "characters": written.n_characters,
+        "bytes": written.n_bytes,
+        "end_of_text_as_text": written.n_markers,
+        **{name: _counts(folder, name, tokenizer, division.documents[name]) for name in SPLITS},
+        "sha256": {path.name: files.sha256_of(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:
@@ -144,13 +189,14 @@ class _Written:
     n_markers: int = 0
 
 
-def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_workers: int, shown: bool | None) -> _Written:
+def _write_all(
+    folder: Path, found: Sources, encoded: Iterator[Encoded], itemsize: int, title: str, shown: bool | None
+) -> _Written:
     written = _Written(folder, found.fields.pairs)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context((folder / "train.bin").open("wb"))
         mask = stack.enter_context((folder / "train.mask.bin").open("wb")) if written.masked else None
         bars = stack.enter_context(progress.bars("bytes", "left", shown=shown))
-        encoded = stack.enter_context(contextlib.closing(encode_all(found.pieces(), tokenizer, n_workers)))
         for part in encoded:
             out.write(part.ids.tobytes())
             if mask:
@@ -160,13 +206,13 @@ def _write_all(folder: Path, found: Sources, tokenizer: Tokenizer, n_workers: in
             written.n_characters += part.n_characters
             written.n_bytes += part.n_bytes
             written.n_markers += part.n_markers
-            bars.update("encoding", found.n_read, found.n_bytes or None)
+            bars.update(title, found.n_read, found.n_bytes or None)
         if not written.n_tokens:
             raise ValueError(f"there is no text in {len(found.files)} files with {found.n_bytes:,} bytes in total")
         if len(written.ends) == 1 and not written.masked:
             written.n_tokens -= 1
             written.ends[0] -= 1
-            out.truncate(written.n_tokens * id_dtype(tokenizer.n_vocab).itemsize)
+            out.truncate(written.n_tokens * itemsize)
     return written
 
 

@@ -61,13 +61,24 @@ def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_workers: int) ->
     Raises:
       OSError: another process died, or could not be started.
     """
+    return encode_groups(groups_of(pieces), tokenizer, n_workers)
+
+
+def encode_groups(
+    groups: Iterable[list[Piece]], tokenizer: Tokenizer, n_workers: int
+) -> Generator[Encoded, None, None]:
+    """Yield the ids of each group, in order.
+
+    Raises:
+      OSError: another process died, or could not be started.
+    """
     if n_workers == 1:
-        for group in _groups(pieces):
+        for group in groups:
             yield encode_group(tokenizer, group)
         return
     # Spawn instead of fork: jax runs threads, and a forked process with threads may hang.
     context = multiprocessing.get_context("spawn")
-    groups, waiting = _groups(pieces), collections.deque()
+    waiting = collections.deque()
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker(context, tokenizer)) for _ in range(n_workers)]
         for worker in workers:
@@ -169,7 +180,7 @@ def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
       ValueError: a piece ends a document, and the vocabulary has no end-of-text token.
     """
     dtype = id_dtype(tokenizer.n_vocab)
-    ids, counts, ends = [], [], []
+    ids, counts, ends = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], []  # there may be no pieces
     n_ids = n_characters = n_bytes = n_markers = 0
     for piece in pieces:
         part = piece.text
@@ -189,7 +200,7 @@ def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
     return Encoded(*joined, np.asarray(ends, np.int64), n_characters, n_bytes, n_markers)
 
 
-def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def groups_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Collect pieces into groups that are large enough to send to another process."""
     group, size = [], 0
     for piece in pieces:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import dataclasses
-import json
+import itertools
+import operator
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from gpt2_jax.data.records import LONGEST_FIELD, Fields, Rows, columns_of, texts_of
 from gpt2_jax.data.token_files import MANIFEST, id_dtype
 from gpt2_jax.files import expanded
 
@@ -22,7 +23,8 @@ BLOCK = 2**20  # bytes read at a time
 SUFFIXES = (".txt", ".jsonl", ".csv", ".bin")
 STDIN = "-"
 BOM = codecs.BOM_UTF8
-LONGEST_FIELD = 2**31 - 1  # characters of a field of .csv; Python's own limit is 131,072
+CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
+END = 2**63 - 1  # an offset after the end of every file
 
 # The whitespace of GPT-2's pattern; Python's own set is different.
 WHITESPACE = (
@@ -44,29 +46,20 @@ class Piece(NamedTuple):
     ends: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Fields:
-    """The fields of an object or row that hold a document: one or two. With two, only the second counts in the loss."""
+class Range(NamedTuple):
+    """A part of a file. The parts of a file give the same pieces, together, as the whole file.
 
-    text: str = "text"
-    prompt: str = ""
-    completion: str = ""
+    Attributes:
+      file: the number of the file.
+      start: offset in bytes, a multiple of BLOCK.
+      stop: offset in bytes, a multiple of BLOCK; or END.
+      unit: the number of the unit of work to which the range belongs.
+    """
 
-    def __post_init__(self):
-        if bool(self.prompt) != bool(self.completion):
-            raise ValueError("the prompt field and the completion field go together: name both or neither")
-        if not self.text:
-            raise ValueError("the name of the text field is empty")
-
-    @property
-    def pairs(self) -> bool:
-        """Whether documents are pairs of prompt and completion."""
-        return bool(self.prompt)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The fields to read."""
-        return (self.prompt, self.completion) if self.pairs else (self.text,)
+    file: int
+    start: int = 0
+    stop: int = END
+    unit: int = 0
 
 
 class Sources:
@@ -74,6 +67,7 @@ class Sources:
 
     Attributes:
       files: the files to read; None is standard input.
+      stats: size, time of modification etc. of each file.
       n_bytes: bytes of all files; standard input is not included, because its size is not known.
       n_read: bytes read so far.
       n_empty: documents without text, which are left out.
@@ -107,7 +101,8 @@ class Sources:
             if file and file.suffix.lower() == ".bin" and not n_vocab:
                 raise ValueError(f"{file} contains token ids, but text is needed")
         self.fields, self.n_vocab, self.eot = fields, n_vocab, eot
-        self.n_bytes = sum(file.stat().st_size for file in self.files if file)
+        self.stats = [file.stat() if file else None for file in self.files]
+        self.n_bytes = sum(stat.st_size for stat in self.stats if stat)
         self.n_read = self.n_empty = 0
 
     def pieces(self) -> Iterator[Piece]:
@@ -117,38 +112,57 @@ class Sources:
           ValueError: bytes that are not UTF-8, a line that is not JSON, a missing field, or an id outside the
             vocabulary; the message says where.
         """
-        for path in self.files:
-            if path is None:
-                yield from self._text(_standard_input(), "standard input")
-                continue
-            read = {".txt": self._text, ".jsonl": self._jsonl, ".csv": self._csv, ".bin": self._bin}
-            with path.open("rb") as file:
-                yield from read[path.suffix.lower()](file, str(path))
+        with contextlib.closing(self.read(map(Range, range(len(self.files))))) as ranges:
+            for _, pieces in ranges:
+                yield from pieces
 
-    def _text(self, file: BinaryIO, name: str) -> Iterator[Piece]:
-        """Yield a whole file as one document, cut where a token always ends: before a run of whitespace.
+    def read(self, ranges: Iterable[Range]) -> Generator[tuple[Range, Iterator[Piece]], None, None]:
+        """Yield each range with its pieces, which must be used before the next range. Errors are those of `pieces`.
+
+        Only a range of a .csv file needs to read what is before it, because a line break may be inside a field. If
+        ranges of one file follow one another, this is done once.
+        """
+        kinds = {".txt": self._text, ".jsonl": self._jsonl, ".csv": self._csv, ".bin": self._bin}
+        for number, some in itertools.groupby(ranges, operator.attrgetter("file")):
+            path = self.files[number]
+            name, kind = ("standard input", ".txt") if path is None else (str(path), path.suffix.lower())
+            with contextlib.ExitStack() as stack:
+                file = _standard_input() if path is None else stack.enter_context(path.open("rb"))
+                opened = Rows(self._lines(file, name)) if kind == ".csv" else file
+                for it in some:
+                    yield it, kinds[kind](opened, name, it.start, it.stop)
+
+    def _text(self, file: BinaryIO, name: str, start: int, stop: int) -> Iterator[Piece]:
+        """Yield a file as one document, cut where a token always ends: before a run of whitespace.
 
         In GPT-2's pattern, no token continues from another character into whitespace, and the tokens of a run of
         whitespace depend only on what follows it. A text without whitespace cannot be cut.
+
+        A range has the pieces that end in its blocks. The first of them may begin before it.
         """
         decoder, kept = codecs.getincrementaldecoder("utf-8")(), [""]
         offset, end = 0, False
-        while not end:
+        if start:
+            offset, pending = _last_cut(file, start)
+            decoder.decode(pending)
+            file.seek(offset)
+        while not end and offset < stop:
             data = file.read(BLOCK)
             end = not data
             self.n_read += len(data)
             if not offset and data.startswith(BOM):
                 data, offset = data[len(BOM) :], len(BOM)
-            pending = len(decoder.getstate()[0])
-            text = _decoded(lambda data=data, end=end: decoder.decode(data, final=end), name, offset - pending)
+            at = offset - len(decoder.getstate()[0])  # with an incomplete character
+            text = _decoded(lambda data=data, end=end: decoder.decode(data, final=end), name, at)
             offset += len(data)
-            last = max(text.rfind(" "), text.rfind("\n"))
-            if cut := len(text[: last + 1].rstrip(WHITESPACE)):
-                yield Piece("".join([*kept, text[:cut]]), ends=False)
+            if cut := _cut(text):
+                if offset > start:
+                    yield Piece("".join([*kept, text[:cut]]), ends=False)
                 kept = [text[cut:]]
             else:
                 kept.append(text)
-        yield from self._documents("".join(kept))
+        if end:
+            yield from self._documents("".join(kept))
 
     def _documents(self, *texts: str) -> Iterator[Piece]:
         """Yield a document with this text, or this prompt and completion; an empty document is only counted."""
@@ -158,47 +172,62 @@ class Sources:
         for i, text in enumerate(texts, start=1):
             yield Piece(text, counts=i == len(texts), ends=i == len(texts))
 
-    def _lines(self, file: BinaryIO, name: str) -> Iterator[str]:
-        offset = 0
+    def _lines(self, file: BinaryIO, name: str, start: int = 0, stop: int = END) -> Iterator[tuple[str, int]]:
+        """Yield each line that begins in the range, with the offset of its end."""
+        offset = start
+        if start:
+            file.seek(start - 1)
+            offset += len(file.readline()) - 1
+        if offset >= stop:
+            return
         for line in file:
             self.n_read += len(line)
-            yield _decoded(line.removeprefix(BOM if not offset else b"").decode, name, offset)
+            text = _decoded(line.removeprefix(BOM if not offset else b"").decode, name, offset)
             offset += len(line)
+            yield text, offset
+            if offset >= stop:
+                return
 
-    def _jsonl(self, file: BinaryIO, name: str) -> Iterator[Piece]:
-        for number, line in enumerate(self._lines(file, name), start=1):
+    def _jsonl(self, file: BinaryIO, name: str, start: int, stop: int) -> Iterator[Piece]:
+        for number, (line, _) in enumerate(self._lines(file, name, start, stop), start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{name}, line {number} is not JSON: {error}") from error
-            if isinstance(record, str) and not self.fields.pairs:
-                record = {self.fields.text: record}
-            if not isinstance(record, dict):
-                raise ValueError(f"{name}, line {number} is not a JSON object with a text: {line.strip()[:60]}")
-            yield from self._documents(*(_text_field(record, field, name, number) for field in self.fields.names))
+                texts = texts_of(line, self.fields)
+            except ValueError as error:
+                number += _n_lines(file, start)
+                raise ValueError(f"{name}, line {number}{error}") from error.__cause__
+            yield from self._documents(*texts)
 
-    def _csv(self, file: BinaryIO, name: str) -> Iterator[Piece]:
+    def _csv(self, rows: Rows, name: str, start: int, stop: int) -> Iterator[Piece]:
         limit = csv.field_size_limit(LONGEST_FIELD)
-        rows = csv.reader(self._lines(file, name), strict=True)
         try:
-            columns = _columns(next(rows, None), self.fields, name)
-            for row in rows:
-                if row and len(row) <= max(columns):
-                    raise ValueError(f"{name}, line {rows.line_num}: the row has {len(row)} columns, too few")
-                if row:  # an empty line is not a row
-                    yield from self._documents(*(row[column] for column in columns))
+            if not rows.columns:
+                rows.columns = columns_of(next(rows.reader, None), self.fields, name)
+            n_columns = max(rows.columns) + 1
+            while rows.offset < stop:
+                begin = rows.offset
+                row = next(rows.reader, None)
+                if row is None:
+                    break
+                if row and begin >= start:  # an empty line is not a row
+                    if len(row) < n_columns:
+                        line = rows.reader.line_num
+                        raise ValueError(f"{name}, line {line}: the row has {len(row)} columns, too few")
+                    yield from self._documents(*(row[column] for column in rows.columns))
         except csv.Error as error:
-            raise ValueError(f"{name}, line {rows.line_num} is not CSV: {error}") from error
+            raise ValueError(f"{name}, line {rows.reader.line_num} is not CSV: {error}") from error
         finally:
             csv.field_size_limit(limit)
 
-    def _bin(self, file: BinaryIO, name: str) -> Iterator[Piece]:
+    def _bin(self, file: BinaryIO, name: str, start: int, stop: int) -> Iterator[Piece]:
         dtype = id_dtype(self.n_vocab)
-        n_ids = 0
+        n_ids = start // dtype.itemsize
         empty = True  # the part of the current document that was read so far
-        while data := file.read(BLOCK):
+        if start:
+            file.seek(start - dtype.itemsize)
+            empty = np.frombuffer(file.read(dtype.itemsize), dtype)[0] == self.eot
+        while n_ids * dtype.itemsize < stop and (data := file.read(BLOCK)):
             self.n_read += len(data)
             if len(data) % dtype.itemsize:
                 raise ValueError(f"{name} does not hold a whole number of {dtype.itemsize}-byte ids")
@@ -219,6 +248,8 @@ class Sources:
             if len(rest):
                 yield Piece(rest, ends=False)
                 empty = False
+        if stop < END:
+            return
         if not empty:
             yield Piece(np.zeros(0, dtype))
         elif not n_ids:
@@ -271,19 +302,34 @@ def _decoded(decode: Any, name: str, offset: int) -> str:
         ) from error
 
 
-def _text_field(record: dict[str, Any], field: str, name: str, number: int) -> str:
-    if field not in record:
-        raise ValueError(f'{name}, line {number} has no field "{field}"; it has: {", ".join(record) or "none"}')
-    if not isinstance(record[field], str):
-        raise ValueError(f'{name}, line {number}: the field "{field}" is not a string: {str(record[field])[:60]!r}')
-    return record[field]
+def _cut(text: str) -> int:
+    """Return where to cut a text: before its last run of whitespace with a space or newline. 0 is no cut."""
+    last = max(text.rfind(" "), text.rfind("\n"))
+    return len(text[: last + 1].rstrip(WHITESPACE))
 
 
-def _columns(header: list[str] | None, fields: Fields, name: str) -> list[int]:
-    """Return the numbers of the columns to read; a single column may have any name."""
-    with contextlib.suppress(ValueError):
-        return [(header or []).index(field) for field in fields.names]
-    if header and len(header) == 1 and fields == Fields():
-        return [0]
-    missing = [field for field in fields.names if field not in (header or [])]
-    raise ValueError(f'{name} has no column "{missing[0]}"; its first line names: {", ".join(header or []) or "none"}')
+def _last_cut(file: BinaryIO, start: int) -> tuple[int, bytes]:
+    """Return the offset of the last block before `start` with a cut, and the incomplete character before this block.
+
+    Invalid bytes are an error of the range to which they belong.
+    """
+    pending = b""
+    while start:
+        start -= BLOCK
+        n_before = min(start, 3)  # an incomplete character has at most three bytes
+        file.seek(start - n_before)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(file.read(n_before).lstrip(CONTINUATION))
+        pending = decoder.getstate()[0]
+        if _cut(decoder.decode(file.read(BLOCK))):
+            break
+    return start, pending
+
+
+def _n_lines(file: BinaryIO, start: int) -> int:
+    """Return the number of lines that begin before an offset."""
+    if not start:
+        return 0
+    file.seek(0)
+    sizes = (min(BLOCK, start - 1 - at) for at in range(0, start - 1, BLOCK))
+    return 1 + sum(file.read(size).count(b"\n") for size in sizes)
