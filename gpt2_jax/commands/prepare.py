@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -72,15 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: Args) -> None:
     """Prepare, report, print the folder."""
+    from gpt2_jax import processes
     from gpt2_jax.data._prepare import check_replaceable, prepare
 
-    share = None
-    if args.processes.several():
-        from gpt2_jax import processes  # it imports jax
-
-        share = processes.share()
-    folder = expanded(args.output)
-    with contextlib.nullcontext() if share is None else share.telling():
+    folder, share = expanded(args.output), processes.share()
+    with share.telling():
         check_replaceable(folder, args.overwrite)  # before a vocabulary is downloaded
         prepared = prepare(
             args.sources,

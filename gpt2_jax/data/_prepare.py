@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,10 +21,8 @@ from gpt2_jax.data.encoding import PREPARED, Encoded, encode_all, workers_for
 from gpt2_jax.data.sources import Fields, Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
 from gpt2_jax.data.token_files import FILES, MANIFEST, SPLITS, VERSION, Prepared, id_dtype, open_prepared
+from gpt2_jax.processes import Share
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
-
-if TYPE_CHECKING:
-    from gpt2_jax.processes import Share
 
 
 def prepare(
@@ -84,7 +82,8 @@ def prepare(
       OSError: files cannot be read or written, or an encoding process died.
       PeerError: another process of `share` failed; an OSError.
     """
-    with contextlib.nullcontext() if share is None else share.telling():
+    share = share or Share()
+    with share.telling():
         choice("split", split, ("auto", "documents", "tail"))
         number = real_number("val_fraction", val_fraction, 0, 1, open_high=True)
         val_fraction = val_fraction if isinstance(val_fraction, int) else number  # an integer 0 stays 0 in the manifest
@@ -100,15 +99,11 @@ def prepare(
             with files.replacing(target, check) as temporary, contextlib.closing(encoded):
                 _write(temporary, found, tokenizer, encoded, settings, title, shown)
 
-        n_workers = n_workers or workers_for(found.n_bytes // (share.count if share else 1))
-        if share is None and parts.folder_of(target).exists() and None not in found.files:
-            from gpt2_jax.processes import Share  # it imports jax
-
-            share = Share()
-        if share is None or (share.count == 1 and not parts.folder_of(target).exists()):
-            write(encode_all(found.pieces(), tokenizer, n_workers), "encoding")
-        else:
+        n_workers = n_workers or workers_for(found.n_bytes // share.count)
+        if share.count > 1 or parts.folder_of(target).exists():
             parts.prepare_share(target, found, tokenizer, share, n_workers, shown, write)
+        else:
+            write(encode_all(found.pieces(), tokenizer, n_workers), "encoding")
         return open_prepared(target, tokenizer)
 
 

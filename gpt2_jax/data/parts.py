@@ -5,9 +5,9 @@ units that follow one another. It writes a file for each unit, in one step, to a
 When all units are there, process 0 puts them together, and removes the folder. What is there already is not encoded
 again, whatever the number of processes was.
 
-A process reads only its own units, except in .csv files. These are read from the beginning of the file, since a line
-break may be inside a field. A core of an AMD EPYC reads 146 MB of .csv a second, and encodes 11 MB. So with one large
-.csv file, more than about 13 workers in total save little time: divide it into several files.
+A process reads its own units, and of a .txt file a block before them. A .csv file is read from its beginning, since a
+line break may be inside a field. A core of an AMD EPYC reads 146 MB of .csv a second, and encodes 11 MB. So with one
+large .csv file, more than about 13 workers in total save little time: divide it into several files.
 
 The folder records the vocabulary, the fields, and the name, size and time of modification of each source. The content
 of the sources is not compared, because they may be larger than what can be read twice.
@@ -27,7 +27,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -35,10 +35,8 @@ from gpt2_jax import files, progress
 from gpt2_jax.data import sources
 from gpt2_jax.data.encoding import Encoded, encode_groups, groups_of
 from gpt2_jax.data.sources import END, Piece, Range, Sources
+from gpt2_jax.processes import Share
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
-
-if TYPE_CHECKING:
-    from gpt2_jax.processes import Share
 
 VERSION = 1
 UNITS = 4096  # with more text, units are larger
@@ -85,7 +83,11 @@ def prepare_share(
       PeerError: another process failed.
     """
     if None in found.files:
-        raise ValueError("only one process has standard input: name files, which all processes can read")
+        raise ValueError(
+            "only one process has standard input: name files, which all processes can read"
+            if share.count > 1
+            else f"{folder_of(target)} has parts of other text: delete it to start again"
+        )
     work = _Parts(target, found, tokenizer)
     for header in share.gather(lambda: work.header):
         if other := _difference(header, work.header):
