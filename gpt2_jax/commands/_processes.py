@@ -99,6 +99,7 @@ class _State:
     restarts = False  # its command line starts it again
     child = False  # it runs under a parent
     connected = False  # to the other processes
+    lost = False  # it has found that another process is gone
     index: int | None = None
 
 
@@ -224,9 +225,14 @@ def quiet_unless_first() -> Iterator[None]:
 
 def peer_ended(error: BaseException | None) -> bool:
     """Return whether an error of a connected process is only the consequence of another process's end."""
-    while _State.connected and error is not None:
+    if not _State.connected:
+        return False
+    from gpt2_jax.processes import PeerError  # imports JAX, as this process has
+
+    while error is not None:
         of_jax = isinstance(error, RuntimeError | ValueError) and not isinstance(error, OSError)
-        if of_jax and GONE.search(str(error)):
+        _State.lost = bool(of_jax and GONE.search(str(error)))
+        if _State.lost or isinstance(error, PeerError):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -243,7 +249,7 @@ def abandon(status: int) -> NoReturn:
     If all processes fail for the same reason, each has time to say so. The end of this one ends the others.
     """
     note(f"status {status}")
-    if status != TEMPFAIL:
+    if not _State.lost:
         ending = threading.Thread(target=_disconnect, daemon=True)
         ending.start()
         ending.join(TOGETHER)
