@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from gpt2_jax.params import differences
 State = TypeVar("State")
 HIDDEN = re.compile(r"\.[0-9]+\.(saving|deleted)(\.orbax-checkpoint-tmp)?")
 SHOWN = 3  # differences listed in a message
+_saves = itertools.count()  # the saves of this process; the n-th has the same number in all processes of a run
 
 
 class Checkpoints:
@@ -56,8 +58,8 @@ class Checkpoints:
         self.directory = self.run_dir / runs.CHECKPOINTS
         self.keep = keep
         self._resources: contextlib.ExitStack | None = None
-        self._saving: tuple[int, concurrent.futures.Future] | None = None
-        self._is_lost = False  # whether process 0 has failed in a save, and this process still waits for it in a thread
+        self._saving: tuple[int, str, concurrent.futures.Future] | None = None
+        self._is_lost = False  # whether another process has failed in a save, and a thread still waits for it here
 
     def __enter__(self) -> Self:
         """Open the run for saving.
@@ -133,7 +135,8 @@ class Checkpoints:
         processes.on_first(check_folder)
         with self._clear_errors(step):
             finish = parts.start_writing(self._hidden(step, "saving"), step, _in_parts(state, jnp.asarray))
-        self._saving = step, self._thread.submit(self._complete, step, finish)
+        name = f"save/{next(_saves)}"
+        self._saving = step, name, self._thread.submit(self._complete_or_tell, name, step, finish)
         if wait:
             self.wait()
 
@@ -149,24 +152,25 @@ class Checkpoints:
         """Wait until the last save is complete; `together` also waits until process 0 has completed it."""
         if self._saving is None:
             return
-        step, saving = self._saving
+        step, name, saving = self._saving
 
         def result() -> None:
             with self._clear_errors(step):
                 saving.result()
 
-        if together and not processes.is_first():
-            self._saving, self._is_lost = None, True
-            processes.on_first(result)  # an error of process 0: Orbax would wait for it for many minutes
+        def result_of_all() -> None:
+            with self._clear_errors(step):
+                _wait_unless_told(saving, name)
+            result()
+
+        if together and processes.count() > 1:
+            self._saving, self._is_lost = None, True  # of an error elsewhere: Orbax would wait for many minutes
+            processes.on_first(result_of_all)
             self._is_lost = False
-            result()
-            return
-        concurrent.futures.wait([saving])  # after an interrupt here, the save can still be waited for
-        self._saving = None
-        if together:
-            processes.on_first(result)
         else:
-            result()
+            concurrent.futures.wait([saving])  # after an interrupt here, the save can still be waited for
+            self._saving = None
+        result()
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in order; damaged checkpoints are included."""
@@ -214,6 +218,16 @@ class Checkpoints:
         processes.on_first(check)
         return _from_parts(abstract_state, parts.read(path, wanted))
 
+    def _complete_or_tell(self, name: str, step: int, finish: Any) -> None:
+        """Complete a save. If it fails in this process, tell process 0 under a name."""
+        try:
+            self._complete(step, finish)
+        except Exception as error:
+            if (link := processes.share().link) is not None:
+                with contextlib.suppress(Exception):  # there is nobody left to tell
+                    link.put(name, f"{getattr(error, 'strerror', None) or error} (in process {jax.process_index()})")
+            raise
+
     def _complete(self, step: int, finish: Any) -> None:
         """Wait until everything is written, give it its final name, and remove the checkpoints that it replaces."""
         written, path = self._hidden(step, "saving"), self.directory / str(step)
@@ -253,6 +267,18 @@ class Checkpoints:
             clear = OSError(f"the checkpoint of step {step} could not be saved in {self.directory}: {reason}")
             clear.errno = error.errno
             raise clear from error
+
+
+def _wait_unless_told(saving: concurrent.futures.Future, name: str) -> None:
+    """Wait for the end of a save in this process.
+
+    Raises:
+      OSError: the save has failed in another process, which has told it under a name.
+    """
+    link = processes.share().link
+    while link is not None and not concurrent.futures.wait([saving], processes.PATIENCE).done:
+        if (reason := link.get(name, 0)) is not None and not saving.done():
+            raise OSError(reason)
 
 
 def _in_parts(state: Any, convert: Any = lambda leaf: leaf) -> dict[str, dict[str, Any]]:
