@@ -99,6 +99,7 @@ class _State:
     restarts = False  # its command line starts it again
     child = False  # it runs under a parent
     connected = False  # to the other processes
+    lost = False  # it has found that another process is gone
     index: int | None = None
 
 
@@ -230,7 +231,8 @@ def peer_ended(error: BaseException | None) -> bool:
 
     while error is not None:
         of_jax = isinstance(error, RuntimeError | ValueError) and not isinstance(error, OSError)
-        if isinstance(error, PeerError) or (of_jax and GONE.search(str(error))):
+        _State.lost = bool(of_jax and GONE.search(str(error)))
+        if _State.lost or isinstance(error, PeerError):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -247,7 +249,7 @@ def abandon(status: int) -> NoReturn:
     If all processes fail for the same reason, each has time to say so. The end of this one ends the others.
     """
     note(f"status {status}")
-    if status != TEMPFAIL:
+    if not _State.lost:
         ending = threading.Thread(target=_disconnect, daemon=True)
         ending.start()
         ending.join(TOGETHER)

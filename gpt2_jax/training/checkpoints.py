@@ -225,7 +225,7 @@ class Checkpoints:
         except Exception as error:
             if (link := processes.share().link) is not None:
                 with contextlib.suppress(Exception):  # there is nobody left to tell
-                    link.put(name, str(getattr(error, "strerror", None) or error))
+                    link.put(name, f"{getattr(error, 'strerror', None) or error} (in process {jax.process_index()})")
             raise
 
     def _complete(self, step: int, finish: Any) -> None:
