@@ -68,8 +68,8 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(directory)
-    temporary.mkdir()
     try:
+        temporary.mkdir()  # in the block, since Ctrl-C may come while the folder is made
         yield temporary
         if directory.exists():
             check()

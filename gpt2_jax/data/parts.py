@@ -174,11 +174,8 @@ class _Parts:
           ValueError: the folder belongs to other work; nothing was changed.
         """
         if not self.folder.exists():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            new = files.beside(self.folder)
-            new.mkdir()
-            (new / HEADER).write_text(json.dumps(self.header, indent=1) + "\n", encoding="utf-8")
-            files.put_in_place(new, self.folder)
+            with files.replacing(self.folder) as new:
+                (new / HEADER).write_text(json.dumps(self.header, indent=1) + "\n", encoding="utf-8")
         try:
             header = files.read_object(self.folder / HEADER)
         except OSError as error:
