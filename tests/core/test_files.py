@@ -241,3 +241,19 @@ def test_on_a_file_system_without_locks_nobody_is_kept_out(tmp_path, monkeypatch
     number = errno.EACCES
     with pytest.raises(PermissionError, match="no locks here"), files.lock(tmp_path / ".lock", ValueError("busy")):
         pass
+
+
+def test_an_interrupt_while_the_folder_is_made_leaves_nothing(tmp_path, monkeypatch):
+    """Python handles a signal when the system call has returned."""
+    mkdir = os.mkdir
+
+    def interrupted(path, *args):
+        mkdir(path, *args)
+        if "new" in str(path):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", interrupted)
+        with pytest.raises(KeyboardInterrupt), files.replacing(tmp_path / "new"):
+            pass
+    assert not list(tmp_path.iterdir())
