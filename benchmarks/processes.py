@@ -28,7 +28,7 @@ from typing import Any
 import process_work
 from process_work import Case, Times
 from trainers import prepare
-from turns import ENVIRONMENT, SIZES, Report, Turns, alone, ratio, survey, worker
+from turns import ENVIRONMENT, SIZES, Report, Turns, alone, ratio, where_and_name, worker
 
 LEGEND = """\
 - Layout: processes x devices of each. The mesh is data = {devices}, model = 1. The layouts take turns. Each keeps its
@@ -201,15 +201,15 @@ def main(args: argparse.Namespace) -> None:
     """Measure and print Markdown tables."""
     os.environ |= ENVIRONMENT
     report, busy = Report(args.output), os.getloadavg()[0]  # load of other programs
-    machine = alone(survey)
-    report.title("Several processes", machine.name)
+    where, machine = alone(where_and_name)
+    report.title("Several processes", machine)
     report.say(f"Load when it began: {busy:.1f}.\n")
     tables, left_out, n_prompts = ([], [], []), [], 0
     for source, random in [(source, False) for source in args.model] + [(size, True) for size in args.random]:
         with tempfile.TemporaryDirectory() as folder:
             n_prompts = alone(write_inputs, source, random, Path(folder), args)
             case = Case(Path(folder), args.batch, args.tokens, args.accumulate, args.dtype, args.new_tokens)
-            times, failed = measure(case, machine.where, args)
+            times, failed = measure(case, where, args)
             label = Path(source).name
             left_out += [f"{label}, {name}: {reason}" for name, reason in failed.items()]
             for table, rows in zip(tables, rows_of(times) if times else tables, strict=True):

@@ -38,16 +38,25 @@ class Machine:
     memory: int
 
 
-def survey() -> Machine:
-    """Measure the machine."""
+def where_and_name() -> tuple[str, str]:
+    """Return "cpu" or "gpu", and the machine's name."""
     import jax
 
     device = jax.devices()[0]
     if device.platform == "gpu":
-        return Machine("gpu", device.device_kind, copy_bandwidth(), device.memory_stats()["bytes_limit"])
+        return "gpu", device.device_kind
+    return "cpu", f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
+
+
+def survey() -> Machine:
+    """Measure the machine."""
+    import jax
+
+    where, name = where_and_name()
+    if where == "gpu":
+        return Machine(where, name, copy_bandwidth(), jax.devices()[0].memory_stats()["bytes_limit"])
     available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    name = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})"
-    return Machine("cpu", name, read_bandwidth(), int(available.split()[1]) * 1024)
+    return Machine(where, name, read_bandwidth(), int(available.split()[1]) * 1024)
 
 
 def read_bandwidth() -> float:
