@@ -3,7 +3,7 @@
 COMMAND: python benchmarks/processes.py --random 124M --devices 2 --batch 2 --tokens 64 [--output FILE.md]
          python benchmarks/processes.py --model shakespeare --devices 4 --batch 8 --tokens 128
 
-Needs Linux and the `parity` extra; the first command takes 5 minutes and 12 GB on two CPU cores.
+Needs Linux, and for `--random` the `parity` extra. The first command takes 5 minutes and 12 GB on two CPU cores.
 
 All processes are on this machine. They connect over its loopback interface, so a network's time is not in the figures.
 On a CPU, the devices are forced (`--xla_force_host_platform_device_count`) and share the cores. With GPUs, each process

@@ -224,7 +224,10 @@ def quiet_unless_first() -> Iterator[None]:
 
 
 def peer_ended(error: BaseException | None) -> bool:
-    """Return whether an error of a connected process is only the consequence of another process's end."""
+    """Return whether an error of a connected process is only the consequence of another process's end.
+
+    Remember whether that process is gone: then nothing can be agreed with the others.
+    """
     if not _State.connected:
         return False
     from gpt2_jax.processes import PeerError  # imports JAX, as this process has

@@ -2,7 +2,6 @@
 
 import os
 import re
-import selectors
 import signal
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import commands
 import pytest
-from process_groups import ENDED, SCRIPT, SECONDS, SOON, Group, free_port
+from process_groups import ENDED, SCRIPT, SECONDS, SOON, Group, free_port, until_gone
 
 from gpt2_jax.commands import _processes, train
 from gpt2_jax.processes import PeerError
@@ -25,19 +24,6 @@ def group(tmp_path):
     started = Group(tmp_path)
     yield started
     started.close()
-
-
-def until_gone(pid: int) -> None:
-    """Wait for the end of a process that is not ours."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        ended = selector.select(SOON)
-    os.close(descriptor)
-    assert ended, f"process {pid} is still there"
 
 
 # ---- options

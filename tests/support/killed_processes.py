@@ -7,22 +7,21 @@ A run that is done begins again in another folder. A table of all kills goes to 
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from process_groups import SOON, free_port, until_gone
+from tiny_runs import TEXT, records
+
 ROOT = Path(__file__).resolve().parents[2]
 TEMPFAIL = 75
-SOON = 30  # seconds in which all processes must end after one of them
 LONGEST = 240  # seconds of a whole run; two cores may have much else to do
-TEXT = "".join(f"The {i % 7} of {'thee' if i % 3 else 'thou'} and the {i * i % 11}.\n" for i in range(83))
 N_STEPS = 36
 OPTIONS = (
     "--model.source= --model.tokenizer=shakespeare --model.n-ctx=13 --model.n-embd=12 --model.n-head=3 "
@@ -30,7 +29,6 @@ OPTIONS = (
     "--optimizer.learning-rate=0.003 --monitor.evaluate-every=10 --monitor.save-every=4 --monitor.sample-every=0 "
     "--monitor.no-tensorboard --processes.timeout=20"
 )
-TIMES = {"seconds", "tokens_per_second", "mfu"}
 
 
 class Kill(NamedTuple):
@@ -73,12 +71,9 @@ class Trainer:
     @contextlib.contextmanager
     def started(self, run: Path):
         """Start all processes; yield the parents. What is left of them and of their children is killed."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         command = [sys.executable, str(ROOT / "scripts" / "train.py"), *OPTIONS.split()]
         command += [f"--data.path={self.base / 'text.txt'}", f"--run={run}", f"--processes.count={self.n}"]
-        command += [f"--processes.coordinator=127.0.0.1:{port}"]
+        command += [f"--processes.coordinator=127.0.0.1:{free_port()}"]
         parents, pipes = [], {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
             for index in range(self.n):
@@ -115,7 +110,7 @@ class Trainer:
             start = time.monotonic()
             errors = [parent.communicate(timeout=LONGEST)[1] for parent in parents]
             for _, one in there:
-                _until_gone(one)
+                until_gone(one)
             seconds = time.monotonic() - start
             statuses = [parent.returncode for parent in parents]
         return Kill(victim, after, before, newest(run), seconds, statuses, errors)
@@ -136,26 +131,9 @@ def _children(pid: int) -> list[int]:
     return []
 
 
-def _until_gone(pid: int) -> None:
-    import selectors
-
-    with contextlib.suppress(ProcessLookupError), selectors.DefaultSelector() as selector:
-        descriptor = os.pidfd_open(pid)
-        selector.register(descriptor, selectors.EVENT_READ)
-        ended = selector.select(LONGEST)
-        os.close(descriptor)
-        assert ended, f"process {pid} is still there"
-
-
 def newest(run: Path) -> int:
     """The step of the newest complete checkpoint; 0 if there is none."""
     return max((int(path.name) for path in (run / "checkpoints").glob("[0-9]*")), default=0)
-
-
-def records(run: Path) -> list[dict]:
-    """The records of metrics.jsonl without the values that depend on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def faults(kill: Kill) -> list[str]:

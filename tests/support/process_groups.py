@@ -25,6 +25,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def until_gone(pid: int) -> None:
+    """Wait for the end of a process that is not ours."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        ended = selector.select(SOON)
+    os.close(descriptor)
+    assert ended, f"process {pid} is still there"
+
+
 class Group:
     """Processes of a script, by default at_work.py.
 

@@ -4,12 +4,13 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+
+from process_groups import free_port
 
 FLAG = "--xla_force_host_platform_device_count"
 LONGEST = 240  # seconds; two cores may have much else to do
@@ -67,9 +68,7 @@ def started(script, *args, n, n_devices, **environment):
 
     They import the package that this process has imported. At the end of the block, those that still run are killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = re.sub(rf"{FLAG}=\d+", "", os.environ.get("XLA_FLAGS", ""))
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} {FLAG}={n_devices}"} | environment
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

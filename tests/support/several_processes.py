@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import commands
+from process_groups import free_port
 
 from gpt2_jax.processes import Share
 
@@ -72,8 +72,7 @@ finally:
 @contextlib.contextmanager
 def started(count: int, command: str, *args: object, cwd: Path, **env: str) -> Iterator[list[subprocess.Popen]]:
     """Start a command in several processes that JAX connects. Those that are left at the end are killed."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"} | env
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     children = [
@@ -92,8 +91,7 @@ def started(count: int, command: str, *args: object, cwd: Path, **env: str) -> I
 
 def run_command(script: str, *args: object, each: Sequence[Sequence[object]] = ((), ())) -> list[commands.Run]:
     """Run a script as a user does, in one process for each list of its own arguments. Return what each did."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"--processes.coordinator=127.0.0.1:{probe.getsockname()[1]}"
+    address = f"--processes.coordinator=127.0.0.1:{free_port()}"
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     options = *args, address, f"--processes.count={len(each)}"
     children = []

@@ -1,6 +1,8 @@
 """Training runs of a model with the embedded vocabulary that compiles in a second."""
 
 import contextlib
+import json
+from pathlib import Path
 from unittest import mock
 
 import commands
@@ -16,6 +18,7 @@ from gpt2_jax.training import loop
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=13, n_embd=6, n_head=3, n_layer=1)
 TEXT = "".join(f"The {i % 7} of {'thee' if i % 3 else 'thou'} and the {i * i % 11}.\n" for i in range(83))
 CURVE = loop.CURVE
+TIMES = {"seconds", "tokens_per_second", "mfu"}
 QUIET = {"evaluate_every": 0, "sample_every": 0, "tensorboard": False}
 SMALL = {"steps": 4, "batch_size": 3, "data": {"n_tokens": 11}, "optimizer": {"learning_rate": 0.01}, "monitor": QUIET}
 
@@ -35,6 +38,12 @@ def mean_nats(params, n_head, tokens, targets):
     shifted = logits - logits.max(-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1).mean()
+
+
+def records(run: Path) -> list[dict]:
+    """The records of metrics.jsonl without the values that depend on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 @contextlib.contextmanager

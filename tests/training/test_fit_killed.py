@@ -1,6 +1,5 @@
 """A run that is killed many times, also during saves, ends with the same bits as a run that was never killed."""
 
-import json
 import os
 import random
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from killed_fit import CONFIG, N_STEPS, RECIPE
 from strength import campaign
+from tiny_runs import records
 from train_states import assert_same
 
 import gpt2_jax
@@ -19,13 +19,6 @@ from gpt2_jax.training import make_plan
 from gpt2_jax.training.checkpoints import Checkpoints
 
 N_KILLS = campaign(3, 12)
-TIMES = {"seconds", "tokens_per_second", "mfu"}
-
-
-def records(run: Path) -> list[dict]:
-    """The records of metrics.jsonl without the values that depend on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def last_state(run: Path):
