@@ -140,7 +140,7 @@ def select(config: GPT2Config, patterns: str | Sequence[str]) -> list[str]:
     chosen = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
-            whole = rf"(?:{pattern})(?!\d)" if str(pattern)[-1:].isdigit() else pattern
+            whole = rf"(?:{pattern})(?!\d)" if isinstance(pattern, str) and pattern[-1:].isdigit() else pattern
             found = [name for name in names if re.search(whole, name)]
             found = found or [name for name in every if re.search(whole, name)]
         except (re.error, TypeError) as error:
