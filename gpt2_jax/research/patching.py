@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.activations import BLOCK, axes, select, shape
-from gpt2_jax.config import GPT2Config
 from gpt2_jax.changes import taps_of
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where, replace
 from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
