@@ -97,9 +97,9 @@ def stream_logits(config: GPT2Config, params: Params, stream_BTD: jax.Array) -> 
     Raises:
       ValueError: params do not match the config, or the stream is not n_embd wide.
     """
-    params = as_params(config, params)
-    if jnp.shape(stream_BTD)[-1:] != (config.n_embd,):
-        raise ValueError(f"the stream must have the shape [..., {config.n_embd}] (n_embd), not {jnp.shape(stream_BTD)}")
+    params, stream_BTD = as_params(config, params), jnp.asarray(stream_BTD)
+    if stream_BTD.shape[-1:] != (config.n_embd,):
+        raise ValueError(f"the stream must have the shape [..., {config.n_embd}] (n_embd), not {stream_BTD.shape}")
     return _logits(config, params, stream_BTD)
 
 
