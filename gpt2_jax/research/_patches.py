@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from gpt2_jax.activations import BLOCK
+from gpt2_jax.activations import axes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where
@@ -28,8 +28,8 @@ def chosen_places(
     """Return the heads and positions to patch, in this order. An axis that is patched as a whole is left out."""
     if wrong := set(each) - {"head", "position"}:
         raise ValueError(f'each must be "position", "head" or both, not {wrong.pop()!r}')
-    if "N" not in BLOCK[activation] and ("head" in each or heads is not None):
-        raise ValueError(f"{activation} is not divided into heads: its axes are {BLOCK[activation]}")
+    if "N" not in axes(activation) and ("head" in each or heads is not None):
+        raise ValueError(f"{activation} is not divided into heads: its axes are {axes(activation)}")
     asked = {"head": (heads, config.n_head), "position": (positions, n_tokens)}
     asked = {axis: of for axis, of in asked.items() if axis in each or of[0] is not None}
     return {axis: checked_places(f"{axis}s", *of) for axis, of in asked.items()}

@@ -20,8 +20,14 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import places, slots
 
-Metric = Callable[[jax.Array], jax.Array]
-"""A function of logits that returns a number. The logits are [B, V], at one position of each row, or all [B, T, V]."""
+Metric = Callable[[jax.Array], Any]
+"""A function of logits that returns a number, an array, or a tuple, list or dict of these.
+
+The logits are [B, V], at one position of each row, or all [B, T, V].
+"""
+
+
+NUMBERS = (jax.Array, np.ndarray, np.number, np.bool_, int, float)
 
 
 @under_jax_defaults
@@ -50,9 +56,46 @@ def _logit_difference(answer: jax.Array, wrong: jax.Array, logits_BV: jax.Array)
     return (logits_BV.at[rows, answer].get(**known) - logits_BV.at[rows, wrong].get(**known)).mean()
 
 
-def traceable(metric: Metric) -> Metric:
-    """Return a metric as a pytree. The function is static; numbers that a Partial holds are traced."""
+def traceable(metric: Metric | Mapping[str, Metric]) -> Metric:
+    """Return a metric, or a dict of metrics, as one metric that is a pytree.
+
+    The functions are static; numbers that a Partial holds are traced.
+
+    Raises:
+      ValueError: a metric is not a function.
+    """
+    if isinstance(metric, Mapping) and metric:
+        return Partial(_each_of, {name: traceable(one) for name, one in metric.items()})
+    if not callable(metric):
+        raise ValueError(f"metric must be a function of the logits, or a dict of such functions, not {metric!r}")
     return metric if isinstance(metric, Partial) else Partial(metric)
+
+
+def _each_of(metrics: Mapping[str, Metric], logits: jax.Array) -> dict[str, Any]:
+    return {name: metric(logits) for name, metric in metrics.items()}
+
+
+def in_order_of(metric: Any, values: Any) -> Any:
+    """Return the values of a dict of metrics in the dict's order: jit sorts a dict by its keys."""
+    if isinstance(metric, Mapping):
+        return {name: in_order_of(one, values[name]) for name, one in metric.items()}
+    return values
+
+
+def judge(metric: Metric, logits: jax.Array) -> Any:
+    """Return what a metric makes of logits: a number, an array, or a tree of these, as arrays.
+
+    Raises:
+      ValueError: it returned something else, or nothing.
+    """
+    values = metric(logits)
+    leaves = jax.tree.leaves(values, is_leaf=lambda leaf: leaf is None)
+    if not leaves or not all(isinstance(leaf, NUMBERS) for leaf in leaves):
+        raise ValueError(
+            "the metric must return a number, an array, or a tuple, list or dict of these, not "
+            f"{next((leaf for leaf in leaves if not isinstance(leaf, NUMBERS)), values)!r}"
+        )
+    return jax.tree.map(jnp.asarray, values)
 
 
 def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:
@@ -64,7 +107,10 @@ def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:
     if at is None:
         return None
     n_rows, n_tokens = shape
-    place = np.asarray(at)
+    try:
+        place = np.asarray(at)
+    except ValueError:  # lists of different lengths
+        place = np.asarray(None)
     fits = place.shape in ((), (n_rows,)) and np.issubdtype(place.dtype, np.integer)
     if not fits or not ((place >= -n_tokens) & (place < n_tokens)).all():
         raise ValueError(

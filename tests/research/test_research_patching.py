@@ -63,6 +63,8 @@ def check(grid, expected, bound=BOUND["float64"]):
         ("mlp/out", "position", 0, "float32"),
         ("attn/z", "head", 0, "float64"),
         ("attn/q", ("head", "position"), 0, "float64"),
+        ("embed", "position", None, "float64"),
+        ("pos_embed", (), None, "float64"),
         ("attn/pattern", ("position", "head"), 0, "float64"),  # the result's order of axes is fixed
     ],
 )
@@ -73,10 +75,16 @@ def test_every_entry_is_a_forward_pass_with_that_patch(activation, each, layers,
         heads = range(case.config.n_head) if "head" in each else [None]
         positions = range(N_TOKENS) if "position" in each else [None]
         expected = [
-            [[case.patched(patch(f"h{layer}/{activation}", case.source, t, n)) for t in positions] for n in heads]
-            for layer in ([layers] if layers is not None else range(case.config.n_layer))
+            [[case.patched(patch(name, case.source, t, n)) for t in positions] for n in heads]
+            for name in names_of(case.config, activation, layers)
         ]
         check(grid, np.reshape(expected, grid.shape), BOUND[dtype])
+
+
+def names_of(config, activation, layer):
+    if activation in ("embed", "pos_embed"):
+        return [activation]
+    return [f"h{i}/{activation}" for i in ([layer] if layer is not None else range(config.n_layer))]
 
 
 def test_places_are_those_asked_for_in_that_order(case):
@@ -147,6 +155,39 @@ def test_a_metric_may_see_all_positions_and_hold_numbers(case):
     grid = activation_patching(*case.args[:4], metric, layers=1, at=None)
     rows = [forward(*case.args[:3], edits=patch("h1/resid_pre", case.source, t))[0].logits for t in range(N_TOKENS)]
     np.testing.assert_allclose(grid[0], [logits[:, 2, 5].mean() for logits in rows], rtol=0, atol=BOUND["float64"])
+
+
+def test_several_metrics_of_the_same_runs(case):
+    """As a tree that one function returns, and as a dict of functions; each is what it is alone."""
+    alone, rows = (activation_patching(*case.args[:4], metric, layers=1) for metric in (case.metric, _of_rows))
+    tree = activation_patching(*case.args[:4], lambda logits: (_of_rows(logits), [3, {"a": logits.sum()}]), layers=1)
+    np.testing.assert_array_equal(tree[0], rows)
+    np.testing.assert_array_equal(tree[1][0], np.full((1, N_TOKENS), 3))
+    assert tree[1][1]["a"].shape == (1, N_TOKENS)
+    several = {"z": case.metric, "a": _of_rows, "m": {"y": case.metric, "x": _of_rows}}
+    named = activation_patching(*case.args[:4], several, layers=1)
+    assert (list(named), list(named["m"])) == (["z", "a", "m"], ["y", "x"])
+    for found, expected in [(named["z"], alone), (named["a"], rows), (named["m"]["x"], rows)]:
+        np.testing.assert_array_equal(found, expected)
+    estimate = functools.partial(attribution_patching, *case.args[:4])
+    pair = estimate({"z": case.metric, "a": _of_first_row}, "mlp/out|attn/z")
+    for name, metric in (("z", case.metric), ("a", _of_first_row)):
+        for activation, expected in estimate(metric, "mlp/out|attn/z").items():
+            np.testing.assert_allclose(pair[activation][name], expected, rtol=0, atol=BOUND["float64"])
+    assert list(pair["h0/mlp/out"]) == ["z", "a"]
+
+
+def test_other_numbers_in_several_metrics_compile_nothing(case):
+    def both(*ids):
+        metrics = {"b": logit_difference(*ids), "a": logit_difference(*ids[::-1])}
+        grid = activation_patching(*case.args[:4], metrics, layers=1)
+        return grid["b"], attribution_patching(*case.args[:4], metrics, "h0/attn/z")["h0/attn/z"]["b"]
+
+    before = both([1, 2], [3, 4])
+    COMPILATIONS.clear()
+    after = both([5, 6], [7, 8])
+    assert COMPILATIONS == []
+    assert all((a != b).any() for a, b in zip(after, before, strict=True))
 
 
 def test_ids_of_any_kind_are_one_program_and_others_are_refused():
@@ -257,6 +298,17 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
     [
         ({"activation": "h0/attn/z"}, "'h0/attn/z' is not an activation of a block: choose from resid_pre"),
         ({"activation": "ln_f/out"}, "is not an activation of a block"),
+        ({"activation": "embed", "layers": 0}, "embed is before the layers: leave out `layers`"),
+        ({"activation": "embed", "each": "head"}, "embed is not divided into heads: its axes are BTD"),
+        (
+            {"metric": lambda logits: "high"},
+            "the metric must return a number, an array, or a tuple.* of these, not 'high'",
+        ),
+        ({"metric": lambda logits: {"a": logits, "b": None}}, "or a tuple, list or dict of these, not None"),
+        ({"metric": lambda logits: ()}, r"of these, not \(\)"),
+        ({"metric": "loss"}, "metric must be a function of the logits, or a dict of such functions, not 'loss'"),
+        ({"metric": {}}, "or a dict of such functions, not {}"),
+        ({"metric": {"a": 3}}, "metric must be a function of the logits, .* not 3"),
         ({"each": "head"}, "resid_pre is not divided into heads: its axes are BTD"),
         ({"heads": 1}, "resid_pre is not divided into heads"),
         ({"each": "layer"}, 'each must be "position", "head" or both, not \'layer\''),
@@ -269,6 +321,8 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
         ({"at": 7}, "at must be a position in rows of 7 tokens"),
         ({"at": [1, 2, 3]}, "or one for each of 2 rows, not"),
         ({"at": 1.5}, "at must be a position"),
+        ({"at": [[1], [1, 2]]}, "at must be a position"),
+        ({"at": 2**70}, "at must be a position"),
         ({"together": 0}, "together must be a whole number, 1 or more, not 0"),
         ({"source": {"h0/attn/z": 0}}, "h0/resid_pre was not captured in .*to patch from: that run has h0/attn/z"),
         ({"source": np.zeros((2, 5), int)}, r"the tokens of both runs must have one shape, not \(2, 7\) and \(2, 5\)"),
