@@ -48,6 +48,11 @@ def checked_places(what: str, places: Where | slice, count: int) -> np.ndarray:
     return array.astype(np.int32)
 
 
+def window_of(config: GPT2Config, layer: int, size: int) -> range:
+    """Return the `size` layers around a layer, fewer at the ends of the model. Of an even number, more come before."""
+    return range(max(0, layer - size // 2), min(config.n_layer, layer + (size + 1) // 2))
+
+
 def patch_grid(chosen: dict[str, np.ndarray], each: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Return the heads and positions of each patch, [P, K]: one index on an axis in `each`, else all indices."""
     options = [places[:, None] if axis in each else places[None] for axis, places in chosen.items()]

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.activations import BEFORE, BLOCK, axes, select, shape
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where, patch, replace, taps_of
 from gpt2_jax.explicit_axes import whole_on_auto_axes
@@ -32,7 +33,7 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params, as_tokens, forward
-from gpt2_jax.research._patches import Axis, checked_places, chosen_places, groups_of, patch_grid
+from gpt2_jax.research._patches import Axis, checked_places, chosen_places, groups_of, patch_grid, window_of
 from gpt2_jax.research.metrics import Metric, as_place, in_order_of, judge, logits_at, traceable
 
 
@@ -48,6 +49,7 @@ def activation_patching(
     *,
     each: Axis | Sequence[Axis] = "position",
     layers: Where = None,
+    window: int = 1,
     positions: Where | slice = None,
     heads: Where = None,
     at: Where = -1,
@@ -76,6 +78,7 @@ def activation_patching(
         or "pos_embed", which are before the blocks, the result has no axis of layers.
       each: the axes with one patch for each index: "position", "head" or both.
       layers: the layers to patch, one at a time; None means all.
+      window: how many layers to patch together: those around each of `layers`, cut at the ends of the model.
       positions, heads: the positions and heads to patch; None means all. An axis that is not in `each` is patched at
         all its chosen indices together.
       at: the position whose logits the metric takes, one for all rows or one for each row; -1 is the last. Other logits
@@ -90,17 +93,17 @@ def activation_patching(
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     each = (each,) if isinstance(each, str) else tuple(each)
-    names = _names(config, activation, layers)
+    windows = _windows(config, activation, layers, window)
     chosen = chosen_places(config, activation, each, heads, positions, tokens_BT.shape[1])
     counts = tuple(len(places) for axis, places in chosen.items() if axis in each)
     values = _patched_runs(
         GPT2(config),
-        names,
+        windows,
         counts,
         params,
         tokens_BT,
         mask_BT,
-        _source(config, tokens_BT, source, names),
+        _source(config, tokens_BT, source, list(dict.fromkeys(itertools.chain.from_iterable(windows)))),
         patch_grid(chosen, each),
         groups_of(math.prod(counts), together, tokens_BT.size),
         traceable(metric),
@@ -110,22 +113,24 @@ def activation_patching(
     return jax.tree.map(lambda grid: grid[0], values) if activation in BEFORE else values
 
 
-def _names(config: GPT2Config, activation: str, layers: Where) -> tuple[str, ...]:
-    """Return the names of the activation in the chosen layers."""
+def _windows(config: GPT2Config, activation: str, layers: Where, window: int) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the activations that are patched together, for each of the chosen layers."""
+    window = whole_number("window", window, 1)
     if activation in BEFORE:
-        if layers is not None:
-            raise ValueError(f"{activation} is before the layers: leave out `layers`")
-        return (activation,)
+        if layers is not None or window > 1:
+            raise ValueError(f"{activation} is before the layers: leave out `layers` and `window`")
+        return ((activation,),)
     if activation not in BLOCK:
         known = ", ".join([*BLOCK, *BEFORE])
         raise ValueError(f"{activation!r} is not an activation of a block: choose from {known}")
-    return tuple(f"h{layer}/{activation}" for layer in checked_places("layers", layers, config.n_layer))
+    places = checked_places("layers", layers, config.n_layer).tolist()
+    return tuple(tuple(f"h{i}/{activation}" for i in window_of(config, layer, window)) for layer in places)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "names", "counts"))
+@functools.partial(jax.jit, static_argnames=("model", "windows", "counts"))
 def _patched_runs(
     model: GPT2,
-    names: tuple[str, ...],
+    windows: tuple[tuple[str, ...], ...],
     counts: tuple[int, ...],
     params: Params,
     tokens_BT: jax.Array,
@@ -138,23 +143,24 @@ def _patched_runs(
 ) -> Any:
     grid = {axis: jnp.asarray(places) for axis, places in grid.items()}  # NumPy arrays if jit is disabled
     run = functools.partial(forward, model.config, params, mask_BT=mask_BT)
-    kept = {name: [*_kept(name), name] for name in names}
+    kept = {window: [*_kept(window[0]), window[0]] for window in windows}
     _, before = run(tokens_BT, capture=[f"^{name}$" for name in itertools.chain.from_iterable(kept.values())])
     if not isinstance(source, dict):
-        _, source = run(source, capture=[f"^{name}$" for name in names])
+        _, source = run(source, capture=[f"^{name}$" for name in itertools.chain.from_iterable(windows)])
 
-    def patched(name: str, p: jax.Array) -> Any:
-        edits = [replace(other, before[other]) for other in kept[name]]
+    def patched(window: tuple[str, ...], p: jax.Array) -> Any:
+        edits = [replace(name, before[name]) for name in kept[window]]
         position_K, head_K = (grid[axis][p] if axis in grid else None for axis in ("position", "head"))
-        edits.append(patch(name, source, position_K, head_K))
+        edits += [patch(name, source, position_K, head_K) for name in window]
         return judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, taps_of(edits)))
 
     def as_grid(*values: jax.Array) -> jax.Array:
-        """Return the values of each name [groups, size, ...] as one grid."""
+        """Return the values of each window [groups, size, ...] as one grid."""
         values_LP = jnp.stack([value.reshape(-1, *value.shape[2:]) for value in values])[:, : math.prod(counts)]
-        return values_LP.reshape(len(names), *counts, *values_LP.shape[2:])
+        return values_LP.reshape(len(windows), *counts, *values_LP.shape[2:])
 
-    return jax.tree.map(as_grid, *(jax.lax.map(jax.vmap(functools.partial(patched, name)), groups) for name in names))
+    found = [jax.lax.map(jax.vmap(functools.partial(patched, window)), groups) for window in windows]
+    return jax.tree.map(as_grid, *found)
 
 
 def _kept(name: str) -> list[str]:

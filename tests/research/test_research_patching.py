@@ -22,8 +22,8 @@ BOUND = {"float32": 4e-6, "float64": 1e-13}  # measured over all activations: 9e
 class Case:
     """A model, two runs of two rows, and a metric; `patched` is the metric of one forward pass with edits."""
 
-    def __init__(self, dtype="float64"):
-        self.config = tiny_models.CONFIG.replace(param_dtype=dtype, compute_dtype=dtype)
+    def __init__(self, dtype="float64", **options):
+        self.config = tiny_models.CONFIG.replace(param_dtype=dtype, compute_dtype=dtype, **options)
         self.params = tiny_models.random_params(self.config, 3)
         self.tokens_BT, self.source_BT = np.random.default_rng(5).integers(0, self.config.n_vocab, (2, 2, N_TOKENS))
         self.source = self.run(self.source_BT)[1]
@@ -79,6 +79,18 @@ def test_every_entry_is_a_forward_pass_with_that_patch(activation, each, layers,
             for name in names_of(case.config, activation, layers)
         ]
         check(grid, np.reshape(expected, grid.shape), BOUND[dtype])
+
+
+def test_a_window_of_layers_is_patched_together():
+    """As in Meng et al. 2022: an even window has one more layer before its middle, and windows are cut at the ends."""
+    with jax.enable_x64(True):
+        case = Case(n_layer=4)  # position 6 is the last: all layers have an effect there
+        for window, at, layers in [
+            (2, 0, [0]), (2, 2, [1, 2]), (3, 0, [0, 1]), (3, 3, [2, 3]), (9, 1, range(4)), (1, 3, [3]),
+        ]:  # fmt: skip
+            grid = activation_patching(*case.args, "attn/out", layers=at, window=window, positions=[2, 6])
+            patches = [[patch(f"h{i}/attn/out", case.source, t) for i in layers] for t in (2, 6)]
+            check(grid, [[case.patched(*edits) for edits in patches]])
 
 
 def names_of(config, activation, layer):
@@ -298,7 +310,9 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
     [
         ({"activation": "h0/attn/z"}, "'h0/attn/z' is not an activation of a block: choose from resid_pre"),
         ({"activation": "ln_f/out"}, "is not an activation of a block"),
-        ({"activation": "embed", "layers": 0}, "embed is before the layers: leave out `layers`"),
+        ({"activation": "embed", "layers": 0}, "embed is before the layers: leave out `layers` and `window`"),
+        ({"activation": "embed", "window": 2}, "leave out `layers` and `window`"),
+        ({"window": 0}, "window must be a whole number, 1 or more, not 0"),
         ({"activation": "embed", "each": "head"}, "embed is not divided into heads: its axes are BTD"),
         (
             {"metric": lambda logits: "high"},
