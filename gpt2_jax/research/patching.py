@@ -24,10 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.activations import BEFORE, BLOCK, axes, select, shape
+from gpt2_jax.activations import BEFORE, Tap, activation_names, axes, in_turn, select, shape
+from gpt2_jax.changes import Changes, check_changes, taps_of
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Where, patch, replace, taps_of
+from gpt2_jax.edits import Edit, Where, replace
 from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
@@ -52,15 +53,21 @@ def activation_patching(
     window: int = 1,
     positions: Where | slice = None,
     heads: Where = None,
+    neurons: Where | slice = None,
+    key_positions: Where | slice = None,
     at: Where = -1,
     mask_BT: jax.Array | None = None,
+    edits: Edit | Sequence[Edit] = (),
+    taps: Mapping[str, Tap] | None = None,
     together: int | None = None,
 ) -> Any:
-    """Return the metric of a run under each of many patches, [layers, heads, positions], in one compiled call.
+    """Return the metric of a run under each of many patches, [layers, heads, positions, ...], in one compiled call.
 
     The default patches each layer's residual stream at each position. With "attn/z" and each="head", a patch is the
     output of one head at all positions. With each=("head", "position"), it is one head at one position. With each=(),
     it is a whole layer.
+
+    The axes of the result are the layers, and those of `each`: heads, positions, key positions, neurons.
 
     A patched run starts at its patch: the layers below are not computed again. Other tokens, source activations,
     positions and heads (the same number of them), and numbers in `metric` compile nothing.
@@ -74,27 +81,31 @@ def activation_patching(
         result. Define the function once, and it compiles once. `logit_difference` makes one. For several metrics of the
         same runs, give a dict of functions, or return a tuple, list or dict: the result has the same structure.
       activation: an activation of a block, without its "h3/": "resid_pre", "attn/out", "mlp/out", "attn/z", "attn/q",
-        ... `gpt2_jax.activations.BLOCK` lists them all. The position of scores and pattern is the query's. With "embed"
-        or "pos_embed", which are before the blocks, the result has no axis of layers.
-      each: the axes with one patch for each index: "position", "head" or both.
+        ... `gpt2_jax.activations` lists them all. With "embed" or "pos_embed", which are before the blocks, the result
+        has no axis of layers.
+      each: the axes with one patch for each index: "position", "head", "neuron" (of mlp/pre and mlp/post) or
+        "key_position" (of attn/scores and attn/pattern: the token that is looked at; "position" is the one that looks).
       layers: the layers to patch, one at a time; None means all.
       window: how many layers to patch together: those around each of `layers`, cut at the ends of the model.
-      positions, heads: the positions and heads to patch; None means all. An axis that is not in `each` is patched at
-        all its chosen indices together.
+      positions, heads, neurons, key_positions: the ones to patch; None means all. An axis that is not in `each` is
+        patched at all its chosen indices together.
       at: the position whose logits the metric takes, one for all rows or one for each row; -1 is the last. Other logits
         are not computed. None passes all logits, [B, T, V].
       mask_BT: bool, True for real tokens, for both runs. Positions count only real tokens.
+      edits, taps: changes of the patched run, without and with patches, as `forward` takes them. A patch comes after
+        them. The source run has none: for a source with changes, pass its activations.
       together: how many patched runs to compute at once; each has all rows. None chooses by the device. Memory grows
         with it.
 
     Raises:
-      ValueError: as `forward`; the runs have different shapes; an activation was not captured or is not of a block;
-        `heads` for an activation without heads; or a layer, position or head out of range.
+      ValueError: as `forward`; the runs have different shapes; an activation was not captured or is not of a block; an
+        axis that the activation does not have; or a layer, position, head or neuron out of range.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     each = (each,) if isinstance(each, str) else tuple(each)
     windows = _windows(config, activation, layers, window)
-    chosen = chosen_places(config, activation, each, heads, positions, tokens_BT.shape[1])
+    places = {"head": heads, "position": positions, "key_position": key_positions, "neuron": neurons}
+    chosen = chosen_places(config, activation, each, places, tokens_BT.shape[1])
     counts = tuple(len(places) for axis, places in chosen.items() if axis in each)
     values = _patched_runs(
         GPT2(config),
@@ -108,6 +119,7 @@ def activation_patching(
         groups_of(math.prod(counts), together, tokens_BT.size),
         traceable(metric),
         as_place(at, tokens_BT.shape),
+        check_changes(config, edits, taps, n_rows=tokens_BT.shape[0]),
     )
     values = in_order_of(metric, values)
     return jax.tree.map(lambda grid: grid[0], values) if activation in BEFORE else values
@@ -120,8 +132,8 @@ def _windows(config: GPT2Config, activation: str, layers: Where, window: int) ->
         if layers is not None or window > 1:
             raise ValueError(f"{activation} is before the layers: leave out `layers` and `window`")
         return ((activation,),)
-    if activation not in BLOCK:
-        known = ", ".join([*BLOCK, *BEFORE])
+    if activation not in _of_block(config):
+        known = ", ".join([*_of_block(config), *BEFORE])
         raise ValueError(f"{activation!r} is not an activation of a block: choose from {known}")
     places = checked_places("layers", layers, config.n_layer).tolist()
     return tuple(tuple(f"h{i}/{activation}" for i in window_of(config, layer, window)) for layer in places)
@@ -140,19 +152,22 @@ def _patched_runs(
     groups: jax.Array,
     metric: Metric,
     at_B: jax.Array | None,
+    changes: Changes,
 ) -> Any:
     grid = {axis: jnp.asarray(places) for axis, places in grid.items()}  # NumPy arrays if jit is disabled
-    run = functools.partial(forward, model.config, params, mask_BT=mask_BT)
-    kept = {window: [*_kept(window[0]), window[0]] for window in windows}
-    _, before = run(tokens_BT, capture=[f"^{name}$" for name in itertools.chain.from_iterable(kept.values())])
+    run = functools.partial(model.apply, {"params": params}, method="run")
+    kept = {window: [*_kept(model.config, window[0]), window[0]] for window in windows}
+    changed = changes.by_name(model.config)
+    _, _, before = run(tokens_BT, mask_BT, taps=changed, capture=tuple(itertools.chain.from_iterable(kept.values())))
     if not isinstance(source, dict):
-        _, source = run(source, capture=[f"^{name}$" for name in itertools.chain.from_iterable(windows)])
+        _, _, source = run(source, mask_BT, capture=tuple(itertools.chain.from_iterable(windows)))
 
     def patched(window: tuple[str, ...], p: jax.Array) -> Any:
         edits = [replace(name, before[name]) for name in kept[window]]
-        position_K, head_K = (grid[axis][p] if axis in grid else None for axis in ("position", "head"))
-        edits += [patch(name, source, position_K, head_K) for name in window]
-        return judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, taps_of(edits)))
+        here: dict[str, Any] = {f"{axis}s": places[p] for axis, places in grid.items()}
+        edits += [replace(name, source[name], **here) for name in window]
+        taps = _after(changed, taps_of(model.config, edits))
+        return judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
 
     def as_grid(*values: jax.Array) -> jax.Array:
         """Return the values of each window [groups, size, ...] as one grid."""
@@ -163,18 +178,31 @@ def _patched_runs(
     return jax.tree.map(as_grid, *found)
 
 
-def _kept(name: str) -> list[str]:
+def _after(first: Mapping[str, Tap], second: Mapping[str, Tap]) -> dict[str, Tap]:
+    """Return the taps of both. Those of the same activation apply in this order."""
+    both = {name: in_turn(name, first[name], tap) for name, tap in second.items() if name in first}
+    return {**first, **second, **both}
+
+
+DETERMINE_THE_REST = ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid")
+
+
+def _of_block(config: GPT2Config) -> list[str]:
+    """Return the names of the activations of a block, in the order of computation."""
+    return [name.removeprefix("h0/") for name in activation_names(config, branches=True) if name.startswith("h0/")]
+
+
+def _kept(config: GPT2Config, name: str) -> list[str]:
     """Return the activations of the block that come before the patch and determine everything after it.
 
     A patched run gets their stored values. So XLA removes the code that would compute them: the layers below, and the
     matrix products of this block before them.
     """
     layer, _, activation = name.partition("/")
-    if activation not in BLOCK:
+    if not activation:
         return []
-    before = list(BLOCK)[: list(BLOCK).index(activation)]
-    kept = [name for name in ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid") if name in before]
-    return [f"{layer}/{name}" for name in kept]
+    before = itertools.takewhile(lambda other: other != activation, _of_block(config))
+    return [f"{layer}/{other}" for other in before if other in DETERMINE_THE_REST]
 
 
 # ---- by the gradient
@@ -192,6 +220,8 @@ def attribution_patching(
     *,
     at: Where = -1,
     mask_BT: jax.Array | None = None,
+    edits: Edit | Sequence[Edit] = (),
+    taps: Mapping[str, Tap] | None = None,
 ) -> dict[str, Any]:
     """Estimate how much patches change the metric, for many activations at every index, from one backward pass.
 
@@ -202,7 +232,7 @@ def attribution_patching(
     scale"; Syed et al. 2023, "Attribution patching outperforms automated circuit discovery").
 
     Args:
-      config, params, tokens_BT, source, at, mask_BT: as `activation_patching` takes them.
+      config, params, tokens_BT, source, at, mask_BT, edits, taps: as `activation_patching` takes them.
       metric: a function of the logits that returns a number. For several metrics, give a dict of functions, or return a
         tuple, list or dict of numbers. Each one takes a backward pass; the forward pass is shared.
       names: regular expressions, like `capture` of `forward`, of the activations to estimate. The default is all, or
@@ -222,7 +252,8 @@ def attribution_patching(
     if isinstance(source, Mapping) and names == ".":
         chosen = [name for name in chosen if name in source] or chosen
     source = _source(config, tokens_BT, source, chosen)
-    args = (params, tokens_BT, mask_BT, source, traceable(metric), as_place(at, tokens_BT.shape))
+    changes = check_changes(config, edits, taps, n_rows=tokens_BT.shape[0])
+    args = (params, tokens_BT, mask_BT, source, traceable(metric), as_place(at, tokens_BT.shape), changes)
     estimates = _estimates(GPT2(config), tuple(chosen), *args)
     return {name: in_order_of(metric, estimates[name]) for name in chosen}  # jit sorts a dict by its keys
 
@@ -237,7 +268,10 @@ def _estimates(
     source: jax.Array | dict[str, jax.Array],
     metric: Metric,
     at_B: jax.Array | None,
+    changes: Changes,
 ) -> dict[str, Any]:
+    changed = changes.by_name(model.config)
+
     def value(added: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
         seen: dict[str, jax.Array] = {}
 
@@ -245,7 +279,7 @@ def _estimates(
             seen[name] = x
             return x + added[name].astype(x.dtype)
 
-        taps = {name: functools.partial(see, name) for name in names}
+        taps = _after(changed, {name: functools.partial(see, name) for name in names})
         judged = judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
         for number in jax.tree.leaves(judged):
             if number.shape != ():

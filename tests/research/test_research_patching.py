@@ -1,6 +1,7 @@
 """Grids of patches are compared with a forward pass for each patch, and estimates with derivatives."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import tiny_models
 from jax.tree_util import Partial
 from measures import COMPILATIONS
 
-from gpt2_jax.edits import patch, replace
+from gpt2_jax.edits import add, patch, replace, scale
 from gpt2_jax.research._forward import forward
 from gpt2_jax.research.metrics import logit_difference
 from gpt2_jax.research.patching import activation_patching, attribution_patching
@@ -132,6 +133,104 @@ def test_a_run_whose_whole_stream_is_patched_is_the_other(case):
         grid = activation_patching(case.config, case.params, tokens_BT, source, case.metric, each=())
         assert grid.shape == (2,)
         np.testing.assert_allclose(grid, metrics[expected], rtol=0, atol=BOUND["float64"])
+
+
+@pytest.mark.parametrize(
+    ("activation", "each", "places", "options"),
+    [
+        ("mlp/post", "neuron", {"neurons": range(3, 21, 2)}, {}),
+        ("mlp/pre", ("neuron", "position"), {"neurons": [47, 0], "positions": [6, 2]}, {}),
+        ("attn/pattern", "key_position", {"key_positions": range(N_TOKENS)}, {}),
+        (
+            "attn/scores",
+            ("key_position", "position"),
+            {"positions": [6, 4], "key_positions": [1, 5, 0]},
+            {"heads": [2, 0]},
+        ),
+        ("attn/result", "head", {"heads": range(3)}, {"positions": [2, 6]}),
+        ("attn/q_in", "head", {"heads": [2, 1]}, {}),
+        ("attn/in", "position", {"positions": [3, 6]}, {"heads": 1}),
+        ("mlp/in", "position", {"positions": [3, 6]}, {}),
+    ],
+)
+def test_neurons_tokens_looked_at_and_branches(case, activation, each, places, options):
+    """The axes of the result are heads, positions, key positions and neurons, whatever the order in `each`."""
+    _, source = forward(*case.args[:2], case.source_BT, capture=f"h1/{activation}$")
+    patching = functools.partial(activation_patching, *case.args[:3], metric=case.metric, activation=activation)
+    grid = patching(source=source, each=each, layers=1, **options, **places)
+    axes = [axis for axis in ("heads", "positions", "key_positions", "neurons") if axis in places]
+    cells = [dict(zip(axes, cell, strict=True)) for cell in itertools.product(*(places[axis] for axis in axes))]
+    name = f"h1/{activation}"
+    expected = [case.patched(replace(name, source[name], **cell, **options)) for cell in cells]
+    assert grid.shape == (1, *(len(places[axis]) for axis in axes))
+    check(grid, np.reshape(expected, grid.shape))
+    from_tokens = patching(source=case.source_BT, each=each, layers=1, **options, **places)
+    np.testing.assert_allclose(from_tokens, grid, rtol=0, atol=BOUND["float64"])
+
+
+# ---- a patched run that is changed
+
+
+def test_patches_of_a_changed_run(case):
+    """The patch comes after the edits and taps, also after those of the patched activation; the source has none."""
+    changes = [
+        add("embed", 0.3, positions=[1, 2]),
+        scale("h0/attn/scores", 0.5, heads=1),
+        add("h1/mlp/out", 2.0),
+        scale("h0/attn/z", 3.0),
+    ]
+    taps = {"^h0/mlp/post$": _halved, r"h\d/attn/z": _halved}
+
+    def run(*edits):
+        patches = {edit.name: functools.partial(_put, edit.value, int(edit.positions[0])) for edit in edits}
+        out, _ = forward(*case.args[:3], edits=changes, taps={**taps, **patches})
+        return float(case.metric(out.logits[:, -1]))
+
+    assert abs(run() - case.patched()) > 0.1
+    for activation, layer in (("attn/z", 0), ("mlp/out", 1), ("resid_mid", 1), ("mlp/post", 0)):
+        grid = activation_patching(
+            *case.args[:3],
+            case.source_BT,
+            case.metric,
+            activation,
+            layers=layer,
+            edits=changes,
+            taps=taps,
+            positions=[6, 2],
+        )
+        expected = [[run(patch(f"h{layer}/{activation}", case.source, t)) for t in (6, 2)]]
+        np.testing.assert_allclose(grid, expected, rtol=0, atol=BOUND["float64"])
+    assert np.ptp(expected) > 1e-3
+
+
+def _halved(value, position_BT):
+    return value / 2
+
+
+def _put(value, t, x, position_BT):
+    return jnp.where((position_BT == t).reshape(*x.shape[:2], *[1] * (x.ndim - 2)), value, x)
+
+
+def test_estimates_of_a_changed_run(case):
+    """At ln_f/out, where all that follows is linear, they are the difference to the changed run."""
+    changes = {"edits": add("h0/mlp/out", 0.5), "taps": {"ln_f/out": _halved}}
+    estimate = attribution_patching(*case.args, "ln_f/out", **changes)["ln_f/out"]
+    changed = float(case.metric(forward(*case.args[:3], **changes)[0].logits[:, -1]))
+    assert abs(changed - case.patched()) > 0.1
+    patched = case.patched(patch("ln_f/out", case.source))
+    np.testing.assert_allclose(estimate, [0] * 6 + [patched - changed], rtol=0, atol=BOUND["float64"])
+
+
+def test_other_numbers_in_edits_compile_nothing(case):
+    def grid(value, position):
+        edits = add("embed", value, positions=position)
+        return activation_patching(*case.args, layers=1, edits=edits)
+
+    before = grid(0.1, 2)
+    COMPILATIONS.clear()
+    after = grid(0.2, 1)
+    assert COMPILATIONS == []
+    assert (after != before).any()
 
 
 def runs(case):
@@ -325,7 +424,14 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
         ({"metric": {"a": 3}}, "metric must be a function of the logits, .* not 3"),
         ({"each": "head"}, "resid_pre is not divided into heads: its axes are BTD"),
         ({"heads": 1}, "resid_pre is not divided into heads"),
-        ({"each": "layer"}, 'each must be "position", "head" or both, not \'layer\''),
+        ({"each": "layer"}, "each must be among 'head', 'position', 'key_position', 'neuron', not 'layer'"),
+        ({"each": "neuron"}, "resid_pre is not divided into neurons: its axes are BTD"),
+        ({"neurons": [0]}, "resid_pre is not divided into neurons"),
+        ({"each": "key_position"}, "resid_pre is not divided by the token that is looked at: its axes are BTD"),
+        ({"activation": "attn/pattern", "key_positions": [7]}, "key_positions must be from 0 to 6"),
+        ({"activation": "mlp/pre", "neurons": [48]}, "neurons must be from 0 to 47"),
+        ({"edits": scale("attn/z", 0, heads=3)}, r"heads \[3\], but the model has 3"),
+        ({"taps": {"attn/zz": len}}, "attn/zz"),
         ({"activation": "attn/z", "heads": [0, 3]}, "heads must be from 0 to 2"),
         ({"positions": [-1]}, "positions must be from 0 to 6"),
         ({"positions": []}, "positions must be one or more whole numbers"),

@@ -29,7 +29,7 @@ EDITS = [
 ]
 KEY = jax.random.key(1)
 METRIC = research.logit_difference([1, 2], 3)
-MADE = {"AXES", "Edit", "pictures", "surgery"}  # data, and modules; the edits are made above
+MADE = {"AXES", "BRANCHES", "Edit", "pictures", "surgery"}  # data, and modules; the edits are made above
 MADE |= {"add", "patch", "replace", "scale", "activation_names", "logit_difference"}
 
 
@@ -52,6 +52,7 @@ def calls(config, params):
         ],
         "head_scores": [lambda: research.head_scores(*model, TOKENS, MASK, edits=EDITS)],
         "mean_attention": [lambda: research.mean_attention(*model, TOKENS, MASK, to={"any": np.tri(6, dtype=bool)})],
+        "padded": [lambda: research.padded(config, [[1], [2, 3]])],
         "repeated_tokens": [lambda: research.repeated_tokens(config, KEY, 3, 4, first=2)],
         "activation_patching": [
             lambda: patching(METRIC, mask_BT=MASK),
