@@ -5,6 +5,7 @@ Shape letters: B batch, T query, D n_embd, V vocab.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Changes
 from gpt2_jax.edits import Where
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
@@ -40,20 +42,44 @@ def logit_difference(answer: Any, wrong: Any) -> Metric:
     Args:
       answer, wrong: token ids, one for all rows or one for each row, [B]. An id outside the vocabulary gives NaN.
     """
-    for name, ids in (("answer", answer), ("wrong", wrong)):
-        dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype
-        if not jnp.issubdtype(dtype, jnp.integer):
-            raise ValueError(f"{name} must be a token id, or one for each row, not {ids!r}")
-    return Partial(_logit_difference, jnp.asarray(answer, jnp.int32), jnp.asarray(wrong, jnp.int32))
+    return Partial(_logit_difference, _ids("answer", answer), _ids("wrong", wrong))
+
+
+@under_jax_defaults
+def answer_probability(answer: Any) -> Metric:
+    """Return a metric: the probability of `answer` as the next token at one position, averaged over rows.
+
+    It is made as `logit_difference` is, so other ids compile nothing.
+
+    Args:
+      answer: token ids, one for all rows or one for each row, [B]. An id outside the vocabulary gives NaN.
+    """
+    return Partial(_answer_probability, _ids("answer", answer))
 
 
 @under_jax_defaults
 def _logit_difference(answer: jax.Array, wrong: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    if logits_BV.ndim != 2:
-        raise ValueError(f"logit_difference takes logits [B, V], at one position, not {logits_BV.shape}: set `at`")
-    known = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
-    rows = jnp.arange(len(logits_BV))
-    return (logits_BV.at[rows, answer].get(**known) - logits_BV.at[rows, wrong].get(**known)).mean()
+    return (_of("logit_difference", logits_BV, answer) - _of("logit_difference", logits_BV, wrong)).mean()
+
+
+@under_jax_defaults
+def _answer_probability(answer: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    return _of("answer_probability", jax.nn.softmax(logits_BV), answer).mean()
+
+
+def _ids(name: str, ids: Any) -> jax.Array:
+    dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} must be a token id, or one for each row, not {ids!r}")
+    return jnp.asarray(ids, jnp.int32)
+
+
+def _of(metric: str, values_BV: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the value of each row's id; NaN if it is outside the vocabulary."""
+    if values_BV.ndim != 2:
+        raise ValueError(f"{metric} takes logits [B, V], at one position, not {values_BV.shape}: set `at`")
+    rows = jnp.arange(len(values_BV))
+    return values_BV.at[rows, ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def traceable(metric: Metric | Mapping[str, Metric]) -> Metric:
@@ -96,6 +122,20 @@ def judge(metric: Metric, logits: jax.Array) -> Any:
             f"{next((leaf for leaf in leaves if not isinstance(leaf, NUMBERS)), values)!r}"
         )
     return jax.tree.map(jnp.asarray, values)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def metric_of_run(
+    model: GPT2,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+    at_B: jax.Array | None,
+    metric: Metric,
+    changes: Changes,
+) -> Any:
+    """Return the metric of one run with these edits and taps."""
+    return judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, changes.by_name(model.config)))
 
 
 def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:

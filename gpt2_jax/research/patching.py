@@ -35,6 +35,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import as_params, as_tokens, forward
 from gpt2_jax.research._patches import Axis, checked_places, chosen_places, groups_of, patch_grid, window_of
+from gpt2_jax.research._rows import known_lengths
 from gpt2_jax.research.metrics import Metric, as_place, in_order_of, judge, logits_at, traceable
 
 
@@ -103,7 +104,7 @@ def activation_patching(
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     each = (each,) if isinstance(each, str) else tuple(each)
-    windows = _windows(config, activation, layers, window)
+    windows = windows_of(config, activation, layers, window)
     places = {"head": heads, "position": positions, "key_position": key_positions, "neuron": neurons}
     chosen = chosen_places(config, activation, each, places, tokens_BT.shape[1])
     counts = tuple(len(places) for axis, places in chosen.items() if axis in each)
@@ -119,13 +120,13 @@ def activation_patching(
         groups_of(math.prod(counts), together, tokens_BT.size),
         traceable(metric),
         as_place(at, tokens_BT.shape),
-        check_changes(config, edits, taps, n_rows=tokens_BT.shape[0]),
+        changes_of(config, edits, taps, tokens_BT, mask_BT),
     )
     values = in_order_of(metric, values)
     return jax.tree.map(lambda grid: grid[0], values) if activation in BEFORE else values
 
 
-def _windows(config: GPT2Config, activation: str, layers: Where, window: int) -> tuple[tuple[str, ...], ...]:
+def windows_of(config: GPT2Config, activation: str, layers: Where, window: int) -> tuple[tuple[str, ...], ...]:
     """Return the names of the activations that are patched together, for each of the chosen layers."""
     window = whole_number("window", window, 1)
     if activation in BEFORE:
@@ -166,7 +167,7 @@ def _patched_runs(
         edits = [replace(name, before[name]) for name in kept[window]]
         here: dict[str, Any] = {f"{axis}s": places[p] for axis, places in grid.items()}
         edits += [replace(name, source[name], **here) for name in window]
-        taps = _after(changed, taps_of(model.config, edits))
+        taps = after(changed, taps_of(model.config, edits))
         return judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
 
     def as_grid(*values: jax.Array) -> jax.Array:
@@ -178,7 +179,19 @@ def _patched_runs(
     return jax.tree.map(as_grid, *found)
 
 
-def _after(first: Mapping[str, Tap], second: Mapping[str, Tap]) -> dict[str, Tap]:
+def changes_of(
+    config: GPT2Config,
+    edits: Edit | Sequence[Edit],
+    taps: Mapping[str, Tap] | None,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+) -> Changes:
+    """Return the edits and taps of a run, checked for its rows."""
+    longest_B = known_lengths(mask_BT, tokens_BT.shape) if edits else None
+    return check_changes(config, edits, taps, n_rows=tokens_BT.shape[0], longest_B=longest_B)
+
+
+def after(first: Mapping[str, Tap], second: Mapping[str, Tap]) -> dict[str, Tap]:
     """Return the taps of both. Those of the same activation apply in this order."""
     both = {name: in_turn(name, first[name], tap) for name, tap in second.items() if name in first}
     return {**first, **second, **both}
@@ -252,7 +265,7 @@ def attribution_patching(
     if isinstance(source, Mapping) and names == ".":
         chosen = [name for name in chosen if name in source] or chosen
     source = _source(config, tokens_BT, source, chosen)
-    changes = check_changes(config, edits, taps, n_rows=tokens_BT.shape[0])
+    changes = changes_of(config, edits, taps, tokens_BT, mask_BT)
     args = (params, tokens_BT, mask_BT, source, traceable(metric), as_place(at, tokens_BT.shape), changes)
     estimates = _estimates(GPT2(config), tuple(chosen), *args)
     return {name: in_order_of(metric, estimates[name]) for name in chosen}  # jit sorts a dict by its keys
@@ -279,7 +292,7 @@ def _estimates(
             seen[name] = x
             return x + added[name].astype(x.dtype)
 
-        taps = _after(changed, {name: functools.partial(see, name) for name in names})
+        taps = after(changed, {name: functools.partial(see, name) for name in names})
         judged = judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
         for number in jax.tree.leaves(judged):
             if number.shape != ():

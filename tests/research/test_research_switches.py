@@ -30,7 +30,16 @@ EDITS = [
 KEY = jax.random.key(1)
 METRIC = research.logit_difference([1, 2], 3)
 MADE = {"AXES", "BRANCHES", "Edit", "pictures", "surgery"}  # data, and modules; the edits are made above
-MADE |= {"add", "patch", "replace", "scale", "activation_names", "logit_difference"}
+MADE |= {
+    "CausalTrace",
+    "answer_probability",
+    "add",
+    "patch",
+    "replace",
+    "scale",
+    "activation_names",
+    "logit_difference",
+}
 
 
 def calls(config, params):
@@ -61,6 +70,8 @@ def calls(config, params):
             lambda: research.activation_patching(*model, TOKENS, means, METRIC, "mlp/out", heads=None),
         ],
         "attribution_patching": [lambda: research.attribution_patching(*model, TOKENS, SOURCE, METRIC, mask_BT=MASK)],
+        "causal_tracing": [lambda: research.causal_tracing(*model, TOKENS[:1], [1, 2], KEY, n_samples=2)],
+        "attention_knockout": [lambda: research.attention_knockout(*model, TOKENS, METRIC, slice(0, -1), mask_BT=MASK)],
         "logit_attribution": [lambda: research.logit_attribution(*model, TOKENS, MASK, answers=3).flat()[1]],
         "residual_parts": [lambda: research.residual_parts(*model, TOKENS, MASK)],
         "qk_circuit": [lambda: research.qk_circuit(*model, 0, 1).norm()],
