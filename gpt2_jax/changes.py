@@ -52,20 +52,30 @@ class Changes:
         return self.replace(edits=tuple(_of_rows(edit, index) for edit in self.edits))  # pyright: ignore[reportAttributeAccessIssue]
 
 
+NO_CHANGES = Changes()
+Edits = Edit | Sequence[Edit] | Changes
+"""Edits as functions take them."""
+
+
 def check_changes(
     config: GPT2Config,
-    edits: Edit | Sequence[Edit],
-    taps: Mapping[str, Tap] | None,
+    edits: Edits,
+    taps: Mapping[str, Tap] | None = None,
     whole_rows: bool = True,
     n_rows: int | None = None,
     longest_B: Any = None,
+    ends_B: Any = None,
 ) -> Changes:
     """Check edits and taps, and return them together. The arguments are those of `check_edits`, and taps by name.
+
+    Changes that were checked before may be passed as edits. They are returned.
 
     Raises:
       ValueError: as `check_edits`; or a tap is not a function, cannot be hashed, or fits no activation.
     """
-    edits = check_edits(config, edits, whole_rows, n_rows, longest_B)
+    if isinstance(edits, Changes):
+        return edits
+    edits = check_edits(config, edits, whole_rows, n_rows, longest_B, ends_B)
     taps = {} if taps is None else taps
     taps_by_name(config, taps)
     for name, tap in taps.items():
@@ -161,7 +171,7 @@ class _EditTap:
                 mask = mask.reshape([n if axis in along else 1 for axis, n in zip(letters, of, strict=True)])
                 here = mask if here is None else here & mask
         if edit.layers is not None:
-            layer = layer_of(self.name)
+            layer = layer_of(self.name) or 0  # an edit with layers is in a block
             in_layer = ((edit.layers == layer) | (edit.layers == layer - self.n_layer)).any()
             here = in_layer if here is None else here & in_layer
         return here

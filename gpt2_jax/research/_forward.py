@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gpt2_jax.activations import Tap, layer_of, select
 from gpt2_jax.changes import Changes, check_changes
@@ -176,4 +175,5 @@ def _forward(
     how = {"taps": changes.by_name(model.config), "capture": names, "stop_at_layer": stop, "method": "run"}
     stream_BTD, cache, captured = model.apply({"params": params}, tokens_BT, mask_BT, cache, **how)
     logits_BTV = model.apply({"params": params}, stream_BTD, method="unembed") if wanted == "logits" else None
-    return Output(logits_BTV, cache, stream_BTD if wanted == "stream" else None), captured
+    out = Output(cast(Any, logits_BTV), cache, stream_BTD if wanted == "stream" else None)
+    return out, captured

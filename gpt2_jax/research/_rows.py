@@ -26,7 +26,7 @@ def as_tokens(config: GPT2Config, tokens_BT: Any) -> jax.Array:
       ValueError: not rows of ids of the vocabulary, no rows, or rows of different lengths.
     """
     if isinstance(tokens_BT, jax.Array):
-        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer) :
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ValueError(f"tokens must be whole numbers of shape [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
         if not tokens_BT.size:
             raise ValueError(f"tokens must have one row and one token or more, not the shape {tokens_BT.shape}")
@@ -67,8 +67,8 @@ def padded(
     Raises:
       ValueError: not rows of ids of the vocabulary, or another side.
     """
-    rows, side = as_rows(config, tokens), choice("side", side, ("left", "right"))
-    return _padded(rows, max(map(len, rows)), side)
+    rows = as_rows(config, tokens)
+    return _padded(rows, max(map(len, rows)), choice("side", side, ("left", "right")))
 
 
 def _padded(rows: Sequence[np.ndarray], length: int, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ def are_lists(tokens: Any) -> bool:
     return not isinstance(tokens, jax.Array | np.ndarray)
 
 
-def bucketed(config: GPT2Config, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def bucketed(config: GPT2Config, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
     """Return rows padded on the right to one of a few lengths, and their mask.
 
     Raises:

@@ -334,7 +334,7 @@ def test_edits_reach_every_answer(tiny, monkeypatch):
     assert ask(edited, "loglikelihood_rolling", ("!",))[0] == uniform
 
     def complete(config, params, prompts, tokenizer, settings, first_row, edits):
-        assert edits is nothing
+        assert edits.edits == (nothing,)
         return [Completion("said", [], False, None) for _ in prompts]
 
     monkeypatch.setattr("gpt2_jax.evaluate.harness.complete", complete)
