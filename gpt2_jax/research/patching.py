@@ -24,8 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.activations import BEFORE, Tap, activation_names, axes, in_turn, select, shape
-from gpt2_jax.changes import Changes, check_changes, taps_of
+from gpt2_jax.activations import BEFORE, Tap, activation_names, axes, select, shape
+from gpt2_jax.changes import Changes, taps_of
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, Where, replace
@@ -33,9 +33,9 @@ from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
+from gpt2_jax.research._changes import after, changes_of
 from gpt2_jax.research._forward import as_params, as_tokens, forward
 from gpt2_jax.research._patches import Axis, checked_places, chosen_places, groups_of, patch_grid, window_of
-from gpt2_jax.research._rows import known_lengths
 from gpt2_jax.research.metrics import Metric, as_place, in_order_of, judge, logits_at, traceable
 
 
@@ -177,24 +177,6 @@ def _patched_runs(
 
     found = [jax.lax.map(jax.vmap(functools.partial(patched, window)), groups) for window in windows]
     return jax.tree.map(as_grid, *found)
-
-
-def changes_of(
-    config: GPT2Config,
-    edits: Edit | Sequence[Edit],
-    taps: Mapping[str, Tap] | None,
-    tokens_BT: jax.Array,
-    mask_BT: jax.Array | None,
-) -> Changes:
-    """Return the edits and taps of a run, checked for its rows."""
-    longest_B = known_lengths(mask_BT, tokens_BT.shape) if edits else None
-    return check_changes(config, edits, taps, n_rows=tokens_BT.shape[0], longest_B=longest_B)
-
-
-def after(first: Mapping[str, Tap], second: Mapping[str, Tap]) -> dict[str, Tap]:
-    """Return the taps of both. Those of the same activation apply in this order."""
-    both = {name: in_turn(name, first[name], tap) for name, tap in second.items() if name in first}
-    return {**first, **second, **both}
 
 
 DETERMINE_THE_REST = ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid")

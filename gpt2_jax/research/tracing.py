@@ -26,6 +26,7 @@ from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
+from gpt2_jax.research._changes import after, changes_of
 from gpt2_jax.research._forward import as_params, as_tokens, forward
 from gpt2_jax.research._patches import checked_places, groups_of, window_of
 from gpt2_jax.research.metrics import (
@@ -39,7 +40,7 @@ from gpt2_jax.research.metrics import (
     metric_of_run,
     traceable,
 )
-from gpt2_jax.research.patching import activation_patching, after, changes_of, windows_of
+from gpt2_jax.research.patching import activation_patching, windows_of
 
 
 @struct.dataclass
