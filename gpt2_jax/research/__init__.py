@@ -15,17 +15,22 @@ from gpt2_jax.research.circuits import composition_scores, copying_scores, ov_ci
 from gpt2_jax.research.folding import center_unembed, fold_layer_norm
 from gpt2_jax.research.heads import head_scores, mean_attention, repeated_tokens
 from gpt2_jax.research.lens import logit_lens, stream_logits
-from gpt2_jax.research.metrics import logit_difference
+from gpt2_jax.research.metrics import answer_probability, logit_difference
 from gpt2_jax.research.patching import activation_patching, attribution_patching
+from gpt2_jax.research.tracing import CausalTrace, attention_knockout, causal_tracing
 
 __all__ = [
     "AXES",
     "BRANCHES",
+    "CausalTrace",
     "Edit",
     "activation_names",
     "activation_patching",
     "add",
+    "answer_probability",
+    "attention_knockout",
     "attribution_patching",
+    "causal_tracing",
     "center_unembed",
     "composition_scores",
     "copying_scores",
