@@ -131,7 +131,7 @@ class Writer:
             self.n_rows += length - skipped
         if self.n_rows == plan.counts[batch.shard]:
             self._wait()
-            self.writing = self.pool.submit(self._write, batch.shard, self.arrays)
+            self.writing = self.pool.submit(self.write, batch.shard, self.arrays)
             self.arrays = {}
         return self.n_rows - n_before
 
@@ -139,7 +139,7 @@ class Writer:
         if self.writing is not None:
             self.writing.result()
 
-    def _write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
+    def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write a shard in one step."""
         with files.replacing(self.path / stored.shard_name(shard)) as new:
             for name, array in arrays.items():

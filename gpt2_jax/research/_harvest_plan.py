@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 def make_plan(
     config: GPT2Config,
-    documents: Sequence[Sequence[int] | np.ndarray],
+    documents: Sequence[Any],
     max_tokens: int,
     skip_first: int,
     rows_per_shard: int,
