@@ -15,12 +15,17 @@ MASKED_SCORE = -1e10
 SMALLEST_BLOCK = 128  # queries; smaller blocks are not worth a separate computation
 
 
-Change = Callable[[jax.Array], jax.Array]
-"""A function that takes an array and returns the array to use instead."""
+Change = Callable[..., jax.Array]
+"""A function that takes an array and returns the array to use instead.
+
+Those of scores and weights [B, N, T, S] also get a mask that broadcasts to them, True where a query may attend. They
+return masked entries as MASKED_SCORE, and as 0.
+"""
 
 
-def unchanged(array: jax.Array) -> jax.Array:
+def unchanged(array: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Return the array."""
+    del mask
     return array
 
 
@@ -56,7 +61,13 @@ def attention(
     parts = [(k_BNHS, v_BNSH, mask_BTS)] if past is None else [past, (k_BNHS, v_BNSH, mask_BTS)]
     scores = [_scores(q_BTNH, k_BNHS, mask_BTS, divisor) for k_BNHS, _, mask_BTS in parts]
     scores_BNTS = jnp.concatenate(scores, axis=-1)
-    weights_BNTS = dropout(on_weights(jax.nn.softmax(on_scores(scores_BNTS), axis=-1))).astype(q_BTNH.dtype)
+    if on_scores is unchanged and on_weights is unchanged:
+        weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
+    else:
+        mask_B1TS = _whole_mask([mask_BTS for *_, mask_BTS in parts], q_BTNH.shape[1])
+        weights_BNTS = _masked_softmax(on_scores(scores_BNTS, mask_B1TS), mask_B1TS, scores_BNTS.shape[-1])
+        weights_BNTS = on_weights(weights_BNTS, mask_B1TS)
+    weights_BNTS = dropout(weights_BNTS).astype(q_BTNH.dtype)
     weights = jnp.split(weights_BNTS, [past[0].shape[-1]], axis=-1) if past is not None else [weights_BNTS]
     z_BTNH = sum(_mix(weights_BNTS, v_BNSH) for weights_BNTS, (_, v_BNSH, _) in zip(weights, parts, strict=True))
     return jnp.asarray(z_BTNH).astype(q_BTNH.dtype)
@@ -95,8 +106,7 @@ def open_causal_attention(
     """Causal attention that passes all scores and weights [B, N, T, S] to `on_scores` and `on_weights`.
 
     For real tokens the result equals that of `causal_attention` bit for bit. For this, the sums of the softmax and of
-    the values use the same blocks. Weights after a block's end are 0 unless `on_scores` or `on_weights` changed them.
-    They are summed separately, because a sum in another order rounds differently.
+    the values use the same blocks. A query that attends to nothing, such as padding, has weights of 0.
     """
     n_slots = k_BNHS.shape[-1]
     blocks = _blocks(q_BTNH.shape[1])
@@ -106,14 +116,14 @@ def open_causal_attention(
         return jnp.pad(scores_BNTS, ends, constant_values=MASKED_SCORE)
 
     scores = [_scores(q_BTNH[:, block], k_BNHS[..., :end], mask_BTS[:, block, :end], divisor) for block, end in blocks]
-    scores_BNTS = on_scores(jnp.concatenate([whole(part) for part in scores], axis=2))
-    weights = [_softmax_in_two(scores_BNTS[:, :, block], end) for block, end in blocks]
-    weights_BNTS = on_weights(jnp.concatenate(weights, axis=2))
+    mask_B1TS = mask_BTS[:, None]
+    scores_BNTS = on_scores(jnp.concatenate([whole(part) for part in scores], axis=2), mask_B1TS)
+    weights = [_masked_softmax(scores_BNTS[:, :, block], mask_B1TS[:, :, block], end) for block, end in blocks]
+    weights_BNTS = on_weights(jnp.concatenate(weights, axis=2), mask_B1TS)
     z = []
     for block, end in blocks:
-        seen_BNTS, beyond_BNTS = jnp.split(weights_BNTS[:, :, block], [end], axis=-1)
-        z_BTNH = _mix(dropout(seen_BNTS).astype(q_BTNH.dtype), v_BNSH[..., :end, :])
-        z.append(z_BTNH + _mix(beyond_BNTS.astype(q_BTNH.dtype), v_BNSH[..., end:, :]))
+        seen_BNTS = weights_BNTS[:, :, block, :end]  # the others are 0
+        z.append(_mix(dropout(seen_BNTS).astype(q_BTNH.dtype), v_BNSH[..., :end, :]))
     return jnp.concatenate(z, axis=1).astype(q_BTNH.dtype)
 
 
@@ -132,11 +142,24 @@ def _scores(q_BTNH: jax.Array, k_BNHS: jax.Array, mask_BTS: jax.Array, divisor: 
     return jnp.where(mask_BTS[:, None], scores_BNTS, MASKED_SCORE)
 
 
-def _softmax_in_two(scores_BNTS: jax.Array, end: int) -> jax.Array:
-    """Return the softmax over all slots. The slots before `end` are summed separately from the rest."""
-    exp_BNTS = jnp.exp(scores_BNTS - jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True)))
-    seen_BNTS, beyond_BNTS = jnp.split(exp_BNTS, [end], axis=-1)
-    return exp_BNTS / (seen_BNTS.sum(-1, keepdims=True) + beyond_BNTS.sum(-1, keepdims=True))
+def _whole_mask(masks_BTS: list[jax.Array], n_queries: int) -> jax.Array:
+    """Return the mask of all slots [B, 1, T, S], for masks of parts of them that may broadcast over T or B."""
+    n_rows = max(mask_BTS.shape[0] for mask_BTS in masks_BTS)
+    whole = [jnp.broadcast_to(mask_BTS, (n_rows, n_queries, mask_BTS.shape[-1])) for mask_BTS in masks_BTS]
+    return jnp.concatenate(whole, axis=-1)[:, None]
+
+
+def _masked_softmax(scores_BNTS: jax.Array, mask_B1TS: jax.Array, end: int) -> jax.Array:
+    """Return the softmax over the slots of the mask, which are before `end`. Other weights are 0.
+
+    All weights are 0 if the mask is empty, or all its scores are -inf.
+    """
+    seen_BNTS = jnp.where(mask_B1TS, scores_BNTS, -jnp.inf)[..., :end]
+    # The guard is not on the maximum: XLA would then round the softmax otherwise than without a change.
+    none_BNT1 = jax.lax.stop_gradient(seen_BNTS.max(-1, keepdims=True)) == -jnp.inf
+    weights_BNTS = jax.nn.softmax(jnp.where(none_BNT1, 0, seen_BNTS), axis=-1)
+    beyond = [(0, 0), (0, 0), (0, 0), (0, scores_BNTS.shape[-1] - end)]
+    return jnp.pad(jnp.where(none_BNT1, 0, weights_BNTS), beyond)
 
 
 def _mix(weights_BNTS: jax.Array, v_BNSH: jax.Array) -> jax.Array:

@@ -1,14 +1,15 @@
-"""Edits of a forward pass: replace, add to or scale activations by traced values, at chosen positions and heads.
+"""Edits of a forward pass: replace, add to or scale activations by traced values, where you say.
 
-An edit is a pytree. Its name and kind are static; its value, positions and heads are traced. So one compiled program
-serves all edits of the same name and kind, `vmap` runs many at once, and `grad` differentiates with respect to a value.
+An edit is a pytree. Its name and kind are static; its value, layers, positions, heads and neurons are traced. So one
+compiled program serves all edits of the same name and kind, `vmap` runs many at once, and `grad` differentiates with
+respect to a value. `gpt2_jax.changes` applies edits.
 
-Shape letters: B batch, T query, S cache slot, N heads.
+Shape letters: B batch, T query, S cache slot, N heads, H head width, F mlp width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ import numpy as np
 from flax import struct
 from jax.core import Tracer
 
-from gpt2_jax.activations import Tap, axes, check_names, shape
+from gpt2_jax.activations import IN_BLOCK, axes, check_names, layer_of, shape
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.jax_defaults import under_jax_defaults
 
 Where = int | Sequence[int] | jax.Array | None
+Positions = Where | Sequence[Sequence[int]] | slice
+KINDS = ("replace", "add", "scale", "patch")
 END = np.iinfo(np.int32).max
 
 
@@ -30,88 +33,171 @@ class Edit:
     """One change to one activation. Make it with `replace`, `add`, `scale` or `patch`.
 
     Attributes:
-      name: the activation's name, such as "h3/attn/z".
-      kind: "replace", "add" or "scale".
-      value: a number or an array that broadcasts against the activation.
-      positions: int32 [P], the positions in a row where the edit applies; None means all.
-      span: int32 [2], the first position of a slice and the one after its last; None means all.
+      name: the activation's name, such as "h3/attn/z", or "attn/z" for several layers.
+      kind: "replace", "add", "scale" or "patch".
+      value: a number or an array that broadcasts against the activation. Of a patch of several layers, a dict of arrays.
+      positions: int32 [P] or, of each row, [B, P]: where the edit applies; None means everywhere.
+      span: int32 [2] or, of each row, [B, 2]: the first position of a slice and the one after its last.
+      key_positions, key_span: the same for the axis S of attn/scores and attn/pattern: the tokens that are looked at.
       heads: int32 [K], the heads to which the edit applies; None means all.
+      neurons: int32 [K], the neurons to which the edit applies; None means all.
+      layers: int32 [K], the layers to which the edit applies, if `name` does not say it; None means all.
+      each_row: the first axis of `value` has one entry for each row.
     """
 
     name: str = struct.field(pytree_node=False)
     kind: str = struct.field(pytree_node=False)
-    value: jax.Array
+    value: Any
     positions: jax.Array | None = None
     span: jax.Array | None = None
+    key_positions: jax.Array | None = None
+    key_span: jax.Array | None = None
     heads: jax.Array | None = None
+    neurons: jax.Array | None = None
+    layers: jax.Array | None = None
+    each_row: bool = struct.field(pytree_node=False, default=False)
 
 
-def replace(name: str, value: Any, positions: Where | slice = None, heads: Where = None) -> Edit:
+def replace(
+    name: str,
+    value: Any,
+    positions: Positions = None,
+    heads: Where = None,
+    *,
+    neurons: Where = None,
+    key_positions: Positions = None,
+    layers: Where = None,
+    each_row: bool = False,
+) -> Edit:
     """Return an edit that replaces an activation by `value`.
 
     Args:
-      name: the activation's name, one of `activation_names(config)`.
-      value: a number or an array that broadcasts against the activation. `gpt2_jax.activations.AXES` lists the axes:
+      name: the activation's name, one of `activation_names(config, branches=True)`. Without the layer, such as
+        "resid_pre", it means that activation in all layers, or in those of `layers`.
+      value: a number or an array that broadcasts against the activation. `gpt2_jax.activations` lists the axes:
         [D] or [B, T, D] for "h3/resid_pre", [H], [N, H] or [B, T, N, H] for "h3/attn/z".
-      positions: where the edit applies: one position, several, or a slice; None means everywhere. Positions count the
-        tokens of a row from 0, without padding. After a text has exceeded n_ctx, they count from the window's start.
+      positions: where the edit applies: one position, several, a slice, or several for each row, such as [[3], [7, 8]]
+        or slice([0, 2], [3, 9]). None means everywhere. Positions count the tokens of a row from 0, without padding.
+        Negative ones count from the row's end: -1 is its last token. In generation they count from the prompt's end,
+        and slice(-1, None) is the prompt's last token and all new ones. After a text has exceeded n_ctx, positions
+        count from the window's start.
       heads: the heads to which the edit applies, one or several; None means all.
+      neurons: the neurons to which an edit of mlp/pre or mlp/post applies; None means all.
+      key_positions: for attn/scores and attn/pattern, the tokens that are looked at, in the forms of `positions`.
+      layers: the layers to which the edit applies, if `name` does not have one; None means all. They may be traced. -1
+        is the last layer.
+      each_row: `value` has one entry for each row along its first axis, [B], [B, D], ..., which broadcasts against the
+        activation of that row.
 
     Raises:
-      ValueError: no model has this activation, `heads` is given for one without heads, or positions or heads are
-        negative or not ints. (Inside a compiled program values are unknown: a negative one applies nowhere.)
+      ValueError: no model has this activation; it does not have the axis that is chosen from; or a number is not whole.
+        Inside a compiled program values are unknown: numbers that do not exist apply nowhere.
     """
-    return _edit(name, "replace", value, positions, heads)
+    where = {"positions": positions, "key_positions": key_positions}
+    return _edit(name, "replace", value, where, {"heads": heads, "neurons": neurons, "layers": layers}, each_row)
 
 
-def add(name: str, value: Any, positions: Where | slice = None, heads: Where = None) -> Edit:
+def add(
+    name: str,
+    value: Any,
+    positions: Positions = None,
+    heads: Where = None,
+    *,
+    neurons: Where = None,
+    key_positions: Positions = None,
+    layers: Where = None,
+    each_row: bool = False,
+) -> Edit:
     """Return an edit that adds `value` to an activation. The arguments are those of `replace`."""
-    return _edit(name, "add", value, positions, heads)
+    where = {"positions": positions, "key_positions": key_positions}
+    return _edit(name, "add", value, where, {"heads": heads, "neurons": neurons, "layers": layers}, each_row)
 
 
-def scale(name: str, value: Any, positions: Where | slice = None, heads: Where = None) -> Edit:
+def scale(
+    name: str,
+    value: Any,
+    positions: Positions = None,
+    heads: Where = None,
+    *,
+    neurons: Where = None,
+    key_positions: Positions = None,
+    layers: Where = None,
+    each_row: bool = False,
+) -> Edit:
     """Return an edit that multiplies an activation by `value`; 0 ablates it. The arguments are those of `replace`."""
-    return _edit(name, "scale", value, positions, heads)
+    where = {"positions": positions, "key_positions": key_positions}
+    return _edit(name, "scale", value, where, {"heads": heads, "neurons": neurons, "layers": layers}, each_row)
 
 
 def patch(
-    name: str, activations: Mapping[str, jax.Array], positions: Where | slice = None, heads: Where = None
+    name: str,
+    activations: Mapping[str, jax.Array],
+    positions: Positions = None,
+    heads: Where = None,
+    *,
+    neurons: Where = None,
+    key_positions: Positions = None,
+    layers: Where = None,
 ) -> Edit:
     """Return an edit that replaces an activation by its value in another run with the same number of tokens.
 
     Args:
-      name: the activation's name.
-      activations: activations of the other run, captured by `research.forward`. They must contain `name`.
-      positions, heads: as in `replace`.
+      name: the activation's name, with or without its layer.
+      activations: activations of the other run, captured by `research.forward`. They must contain `name`; without a
+        layer, that of all `layers`. A run of one row serves all rows.
+      positions, heads, neurons, key_positions, layers: as in `replace`.
 
     Raises:
       ValueError: as `replace`, or `name` was not captured.
     """
-    if name not in activations:
+    names = [name]
+    if name in IN_BLOCK:
+        names = [found for found in activations if layer_of(found) is not None and found.split("/", 1)[1] == name]
+    if not names or names[0] not in activations:
         raise ValueError(f"{name} was not captured in the run to patch from: that run has {', '.join(activations)}")
-    return _edit(name, "replace", activations[name], positions, heads)
+    value = {name: activations[name] for name in names} if name in IN_BLOCK else activations[name]
+    where = {"positions": positions, "key_positions": key_positions}
+    return _edit(name, "patch", value, where, {"heads": heads, "neurons": neurons, "layers": layers}, False)
+
+
+# ---- arguments
+
+
+AXIS_OF = {"heads": ("N", "divided into heads"), "neurons": ("F", "divided into neurons")}
 
 
 @under_jax_defaults
-def _edit(name: str, kind: str, value: Any, positions: Where | slice, heads: Where) -> Edit:
+def _edit(
+    name: str, kind: str, value: Any, positions: dict[str, Any], others: dict[str, Any], each_row: bool
+) -> Edit:
     try:
         letters = axes(name)
     except (KeyError, TypeError) as error:
         raise ValueError(f"no model has an activation {name!r}: activation_names(config) lists the names") from error
-    if heads is not None and "N" not in letters:
-        raise ValueError(f"{name} is not divided into heads: its axes are {letters}")
+    if positions["key_positions"] is not None and "S" not in letters:
+        raise ValueError(f"{name} does not say which tokens are looked at, so key_positions has no meaning: {letters}")
     where: dict[str, Any] = {}
-    if isinstance(positions, slice):
-        where["span"] = _span(positions)
-    elif positions is not None:
-        where["positions"] = _places("positions", positions)
-    if heads is not None:
-        where["heads"] = _places("heads", heads)
-    return Edit(name, kind, _number(name, value), **where)
+    for what, places in positions.items():
+        if isinstance(places, slice):
+            where[{"positions": "span", "key_positions": "key_span"}[what]] = _span(what, places)
+        elif places is not None:
+            where[what] = _places(what, places, most_axes=2)
+    for what, numbers in others.items():
+        if numbers is None:
+            continue
+        letter, divided = AXIS_OF.get(what, ("", ""))
+        if letter not in letters:
+            raise ValueError(f"{name} is not {divided}: its axes are {letters}, so {what} has no meaning")
+        if what == "layers" and name not in IN_BLOCK:
+            raise ValueError(f"{name} is in one place: leave out layers, or name an activation without its layer")
+        where[what] = _places(what, numbers, least=-END if what == "layers" else 0)
+    return Edit(name, kind, _numbers(name, value), **where, each_row=each_row)
 
 
-def _number(name: str, value: Any) -> Any:
-    """Return a value as an array of floats."""
+def _numbers(name: str, value: Any) -> Any:
+    """Return a value as an array of floats, or a dict of them."""
+    if isinstance(value, dict):
+        return {key: _numbers(key, array) for key, array in value.items()}
     if isinstance(value, jax.Array):  # not weakly typed: a weak type would compile another program
         value = jax.lax.convert_element_type(value, value.dtype)
     else:
@@ -126,115 +212,166 @@ def _number(name: str, value: Any) -> Any:
     return value.astype(np.float32)
 
 
-def _span(positions: slice) -> jax.Array:
-    start = 0 if positions.start is None else positions.start
-    stop = END if positions.stop is None else positions.stop
+def _span(what: str, positions: slice) -> Any:
+    """Return a slice as its two ends, [2], or [B, 2] if an end has one number for each row."""
     if positions.step not in (None, 1):
-        raise ValueError(f"positions must be a slice with step 1, not {positions}: list the positions instead")
-    ends = [_places("positions", start), _places("positions", stop)]
-    if [end.size for end in ends] != [1, 1]:
-        raise ValueError(f"positions must be a slice from one position to another, not {positions}")
-    return jnp.concatenate(ends)
+        raise ValueError(f"{what} must be a slice with step 1, not {positions}: list the positions instead")
+    ends = [0 if positions.start is None else positions.start, END if positions.stop is None else positions.stop]
+    ends = [_places(what, end) if np.ndim(end) else _places(what, end)[0] for end in ends]
+    known = not any(isinstance(end, Tracer) for end in ends)
+    try:
+        return (np if known else jnp).stack((np if known else jnp).broadcast_arrays(*ends), axis=-1)
+    except ValueError as error:
+        sizes = " and ".join(str(np.size(end)) for end in ends)
+        raise ValueError(f"{what} must be a slice of two ends, each one number or one for each row, not {sizes}") from error
 
 
-def _places(what: str, places: Any) -> Any:
-    """Return positions or heads as int32 [P]: a NumPy array if they are known, a JAX array if they are traced."""
+def _places(what: str, places: Any, least: int = -END, most_axes: int = 1) -> Any:
+    """Return numbers as int32 [P] or [B, P]: a NumPy array if they are known, a JAX array if traced.
+
+    Rows of different numbers of positions are filled with END, where no token is.
+    """
     known = not any(isinstance(place, Tracer) for place in jax.tree.leaves(places))
-    found: Any = np.atleast_1d(np.asarray(places)) if known else jnp.atleast_1d(jnp.asarray(places))
+    try:
+        found: Any = np.atleast_1d(np.asarray(places)) if known else jnp.atleast_1d(jnp.asarray(places))
+    except ValueError:
+        found = _same_length(places)
     if found.size == 0:  # an empty list becomes an array of floats
         found = found.astype(np.int32)
-    if found.ndim != 1 or not jnp.issubdtype(found.dtype, jnp.integer) or (known and (found < 0).any()):
-        raise ValueError(f"{what} must be whole numbers, 0 or more, not {found}")
-    if known:
-        found = np.array([min(int(place), END) for place in found], np.int32)  # no token is at END or after it
+    if found.ndim > most_axes or not jnp.issubdtype(found.dtype, jnp.integer) or (known and (found < least).any()):
+        words = "whole numbers" if least < 0 else "whole numbers, 0 or more"
+        words += ", or a list of them for each row" if most_axes > 1 else ""
+        raise ValueError(f"{what} must be {words}, not {places!r}")
+    if known and found.dtype != np.int32:
+        found = np.array([max(-END, min(int(place), END - 1)) for place in found.flat], np.int32).reshape(found.shape)
     return found.astype(np.int32)
 
 
-def check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], whole_rows: bool = True) -> tuple[Edit, ...]:
+def _same_length(rows: Any) -> np.ndarray:
+    rows = [np.atleast_1d(np.asarray(row)) for row in rows]
+    rows = [row if row.size else row.astype(np.int32) for row in rows]
+    if any(row.ndim != 1 or not np.issubdtype(row.dtype, np.integer) for row in rows):
+        return np.asarray(None)
+    longest = max(map(len, rows))
+    rows = [np.pad(row.astype(np.int64), (0, longest - len(row)), constant_values=END) for row in rows]
+    return np.stack(rows).clip(-END, END).astype(np.int32)
+
+
+# ---- checks against a model and its rows
+
+
+def check_edits(
+    config: GPT2Config,
+    edits: Edit | Sequence[Edit],
+    whole_rows: bool = True,
+    n_rows: int | None = None,
+    longest_B: Any = None,
+) -> tuple[Edit, ...]:
     """Check edits, and return them as a tuple.
 
     Args:
       config: the model's config.
       edits: one edit or several.
-      whole_rows: False if the rows and tokens of a batch vary. Then a value must be the same for all of them.
+      whole_rows: False if the rows and tokens of a batch vary. Then a value must be the same for all of them, or, with
+        `each_row`, for all tokens of a row.
+      n_rows: the number of rows; None if it is unknown.
+      longest_B: the largest number of tokens that each row may have; None if it is unknown.
 
     Raises:
-      ValueError: not an Edit, an unknown activation or head, or a value that does not broadcast.
+      ValueError: not an Edit, an unknown activation, layer or head, a value that does not broadcast, another number of
+        rows, or a position that no row can have.
     """
     edits = (edits,) if isinstance(edits, Edit) or not isinstance(edits, Iterable) else tuple(edits)
     for edit in edits:
         if not isinstance(edit, Edit):
             raise ValueError(f"edits must be made with replace, add, scale or patch of gpt2_jax.research, not {edit!r}")
-        check_names(config, [edit.name])
-        if edit.heads is not None and not isinstance(edit.heads, Tracer) and (edit.heads >= config.n_head).any():
-            raise ValueError(
-                f"the edit of {edit.name} is for heads {edit.heads}, but the model has {config.n_head}, counted from 0"
-            )
-        if not whole_rows:
-            if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(edit)):
-                raise ValueError("this function runs its own compiled programs: call it outside of jit, vmap and grad")
-            one = shape(config, edit.name, 1, 1)
-            if not _fits(jnp.shape(edit.value), one):
+        if edit.kind not in KINDS:
+            raise ValueError(f"the edit of {edit.name} has the kind {edit.kind!r}: it must be one of {', '.join(KINDS)}")
+        _check_layers(config, edit)
+        for what, axis, count in (("heads", "n_head", config.n_head), ("neurons", "4 n_embd", 4 * config.n_embd)):
+            numbers = getattr(edit, what)
+            if numbers is not None and not isinstance(numbers, Tracer) and (np.asarray(numbers) >= count).any():
                 raise ValueError(
-                    f"the edit of {edit.name} has a value of shape {jnp.shape(edit.value)}: here a value must be the "
-                    f"same for all rows and tokens, and broadcast against {one}"
+                    f"the edit of {edit.name} is for {what} {numbers}, but the model has {count} ({axis}), counted from 0"
                 )
+        if not whole_rows:
+            _check_same_for_tokens(config, edit)
+        if n_rows is not None:
+            _check_rows(edit, n_rows)
+        if longest_B is not None:
+            for what in ("positions", "span", "key_positions", "key_span"):
+                _check_exist(edit, what, getattr(edit, what), np.asarray(longest_B))
     return edits
 
 
-def _fits(value: tuple[int, ...], target: tuple[int, ...]) -> bool:
+def _check_layers(config: GPT2Config, edit: Edit) -> None:
+    if edit.name not in IN_BLOCK:
+        return check_names(config, [edit.name])
+    layers = edit.layers
+    if layers is None or isinstance(layers, Tracer):
+        layers = np.arange(config.n_layer)
+    elif not ((layers >= -config.n_layer) & (layers < config.n_layer)).all():
+        raise ValueError(f"the edit of {edit.name} is for layers {layers}, but the model has {config.n_layer}")
+    if isinstance(edit.value, dict) and not isinstance(edit.layers, Tracer):
+        for i in np.asarray(layers) % config.n_layer:
+            if f"h{i}/{edit.name}" not in edit.value:
+                raise ValueError(
+                    f"h{i}/{edit.name} was not captured in the run to patch from: that run has {', '.join(edit.value)}"
+                )
+    return None
+
+
+def _check_same_for_tokens(config: GPT2Config, edit: Edit) -> None:
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(edit)):
+        raise ValueError("this function runs its own compiled programs: call it outside of jit, vmap and grad")
+    one = shape(config, edit.name, 1, 1)
+    for value in edit.value.values() if isinstance(edit.value, dict) else [edit.value]:
+        found, needed = (jnp.shape(value)[1:], one[1:]) if edit.each_row else (jnp.shape(value), one)
+        if not fits(found, needed):
+            rows = "row" if edit.each_row else "same for all rows and tokens"
+            what = f"one for each {rows}, and the same for its tokens" if edit.each_row else f"the {rows}"
+            raise ValueError(
+                f"the edit of {edit.name} has a value of shape {jnp.shape(value)}: here a value must be {what}, and "
+                f"broadcast against {needed}"
+            )
+
+
+def _check_rows(edit: Edit, n_rows: int) -> None:
+    """Check that what the edit says for each row is for this number of rows."""
+    of_rows = {"value": edit.value} if edit.each_row else {}
+    names = ("positions", "span", "key_positions", "key_span")
+    of_rows |= {name: places for name in names if (places := getattr(edit, name)) is not None and places.ndim == 2}
+    for what, array in of_rows.items():
+        if jnp.shape(array)[:1] != (n_rows,):
+            raise ValueError(
+                f"the edit of {edit.name} has a {what} of shape {jnp.shape(array)}: its first axis must have one entry "
+                f"for each of the {n_rows} rows"
+            )
+
+
+def _check_exist(edit: Edit, what: str, places: Any, longest_B: np.ndarray) -> None:
+    """Check that a row has each position, or a position of each span."""
+    if places is None or isinstance(places, Tracer) or not places.size:
+        return
+    places = np.asarray(places)
+    longest = longest_B[:, None] if places.ndim == 2 else longest_B.max(initial=0)
+    if what.endswith("span"):
+        start, stop = (np.where(end < 0, np.maximum(end + longest_B, 0), end) for end in (places[..., 0], places[..., 1]))
+        wrong = not (np.minimum(stop, longest_B) > start).any() and not (stop <= start).all()
+        if wrong:
+            raise ValueError(f"the edit of {edit.name} is for {what} {places.tolist()}, but no row has such a token")
+        return
+    wrong = (places != END) & ((places >= longest) | (places < -longest))
+    if wrong.any():
+        raise ValueError(
+            f"the edit of {edit.name} is for position {places[wrong][0]}, but {'that' if places.ndim == 2 else 'the longest'} "
+            f"row has {np.broadcast_to(longest, places.shape)[wrong][0]} tokens, counted from 0, or back from -1"
+        )
+
+
+def fits(value: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Return whether a value of this shape broadcasts to the target shape."""
     try:
         return np.broadcast_shapes(value, target) == target
     except ValueError:
         return False
-
-
-def taps_of(edits: Sequence[Edit]) -> dict[str, Tap]:
-    """Return the taps that apply these edits. Several edits of one activation apply in order."""
-    taps: dict[str, Tap] = {}
-    for edit in edits:
-        before = taps.get(edit.name)
-        taps[edit.name] = _tap(edit) if before is None else _in_turn(before, _tap(edit))
-    return taps
-
-
-def _in_turn(first: Tap, second: Tap) -> Tap:
-    return lambda value, position_BT: second(first(value, position_BT), position_BT)
-
-
-def _tap(edit: Edit) -> Tap:
-    return lambda x, position_BT: _apply(edit, x, position_BT)
-
-
-def _apply(edit: Edit, x: jax.Array, position_BT: jax.Array) -> jax.Array:
-    """Return the activation after the edit."""
-    value = edit.value.astype(x.dtype)
-    if not _fits(value.shape, x.shape):
-        raise ValueError(
-            f"the edit of {edit.name} has a value of shape {value.shape}, which does not broadcast to {x.shape}"
-        )
-    how: dict[str, Callable[[], jax.Array]] = {
-        "replace": lambda: jnp.broadcast_to(value, x.shape),
-        "add": lambda: x + value,
-        "scale": lambda: x * value,
-    }
-    here = _here(edit, x.shape, position_BT)
-    new = how[edit.kind]()
-    return new if here is None else jnp.where(here, new, x)
-
-
-def _here(edit: Edit, of: tuple[int, ...], position_BT: jax.Array) -> jax.Array | None:
-    """Return a bool mask of where the edit applies, to broadcast against the shape `of`. None means everywhere."""
-    letters = axes(edit.name)
-    here = None
-    if edit.positions is not None:
-        here = (position_BT[..., None] == edit.positions).any(-1)
-    if edit.span is not None:
-        here = (position_BT >= edit.span[0]) & (position_BT < edit.span[1])
-    if here is not None:
-        here = here.reshape([n if axis in "BT" else 1 for axis, n in zip(letters, of, strict=True)])
-    if edit.heads is not None:
-        head_N = (jnp.arange(of[letters.index("N")])[:, None] == edit.heads).any(-1)
-        head_N = head_N.reshape([n if axis == "N" else 1 for axis, n in zip(letters, of, strict=True)])
-        here = head_N if here is None else here & head_N
-    return here

@@ -28,9 +28,9 @@ def on_auto_axes(method: F) -> F:
     """Return a method of a Flax module that computes on Auto axes if its arrays, or the mesh in use, have others.
 
     On Explicit axes, each gather and product would have to name the sharding of its result. The method takes the module
-    and an array, and may take `cache` and `taps`. It returns an array, or an array and the new cache. These are on the
-    Explicit axes again: the first as the given array along all axes but its last, the cache as the given cache, or else
-    by rows. The functions in `taps` get values on the Explicit axes, divided by rows, and may return such values.
+    and an array, and may take `cache` and `taps`. It returns an array, or an array, the new cache and other arrays. These
+    are on the Explicit axes again: the first as the given array along all axes but its last, the cache as the given
+    cache, and the rest by rows. The functions in `taps` get values on the Explicit axes, divided by rows, and may return such values.
     """
     signature = inspect.signature(method)
 
@@ -59,6 +59,7 @@ def on_auto_axes(method: F) -> F:
                     value = tap(*values)
                 return automatic(value)
 
+            call_tap.takes_keys = getattr(tap, "takes_keys", False)  # pyright: ignore[reportFunctionMemberAccess]
             return call_tap
 
         bound.arguments.update({name: jax.tree.map(automatic, value) for name, value in bound.arguments.items()})
@@ -68,8 +69,9 @@ def on_auto_axes(method: F) -> F:
             found = method(*bound.args, **bound.kwargs)
         if not isinstance(found, tuple):
             return explicit(found, sides[: found.ndim - 1])
-        array, new = found
-        return explicit(array, sides[: array.ndim - 1]), jax.tree.map(as_given, new, cache)
+        array, new, others = found
+        by_rows = jax.tree.map(lambda other: explicit(other, sides[:1]), others)
+        return explicit(array, sides[: array.ndim - 1]), jax.tree.map(as_given, new, cache), by_rows
 
     return cast(F, call)
 

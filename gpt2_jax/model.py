@@ -8,7 +8,7 @@ Source: openai/gpt-2, src/model.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import flax.linen as nn
@@ -21,8 +21,10 @@ from jax.core import Tracer
 from jax.nn.initializers import Initializer, normal, ones, zeros
 from jax.sharding import Mesh
 
-from gpt2_jax.activations import NO_TAPS, Tap, Taps, check_names
-from gpt2_jax.attention import attention, causal_attention, open_causal_attention
+from gpt2_jax.activations import NO_TAPS, Tap, Taps, check_names, layer_of, taps_by_name
+from gpt2_jax.attention import MASKED_SCORE, attention, causal_attention, open_causal_attention, unchanged
+from gpt2_jax.branches import NO_CHANGES, QKV_BRANCHES, qkv_changes, result_change
+from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.dropout import Dropout
 from gpt2_jax.explicit_axes import automatic, on_auto_axes
@@ -49,10 +51,12 @@ class Output:
     Attributes:
       logits: [B, T, V], float32 (float64 under a float64 `compute_dtype`).
       cache: the cache with this call's tokens added; None if none was passed.
+      stream: [B, T, D], the residual stream where `research.forward` was told to stop; else None.
     """
 
     logits: jax.Array
     cache: KVCache | None = None
+    stream: jax.Array | None = None
 
 
 def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
@@ -127,6 +131,7 @@ class Attention(nn.Module):
         deterministic: bool,
         taps: Taps,
         padding: Padding | None = None,
+        qkv_changes: Mapping[str, jax.Array] = NO_CHANGES,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attend over the slots of this layer. The T new tokens are written to slots from `start` on.
 
@@ -139,31 +144,42 @@ class Attention(nn.Module):
           deterministic: True means no dropout.
           taps: functions that read and change activations.
           padding: the padding of the new tokens, as in `mask_BTS`; None if all are real.
+          qkv_changes: {"q", "k" or "v": what is added to what this computes, [B, T, N, H]}, from changed branch inputs.
 
         Returns:
           What attention adds to the residual stream [B, T, D], and the layer's new (k_BNHS, v_BNSH).
         """
         config = self.config
-        q_BTNH, k_BTNH, v_BTNH = (taps(self, *pair) for pair in zip("qkv", self._qkv(x_BTD), strict=True))
+        qkv = dict(zip("qkv", self._qkv(x_BTD), strict=True))
+        qkv |= {name: qkv[name] + change_BTNH for name, change_BTNH in qkv_changes.items()}
+        q_BTNH, k_BTNH, v_BTNH = (taps(self, *pair) for pair in qkv.items())
         k_BNHS, v_BNSH = k_BTNH.transpose(0, 2, 3, 1), v_BTNH.transpose(0, 2, 1, 3)
         if kv is not None:
             k_BNHS, v_BNSH = write_slots(kv[0], k_BNHS, start, axis=3), write_slots(kv[1], v_BNSH, start, axis=2)
         real = config.n_head if self.by_heads else None
         dropout = functools.partial(Dropout(config.attn_pdrop, real), deterministic=deterministic)
-        see = [functools.partial(taps, self, name) for name in ("scores", "pattern")]
+        # A change must not let a token attend to a later one or to padding. So both are masked again behind it.
+        see = [
+            functools.partial(taps, self, name, masked=masked) if taps.on(self, name) else unchanged
+            for name, masked in (("scores", MASKED_SCORE), ("pattern", 0.0))
+        ]
         opened, dropped = taps.on(self, "scores", "pattern"), config.attn_pdrop > 0 and not deterministic
         divisor = self.layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
         if past is not None or k_BNHS.shape[-1] != x_BTD.shape[1]:
             z_BTNH = attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, past, *see, divisor=divisor)
         # From here on there are only the new tokens: `start` is 0.
-        elif platforms := kernels(config, self.mesh, x_BTD.shape[1], padding, taps is not NO_TAPS, opened, dropped):
+        elif platforms := kernels(config, self.mesh, x_BTD.shape[1], padding, bool(taps), opened, dropped):
             z_BTNH = fused_attention(q_BTNH, k_BTNH, v_BTNH, mask_BTS, padding, divisor, platforms, self.mesh)
         elif opened:
             z_BTNH = open_causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, *see, divisor=divisor)
         else:
             z_BTNH = causal_attention(q_BTNH, k_BNHS, v_BNSH, mask_BTS, dropout, divisor)
-        z_BTD = taps(self, "z", z_BTNH).reshape(*x_BTD.shape[:2], -1)
-        out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTD)
+        z_BTNH = taps(self, "z", z_BTNH)
+        out_BTD = Conv1D(config, config.n_embd, name="c_proj")(z_BTNH.reshape(*x_BTD.shape[:2], -1))
+        if taps.on(self, "result"):
+            params = jax.tree.map(automatic, self.variables["params"])
+            w_NHD = params["c_proj"]["w"].reshape(*z_BTNH.shape[2:], -1).astype(config.compute_dtype)
+            out_BTD = result_change(self, taps, z_BTNH, w_NHD, out_BTD)
         out_BTD = Dropout(config.resid_pdrop)(out_BTD, deterministic)
         return taps(self, "out", out_BTD), (k_BNHS, v_BNSH)
 
@@ -216,11 +232,27 @@ class Block(nn.Module):
         x_BTD = taps(self, "resid_pre", x_BTD)
         h_BTD = LayerNorm(self.config, name="ln_1")(x_BTD, taps)
         attn = Attention(self.config, self.layer, self.mesh, self.by_heads, name="attn")
-        h_BTD, kv = attn(h_BTD, mask_BTS, kv, start, past, deterministic, taps, padding)
+        changes = self._branch_changes(x_BTD, taps)
+        h_BTD, kv = attn(h_BTD, mask_BTS, kv, start, past, deterministic, taps, padding, changes)
         x_BTD = taps(self, "resid_mid", divided(x_BTD + h_BTD, self.mesh))
-        h_BTD = LayerNorm(self.config, name="ln_2")(x_BTD, taps)
+        h_BTD = LayerNorm(self.config, name="ln_2")(taps(self, "mlp/in", x_BTD), taps)
         x_BTD = divided(x_BTD + MLP(self.config, name="mlp")(h_BTD, deterministic, taps), self.mesh)
         return taps(self, "resid_post", x_BTD), kv
+
+    def _branch_changes(self, x_BTD: jax.Array, taps: Taps) -> dict[str, jax.Array]:
+        """Return what changed inputs of heads change in their queries, keys and values, as Attention takes it."""
+        if not taps.on(self, *QKV_BRANCHES):
+            return {}
+        params = jax.tree.map(automatic, self.variables["params"])
+
+        def normalize(x_BTND: jax.Array) -> jax.Array:
+            return LayerNorm(self.config, parent=None).apply({"params": params["ln_1"]}, x_BTND)
+
+        n = n_heads(self.config, self.mesh) if self.by_heads else self.config.n_head
+        w_DX = params["attn"]["c_attn"]["w"].astype(self.config.compute_dtype)
+        by_kind = (len(w_DX), n, 3, -1) if self.by_heads else (len(w_DX), 3, n, -1)
+        w_3DNH = jnp.moveaxis(w_DX.reshape(by_kind), by_kind.index(3), 0)
+        return qkv_changes(self, taps, x_BTD, normalize, w_3DNH)
 
 
 class GPT2(nn.Module):
@@ -282,8 +314,10 @@ class GPT2(nn.Module):
             real tokens, and no token attends to padding. So a row gives the same results with and without padding.
           cache: the earlier tokens, from `init_cache` or an earlier call; None means that there are none.
           deterministic: False applies dropout, and needs `rngs={"dropout": key}`.
-          taps: {activation name: function (value, position_BT) -> new value}. position_BT, int32, has the tokens'
-            positions in the row. `gpt2_jax.activations` lists the names. `gpt2_jax.research` makes taps.
+          taps: {activation name or regular expression: function (value, position_BT) -> new value, or None}.
+            position_BT, int32, has the tokens' positions in the row. The result must have the shape of the value, and is
+            cast to its dtype. Scores and patterns are masked again behind a tap. `gpt2_jax.activations` lists the names.
+            With `remat` a tap must not store its value: `run` captures activations.
 
         Returns:
           Output with logits [B, T, V] and the new cache.
@@ -291,13 +325,11 @@ class GPT2(nn.Module):
         Raises:
           ValueError: a shape or dtype does not fit; a call without a mask has more than n_ctx tokens (with a mask,
             padding does not count); the cache fits another model or number of rows, or has fewer slots than tokens; a
-            tap has an unknown name, or is used with `remat`, which computes activations twice.
+            tap has an unknown name, or returns something else than an array of the value's shape.
         """
         h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic, taps)
         return Output(logits=self.unembed(h_BTD), cache=cache)
 
-    @under_jax_defaults
-    @on_auto_axes
     def hidden(
         self,
         tokens_BT: jax.Array,
@@ -307,11 +339,36 @@ class GPT2(nn.Module):
         taps: Mapping[str, Tap] | None = None,
         right_padded: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Return the residual stream after ln_f [B, T, D], and the new cache. Arguments: see `__call__`.
+        """Return the residual stream after ln_f [B, T, D], and the new cache. Arguments: see `__call__` and `run`."""
+        return self.run(tokens_BT, mask_BT, cache, deterministic, taps, right_padded)[:2]
 
-        `right_padded=True` promises that `mask_BT` has padding only after the tokens of a row. Fused attention on a GPU
-        needs this promise.
+    @under_jax_defaults
+    @on_auto_axes
+    def run(
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+        taps: Mapping[str, Tap] | None = None,
+        right_padded: bool = False,
+        capture: Sequence[str] = (),
+        stop_at_layer: int | None = None,
+    ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
+        """Return the residual stream after ln_f [B, T, D], the new cache, and captured activations by name.
+
+        Args:
+          tokens_BT, mask_BT, cache, deterministic, taps: see `__call__`.
+          right_padded: the promise that `mask_BT` has padding only after the tokens of a row. Fused attention on a GPU
+            needs this promise.
+          capture: the names of activations to return, with their values after the taps.
+          stop_at_layer: run only the blocks before this one, and return the residual stream after them, without ln_f.
+            0 runs none. None runs all.
+
+        Raises:
+          ValueError: as `__call__`; a captured activation is not computed; or there is a cache, which needs all layers.
         """
+        stop = self._stop(stop_at_layer, capture, cache)
         padded = mask_BT is not None
         tokens_BT, mask_BT = self._check(tokens_BT, mask_BT, cache, deterministic)
         start, n_tokens_B1 = (0, 0) if cache is None else (cache.length, cache.n_tokens_B[:, None])
@@ -325,29 +382,33 @@ class GPT2(nn.Module):
         mask_BTS = _causal_mask(tokens_BT.shape[1], mask_BS, start)
         length_B = mask_BT.sum(-1, dtype=jnp.int32) if right_padded else None
         padding = Padding(mask_BT, length_B) if padded else None
-        seen = self._taps(taps, position_BT)
+        seen = self._taps(taps, capture, position_BT, mask_BS, cache)
 
         x_BTD = divided(self._embed(tokens_BT, mask_BT, position_BT, seen), self.mesh)
         x_BTD = self.embd_dropout(x_BTD, deterministic)
         new_kv = []
 
         def block(module: Block, x_BTD, kv, past):
-            return module(x_BTD, mask_BTS, kv, start, past, deterministic, seen, padding)
+            taps = seen.without_captured()
+            x_BTD, kv = module(x_BTD, mask_BTS, kv, start, past, deterministic, taps, padding)
+            return x_BTD, kv, taps.captured
 
         if self.remat:
             policy = jax.checkpoint_policies.dots_saveable if self.remat == "elementwise" else None
             block = nn.remat(block, policy=policy)
-        for i in range(self.config.n_layer):
+        for i in range(stop):
             kv = None if cache is None else (cache.k_BNHS[i], cache.v_BNSH[i])
             past = None
             if cache is not None and cache.past is not None:
                 past = (cache.past.k_BNHS[i], cache.past.v_BNSH[i], cache.past.mask_BS[:, None])
-            x_BTD, kv = block(getattr(self, f"h{i}"), x_BTD, kv, past)
+            x_BTD, kv, captured = block(getattr(self, f"h{i}"), x_BTD, kv, past)
             new_kv.append(kv)
+            seen.captured.update(captured)
         if cache is not None:
             k_BNHS, v_BNSH = zip(*new_kv, strict=True)
             cache = KVCache(k_BNHS, v_BNSH, mask_BS, cache.length + tokens_BT.shape[1], cache.past)
-        return divided(self.ln_f(x_BTD, seen), self.mesh), cache
+        h_BTD = self.ln_f(x_BTD, seen) if stop_at_layer is None else x_BTD
+        return divided(h_BTD, self.mesh), cache, seen.captured
 
     @under_jax_defaults
     @on_auto_axes
@@ -366,13 +427,35 @@ class GPT2(nn.Module):
         """The number of heads of the cache: with `by_heads` it may be more than `config.n_head`."""
         return n_heads(self.config, self.mesh) if self.by_heads else self.config.n_head
 
-    def _taps(self, taps: Mapping[str, Tap] | None, position_BT: jax.Array) -> Taps:
-        if not taps:
+    def _stop(self, stop_at_layer: int | None, capture: Sequence[str], cache: KVCache | None) -> int:
+        """Return the number of blocks to run."""
+        check_names(self.config, capture)
+        if stop_at_layer is None:
+            return self.config.n_layer
+        stop = whole_number("stop_at_layer", stop_at_layer, 0, self.config.n_layer)
+        if cache is not None:
+            raise ValueError("stop_at_layer needs a pass without cache: a cache holds the keys and values of all layers")
+        for name in capture:
+            layer = layer_of(name)
+            if name.startswith("ln_f/") or (layer is not None and layer >= stop):
+                raise ValueError(f"{name} cannot be captured with stop_at_layer={stop}: it is computed later")
+        return stop
+
+    def _taps(
+        self,
+        taps: Mapping[str, Tap] | None,
+        capture: Sequence[str],
+        position_BT: jax.Array,
+        mask_BS: jax.Array,
+        cache: KVCache | None,
+    ) -> Taps:
+        if not taps and not capture:
             return NO_TAPS
-        check_names(self.config, list(taps))
-        if self.remat:
-            raise ValueError("taps do not work with remat, which computes activations twice: use GPT2 without remat")
-        return Taps(taps, position_BT, n_outer=len(self.path))
+        masks = [mask_BS] if cache is None or cache.past is None else [cache.past.mask_BS, mask_BS]
+        mask_BS = jnp.concatenate(masks, axis=1)
+        key_position_BS = jnp.where(mask_BS, jnp.cumsum(mask_BS, axis=-1) - 1, -1)
+        by_name = taps_by_name(self.config, taps or {})
+        return Taps(by_name, capture, (position_BT, key_position_BS), n_outer=len(self.path))
 
     def _embed(self, tokens_BT: jax.Array, mask_BT: jax.Array, position_BT: jax.Array, taps: Taps) -> jax.Array:
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.config.n_vocab)

@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gpt2_jax.edits import Edit, taps_of
+from gpt2_jax.changes import taps_of
+from gpt2_jax.edits import Edit
 from gpt2_jax.generation.memory import RECENT
 from gpt2_jax.kv_cache import KVCache, empty_cache, insert, merge
 from gpt2_jax.model import GPT2
@@ -105,7 +106,7 @@ def prefill(
     n_rows, n_slots = tokens_GP.shape
     mask_GP = jnp.arange(n_slots) < length_G[:, None]
     cache = _empty_cache(model, n_rows, n_slots)
-    how = {"taps": taps_of(edits), "right_padded": True, "method": "hidden"}
+    how = {"taps": taps_of(model.config, edits), "right_padded": True, "method": "hidden"}
     h_GPD, cache = model.apply({"params": params}, tokens_GP, mask_GP, cache, **how)
     last_G11 = jnp.maximum(length_G - 1, 0)[:, None, None]
     return cache, jnp.take_along_axis(h_GPD, last_G11, axis=1)[:, 0]
@@ -178,7 +179,7 @@ def decode(
         on = goes_on(i, state) if fixed else None
         mask_B1 = None if on is None else jnp.broadcast_to(on, (len(done_B), 1))
         cache = dataclasses.replace(state.recent, past=past)
-        out = model.apply({"params": params}, state.token_B[:, None], mask_B1, cache, taps=taps_of(edits))
+        out = model.apply({"params": params}, state.token_B[:, None], mask_B1, cache, taps=taps_of(model.config, edits))
         recent = dataclasses.replace(out.cache, past=None)
         if on is not None:
             recent = dataclasses.replace(recent, length=jnp.where(on, recent.length, state.recent.length))

@@ -16,7 +16,8 @@ from jax import lax
 
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits, taps_of
+from gpt2_jax.changes import taps_of
+from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
 from gpt2_jax.generation.devices import on_devices
 from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory
@@ -203,7 +204,7 @@ def _logprobs(
     The first `n_chunks` rows of `position_PC` are real. greedy: no token was more likely; greedy_aside: none outside
     `aside_V`.
     """
-    how = {"taps": taps_of(edits), "right_padded": True, "method": "hidden"}
+    how = {"taps": taps_of(model.config, edits), "right_padded": True, "method": "hidden"}
     h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, **how)
     h_PD = h_BTD.reshape(-1, h_BTD.shape[-1])
 

@@ -5,11 +5,12 @@ functions that draw the results. The activation names and the edits are part of 
 `gpt2_jax.edits`), because generation and evaluation take edits too. `gpt2_jax.evaluate` measures how good a model is.
 """
 
-from gpt2_jax.activations import AXES, activation_names
+from gpt2_jax.activations import AXES, BRANCHES, activation_names
 from gpt2_jax.edits import Edit, add, patch, replace, scale
 from gpt2_jax.research import pictures, surgery
 from gpt2_jax.research._forward import forward
 from gpt2_jax.research._harvest import harvest
+from gpt2_jax.research._rows import padded
 from gpt2_jax.research.attribution import logit_attribution, residual_parts
 from gpt2_jax.research.circuits import composition_scores, copying_scores, ov_circuit, qk_circuit, top_tokens
 from gpt2_jax.research.folding import center_unembed, fold_layer_norm
@@ -21,6 +22,7 @@ from gpt2_jax.research.stored import StoredActivations, open_activations
 
 __all__ = [
     "AXES",
+    "BRANCHES",
     "Edit",
     "StoredActivations",
     "activation_names",
@@ -40,6 +42,7 @@ __all__ = [
     "mean_attention",
     "open_activations",
     "ov_circuit",
+    "padded",
     "patch",
     "pictures",
     "qk_circuit",

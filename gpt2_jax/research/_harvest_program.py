@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.activations import layer_of
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.devices import on_devices
 from gpt2_jax.generation.memory import is_out_of_memory
@@ -33,12 +34,12 @@ class Program:
     """
 
     def __init__(self, config: GPT2Config, params: Params, names: tuple[str, ...], dtype: np.dtype):
-        last = max(int(name[1 : name.index("/")]) if name[0] == "h" else -1 for name in names)
-        if not any(name.startswith("ln_f") for name in names):  # the blocks above are not even traced
-            config = config.replace(n_layer=max(last + 1, 1))
-            params = {name: leaf for name, leaf in params.items() if name[0] != "h" or int(name[1:]) < config.n_layer}
         self.model, self.params = on_devices(config, params, edited=True)
         self.names, self.dtype = names, dtype
+        layers = [layer_of(name) for name in names]
+        self.stop = max(-1 if layer is None else layer for layer in layers) + 1  # XLA prunes what else is not needed
+        if any(name.startswith("ln_f/") for name in names):
+            self.stop = None
         self.n_devices = axis_size(self.model.mesh, DATA)
         self.tokens_per_call = TOKENS_PER_CALL.get(platform(self.params), TOKENS_PER_CALL_ELSEWHERE)
         device = next(iter(jax.tree.leaves(self.params)[0].devices()))
@@ -59,27 +60,27 @@ class Program:
         for b, w in enumerate(batch.windows):
             tokens_BT[b, : length_B[b]] = plan.id_N[plan.offset_W[w] :][: length_B[b]]
         with memory_told(batch):
-            results = _captured(self.model, self.names, self.dtype, self.params, tokens_BT, length_B)
+            results = _captured(self.model, self.names, self.stop, self.dtype, self.params, tokens_BT, length_B)
             for array in jax.tree.leaves(results):
                 array.copy_to_host_async()
         return results
 
 
-@functools.partial(jax.jit, static_argnames=("model", "names", "dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "names", "stop", "dtype"))
 def _captured(
-    model: GPT2, names: tuple[str, ...], dtype: np.dtype, params: Params, tokens_BT: jax.Array, length_B: jax.Array
+    model: GPT2,
+    names: tuple[str, ...],
+    stop: int | None,
+    dtype: np.dtype,
+    params: Params,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Return the activations as they are stored, and whether all those of a row's real tokens are finite."""
     mask_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
-    captured = {}
-
-    def keep(name: str, value: jax.Array, position_BT: jax.Array) -> jax.Array:
-        captured[name] = value.astype(dtype)
-        return value
-
-    taps = {name: functools.partial(keep, name) for name in names}
-    how = {"taps": taps, "right_padded": True, "method": "hidden"}
-    model.apply({"params": params}, tokens_BT, mask_BT, **how)
+    how = {"right_padded": True, "capture": names, "stop_at_layer": stop, "method": "run"}
+    captured = model.apply({"params": params}, tokens_BT, mask_BT, **how)[2]
+    captured = {name: value.astype(dtype) for name, value in captured.items()}
     finite = {}
     for name, value in captured.items():
         finite_BT = jnp.isfinite(value).all(axis=range(2, value.ndim))

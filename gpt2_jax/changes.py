@@ -1,0 +1,195 @@
+"""Applies edits and taps: what changes in one forward pass.
+
+Shape letters: B batch, T query, S cache slot, N heads, F mlp width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.tree_util import Partial
+
+from gpt2_jax.activations import IN_BLOCK, Tap, axes, in_turn, layer_of, taps_by_name
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit, check_edits, fits
+
+
+@struct.dataclass
+class Changes:
+    """The edits and taps of a pass. They are a pytree: functions are static, what a Partial or an edit holds is traced.
+
+    Attributes:
+      edits: checked edits. They come before the taps of the same activation.
+      taps: functions, as Partial.
+      tap_names: the name or pattern of each tap.
+    """
+
+    edits: tuple[Edit, ...] = ()
+    taps: tuple[Partial, ...] = ()
+    tap_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
+
+    def __bool__(self) -> bool:
+        """Return whether anything is changed."""
+        return bool(self.edits or self.taps)
+
+    def by_name(self, config: GPT2Config, end_B: jax.Array | None = None) -> dict[str, Tap]:
+        """Return one tap for each activation that is changed. `end_B` is as in `taps_of`."""
+        taps = taps_of(config, self.edits, end_B)
+        given = dict(zip(self.tap_names, self.taps, strict=True))
+        for name, tap in taps_by_name(config, given).items():
+            taps[name] = tap if name not in taps else in_turn(name, taps[name], tap)
+        return taps
+
+    def of_rows(self, rows: Sequence[int], n_rows: int | None = None) -> Changes:
+        """Return the changes for these rows of a batch, and for copies of the first up to `n_rows`."""
+        index = np.zeros(len(rows) if n_rows is None else n_rows, int)
+        index[: len(rows)] = rows
+        return self.replace(edits=tuple(_of_rows(edit, index) for edit in self.edits))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_changes(
+    config: GPT2Config,
+    edits: Edit | Sequence[Edit],
+    taps: Mapping[str, Tap] | None,
+    whole_rows: bool = True,
+    n_rows: int | None = None,
+    longest_B: Any = None,
+) -> Changes:
+    """Check edits and taps, and return them together. The arguments are those of `check_edits`, and taps by name.
+
+    Raises:
+      ValueError: as `check_edits`; or a tap is not a function, cannot be hashed, or fits no activation.
+    """
+    edits = check_edits(config, edits, whole_rows, n_rows, longest_B)
+    taps = {} if taps is None else taps
+    taps_by_name(config, taps)
+    for name, tap in taps.items():
+        try:
+            hash(tap.func if isinstance(tap, Partial) else tap)
+        except TypeError as error:
+            raise ValueError(
+                f"the tap of {name!r} cannot be hashed, which compiling needs: give a plain function, or "
+                "jax.tree_util.Partial(function, arrays)"
+            ) from error
+    functions = tuple(tap if isinstance(tap, Partial) else Partial(tap) for tap in taps.values())
+    return Changes(edits, functions, tuple(taps))
+
+
+def taps_of(config: GPT2Config, edits: Sequence[Edit], end_B: jax.Array | None = None) -> dict[str, Tap]:
+    """Return the taps that apply these edits. Several edits of one activation apply in order.
+
+    Args:
+      config: the model's config.
+      edits: checked edits.
+      end_B: int32, the number of tokens of each row from whose end negative positions count. None means all tokens up
+        to the last one of the pass.
+    """
+    taps: dict[str, Tap] = {}
+    for edit in edits:
+        for name in _names(config, edit):
+            tap = _EditTap(edit, name, config.n_layer, end_B)
+            taps[name] = tap if name not in taps else in_turn(name, taps[name], tap)
+    return taps
+
+
+def _names(config: GPT2Config, edit: Edit) -> list[str]:
+    """Return the activations that an edit may change."""
+    if edit.name not in IN_BLOCK:
+        return [edit.name]
+    names = [f"h{i}/{edit.name}" for i in range(config.n_layer)]
+    return [name for name in names if name in edit.value] if isinstance(edit.value, dict) else names
+
+
+class _EditTap:
+    """The tap that applies an edit to one activation."""
+
+    takes_keys = True
+
+    def __init__(self, edit: Edit, name: str, n_layer: int, end_B: jax.Array | None):
+        self.edit, self.name, self.n_layer, self.end_B = edit, name, n_layer, end_B
+
+    def __call__(self, x: jax.Array, position_BT: jax.Array, key_position_BS: jax.Array) -> jax.Array:
+        """Return the activation after the edit."""
+        edit = self.edit
+        value = edit.value[self.name] if isinstance(edit.value, dict) else edit.value
+        value = jnp.asarray(value).astype(x.dtype)
+        if edit.each_row:
+            value = value.reshape(*value.shape[:1], *[1] * (x.ndim - value.ndim), *value.shape[1:])
+        self._check(value.shape, x.shape)
+        how: dict[str, Callable[[], jax.Array]] = {
+            "replace": lambda: jnp.broadcast_to(value, x.shape),
+            "patch": lambda: jnp.broadcast_to(value, x.shape),
+            "add": lambda: x + value,
+            "scale": lambda: x * value,
+        }
+        here = self._here(x.shape, position_BT, key_position_BS)
+        new = how[edit.kind]()
+        return new if here is None else jnp.where(here, new, x)
+
+    def _check(self, value: tuple[int, ...], target: tuple[int, ...]) -> None:
+        if self.edit.kind == "patch" and (value[1:] != target[1:] or len(value) != len(target)):
+            raise ValueError(
+                f"the patch of {self.name} has the shape {value}, but the activation has {target}: both runs must have "
+                "the same number of tokens; for a value that is the same for all tokens use replace"
+            )
+        if not fits(value, target):
+            hint = ""
+            if len(value) and value[0] == target[0] and not self.edit.each_row:
+                hint = "; for one value for each row set each_row=True"
+            raise ValueError(
+                f"the edit of {self.name} has a value of shape {value}, which does not broadcast to {target}{hint}"
+            )
+
+    def _here(self, of: tuple[int, ...], position_BT: jax.Array, key_position_BS: jax.Array) -> jax.Array | None:
+        """Return a bool mask of where the edit applies, to broadcast against the shape `of`. None means everywhere."""
+        edit, letters = self.edit, axes(self.name)
+        end_B = position_BT.max(-1) + 1 if self.end_B is None else self.end_B
+        found = {
+            "BT": _at(position_BT, edit.positions, edit.span, end_B),
+            "BS": _at(key_position_BS, edit.key_positions, edit.key_span, end_B),
+            "N": _among(edit.heads, of, letters.find("N")),
+            "F": _among(edit.neurons, of, letters.find("F")),
+        }
+        here = None
+        for along, mask in found.items():
+            if mask is not None:
+                mask = mask.reshape([n if axis in along else 1 for axis, n in zip(letters, of, strict=True)])
+                here = mask if here is None else here & mask
+        if edit.layers is not None:
+            layer = layer_of(self.name)
+            in_layer = ((edit.layers == layer) | (edit.layers == layer - self.n_layer)).any()
+            here = in_layer if here is None else here & in_layer
+        return here
+
+
+def _at(position_BT: jax.Array, places: Any, span: Any, end_B: jax.Array) -> jax.Array | None:
+    """Return where these positions, or those of a span, are: bool [B, T]. None means everywhere."""
+    end_B1 = end_B[:, None]
+    if places is not None:
+        places_BP = jnp.where(places < 0, places + end_B1, places)
+        return (position_BT[..., None] == places_BP[:, None]).any(-1)
+    if span is not None:
+        start, stop = (span[..., i : i + 1] for i in range(2))
+        start_B1, stop_B1 = (jnp.where(end < 0, end + end_B1, end) for end in (start, stop))
+        return (position_BT >= start_B1) & (position_BT < stop_B1) & (position_BT >= 0)
+    return None
+
+
+def _among(numbers: Any, of: tuple[int, ...], axis: int) -> jax.Array | None:
+    """Return which indices of an axis are among these numbers: bool. None means all."""
+    return None if numbers is None else (jnp.arange(of[axis])[:, None] == numbers).any(-1)
+
+
+def _of_rows(edit: Edit, index: np.ndarray) -> Edit:
+    """Return the edit with what it says for each row taken from these rows."""
+    taken: dict[str, Any] = {"value": np.asarray(edit.value)[index]} if edit.each_row else {}
+    for name in ("positions", "span", "key_positions", "key_span"):
+        places = getattr(edit, name)
+        if places is not None and places.ndim == 2:
+            taken[name] = np.asarray(places)[index]
+    return edit.replace(**taken)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,130 @@
+"""Rows of token ids as arguments: their check, their padding to a few lengths, and results cut to each row's length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from gpt2_jax.activations import axes
+from gpt2_jax.checks import choice
+from gpt2_jax.config import GPT2Config
+from gpt2_jax.generation.prompts import check_prompt
+from gpt2_jax.model import Output
+
+SHORTEST = 32  # tokens; with powers of two from here on, all rows of up to 1,024 tokens share six lengths
+
+
+def as_tokens(config: GPT2Config, tokens_BT: Any) -> jax.Array:
+    """Return token ids as an array [B, T]. Ids in lists and NumPy arrays are checked; ids in a JAX array are not.
+
+    Raises:
+      ValueError: not rows of ids of the vocabulary, no rows, or rows of different lengths.
+    """
+    if isinstance(tokens_BT, jax.Array):
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer) :
+            raise ValueError(f"tokens must be whole numbers of shape [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
+        if not tokens_BT.size:
+            raise ValueError(f"tokens must have one row and one token or more, not the shape {tokens_BT.shape}")
+        return tokens_BT
+    rows = as_rows(config, tokens_BT)
+    if len({len(row) for row in rows}) > 1:
+        lengths = ", ".join(str(len(row)) for row in rows)
+        raise ValueError(
+            f"the rows of tokens have {lengths} ids: pad them to one length with research.padded, which also returns "
+            "mask_BT"
+        )
+    return cast(jax.Array, np.stack(rows).astype(np.int32))  # jit takes NumPy arrays
+
+
+def as_rows(config: GPT2Config, tokens: Any) -> list[np.ndarray]:
+    """Return rows of token ids, checked, as arrays.
+
+    Raises:
+      ValueError: not rows of ids of the vocabulary, or no rows.
+    """
+    if not hasattr(tokens, "__len__") or len(tokens) == 0:
+        raise ValueError(f"tokens must be rows of ids, [B, T], not {tokens!r}")
+    if np.ndim(tokens[0]) == 0:
+        raise ValueError("tokens must be rows of ids, [B, T], not one row: put it into a list, [ids]")
+    return [check_prompt(config, f"tokens[{b}]", row) for b, row in enumerate(tokens)]
+
+
+def padded(
+    config: GPT2Config, tokens: Sequence[Sequence[int]], side: Literal["left", "right"] = "right"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of any lengths as one array, int32 [B, T], and its mask, bool [B, T], True for real tokens.
+
+    Args:
+      config: the model's config.
+      tokens: the rows of ids.
+      side: where the padding is. Results do not depend on it.
+
+    Raises:
+      ValueError: not rows of ids of the vocabulary, or another side.
+    """
+    rows, side = as_rows(config, tokens), choice("side", side, ("left", "right"))
+    return _padded(rows, max(map(len, rows)), side)
+
+
+def _padded(rows: Sequence[np.ndarray], length: int, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    tokens_BT, mask_BT = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for b, row in enumerate(rows):
+        real = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        tokens_BT[b, real], mask_BT[b, real] = row, True
+    return tokens_BT, mask_BT
+
+
+def are_lists(tokens: Any) -> bool:
+    """Return whether tokens are a list of rows, and not one array."""
+    return not isinstance(tokens, jax.Array | np.ndarray)
+
+
+def bucketed(config: GPT2Config, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows padded on the right to one of a few lengths, and their mask.
+
+    Raises:
+      ValueError: a row has more than n_ctx tokens.
+    """
+    longest = max(map(len, rows))
+    if longest > config.n_ctx:
+        raise ValueError(f"{longest} tokens do not fit the model's n_ctx of {config.n_ctx}")
+    return _padded(rows, min(max(SHORTEST, 1 << (longest - 1).bit_length()), config.n_ctx))
+
+
+def known_lengths(mask_BT: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the number of tokens of each row, or of its slots if the mask is traced."""
+    if mask_BT is None or isinstance(mask_BT, Tracer) or np.shape(mask_BT) != shape:
+        return np.full(shape[0], shape[1])
+    return np.asarray(mask_BT).astype(bool).sum(-1)
+
+
+def of_rows(
+    config: GPT2Config, found: tuple[Output, dict[str, jax.Array]], lengths: Sequence[int]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the results of padded rows cut to their lengths: arrays if all are equal, else a list of arrays each."""
+    out, captured = found
+
+    def cut(array: jax.Array | None, letters: str) -> Any:
+        if array is None:
+            return None
+        if len(set(lengths)) == 1:
+            return _cut(array, tuple(slice(lengths[0]) if axis in "TS" else slice(None) for axis in letters))
+        return [
+            _cut(array, (b, *(slice(n) if axis in "TS" else slice(None) for axis in letters[1:])))
+            for b, n in enumerate(lengths)
+        ]
+
+    out = Output(cut(out.logits, "BTV"), None, cut(out.stream, "BTD"))  # pyright: ignore[reportArgumentType]
+    return out, {name: cut(array, axes(name)) for name, array in captured.items()}
+
+
+def _cut(array: jax.Array, index: tuple[Any, ...]) -> jax.Array:
+    """Return a part of an array. An array of one device is cut on the host, which compiles nothing for each length."""
+    if isinstance(array, Tracer) or len(array.sharding.device_set) > 1:
+        return array[index]
+    return jax.device_put(np.asarray(array)[index], array.sharding)
