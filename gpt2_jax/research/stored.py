@@ -84,7 +84,7 @@ class Rows:
             index_R = np.flatnonzero(index_R)
         if not index_R.size:
             index_R = index_R.astype(np.int64)
-        if not np.issubdtype(index_R.dtype, np.integer) or index_R.ndim > 1:
+        if isinstance(index, tuple) or not np.issubdtype(index_R.dtype, np.integer) or index_R.ndim > 1:
             raise IndexError(f"rows are indexed by a number, a slice, a list of numbers or a mask, not {index!r}")
         rows = self._at(index_R.reshape(-1))
         return rows[0] if index_R.ndim == 0 else rows
