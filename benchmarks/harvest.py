@@ -40,7 +40,8 @@ LEGEND = """\
   disk. The hash of the model is part of each call.
 - TransformerLens {lens}: its bridge with compatibility mode off, `run_with_cache` with `names_filter` and
   `stop_at_layer`, under `torch.no_grad`, {batch} texts at a time with {attention} attention: the fastest of
-  {batches} with {kinds}. Each batch is appended to one .npy file, which is not flushed.
+  {batches} with {kinds}. Each batch is appended to one .npy file, which is not flushed. Its threads
+  sleep while they wait (`OMP_WAIT_POLICY=PASSIVE`). By default they spin, and other programs slow them down far more.
 - x ours: the time divided by ours, median over the rounds.
 - Floor: the operations of {n_blocks} blocks, {tera:.2f}e12, at the rate of plain products of [{rows}, D] with two
   matrices of an MLP, measured in our process at each turn: {rate} GFLOP/s. It has no softmax, no GELU, no layer
@@ -242,7 +243,8 @@ def row(
 
 def main(args: argparse.Namespace) -> None:
     """Measure and print a Markdown table."""
-    os.environ |= ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1"}
+    # Torch's threads wait for each other in loops. On a machine with other work, that takes many times as long.
+    os.environ |= ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     report, busy = Report(args.output), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

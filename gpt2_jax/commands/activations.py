@@ -140,7 +140,8 @@ def _documents(args: Args, tokenizer: Tokenizer) -> tuple[list[np.ndarray], list
                 break
     if not documents:
         raise ValueError(f"there is no text in {len(found.files)} files with {found.n_bytes:,} bytes in total")
-    _tell(f"text: {len(documents):,} documents, {sum(map(len, documents)):,} tokens")
+    plural = "" if len(documents) == 1 else "s"
+    _tell(f"text: {len(documents):,} document{plural}, {sum(map(len, documents)):,} tokens")
     files = [
         {"name": path.name if path else "standard input", "bytes": stat.st_size if stat else None}
         for path, stat in zip(found.files, found.stats, strict=True)
