@@ -114,7 +114,7 @@ def start_ours(folder: Path, args: argparse.Namespace) -> None:
     def computed() -> None:
         """Run the programs over all batches."""
         plan = _harvest_plan.make_plan(config, documents, config.n_ctx, 0, 10**9)
-        program, waiting = _harvest_program.Program(config, params, (name,), np.dtype(np.float32)), None
+        program, waiting = _harvest_program.Program(config, params, (name,), np.dtype(np.float32), 512), None
         for batch in _harvest_plan.batches(plan, [0], program.tokens_per_call, 1):
             results = program.start(plan, batch)
             jax.block_until_ready(waiting)

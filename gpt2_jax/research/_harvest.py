@@ -106,7 +106,7 @@ def harvest(
     row_bytes += len(stored.INDEX) * stored.INDEX_DTYPE.itemsize
     rows_per_shard = max(max_tokens, whole_number("shard_bytes", shard_bytes, 1) // row_bytes)
     plan = make_plan(config, documents, max_tokens, skip_first, rows_per_shard)
-    program = Program(config, params, names, dtype)
+    program = Program(config, params, names, dtype, row_bytes)
     described = {
         name: {"axes": activations.axes(name)[2:], "shape": list(shape), "dtype": dtype.name}
         for name, shape in row_shapes.items()

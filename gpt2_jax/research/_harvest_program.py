@@ -24,6 +24,7 @@ from gpt2_jax.sharding import DATA, axis_size, platform
 
 TOKENS_PER_CALL = {"cpu": 1024}  # padding included; more do not fit a CPU's caches
 TOKENS_PER_CALL_ELSEWHERE = 16384
+BYTES_PER_CALL = 2**29  # of activations; those of two calls exist at a time
 
 
 class Program:
@@ -33,7 +34,7 @@ class Program:
       described: what their results depend on, for the manifest.
     """
 
-    def __init__(self, config: GPT2Config, params: Params, names: tuple[str, ...], dtype: np.dtype):
+    def __init__(self, config: GPT2Config, params: Params, names: tuple[str, ...], dtype: np.dtype, row_bytes: int):
         self.model, self.params = on_devices(config, params, edited=True)
         self.names, self.dtype = names, dtype
         layers = [layer_of(name) for name in names]
@@ -41,7 +42,8 @@ class Program:
         if any(name.startswith("ln_f/") for name in names):
             self.stop = None
         self.n_devices = axis_size(self.model.mesh, DATA)
-        self.tokens_per_call = TOKENS_PER_CALL.get(platform(self.params), TOKENS_PER_CALL_ELSEWHERE)
+        tokens_per_call = TOKENS_PER_CALL.get(platform(self.params), TOKENS_PER_CALL_ELSEWHERE)
+        self.tokens_per_call = min(tokens_per_call, max(1, BYTES_PER_CALL // row_bytes))
         device = next(iter(jax.tree.leaves(self.params)[0].devices()))
         self.described = {
             "dtype": str(config.compute_dtype),

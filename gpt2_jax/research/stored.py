@@ -177,7 +177,7 @@ class StoredActivations:
           size: rows of a batch, 1 or more.
           seed: 0 or more.
           epoch: another number gives another order.
-          pool_bytes: bytes in memory. Up to twice as much is used for a moment.
+          pool_bytes: bytes in memory. Up to three times as much is used for a moment.
 
         Raises:
           KeyError: a name is not in the folder.

@@ -138,7 +138,7 @@ def test_the_blocks_above_are_not_computed(tmp_path):
     assert np.array_equal(got["h0/resid_post"][:], expected["h0/resid_post"][:])
     stops = {"embed": 0, "h0/attn/q": 1, "h1/resid_pre": 2, "ln_f/out": None}
     for name, stop in stops.items():
-        assert _harvest_program.Program(CONFIG, params, ("embed", name), np.dtype(np.float32)).stop == stop
+        assert _harvest_program.Program(CONFIG, params, ("embed", name), np.dtype(np.float32), 1).stop == stop
 
 
 def test_the_next_batch_is_started_before_the_values_are_fetched(params, tmp_path, monkeypatch):
