@@ -177,7 +177,7 @@ class StoredActivations:
           size: rows of a batch, 1 or more.
           seed: 0 or more.
           epoch: another number gives another order.
-          pool_bytes: bytes in memory. Up to three times as much is used for a moment.
+          pool_bytes: bytes in memory.
 
         Raises:
           KeyError: a name is not in the folder.
@@ -201,12 +201,18 @@ class StoredActivations:
             row_R = (np.sort(block_K[first : first + n_blocks])[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
             row_R = row_R[row_R < len(self)]
             order_R = rng.permutation(len(row_R))
-            pool = {name: np.concatenate([kept[name], one[row_R][order_R]]) for name, one in rows.items()}
-            n_rows = len(order_R) + len(next(iter(kept.values())))
-            end = n_rows if first + n_blocks >= len(block_K) else n_rows // size * size
-            for start in range(0, end, size):
-                yield {name: values[start : min(start + size, end)] for name, values in pool.items()}
-            kept = {name: values[end:] for name, values in pool.items()}
+            pool = {name: one[row_R] for name, one in rows.items()}
+            while True:
+                n_more = size - len(next(iter(kept.values())))
+                kept = {name: np.concatenate([kept[name], pool[name][order_R[:n_more]]]) for name in pool}
+                order_R = order_R[n_more:]
+                if len(next(iter(kept.values()))) < size:
+                    break
+                yield kept
+                kept = {name: values[:0] for name, values in kept.items()}
+            del pool  # before the next one is read
+        if len(next(iter(kept.values()))):
+            yield kept
 
     def check(self) -> None:
         """Compare every file with the sha256 that was recorded when it was written. It reads every byte.
