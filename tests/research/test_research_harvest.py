@@ -188,6 +188,40 @@ def test_rows_are_divided_over_devices(tmp_path):
     assert len(found) == 4
 
 
+def test_the_time_is_told_without_compilation(monkeypatch):
+    """A batch of 100 rows takes two seconds, and each of two programs another minute."""
+    now, told = [0.0], []
+    monkeypatch.setattr(_harvest.time, "perf_counter", lambda: now[0])
+    clock = _harvest._Clock(10_000, told.append)
+    for batch in range(30):
+        n_tokens = 32 if batch < 5 else 64
+        with clock.starting(n_tokens):
+            now[0] += 60 if batch in (0, 5) else 0
+        now[0] += 2
+        clock.after(10_000 - 100 * (batch + 1))
+    assert told == ["time: about 3 minutes, at 50 tokens per second"]  # for 9,100 rows
+    assert clock.lengths == {32, 64}
+    assert [_harvest._duration(seconds) for seconds in (9, 99, 300, 7200)] == [
+        *("9 seconds", "99 seconds", "5 minutes", "2.0 hours")
+    ]
+
+
+def test_too_little_memory_is_told(params, tmp_path, monkeypatch):
+    def exhausted(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")
+
+    monkeypatch.setattr(_harvest_program, "_captured", exhausted)
+    with pytest.raises(MemoryError, match="not enough memory to capture activations of 16 texts of 41 tokens together"):
+        research.harvest(CONFIG, params, DOCUMENTS, tmp_path / "out", CAPTURE)
+
+
+def test_many_activations_run_in_small_batches(params):
+    """What two calls return is in memory."""
+    sizes = [2**9, 2**20, 2**40]
+    programs = [_harvest_program.Program(CONFIG, params, ("embed",), np.dtype(np.float32), size) for size in sizes]
+    assert [program.tokens_per_call for program in programs] == [1024, 512, 1]
+
+
 # ---- resumed
 
 
@@ -360,6 +394,10 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     documents = [[1, 2], [3] * 5, [4, 36, 5], [6]]
     with pytest.raises(ValueError, match=r"h0/resid_post is NaN, infinite or too large for float32 in text 2, counted"):
         research.harvest(CONFIG, params, documents, tmp_path / "out", "h0/resid_post")
+    padding = research.harvest(CONFIG, params, [[1, 2], [3]], tmp_path / "fine", "h0/resid_post")
+    assert len(padding) == 3
+    params["wte"] = params["wte"].at[0].set(np.nan)  # the token that padding has
+    assert len(research.harvest(CONFIG, params, [[1, 2], [3]], tmp_path / "embed", "^embed")) == 3
     params["wte"] = params["wte"].at[36].set(70_000)  # more than float16 has
     with pytest.raises(ValueError, match=r"^embed is NaN, infinite or too large for float16 in text 2"):
         research.harvest(CONFIG, params, documents, tmp_path / "half", "^embed", store_dtype="float16")
