@@ -9,6 +9,7 @@ from gpt2_jax.activations import AXES, BRANCHES, activation_names
 from gpt2_jax.edits import Edit, add, patch, replace, scale
 from gpt2_jax.research import pictures, surgery
 from gpt2_jax.research._forward import forward
+from gpt2_jax.research._harvest import harvest
 from gpt2_jax.research._rows import padded
 from gpt2_jax.research.attribution import logit_attribution, residual_parts
 from gpt2_jax.research.circuits import composition_scores, copying_scores, ov_circuit, qk_circuit, top_tokens
@@ -17,6 +18,7 @@ from gpt2_jax.research.heads import head_scores, mean_attention, repeated_tokens
 from gpt2_jax.research.lens import logit_lens, stream_logits
 from gpt2_jax.research.metrics import answer_probability, logit_difference
 from gpt2_jax.research.patching import activation_patching, attribution_patching
+from gpt2_jax.research.stored import StoredActivations, open_activations
 from gpt2_jax.research.tracing import CausalTrace, attention_knockout, causal_tracing
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "BRANCHES",
     "CausalTrace",
     "Edit",
+    "StoredActivations",
     "activation_names",
     "activation_patching",
     "add",
@@ -36,11 +39,13 @@ __all__ = [
     "copying_scores",
     "fold_layer_norm",
     "forward",
+    "harvest",
     "head_scores",
     "logit_attribution",
     "logit_difference",
     "logit_lens",
     "mean_attention",
+    "open_activations",
     "ov_circuit",
     "padded",
     "patch",
