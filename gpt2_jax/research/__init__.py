@@ -11,7 +11,17 @@ from gpt2_jax.research import pictures, surgery
 from gpt2_jax.research._forward import forward
 from gpt2_jax.research.attribution import logit_attribution, residual_parts
 from gpt2_jax.research.circuits import composition_scores, copying_scores, ov_circuit, qk_circuit, top_tokens
-from gpt2_jax.research.folding import center_unembed, fold_layer_norm
+from gpt2_jax.research.folding import (
+    center_reading_weights,
+    center_unembed,
+    center_writing_weights,
+    centered_stream,
+    fold_layer_norm,
+    fold_value_biases,
+    process_weights,
+    unembedding,
+    untie_head,
+)
 from gpt2_jax.research.heads import head_scores, mean_attention, repeated_tokens
 from gpt2_jax.research.lens import logit_lens, stream_logits
 from gpt2_jax.research.metrics import logit_difference
@@ -24,10 +34,14 @@ __all__ = [
     "activation_patching",
     "add",
     "attribution_patching",
+    "center_reading_weights",
     "center_unembed",
+    "center_writing_weights",
+    "centered_stream",
     "composition_scores",
     "copying_scores",
     "fold_layer_norm",
+    "fold_value_biases",
     "forward",
     "head_scores",
     "logit_attribution",
@@ -37,6 +51,7 @@ __all__ = [
     "ov_circuit",
     "patch",
     "pictures",
+    "process_weights",
     "qk_circuit",
     "repeated_tokens",
     "replace",
@@ -45,4 +60,6 @@ __all__ = [
     "stream_logits",
     "surgery",
     "top_tokens",
+    "unembedding",
+    "untie_head",
 ]

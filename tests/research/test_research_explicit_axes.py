@@ -34,6 +34,8 @@ PROGRAM = """
     RETURN_PARAMS = {
         "merge_lora": lambda p, t: lora.merge_lora(p, pairs, 4.0),
         "fold": lambda p, t: research.fold_layer_norm(config, p),
+        "fold values": lambda p, t: research.fold_value_biases(config, p),
+        "center": lambda p, t: research.center_writing_weights(config, p),
         "ablate": lambda p, t: units.ablate_heads(config, p, [(0, 1)]),
         "split and join": lambda p, t: units.join_heads(config, p, 0, units.split_heads(config, p, 0)),
         "low_rank": lambda p, t: surgery.low_rank(p, "h0/mlp/c_fc/w", 3),
@@ -47,6 +49,8 @@ PROGRAM = """
         "attribution": lambda p, t: research.logit_attribution(config, p, t, answers=3, by="head"),
         "patching": lambda p, t: research.activation_patching(config, p, t, source, metric, "attn/z", each="head"),
         "gradients": lambda p, t: research.attribution_patching(config, p, t, source, metric),
+        "process": lambda p, t: research.process_weights(config, p)[1],
+        "unembedding": lambda p, t: research.unembedding(config, p),
         "copying": lambda p, t: research.copying_scores(config, p),
         **RETURN_PARAMS,
     }
