@@ -11,6 +11,7 @@ from gpt2_jax.research import pictures, surgery
 from gpt2_jax.research._forward import forward
 from gpt2_jax.research.attribution import logit_attribution, residual_parts
 from gpt2_jax.research.circuits import composition_scores, copying_scores, ov_circuit, qk_circuit, top_tokens
+from gpt2_jax.research.erasure import Eraser, leace
 from gpt2_jax.research.folding import (
     center_reading_weights,
     center_unembed,
@@ -30,6 +31,7 @@ from gpt2_jax.research.patching import activation_patching, attribution_patching
 __all__ = [
     "AXES",
     "Edit",
+    "Eraser",
     "activation_names",
     "activation_patching",
     "add",
@@ -44,6 +46,7 @@ __all__ = [
     "fold_value_biases",
     "forward",
     "head_scores",
+    "leace",
     "logit_attribution",
     "logit_difference",
     "logit_lens",
