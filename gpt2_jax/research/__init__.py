@@ -13,7 +13,18 @@ from gpt2_jax.research._harvest import harvest
 from gpt2_jax.research._rows import padded
 from gpt2_jax.research.attribution import logit_attribution, residual_parts
 from gpt2_jax.research.circuits import composition_scores, copying_scores, ov_circuit, qk_circuit, top_tokens
-from gpt2_jax.research.folding import center_unembed, fold_layer_norm
+from gpt2_jax.research.erasure import Eraser, leace
+from gpt2_jax.research.folding import (
+    center_reading_weights,
+    center_unembed,
+    center_writing_weights,
+    centered_stream,
+    fold_layer_norm,
+    fold_value_biases,
+    process_weights,
+    unembedding,
+    untie_head,
+)
 from gpt2_jax.research.heads import head_scores, mean_attention, repeated_tokens
 from gpt2_jax.research.lens import logit_lens, stream_logits
 from gpt2_jax.research.metrics import answer_probability, logit_difference
@@ -26,6 +37,7 @@ __all__ = [
     "BRANCHES",
     "CausalTrace",
     "Edit",
+    "Eraser",
     "StoredActivations",
     "activation_names",
     "activation_patching",
@@ -34,13 +46,18 @@ __all__ = [
     "attention_knockout",
     "attribution_patching",
     "causal_tracing",
+    "center_reading_weights",
     "center_unembed",
+    "center_writing_weights",
+    "centered_stream",
     "composition_scores",
     "copying_scores",
     "fold_layer_norm",
+    "fold_value_biases",
     "forward",
     "harvest",
     "head_scores",
+    "leace",
     "logit_attribution",
     "logit_difference",
     "logit_lens",
@@ -50,6 +67,7 @@ __all__ = [
     "padded",
     "patch",
     "pictures",
+    "process_weights",
     "qk_circuit",
     "repeated_tokens",
     "replace",
@@ -58,4 +76,6 @@ __all__ = [
     "stream_logits",
     "surgery",
     "top_tokens",
+    "unembedding",
+    "untie_head",
 ]

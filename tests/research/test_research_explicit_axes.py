@@ -26,6 +26,8 @@ PROGRAM = """
     pairs = jax.tree.map(lambda leaf: leaf + 0.1, lora.init_lora(params, 2, "c_attn/w", jax.random.key(1)))
     to = {"second": np.eye(7, dtype=bool), "first": np.tri(7, dtype=bool)}
     metric, edit = research.logit_difference(1, 2), research.scale("h0/attn/z", 0.0, heads=[1])
+    rng = np.random.default_rng(1)
+    eraser = research.leace(rng.normal(size=(50, 24)), rng.integers(0, 3, 50))
 
     def stream(p, t):
         _, captured = research.forward(config, p, t, capture="h0/resid_post")
@@ -34,6 +36,8 @@ PROGRAM = """
     RETURN_PARAMS = {
         "merge_lora": lambda p, t: lora.merge_lora(p, pairs, 4.0),
         "fold": lambda p, t: research.fold_layer_norm(config, p),
+        "fold values": lambda p, t: research.fold_value_biases(config, p),
+        "center": lambda p, t: research.center_writing_weights(config, p),
         "ablate": lambda p, t: units.ablate_heads(config, p, [(0, 1)]),
         "split and join": lambda p, t: units.join_heads(config, p, 0, units.split_heads(config, p, 0)),
         "low_rank": lambda p, t: surgery.low_rank(p, "h0/mlp/c_fc/w", 3),
@@ -47,6 +51,9 @@ PROGRAM = """
         "attribution": lambda p, t: research.logit_attribution(config, p, t, answers=3, by="head"),
         "patching": lambda p, t: research.activation_patching(config, p, t, source, metric, "attn/z", each="head"),
         "gradients": lambda p, t: research.attribution_patching(config, p, t, source, metric),
+        "process": lambda p, t: research.process_weights(config, p)[1],
+        "eraser": lambda p, t: gpt2_jax.GPT2(config).apply({"params": p}, t, taps={"h0/resid_post": eraser}).logits,
+        "unembedding": lambda p, t: research.unembedding(config, p),
         "copying": lambda p, t: research.copying_scores(config, p),
         **RETURN_PARAMS,
     }

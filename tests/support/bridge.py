@@ -108,3 +108,9 @@ def hook_of(name):
         block, rest = name.split("/", 1)
         return f"blocks.{block[1:]}.{HOOKS[rest]}"
     return name.replace("ln_f/", "ln_final.hook_") if "/" in name else f"hook_{name}"
+
+
+def as_torch(array):
+    import torch
+
+    return torch.tensor(np.array(array))
