@@ -203,6 +203,31 @@ def test_lists_of_one_length_are_arrays(params):
     assert naive.error(seen["h1/attn/pattern"], patterns["h1/attn/pattern"]) < BOUND
 
 
+def test_values_of_tokens_and_patches_fit_lists(params):
+    """A value for each token, and activations of rows of any lengths, also one row of one token."""
+    others = [[9], [8, 1, 8, 2, 8, 4, 5], [9, 0, 4, 5]]
+    _, source = research.forward(CONFIG, params, others, capture=["h0/resid_post", "h1/attn/pattern"])
+    edits = [research.patch("resid_post", source, positions=-1, layers=0), research.patch("h1/attn/pattern", source)]
+    out, _ = research.forward(CONFIG, params, ROWS, edits=edits)
+    for b, (row, other) in enumerate(zip(ROWS, others, strict=True)):
+        _, alone = research.forward(CONFIG, params, np.array([other]), capture=[*source])
+        edits = [research.patch("h0/resid_post", alone, positions=-1), research.patch("h1/attn/pattern", alone)]
+        assert naive.error(out.logits[b], logits(params, np.array([row]), edits=edits)[0]) < BOUND
+        assert naive.error(logits(params, [row], edits=edits), logits(params, np.array([row]), edits=edits)) < BOUND
+    for shape, each_row in [((3, LENGTH, 15), False), ((LENGTH, 15), False), ((3, LENGTH, 15), True), ((15,), False)]:
+        edit = research.add("h0/mlp/out", np.random.default_rng(4).normal(0, 1, shape), each_row=each_row)
+        assert naive.error(logits(params, TOKENS.tolist(), edits=edit), logits(params, edits=edit)) < BOUND
+    with pytest.raises(ValueError, match=r"\(6, 15\).*\(3, 7, 15\)"):
+        logits(params, TOKENS.tolist(), edits=research.add("h0/mlp/out", np.ones((6, 15))))
+    with pytest.raises(ValueError, match="same number of tokens"):
+        research.forward(CONFIG, params, [[*row, 1, 2] for row in ROWS], edits=edits)
+
+
+def test_taps_see_rows_of_one_length_without_padding(params):
+    taps = {"h0/mlp/out": lambda value, position_BT: value.at[:, -1].add(1.0)}
+    assert np.array_equal(logits(params, TOKENS.tolist(), taps=taps), logits(params, taps=taps))
+
+
 def test_all_lengths_and_layers_share_few_programs():
     """Prompts of 20 lengths up to 1,024 tokens, and each layer: six programs, also with what is returned."""
     config = gpt2_jax.GPT2Config(n_vocab=53, n_ctx=1024, n_embd=12, n_head=3, n_layer=3)
