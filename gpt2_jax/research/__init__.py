@@ -27,11 +27,13 @@ from gpt2_jax.research.heads import head_scores, mean_attention, repeated_tokens
 from gpt2_jax.research.lens import logit_lens, stream_logits
 from gpt2_jax.research.metrics import logit_difference
 from gpt2_jax.research.patching import activation_patching, attribution_patching
+from gpt2_jax.research.probes import Probe, linear_probe
 
 __all__ = [
     "AXES",
     "Edit",
     "Eraser",
+    "Probe",
     "activation_names",
     "activation_patching",
     "add",
@@ -47,6 +49,7 @@ __all__ = [
     "forward",
     "head_scores",
     "leace",
+    "linear_probe",
     "logit_attribution",
     "logit_difference",
     "logit_lens",
