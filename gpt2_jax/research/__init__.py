@@ -24,16 +24,18 @@ from gpt2_jax.research.folding import (
     untie_head,
 )
 from gpt2_jax.research.heads import head_scores, mean_attention, repeated_tokens
-from gpt2_jax.research.lens import logit_lens, stream_logits
+from gpt2_jax.research.lens import Translators, logit_lens, stream_logits
 from gpt2_jax.research.metrics import logit_difference
 from gpt2_jax.research.patching import activation_patching, attribution_patching
 from gpt2_jax.research.probes import Probe, linear_probe
+from gpt2_jax.research.tuned_lens import identity_translators, train_tuned_lens
 
 __all__ = [
     "AXES",
     "Edit",
     "Eraser",
     "Probe",
+    "Translators",
     "activation_names",
     "activation_patching",
     "add",
@@ -48,6 +50,7 @@ __all__ = [
     "fold_value_biases",
     "forward",
     "head_scores",
+    "identity_translators",
     "leace",
     "linear_probe",
     "logit_attribution",
@@ -66,6 +69,7 @@ __all__ = [
     "stream_logits",
     "surgery",
     "top_tokens",
+    "train_tuned_lens",
     "unembedding",
     "untie_head",
 ]
