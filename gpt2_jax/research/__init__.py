@@ -26,11 +26,13 @@ from gpt2_jax.research.folding import (
     untie_head,
 )
 from gpt2_jax.research.heads import head_scores, mean_attention, repeated_tokens
-from gpt2_jax.research.lens import logit_lens, stream_logits
+from gpt2_jax.research.lens import Translators, logit_lens, stream_logits
 from gpt2_jax.research.metrics import answer_probability, logit_difference
 from gpt2_jax.research.patching import activation_patching, attribution_patching
+from gpt2_jax.research.probes import Probe, linear_probe
 from gpt2_jax.research.stored import StoredActivations, open_activations
 from gpt2_jax.research.tracing import CausalTrace, attention_knockout, causal_tracing
+from gpt2_jax.research.tuned_lens import identity_translators, train_tuned_lens
 
 __all__ = [
     "AXES",
@@ -38,7 +40,9 @@ __all__ = [
     "CausalTrace",
     "Edit",
     "Eraser",
+    "Probe",
     "StoredActivations",
+    "Translators",
     "activation_names",
     "activation_patching",
     "add",
@@ -57,7 +61,9 @@ __all__ = [
     "forward",
     "harvest",
     "head_scores",
+    "identity_translators",
     "leace",
+    "linear_probe",
     "logit_attribution",
     "logit_difference",
     "logit_lens",
@@ -76,6 +82,7 @@ __all__ = [
     "stream_logits",
     "surgery",
     "top_tokens",
+    "train_tuned_lens",
     "unembedding",
     "untie_head",
 ]

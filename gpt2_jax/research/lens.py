@@ -51,6 +51,34 @@ class Lens:
     next_ranks: jax.Array
 
 
+@struct.dataclass
+class Translators:
+    """Affine maps of some activations into the basis of the last residual stream: x + x @ w + b. It is a pytree.
+
+    Attributes:
+      names: the names of the L activations.
+      w_LDD: [L, D, D]; 0 changes nothing.
+      b_LD: [L, D].
+    """
+
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    w_LDD: jax.Array
+    b_LD: jax.Array
+
+    @under_jax_defaults
+    def __call__(self, name: str, stream: jax.Array) -> jax.Array:
+        """Return an activation [..., D] in the basis of the last stream. One without a translator is unchanged."""
+        if name not in self.names:
+            return stream
+        i = self.names.index(name)
+        return Translators((name,), self.w_LDD[i], self.b_LD[i]).translate(stream)
+
+    def translate(self, stream: jax.Array) -> jax.Array:
+        """Return stream + stream @ w + b, with w [D, D] and b [D] of one activation."""
+        with jax.default_matmul_precision("highest"):
+            return stream + (stream @ self.w_LDD + self.b_LD)
+
+
 @may_return_nan
 @whole_on_auto_axes
 def logit_lens(
@@ -63,6 +91,7 @@ def logit_lens(
     k: int = 5,
     edits: Edit | Sequence[Edit] = (),
     taps: Mapping[str, Tap] | None = None,
+    translators: Translators | None = None,
 ) -> Lens:
     """Read the residual stream of every layer as a prediction: the k most likely next tokens, and the true one.
 
@@ -76,9 +105,10 @@ def logit_lens(
         h0/resid_pre, which is the embeddings, and each layer's resid_post. The last one gives the model's output.
       k: how many tokens to keep.
       edits, taps: as `forward` takes them. A change of ln_f does not apply to the lens itself.
+      translators: maps of activations before they are read: the tuned lens, from `train_tuned_lens`.
 
     Raises:
-      ValueError: as `forward`; an activation is not [B, T, D]; or k is not from 1 to n_vocab.
+      ValueError: as `forward`; an activation is not [B, T, D]; k is not from 1 to n_vocab; or translators do not fit.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     changes = changes_of(config, edits, taps, tokens_BT, mask_BT)
@@ -87,7 +117,9 @@ def logit_lens(
     for name in names:
         if axes(name) != "BTD":
             raise ValueError(f"{name} cannot be read as the residual stream: its axes are {axes(name)}, not BTD")
-    return Lens(names, **_read(config, names, k, params, tokens_BT, mask_BT, changes))
+    if translators is not None and translators.w_LDD.shape[1:] != (config.n_embd, config.n_embd):
+        raise ValueError(f"the translators are {translators.b_LD.shape[-1]} wide, not {config.n_embd} (n_embd)")
+    return Lens(names, **_read(config, names, k, params, tokens_BT, mask_BT, changes, translators))
 
 
 @under_jax_defaults
@@ -126,10 +158,12 @@ def _read(
     tokens_BT: jax.Array,
     mask_BT: jax.Array | None,
     changes: Changes,
+    translators: Translators | None = None,
 ) -> dict[str, jax.Array]:
     run = {"taps": changes.by_name(config), "capture": names, "method": "run"}
     _, _, captured = GPT2(config).apply({"params": params}, tokens_BT, mask_BT, **run)
-    stream_LBTD = jnp.stack([captured[name] for name in names])
+    streams = [captured[name] if translators is None else translators(name, captured[name]) for name in names]
+    stream_LBTD = jnp.stack(streams)
     next_LBT = jnp.broadcast_to(_next_tokens(tokens_BT, mask_BT), stream_LBTD.shape[:-1])
 
     def read(place: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:

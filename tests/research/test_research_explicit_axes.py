@@ -28,6 +28,7 @@ PROGRAM = """
     metric, edit = research.logit_difference(1, 2), research.scale("h0/attn/z", 0.0, heads=[1])
     rng = np.random.default_rng(1)
     eraser = research.leace(rng.normal(size=(50, 24)), rng.integers(0, 3, 50))
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, research.identity_translators(config))
 
     def stream(p, t):
         _, captured = research.forward(config, p, t, capture="h0/resid_post")
@@ -45,6 +46,7 @@ PROGRAM = """
     TRACEABLE = {
         "forward": lambda p, t: research.forward(config, p, t, capture="pattern|resid_post", edits=edit),
         "lens": lambda p, t: research.logit_lens(config, p, t, k=3),
+        "tuned lens": lambda p, t: research.logit_lens(config, p, t, translators=moved),
         "stream": stream,
         "heads": lambda p, t: research.head_scores(config, p, t),
         "mean_attention": lambda p, t: research.mean_attention(config, p, t, to=to),
@@ -58,6 +60,8 @@ PROGRAM = """
         **RETURN_PARAMS,
     }
     ON_THE_HOST = {
+        "train lens": lambda p, t: research.train_tuned_lens(config, p, t, steps=3, batch_size=2),
+        "probe": lambda p, t: research.linear_probe(p["wpe"], np.arange(21) % 2).weights,
         "generate": lambda p, t: gpt2_jax.generate(config, p, [[1, 2, 3], [4]], max_new_tokens=9, seed=3),
         "score": lambda p, t: [score.logprobs for score in gpt2_jax.score(config, p, [[1, 2, 3], [4, 5]])],
     }
