@@ -28,7 +28,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._changes import after, changes_of
 from gpt2_jax.research._forward import as_params, as_tokens, forward
-from gpt2_jax.research._patches import checked_places, groups_of, window_of
+from gpt2_jax.research._patches import checked_places, groups_of, window_of, windows_of
 from gpt2_jax.research.metrics import (
     NUMBERS,
     Metric,
@@ -40,7 +40,7 @@ from gpt2_jax.research.metrics import (
     metric_of_run,
     traceable,
 )
-from gpt2_jax.research.patching import activation_patching, windows_of
+from gpt2_jax.research.patching import activation_patching
 
 
 @struct.dataclass
