@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from gpt2_jax.activations import axes
+from gpt2_jax.activations import BEFORE, activation_names, axes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Where
@@ -22,6 +22,8 @@ Axis = Literal["head", "position", "key_position", "neuron"]
 TOKENS_TOGETHER = {"cpu": 512}
 TOKENS_TOGETHER_ELSEWHERE = 8192
 
+# Activations of a block that determine everything after them.
+DETERMINE_THE_REST = ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid")
 
 # The axes of the result, in this order: the letter of each in an activation's axes, and what one without it is.
 ORDER = {
@@ -30,6 +32,25 @@ ORDER = {
     "key_position": ("S", "not divided by the token that is looked at"),
     "neuron": ("F", "not divided into neurons"),
 }
+
+
+def windows_of(config: GPT2Config, activation: str, layers: Where, window: int) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the activations that are patched together, for each of the chosen layers."""
+    window = whole_number("window", window, 1)
+    if activation in BEFORE:
+        if layers is not None or window > 1:
+            raise ValueError(f"{activation} is before the layers: leave out `layers` and `window`")
+        return ((activation,),)
+    if activation not in _of_block(config):
+        known = ", ".join([*_of_block(config), *BEFORE])
+        raise ValueError(f"{activation!r} is not an activation of a block: choose from {known}")
+    places = checked_places("layers", layers, config.n_layer).tolist()
+    return tuple(tuple(f"h{i}/{activation}" for i in window_of(config, layer, window)) for layer in places)
+
+
+def _of_block(config: GPT2Config) -> list[str]:
+    """Return the names of the activations of a block, in the order of computation."""
+    return [name.removeprefix("h0/") for name in activation_names(config, branches=True) if name.startswith("h0/")]
 
 
 def chosen_places(
@@ -57,7 +78,10 @@ def checked_places(what: str, places: Where | slice, count: int) -> np.ndarray:
     if places is None or isinstance(places, slice):
         array = np.arange(count)[places or slice(None)]
     else:
-        array = np.atleast_1d(np.asarray(places))
+        try:
+            array = np.atleast_1d(np.asarray(places))
+        except ValueError:  # lists of different lengths
+            array = np.asarray(None)
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{what} must be one or more whole numbers, not {places!r}")
     if not ((array >= 0) & (array < count)).all():
@@ -68,6 +92,19 @@ def checked_places(what: str, places: Where | slice, count: int) -> np.ndarray:
 def window_of(config: GPT2Config, layer: int, size: int) -> range:
     """Return the `size` layers around a layer, fewer at the ends of the model. Of an even number, more come before."""
     return range(max(0, layer - size // 2), min(config.n_layer, layer + (size + 1) // 2))
+
+
+def kept_of(config: GPT2Config, name: str) -> list[str]:
+    """Return the activations of the block that come before the patch and determine everything after it.
+
+    A patched run gets their stored values. So XLA removes the code that would compute them: the layers below, and the
+    matrix products of this block before them.
+    """
+    layer, _, activation = name.partition("/")
+    if not activation:
+        return []
+    before = itertools.takewhile(lambda other: other != activation, _of_block(config))
+    return [f"{layer}/{other}" for other in before if other in DETERMINE_THE_REST]
 
 
 def patch_grid(chosen: dict[str, np.ndarray], each: tuple[str, ...]) -> dict[str, np.ndarray]:

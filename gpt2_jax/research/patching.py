@@ -24,9 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.activations import BEFORE, Tap, activation_names, axes, select, shape
+from gpt2_jax.activations import BEFORE, Tap, axes, select, shape
 from gpt2_jax.changes import Changes, taps_of
-from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, Where, replace
 from gpt2_jax.explicit_axes import whole_on_auto_axes
@@ -35,7 +34,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._changes import after, changes_of
 from gpt2_jax.research._forward import as_params, as_tokens, forward
-from gpt2_jax.research._patches import Axis, checked_places, chosen_places, groups_of, patch_grid, window_of
+from gpt2_jax.research._patches import Axis, chosen_places, groups_of, kept_of, patch_grid, windows_of
 from gpt2_jax.research.metrics import Metric, as_place, in_order_of, judge, logits_at, traceable
 
 
@@ -126,20 +125,6 @@ def activation_patching(
     return jax.tree.map(lambda grid: grid[0], values) if activation in BEFORE else values
 
 
-def windows_of(config: GPT2Config, activation: str, layers: Where, window: int) -> tuple[tuple[str, ...], ...]:
-    """Return the names of the activations that are patched together, for each of the chosen layers."""
-    window = whole_number("window", window, 1)
-    if activation in BEFORE:
-        if layers is not None or window > 1:
-            raise ValueError(f"{activation} is before the layers: leave out `layers` and `window`")
-        return ((activation,),)
-    if activation not in _of_block(config):
-        known = ", ".join([*_of_block(config), *BEFORE])
-        raise ValueError(f"{activation!r} is not an activation of a block: choose from {known}")
-    places = checked_places("layers", layers, config.n_layer).tolist()
-    return tuple(tuple(f"h{i}/{activation}" for i in window_of(config, layer, window)) for layer in places)
-
-
 @functools.partial(jax.jit, static_argnames=("model", "windows", "counts"))
 def _patched_runs(
     model: GPT2,
@@ -157,7 +142,7 @@ def _patched_runs(
 ) -> Any:
     grid = {axis: jnp.asarray(places) for axis, places in grid.items()}  # NumPy arrays if jit is disabled
     run = functools.partial(model.apply, {"params": params}, method="run")
-    kept = {window: [*_kept(model.config, window[0]), window[0]] for window in windows}
+    kept = {window: [*kept_of(model.config, window[0]), window[0]] for window in windows}
     changed = changes.by_name(model.config)
     _, _, before = run(tokens_BT, mask_BT, taps=changed, capture=tuple(itertools.chain.from_iterable(kept.values())))
     if not isinstance(source, dict):
@@ -177,27 +162,6 @@ def _patched_runs(
 
     found = [jax.lax.map(jax.vmap(functools.partial(patched, window)), groups) for window in windows]
     return jax.tree.map(as_grid, *found)
-
-
-DETERMINE_THE_REST = ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid")
-
-
-def _of_block(config: GPT2Config) -> list[str]:
-    """Return the names of the activations of a block, in the order of computation."""
-    return [name.removeprefix("h0/") for name in activation_names(config, branches=True) if name.startswith("h0/")]
-
-
-def _kept(config: GPT2Config, name: str) -> list[str]:
-    """Return the activations of the block that come before the patch and determine everything after it.
-
-    A patched run gets their stored values. So XLA removes the code that would compute them: the layers below, and the
-    matrix products of this block before them.
-    """
-    layer, _, activation = name.partition("/")
-    if not activation:
-        return []
-    before = itertools.takewhile(lambda other: other != activation, _of_block(config))
-    return [f"{layer}/{other}" for other in before if other in DETERMINE_THE_REST]
 
 
 # ---- by the gradient
@@ -290,7 +254,7 @@ def _estimates(
 
     def estimate(slopes: dict[str, jax.Array]) -> list[jax.Array]:
         changes = [(moved[name] * slopes[name]).sum((0, -1)) for name in names]
-        return [change.T if axes(name) == "BTNH" else change for name, change in zip(names, changes, strict=True)]
+        return [change.T if "TN" in axes(name) else change for name, change in zip(names, changes, strict=True)]
 
     numbers, structure = jax.tree.flatten(judged)
     one_at_a_time = [[jnp.full_like(n, i == j) for j, n in enumerate(numbers)] for i in range(len(numbers))]

@@ -28,7 +28,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._changes import after, changes_of
 from gpt2_jax.research._forward import as_params, as_tokens, forward
-from gpt2_jax.research._patches import checked_places, groups_of, window_of
+from gpt2_jax.research._patches import checked_places, groups_of, window_of, windows_of
 from gpt2_jax.research.metrics import (
     NUMBERS,
     Metric,
@@ -40,7 +40,8 @@ from gpt2_jax.research.metrics import (
     metric_of_run,
     traceable,
 )
-from gpt2_jax.research.patching import activation_patching, windows_of
+from gpt2_jax.research.patching import activation_patching
+from gpt2_jax.research.trees import wide
 
 
 @struct.dataclass
@@ -106,7 +107,7 @@ def causal_tracing(
         raise ValueError(f"causal_tracing takes one row of tokens, not {tokens_BT.shape[0]}")
     hidden = checked_places("subject", subject, tokens_BT.shape[1])
     n_samples = whole_number("n_samples", n_samples, 1)
-    noise = 3 * jnp.std(params["wte"].astype(jnp.float32)) if noise is None else _number("noise", noise)
+    noise = 3 * jnp.std(wide(params["wte"])) if noise is None else _number("noise", noise)
     names = dict.fromkeys(itertools.chain.from_iterable(windows_of(config, activation, layers, window)))
     out, clean = forward(config, params, tokens_BT, capture=[f"^{name}$" for name in names])
     logits_BV = out.logits[:, -1]

@@ -115,10 +115,28 @@ def test_values_of_each_layer_and_taps_are_causes(params):
     values = {"h0/mlp/out": np.ones(3), "h1/mlp/out": np.array([1, np.nan])}
     edit = replace("h1/mlp/out", 0.0).replace(value=values)
     assert cause(LARGE, params, [edit]).startswith("the value of the edit of h1/mlp/out is not finite")
-    said = cause(LARGE, params, [add("h0/attn/z", 1e300)], {"h0/attn/z": None})
+    said = cause(LARGE, params, [add("h0/attn/z", 1e300)], ["h0/attn/z"])
     assert said.startswith("the value of the edit of h0/attn/z is not finite")  # beyond float32
-    said = cause(LARGE, params, [add("h0/attn/z", 1.0)], {"resid_pre$": None, "z": None})
+    said = cause(LARGE, params, [add("h0/attn/z", 1.0)], ["resid_pre$", "z"])
     assert said == "all params and values of edits are finite, so the tap of resid_pre$ or z may have made them"
+
+
+def test_a_tap_that_makes_nan_is_named(params, tokenizer):
+    for call in (gpt2_jax.generate, gpt2_jax.score):
+        with pytest.raises(ValueError, match=r"finite, so the tap of mlp/out\$ may have made them"):
+            call(LARGE, params, [[1, 2]], taps={"mlp/out$": _not_a_number})
+
+
+def _not_a_number(value, position_BT):
+    return value * jnp.nan
+
+
+def test_blocked_attention_is_not_a_cause(params):
+    blocked = replace("attn/scores", -np.inf, key_positions=0)
+    assert len(gpt2_jax.generate(LARGE, params, [[1, 2]], 3, edits=blocked)[0]) == 3
+    assert "edit of attn/scores" not in cause(LARGE, params, [blocked])
+    for edit in (replace("attn/scores", np.inf), replace("attn/scores", np.nan), scale("h0/attn/scores", -np.inf)):
+        assert f"the value of the edit of {edit.name} is not finite" in cause(LARGE, params, [edit])
 
 
 def test_a_division_by_0_is_a_cause(params):

@@ -52,6 +52,8 @@ PROGRAM = """
         "mean_attention": lambda p, t: research.mean_attention(config, p, t, to=to),
         "attribution": lambda p, t: research.logit_attribution(config, p, t, answers=3, by="head"),
         "patching": lambda p, t: research.activation_patching(config, p, t, source, metric, "attn/z", each="head"),
+        "tracing": lambda p, t: research.causal_tracing(config, p, source[:1], [1, 2], jax.random.key(2), n_samples=2),
+        "knockout": lambda p, t: research.attention_knockout(config, p, t, {"b": metric, "a": metric}, [0, 2]),
         "gradients": lambda p, t: research.attribution_patching(config, p, t, source, metric),
         "process": lambda p, t: research.process_weights(config, p)[1],
         "eraser": lambda p, t: gpt2_jax.GPT2(config).apply({"params": p}, t, taps={"h0/resid_post": eraser}).logits,

@@ -390,6 +390,16 @@ def test_an_estimate_is_the_derivative_of_patching(case, name):
     np.testing.assert_allclose(estimate, slopes, rtol=0, atol=1e-7)  # measured: 3e-9, the difference's own error
 
 
+def test_estimates_of_what_heads_write_add_up(case):
+    """To that of attn/out, because the sum over heads is linear."""
+    estimates = attribution_patching(*case.args[:3], case.source_BT, case.metric, ["h0/attn/out", "h0/attn/result"])
+    assert estimates["h0/attn/result"].shape == (3, N_TOKENS)
+    np.testing.assert_allclose(
+        estimates["h0/attn/result"].sum(0), estimates["h0/attn/out"], rtol=0, atol=BOUND["float64"]
+    )
+    assert np.abs(estimates["h0/attn/out"]).max() > 1e-2
+
+
 def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
     """Only the logits follow ln_f/out. An estimate does not depend on which others are requested."""
     estimate = attribution_patching(*case.args, "ln_f/out")["ln_f/out"]
@@ -434,6 +444,7 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
         ({"taps": {"attn/zz": len}}, "attn/zz"),
         ({"activation": "attn/z", "heads": [0, 3]}, "heads must be from 0 to 2"),
         ({"positions": [-1]}, "positions must be from 0 to 6"),
+        ({"positions": [[1], [2, 3]]}, "positions must be one or more whole numbers"),
         ({"positions": []}, "positions must be one or more whole numbers"),
         ({"positions": slice(9, 12)}, "positions must be one or more whole numbers"),
         ({"layers": 2}, "layers must be from 0 to 1, not 2"),

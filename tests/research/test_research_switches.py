@@ -1,6 +1,7 @@
 """Every public function of the research package under JAX's switches: the results are those without the switch."""
 
 import functools
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ SWITCHES = {
 CONFIG = tiny_models.CONFIG
 TOKENS, SOURCE = np.random.default_rng(4).integers(0, CONFIG.n_vocab, (2, 2, 6))
 MASK = np.array([[False, True, True, True, True, False], [True] * 6])
-BYTES = np.ones((2, 3), np.uint8)  # ids in the smallest dtype
+BYTES = np.array([[0, 1, 1], [1, 0, 1]], np.uint8)  # ids in the smallest dtype
 STREAM = np.random.default_rng(5).normal(size=(2, 3, CONFIG.n_embd)).astype(np.float32)
 EDITS = [
     research.add("h0/attn/z", 0.5, positions=2, heads=1),
@@ -30,6 +31,7 @@ EDITS = [
 KEY = jax.random.key(1)
 METRIC = research.logit_difference([1, 2], 3)
 MADE = {"AXES", "BRANCHES", "Edit", "pictures", "surgery"}  # data, and modules; the edits are made above
+MADE |= {"Eraser", "StoredActivations", "open_activations"}
 MADE |= {
     "CausalTrace",
     "answer_probability",
@@ -81,6 +83,18 @@ def calls(config, params):
         "top_tokens": [lambda: research.top_tokens(*model, STREAM[0, 0])],
         "fold_layer_norm": [lambda: research.fold_layer_norm(*model)],
         "center_unembed": [lambda: research.center_unembed(params)],
+        "center_reading_weights": [lambda: research.center_reading_weights(config, research.fold_layer_norm(*model))],
+        "center_writing_weights": [lambda: research.center_writing_weights(*model)],
+        "centered_stream": [
+            lambda: research.centered_stream(STREAM),
+            lambda: jax.jit(research.centered_stream)(STREAM),
+        ],
+        "fold_value_biases": [lambda: research.fold_value_biases(*model)],
+        "process_weights": [lambda: research.process_weights(*model)[1]],
+        "untie_head": [lambda: research.untie_head(*model)[1]],
+        "unembedding": [lambda: research.unembedding(*model)],
+        "leace": [lambda: research.leace(STREAM, BYTES)(STREAM)],
+        "harvest": [lambda: harvested(*model)],
         "ablate_heads": [lambda: surgery.ablate_heads(*model, [(0, 1)], mean=np.ones((1, 4), np.float32))],
         "ablate_neurons": [lambda: surgery.ablate_neurons(*model, [(0, 1)])],
         "prune_heads": [lambda: surgery.prune_heads(*model, [(0, 1), (1, 2)])],
@@ -101,6 +115,12 @@ def calls(config, params):
         "task_vector": [lambda: surgery.task_vector(params, other)],
         "apply_task_vector": [lambda: surgery.apply_task_vector(params, surgery.task_vector(params, other), 0.5)],
     }
+
+
+def harvested(config, params):
+    with tempfile.TemporaryDirectory() as folder:
+        stored = research.harvest(config, params, list(TOKENS), folder, "resid_pre$", shown=False)
+        return {name: np.array(stored[name][:]) for name in stored.names}
 
 
 def jitted(function, params, *rank):

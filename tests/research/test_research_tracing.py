@@ -30,7 +30,7 @@ def probability(params, answer, *edits):
 
 def hidden(params, noise=None):
     """Return the edit that adds the noise, each sample and each token of the subject its own."""
-    size = 3 * np.std(np.asarray(params["wte"], np.float32)) if noise is None else noise
+    size = 3 * np.std(params["wte"]) if noise is None else noise
     noise_BPD = size * jax.random.normal(KEY, (N_SAMPLES, len(SUBJECT), CONFIG.n_embd), np.float32)
     value = np.zeros((N_SAMPLES, ROW.shape[1], CONFIG.n_embd))
     value[:, SUBJECT] = noise_BPD
@@ -56,10 +56,8 @@ def test_every_state_is_restored_under_the_same_noise(params, activation, window
         return probability(params, 7, noisy, *patches)
 
     expected = [[restored(layer, t) for t in (1, 2, 5)] for layer in range(CONFIG.n_layer)]
-    # The default noise is a float32 sum of squares, which rounds to 6e-8.
-    bound = 1e-6 if noise is None else BOUND
-    np.testing.assert_allclose(found.restored, expected, rtol=0, atol=bound)
-    np.testing.assert_allclose(found.noised, probability(params, 7, noisy), rtol=0, atol=bound)
+    np.testing.assert_allclose(found.restored, expected, rtol=0, atol=BOUND)
+    np.testing.assert_allclose(found.noised, probability(params, 7, noisy), rtol=0, atol=BOUND)
     np.testing.assert_allclose(found.clean, jax.nn.softmax(out.logits[0, -1])[7], rtol=0, atol=BOUND)
     assert np.ptp(expected) > 1e-2
     assert abs(found.noised - found.clean) > 1e-3
