@@ -188,7 +188,7 @@ def taps_by_name(config: GPT2Config, taps: Mapping[str, Tap]) -> dict[str, Tap]:
     for pattern, tap in taps.items():
         if not callable(tap):
             raise ValueError(f"the tap of {pattern!r} must be a function (value, position_BT), not {tap!r}")
-        for name in [pattern] if pattern in known else select(config, pattern):
+        for name in [pattern] if pattern in known else select(config, [pattern]):
             found[name] = tap if name not in found else in_turn(name, found[name], tap)
     return found
 
@@ -219,6 +219,8 @@ def call_tap(name: str, tap: Tap, value: jax.Array, places: Sequence[Any]) -> ja
     if new is None:
         return value
     try:
+        if isinstance(new, str | bytes):
+            raise TypeError
         new = jnp.asarray(new)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the tap of {name} must return an array or None, not {new!r}") from error

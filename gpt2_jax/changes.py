@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from gpt2_jax.activations import IN_BLOCK, Tap, axes, in_turn, layer_of, taps_by_name
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits, fits
+from gpt2_jax.edits import Edit, check_edits, check_value
 
 
 @struct.dataclass
@@ -128,9 +128,7 @@ class _EditTap:
         edit = self.edit
         value = edit.value[self.name] if isinstance(edit.value, dict) else edit.value
         value = jnp.asarray(value).astype(x.dtype)
-        if edit.each_row:
-            value = value.reshape(*value.shape[:1], *[1] * (x.ndim - value.ndim), *value.shape[1:])
-        self._check(value.shape, x.shape)
+        value = value.reshape(check_value(edit, self.name, value.shape, x.shape))
         how: dict[str, Callable[[], jax.Array]] = {
             "replace": lambda: jnp.broadcast_to(value, x.shape),
             "patch": lambda: jnp.broadcast_to(value, x.shape),
@@ -140,20 +138,6 @@ class _EditTap:
         here = self._here(x.shape, position_BT, key_position_BS)
         new = how[edit.kind]()
         return new if here is None else jnp.where(here, new, x)
-
-    def _check(self, value: tuple[int, ...], target: tuple[int, ...]) -> None:
-        if self.edit.kind == "patch" and (value[1:] != target[1:] or len(value) != len(target)):
-            raise ValueError(
-                f"the patch of {self.name} has the shape {value}, but the activation has {target}: both runs must have "
-                "the same number of tokens; for a value that is the same for all tokens use replace"
-            )
-        if not fits(value, target):
-            hint = ""
-            if len(value) and value[0] == target[0] and not self.edit.each_row:
-                hint = "; for one value for each row set each_row=True"
-            raise ValueError(
-                f"the edit of {self.name} has a value of shape {value}, which does not broadcast to {target}{hint}"
-            )
 
     def _here(self, of: tuple[int, ...], position_BT: jax.Array, key_position_BS: jax.Array) -> jax.Array | None:
         """Return a bool mask of where the edit applies, to broadcast against the shape `of`. None means everywhere."""

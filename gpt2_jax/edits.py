@@ -143,8 +143,8 @@ def patch(
 
     Args:
       name: the activation's name, with or without its layer.
-      activations: activations of the other run, captured by `research.forward`. They must contain `name`; without a
-        layer, that of all `layers`. A run of one row serves all rows.
+      activations: activations of the other run, captured by `research.forward`, as arrays or as one array for each row.
+        They must contain `name`; without a layer, that of all `layers`. A run of one row serves all rows.
       positions, heads, neurons, key_positions, layers: as in `replace`.
 
     Raises:
@@ -155,7 +155,8 @@ def patch(
         names = [found for found in activations if layer_of(found) is not None and found.split("/", 1)[1] == name]
     if not names or names[0] not in activations:
         raise ValueError(f"{name} was not captured in the run to patch from: that run has {', '.join(activations)}")
-    value = {name: activations[name] for name in names} if name in IN_BLOCK else activations[name]
+    values = {found: _of_rows(found, activations[found]) for found in names}
+    value = values if name in IN_BLOCK else values[name]
     where = {"positions": positions, "key_positions": key_positions}
     return _edit(name, "patch", value, where, {"heads": heads, "neurons": neurons, "layers": layers}, False)
 
@@ -208,6 +209,18 @@ def _numbers(name: str, value: Any) -> Any:
     if not (jnp.issubdtype(value.dtype, jnp.integer) or value.dtype == bool):
         raise ValueError(f"the value of an edit of {name} must be a number or an array of numbers, not {value.dtype}")
     return value.astype(np.float32)
+
+
+def _of_rows(name: str, value: Any) -> Any:
+    """Return the activation of a run of rows of several lengths, a list of arrays, as one array with zeros at the ends."""
+    if not isinstance(value, list):
+        return value
+    letters = axes(name)[1:]
+    longest = max(row.shape[letters.index("T")] for row in value)
+    ends = [
+        [(0, longest - n if axis in "TS" else 0) for axis, n in zip(letters, row.shape, strict=True)] for row in value
+    ]
+    return jnp.stack([jnp.pad(row, end) for row, end in zip(value, ends, strict=True)])
 
 
 def _span(what: str, positions: slice) -> Any:
@@ -380,6 +393,27 @@ def _check_exist(edit: Edit, what: str, places: Any, longest_B: np.ndarray, ends
             f"the edit of {edit.name} is for position {position}, but {'that' if each else 'the longest'} row has "
             f"{n_tokens} tokens, counted {'back from -1' if position < 0 else 'from 0'}"
         )
+
+
+def check_value(edit: Edit, name: str, value: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:
+    """Check the shape of an edit's value against that of an activation, and return the shape to broadcast.
+
+    Raises:
+      ValueError: it does not broadcast, or is a patch of another number of tokens.
+    """
+    whole = value
+    if edit.each_row:
+        whole = (*value[:1], *[1] * (len(target) - len(value)), *value[1:])
+    if edit.kind == "patch" and (value[1:] != target[1:] or len(value) != len(target)):
+        raise ValueError(
+            f"the patch of {name} has the shape {value}, but the activation has {target}: both runs must have the same "
+            "number of tokens; for a value that is the same for all tokens use replace"
+        )
+    if not fits(whole, target):
+        for_rows = len(value) and value[0] == target[0] and not edit.each_row
+        hint = "; for one value for each row set each_row=True" if for_rows else ""
+        raise ValueError(f"the edit of {name} has a value of shape {value}, which does not broadcast to {target}{hint}")
+    return whole
 
 
 def fits(value: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -11,6 +11,7 @@ import importlib
 from gpt2_jax.commands import _interrupts, _streams
 
 MAINS = {
+    "activations": "activations.main",
     "convert": "convert.main",
     "doctor": "doctor.main",
     "download": "download.main",
@@ -42,6 +43,11 @@ def _run(name: str) -> None:
         if (number := _interrupts.received()) is not None:
             _interrupts.leave(128 + number)
         raise
+
+
+def activations() -> None:
+    """Run `gpt2-activations`."""
+    _run("activations")
 
 
 def convert() -> None:

@@ -200,6 +200,21 @@ def encode_group(tokenizer: Tokenizer, pieces: list[Piece]) -> Encoded:
     return Encoded(*joined, np.asarray(ends, np.int64), n_characters, n_bytes, n_markers)
 
 
+def encode_documents(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yield the ids of each document, without an end-of-text id after it. A document without ids is left out.
+
+    The characters `<|endoftext|>` inside a text stay ordinary text.
+    """
+    dtype, parts = id_dtype(tokenizer.n_vocab), []
+    for piece in pieces:
+        ids = tokenizer.encode(piece.text) if isinstance(piece.text, str) else piece.text
+        parts.append(np.asarray(ids, dtype))
+        if piece.ends:
+            document, parts = np.concatenate(parts), []
+            if len(document):
+                yield document
+
+
 def groups_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Collect pieces into groups that are large enough to send to another process."""
     group, size = [], 0

@@ -289,7 +289,7 @@ def _decode(
                 finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
             yield
     except NoLogits as error:
-        raise ValueError(f"{error}: {cause(config, params, changes.edits)}") from None
+        raise ValueError(f"{error}: {cause(config, params, changes.edits, changes.tap_names)}") from None
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -164,7 +164,7 @@ def score(
             for i in range(len(rows))
         ]
     except NoLogits as error:
-        raise ValueError(f"{error}: {cause(config, params, changes.edits)}") from None
+        raise ValueError(f"{error}: {cause(config, params, changes.edits, changes.tap_names)}") from None
 
 
 def _changes(config: GPT2Config, edits: Edits, taps: Mapping[str, Tap] | None, rows: Sequence[np.ndarray]) -> Changes:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from gpt2_jax.activations import axes
+from gpt2_jax.activations import axes, shape
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit, check_value
 from gpt2_jax.generation.prompts import check_prompt
 from gpt2_jax.model import Output
 
@@ -94,6 +95,28 @@ def bucketed(config: GPT2Config, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
     if longest > config.n_ctx:
         raise ValueError(f"{longest} tokens do not fit the model's n_ctx of {config.n_ctx}")
     return _padded(rows, min(max(SHORTEST, 1 << (longest - 1).bit_length()), config.n_ctx))
+
+
+def bucketed_edit(config: GPT2Config, edit: Edit, n_rows: int, n_tokens: int, n_padded: int) -> Edit:
+    """Return an edit whose value has zeros for the tokens that padding adds, if it has one value for each token.
+
+    Raises:
+      ValueError: the value does not fit the tokens without padding.
+    """
+    letters, target = axes(edit.name), shape(config, edit.name, n_rows, n_tokens)
+
+    def pad(value: Any) -> Any:
+        found = jnp.shape(value)
+        check_value(edit, edit.name, found, target)
+        of = letters[:1] + letters[len(letters) - len(found) + 1 :] if edit.each_row else letters[-len(found) :]
+        whole = edit.kind == "patch"  # it has all axes, also of one token
+        ends = [
+            (0, n_padded - n_tokens if axis in "TS" and (whole or size > 1) else 0)
+            for axis, size in zip(of, found, strict=False)
+        ]
+        return jnp.pad(value, ends) if any(after for _, after in ends) else value
+
+    return edit.replace(value=jax.tree.map(pad, edit.value))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def known_lengths(mask_BT: Any, shape: tuple[int, ...]) -> np.ndarray:

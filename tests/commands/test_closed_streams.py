@@ -15,6 +15,7 @@ VERDICT, SHAKESPEARE = commands.ROOT / "examples" / "the-verdict.txt", commands.
 
 # {script: (arguments, status)}
 SHORT = {
+    "activations": (["text.txt", "--capture=h0/mlp/out", "--output=new"], 0),
     "evaluate": (["--task=perplexity", "text.txt", "--json"], 0),
     "generate": (["--prompt=x", "--max-new-tokens=2"], 0),
     "inspect_checkpoint": ([SHAKESPEARE, "--tensor=h0/ln_1/g"], 0),

@@ -17,6 +17,7 @@ SCRIPTS = {
     "generate": "gpt2-generate", "download": "gpt2-download", "convert": "gpt2-convert", "train": "gpt2-train",
     "finetune": "gpt2-finetune", "inspect_checkpoint": "gpt2-inspect", "prepare_data": "gpt2-prepare",
     "train_tokenizer": "gpt2-train-tokenizer", "evaluate": "gpt2-evaluate", "doctor": "gpt2-doctor",
+    "activations": "gpt2-activations",
 }  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "torch", "transformers", "safetensors", "matplotlib"}
 HEAVY |= {"huggingface_hub", "tokenizers", "tiktoken", "grain"}
@@ -47,7 +48,7 @@ def test_help_imports_nothing_heavy(tmp_path, script):
     assert {name.partition(".")[0] for name in imported} & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "convert", "inspect", "prepare", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "convert", "inspect", "prepare", "doctor", "activations"])
 def test_help_names_every_kind_of_model(capfd, command):
     """In the same words in each command."""
     done = commands.caller(importlib.import_module(f"gpt2_jax.commands.{command}").main, capfd)("--help")

@@ -26,6 +26,7 @@ LONG = {
     "prepare_data": ([VERDICT, "--output=new", "--workers=2"], 2),
     "train_tokenizer": ([VERDICT, "--output=new"], 1),
     "train": (["--run=new", f"--data.path={VERDICT}", "--steps=100000", "--batch-size=2"], 6),
+    "activations": ([VERDICT, "--capture=resid_post", "--output=new", "--max-tokens=9"], 4),
     "inspect_checkpoint": ([SHAKESPEARE], 3),
     "doctor": ([], 2),
 }

@@ -341,6 +341,17 @@ def test_edits_reach_every_answer(tiny, monkeypatch):
     assert ask(edited, "generate_until", ("I", {}), ("Ay", {})) == ["said", "said"]
 
 
+def test_taps_reach_every_answer_and_values_of_rows_are_refused(tiny):
+    """The harness chooses the rows, so an edit has one value for all of them."""
+    tapped = language_model(*tiny, taps={"ln_f/out": lambda value, position_BT: value * 0})
+    uniform = pytest.approx(-np.log(tiny[0].n_vocab), rel=1e-6)
+    assert ask(tapped, "loglikelihood", ("", "!"))[0][0] == uniform
+    with pytest.raises(ValueError, match="each row"):
+        language_model(*tiny, edits=replace("ln_f/out", np.zeros(3), each_row=True))
+    with pytest.raises(ValueError, match="position"):
+        language_model(*tiny, edits=replace("ln_f/out", 0.0, positions=tiny[0].n_ctx))
+
+
 def test_a_context_of_spaces_is_an_empty_one(tiny):
     spaces, after_the_end = ask(language_model(*tiny), "loglikelihood", ("  ", "I"), ("<|endoftext|>", "  I"))
     assert spaces == pytest.approx(after_the_end)

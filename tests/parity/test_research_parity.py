@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_activations as naive
 import pytest
-from bridge import bridge_of, hook_of
+from bridge import as_torch, bridge_of, hook_of
 from forward import some_tokens
 
 import gpt2_jax
@@ -32,12 +32,6 @@ def pair(request, shakespeare):
             params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), naive.weights(ODD))
         tokens_BT = some_tokens(config, 3, 23 if config.n_ctx == 23 else 71)
         yield config, params, bridge_of(config, params), tokens_BT, BOUNDS[request.param]
-
-
-def as_torch(array):
-    import torch
-
-    return torch.tensor(np.array(array))
 
 
 def test_every_activation_is_its_tensor_of_the_same_meaning(pair):

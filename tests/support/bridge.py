@@ -122,3 +122,9 @@ def values_and_gradients(bridge, tokens, names, loss):
     for values in found.values():
         assert values.keys() == set(names)
     return found["fwd_hooks"], found["bwd_hooks"]
+
+
+def as_torch(array):
+    import torch
+
+    return torch.tensor(np.array(array))
