@@ -110,6 +110,20 @@ def hook_of(name):
     return name.replace("ln_f/", "ln_final.hook_") if "/" in name else f"hook_{name}"
 
 
+def values_and_gradients(bridge, tokens, names, loss):
+    """Return {name: activation} and {name: gradient of loss(logits)}, by hooks, with our names of the activations."""
+    found = {"fwd_hooks": {}, "bwd_hooks": {}}
+
+    def keep(kind, name):
+        return lambda x, hook: found[kind].update({name: x.detach().clone()})
+
+    with bridge.hooks(**{kind: [(hook_of(name), keep(kind, name)) for name in names] for kind in found}):
+        loss(bridge(tokens)).backward()
+    for values in found.values():
+        assert values.keys() == set(names)
+    return found["fwd_hooks"], found["bwd_hooks"]
+
+
 def as_torch(array):
     import torch
 
