@@ -78,16 +78,29 @@ def check_changes(
     edits = check_edits(config, edits, whole_rows, n_rows, longest_B, ends_B)
     taps = {} if taps is None else taps
     taps_by_name(config, taps)
-    for name, tap in taps.items():
+    functions = tuple(_traceable(tap) for tap in taps.values())
+    for name, tap in zip(taps, functions, strict=True):
         try:
-            hash(tap.func if isinstance(tap, Partial) else tap)
+            hash(tap.func)
         except TypeError as error:
             raise ValueError(
                 f"the tap of {name!r} cannot be hashed, which compiling needs: give a plain function, or "
                 "jax.tree_util.Partial(function, arrays)"
             ) from error
-    functions = tuple(tap if isinstance(tap, Partial) else Partial(tap) for tap in taps.values())
     return Changes(edits, functions, tuple(taps))
+
+
+def _traceable(tap: Tap) -> Partial:
+    """Return a tap as a Partial. The arrays of a callable pytree, such as `research.Eraser`, are traced."""
+    if isinstance(tap, Partial):
+        return tap
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(tap)):
+        return Partial(tap)
+    return Partial(_call, tap)
+
+
+def _call(tap: Tap, value: jax.Array, position_BT: jax.Array) -> Any:
+    return tap(value, position_BT)
 
 
 def taps_of(config: GPT2Config, edits: Sequence[Edit], end_B: jax.Array | None = None) -> dict[str, Tap]:

@@ -27,7 +27,7 @@ PROGRAM = """
             research.scale("attn/result", 0.5, heads=[1, 3]),
             research.replace("h1/attn/scores", -1e10, positions=-2, key_positions=0, heads=3),
         ],
-        "taps": {"h1/mlp/in": lambda value, position: value * 1.25, "h0/attn/z": lambda value, position: value[:, :, ::-1]},
+        "taps": {"h1/mlp/in": lambda value, _: value * 1.25, "h0/attn/z": lambda value, _: value[:, :, ::-1]},
     }
     names = ["attn/result", "attn/k_in", "attn/q$", "resid_post", "mlp/in"]
     tokens = rng.integers(0, 67, (4, 7))
@@ -63,4 +63,4 @@ def test_a_mesh_gives_what_one_device_gives(found, mesh):
     """Heads in their order, also where c_attn is ordered by heads for the devices."""
     assert found[mesh]["ids"]
     assert found[mesh]["n"] > 40
-    assert found[mesh]["far"] < 1e-11  # of values up to 20, in float64; measured: 3e-14
+    assert found[mesh]["far"] < 1e-11  # of values up to 20, in float64; measured: 9e-13
