@@ -7,7 +7,7 @@ PROGRAM = """
     import jax, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from tiny_models import random_params
-    import gpt2_jax
+    import gpt2_jax, optax
     from gpt2_jax import lora, research
     from gpt2_jax.params import flatten, unflatten
     from gpt2_jax.research import surgery, units
@@ -25,6 +25,7 @@ PROGRAM = """
     rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
     pairs = jax.tree.map(lambda leaf: leaf + 0.1, lora.init_lora(params, 2, "c_attn/w", jax.random.key(1)))
     to = {"second": np.eye(7, dtype=bool), "first": np.tri(7, dtype=bool)}
+    sgd = optax.sgd(1.0)
     metric, edit = research.logit_difference(1, 2), research.scale("h0/attn/z", 0.0, heads=[1])
     rng = np.random.default_rng(1)
     eraser = research.leace(rng.normal(size=(50, 24)), rng.integers(0, 3, 50))
@@ -62,7 +63,7 @@ PROGRAM = """
         **RETURN_PARAMS,
     }
     ON_THE_HOST = {
-        "train lens": lambda p, t: research.train_tuned_lens(config, p, t, steps=3, batch_size=2),
+        "train lens": lambda p, t: research.train_tuned_lens(config, p, t, steps=3, batch_size=2, optimizer=sgd),
         "probe": lambda p, t: research.linear_probe(p["wpe"], np.arange(21) % 2).weights,
         "generate": lambda p, t: gpt2_jax.generate(config, p, [[1, 2, 3], [4]], max_new_tokens=9, seed=3),
         "score": lambda p, t: [score.logprobs for score in gpt2_jax.score(config, p, [[1, 2, 3], [4, 5]])],
