@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax import SIZES, GPT2Config
 from gpt2_jax import recipe as recipes
+from gpt2_jax.changes import NO_CHANGES
 from gpt2_jax.generation import engine, programs
 from gpt2_jax.generation.memory import RECENT
 from gpt2_jax.generation.settings import Settings
@@ -99,7 +100,7 @@ def _engine_values(case: Case, mesh: Mesh) -> dict[str, Any]:
     return {
         "model": GPT2(config, mesh=mesh, by_heads=several),  # fused attention depends on the device
         "params": params,
-        "edits": (),
+        "changes": NO_CHANGES,
         "seen_BV": np.zeros((case.rows, config.n_vocab), bool),
         "done_B": np.zeros(case.rows, bool),
         "row_B": np.zeros(case.rows, np.uint32),

@@ -7,10 +7,10 @@ COMMAND: python examples/induction_heads.py     (a minute on two CPU cores: trai
 import jax
 import numpy as np
 import optax
-import tyro
 
 import gpt2_jax
 from gpt2_jax import research
+from gpt2_jax.commands import example
 
 
 def train(n_steps: int) -> tuple:
@@ -56,4 +56,4 @@ def main(model: str = "", n_steps: int = 1500, output: str = "induction_heads.pn
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    example.run(main)

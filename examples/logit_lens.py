@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import gpt2_jax
 from gpt2_jax import research
+from gpt2_jax.commands import example
 
 
 def main(
@@ -32,6 +32,8 @@ def main(
     config, params = gpt2_jax.load(model)
     tokenizer = gpt2_jax.load_tokenizer(model)
     ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise ValueError("the text needs two tokens or more: the second one is the first that is predicted")
     lens = research.logit_lens(config, params, [ids])
     table = Table("read from", "mean log-probability of the next token", "median rank", title=f"{model}: {text!r}")
     for name, logprobs_T, ranks_T in zip(lens.names, lens.next_logprobs[:, 0], lens.next_ranks[:, 0], strict=True):
@@ -42,4 +44,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    example.run(main)

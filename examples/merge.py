@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 import gpt2_jax
+from gpt2_jax.commands import example
 from gpt2_jax.research import pictures, surgery
 
 TEXTS = {
@@ -55,4 +55,4 @@ def main(model: str = "shakespeare", n_steps: int = 30, output: Path = Path("mer
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    example.run(main)

@@ -8,12 +8,12 @@ COMMAND: python examples/steer.py     (20 s on two CPU cores)
 
 from __future__ import annotations
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import gpt2_jax
 from gpt2_jax import research
+from gpt2_jax.commands import example
 
 
 def main(
@@ -48,4 +48,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    example.run(main)

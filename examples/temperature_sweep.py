@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import gpt2_jax
 from gpt2_jax import research
+from gpt2_jax.commands import example
 
 
 def main(
@@ -26,6 +26,8 @@ def main(
     output: Path = Path("temperature_sweep.png"),
 ) -> None:
     """Print how often each of the k most likely tokens is drawn and its probability. Plot the probabilities."""
+    if k < 1 or min(temperatures, default=0) <= 0:
+        raise ValueError("k must be 1 or more, and all temperatures must be above 0")
     config, params = gpt2_jax.load(model)
     tokenizer = gpt2_jax.load_tokenizer(model)
     ids = tokenizer.encode(prompt)
@@ -48,4 +50,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    example.run(main)

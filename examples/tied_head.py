@@ -8,11 +8,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import gpt2_jax
+from gpt2_jax.commands import example
 
 
 def main(model: str = "shakespeare", text: str = "To be, or not to be, that is the question.") -> None:
@@ -24,8 +24,10 @@ def main(model: str = "shakespeare", text: str = "To be, or not to be, that is t
     """
     config, params = gpt2_jax.load(model)
     if not config.tie_word_embeddings:
-        raise SystemExit(f"{model} has an output head of its own: choose a model whose head is tied")
+        raise ValueError(f"{model} has an output head of its own: choose a model whose head is tied")
     ids = jnp.asarray([gpt2_jax.load_tokenizer(model).encode(text)])
+    if ids.shape[1] < 2:
+        raise ValueError("the text needs two tokens or more: the second one is the first that is predicted")
     gpt2 = gpt2_jax.GPT2(config)
 
     def loss(embedding: jax.Array, head: jax.Array) -> jax.Array:
@@ -50,4 +52,4 @@ def main(model: str = "shakespeare", text: str = "To be, or not to be, that is t
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    example.run(main)

@@ -8,11 +8,11 @@ the model's text makes no sense.
 
 from __future__ import annotations
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import gpt2_jax
+from gpt2_jax.commands import example
 from gpt2_jax.params import flatten, unflatten
 from gpt2_jax.research import surgery
 
@@ -42,10 +42,12 @@ def main(model: str = "shakespeare", text: str = TEXT, max_new_tokens: int = 24)
             perplexity = f"{gpt2_jax.score(config, edited, [ids])[0].perplexity:.1f}"
             said = repr(tokenizer.decode(gpt2_jax.generate(config, edited, [ids], max_new_tokens, temperature=0)[0]))
         except ValueError as error:  # shapes are checked before anything is computed
+            if name == "nothing":  # another argument is wrong
+                raise
             perplexity, said = "refused", str(error).splitlines()[1].strip()
         table.add_row(name, shape, perplexity, said)
     Console().print(table, markup=False)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    example.run(main)

@@ -20,8 +20,8 @@ Tap = Callable[..., Any]
 """A function (activation, position_BT) -> new activation of the same shape, or None to leave it as it is.
 
 position_BT, int32, has each token's position in the window. The result is cast to the activation's dtype. A tap with
-the attribute `takes_keys` gets a third argument for attn/scores and attn/pattern: key_position_BS, each slot's position,
--1 where it holds no token.
+the attribute `takes_keys` gets a third argument: key_position_BS, the position of each slot that attention looks at, -1
+where it holds no token.
 """
 
 _NORM = {"scale": "BT1", "normalized": "BTD", "out": "BTD"}
@@ -125,6 +125,14 @@ def shape(config: GPT2Config, name: str, n_rows: int, n_tokens: int, n_slots: in
     return tuple(sizes[axis] for axis in axes(name))
 
 
+def dtype_of(config: GPT2Config, name: str) -> Any:
+    """Return the dtype of an activation."""
+    if name in BEFORE:
+        return config.param_dtype
+    wide = name.split("/")[-1] in ("scale", "normalized", "scores", "pattern")
+    return jnp.promote_types(config.compute_dtype, jnp.float32) if wide else config.compute_dtype
+
+
 def select(config: GPT2Config, patterns: str | Sequence[str]) -> list[str]:
     r"""Return the activation names that match any of the patterns.
 
@@ -180,7 +188,7 @@ def taps_by_name(config: GPT2Config, taps: Mapping[str, Tap]) -> dict[str, Tap]:
     for pattern, tap in taps.items():
         if not callable(tap):
             raise ValueError(f"the tap of {pattern!r} must be a function (value, position_BT), not {tap!r}")
-        for name in [pattern] if pattern in known else select(config, pattern):
+        for name in [pattern] if pattern in known else select(config, [pattern]):
             found[name] = tap if name not in found else in_turn(name, found[name], tap)
     return found
 
@@ -211,13 +219,15 @@ def call_tap(name: str, tap: Tap, value: jax.Array, places: Sequence[Any]) -> ja
     if new is None:
         return value
     try:
+        if isinstance(new, str | bytes):
+            raise TypeError
         new = jnp.asarray(new)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the tap of {name} must return an array or None, not {new!r}") from error
     if new.shape != value.shape or jnp.issubdtype(new.dtype, jnp.complexfloating):
         raise ValueError(
-            f"the tap of {name} returned {new.dtype}{list(new.shape)}: it must return numbers of the activation's shape, "
-            f"{list(value.shape)}, or None to leave it as it is"
+            f"the tap of {name} returned {new.dtype}{list(new.shape)}: it must return numbers of the activation's "
+            f"shape, {list(value.shape)}, or None to leave it as it is"
         )
     return new.astype(value.dtype)
 
@@ -241,7 +251,7 @@ class Taps:
 
         `n_outer` is the number of modules that enclose the model.
         """
-        self._taps, self._capture, self._places, self._n_outer = taps, frozenset(capture), tuple(places), n_outer
+        self._taps, self._capture, self._places, self._n_outer = taps, tuple(capture), tuple(places), n_outer
         self.captured: dict[str, jax.Array] = {}
 
     def __bool__(self) -> bool:

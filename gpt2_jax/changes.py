@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from gpt2_jax.activations import IN_BLOCK, Tap, axes, in_turn, layer_of, taps_by_name
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits, fits
+from gpt2_jax.edits import Edit, check_edits, check_value
 
 
 @struct.dataclass
@@ -52,32 +52,55 @@ class Changes:
         return self.replace(edits=tuple(_of_rows(edit, index) for edit in self.edits))  # pyright: ignore[reportAttributeAccessIssue]
 
 
+NO_CHANGES = Changes()
+Edits = Edit | Sequence[Edit] | Changes
+"""Edits as functions take them."""
+
+
 def check_changes(
     config: GPT2Config,
-    edits: Edit | Sequence[Edit],
-    taps: Mapping[str, Tap] | None,
+    edits: Edits,
+    taps: Mapping[str, Tap] | None = None,
     whole_rows: bool = True,
     n_rows: int | None = None,
     longest_B: Any = None,
+    ends_B: Any = None,
 ) -> Changes:
     """Check edits and taps, and return them together. The arguments are those of `check_edits`, and taps by name.
+
+    Changes that were checked before may be passed as edits. They are returned.
 
     Raises:
       ValueError: as `check_edits`; or a tap is not a function, cannot be hashed, or fits no activation.
     """
-    edits = check_edits(config, edits, whole_rows, n_rows, longest_B)
+    if isinstance(edits, Changes):
+        return edits
+    edits = check_edits(config, edits, whole_rows, n_rows, longest_B, ends_B)
     taps = {} if taps is None else taps
     taps_by_name(config, taps)
-    for name, tap in taps.items():
+    functions = tuple(_traceable(tap) for tap in taps.values())
+    for name, tap in zip(taps, functions, strict=True):
         try:
-            hash(tap.func if isinstance(tap, Partial) else tap)
+            hash(tap.func)
         except TypeError as error:
             raise ValueError(
                 f"the tap of {name!r} cannot be hashed, which compiling needs: give a plain function, or "
                 "jax.tree_util.Partial(function, arrays)"
             ) from error
-    functions = tuple(tap if isinstance(tap, Partial) else Partial(tap) for tap in taps.values())
     return Changes(edits, functions, tuple(taps))
+
+
+def _traceable(tap: Tap) -> Partial:
+    """Return a tap as a Partial. The arrays of a callable pytree, such as `research.Eraser`, are traced."""
+    if isinstance(tap, Partial):
+        return tap
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(tap)):
+        return Partial(tap)
+    return Partial(_call, tap)
+
+
+def _call(tap: Tap, value: jax.Array, position_BT: jax.Array) -> Any:
+    return tap(value, position_BT)
 
 
 def taps_of(config: GPT2Config, edits: Sequence[Edit], end_B: jax.Array | None = None) -> dict[str, Tap]:
@@ -118,9 +141,7 @@ class _EditTap:
         edit = self.edit
         value = edit.value[self.name] if isinstance(edit.value, dict) else edit.value
         value = jnp.asarray(value).astype(x.dtype)
-        if edit.each_row:
-            value = value.reshape(*value.shape[:1], *[1] * (x.ndim - value.ndim), *value.shape[1:])
-        self._check(value.shape, x.shape)
+        value = value.reshape(check_value(edit, self.name, value.shape, x.shape))
         how: dict[str, Callable[[], jax.Array]] = {
             "replace": lambda: jnp.broadcast_to(value, x.shape),
             "patch": lambda: jnp.broadcast_to(value, x.shape),
@@ -130,20 +151,6 @@ class _EditTap:
         here = self._here(x.shape, position_BT, key_position_BS)
         new = how[edit.kind]()
         return new if here is None else jnp.where(here, new, x)
-
-    def _check(self, value: tuple[int, ...], target: tuple[int, ...]) -> None:
-        if self.edit.kind == "patch" and (value[1:] != target[1:] or len(value) != len(target)):
-            raise ValueError(
-                f"the patch of {self.name} has the shape {value}, but the activation has {target}: both runs must have "
-                "the same number of tokens; for a value that is the same for all tokens use replace"
-            )
-        if not fits(value, target):
-            hint = ""
-            if len(value) and value[0] == target[0] and not self.edit.each_row:
-                hint = "; for one value for each row set each_row=True"
-            raise ValueError(
-                f"the edit of {self.name} has a value of shape {value}, which does not broadcast to {target}{hint}"
-            )
 
     def _here(self, of: tuple[int, ...], position_BT: jax.Array, key_position_BS: jax.Array) -> jax.Array | None:
         """Return a bool mask of where the edit applies, to broadcast against the shape `of`. None means everywhere."""
@@ -161,7 +168,7 @@ class _EditTap:
                 mask = mask.reshape([n if axis in along else 1 for axis, n in zip(letters, of, strict=True)])
                 here = mask if here is None else here & mask
         if edit.layers is not None:
-            layer = layer_of(self.name)
+            layer = layer_of(self.name) or 0  # an edit with layers is in a block
             in_layer = ((edit.layers == layer) | (edit.layers == layer - self.n_layer)).any()
             here = in_layer if here is None else here & in_layer
         return here

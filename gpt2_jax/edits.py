@@ -35,7 +35,7 @@ class Edit:
     Attributes:
       name: the activation's name, such as "h3/attn/z", or "attn/z" for several layers.
       kind: "replace", "add", "scale" or "patch".
-      value: a number or an array that broadcasts against the activation. Of a patch of several layers, a dict of arrays.
+      value: a number or an array that broadcasts against the activation. Of a patch of several layers, a dict.
       positions: int32 [P] or, of each row, [B, P]: where the edit applies; None means everywhere.
       span: int32 [2] or, of each row, [B, 2]: the first position of a slice and the one after its last.
       key_positions, key_span: the same for the axis S of attn/scores and attn/pattern: the tokens that are looked at.
@@ -143,8 +143,8 @@ def patch(
 
     Args:
       name: the activation's name, with or without its layer.
-      activations: activations of the other run, captured by `research.forward`. They must contain `name`; without a
-        layer, that of all `layers`. A run of one row serves all rows.
+      activations: activations of the other run, captured by `research.forward`, as arrays or as one array for each row.
+        They must contain `name`; without a layer, that of all `layers`. A run of one row serves all rows.
       positions, heads, neurons, key_positions, layers: as in `replace`.
 
     Raises:
@@ -155,7 +155,8 @@ def patch(
         names = [found for found in activations if layer_of(found) is not None and found.split("/", 1)[1] == name]
     if not names or names[0] not in activations:
         raise ValueError(f"{name} was not captured in the run to patch from: that run has {', '.join(activations)}")
-    value = {name: activations[name] for name in names} if name in IN_BLOCK else activations[name]
+    values = {found: _of_rows(found, activations[found]) for found in names}
+    value = values if name in IN_BLOCK else values[name]
     where = {"positions": positions, "key_positions": key_positions}
     return _edit(name, "patch", value, where, {"heads": heads, "neurons": neurons, "layers": layers}, False)
 
@@ -167,9 +168,7 @@ AXIS_OF = {"heads": ("N", "divided into heads"), "neurons": ("F", "divided into 
 
 
 @under_jax_defaults
-def _edit(
-    name: str, kind: str, value: Any, positions: dict[str, Any], others: dict[str, Any], each_row: bool
-) -> Edit:
+def _edit(name: str, kind: str, value: Any, positions: dict[str, Any], others: dict[str, Any], each_row: bool) -> Edit:
     try:
         letters = axes(name)
     except (KeyError, TypeError) as error:
@@ -212,6 +211,18 @@ def _numbers(name: str, value: Any) -> Any:
     return value.astype(np.float32)
 
 
+def _of_rows(name: str, value: Any) -> Any:
+    """Return the activation of rows of several lengths, a list of arrays, as one array with zeros at the ends."""
+    if not isinstance(value, list):
+        return value
+    letters = axes(name)[1:]
+    longest = max(row.shape[letters.index("T")] for row in value)
+    ends = [
+        [(0, longest - n if axis in "TS" else 0) for axis, n in zip(letters, row.shape, strict=True)] for row in value
+    ]
+    return jnp.stack([jnp.pad(row, end) for row, end in zip(value, ends, strict=True)])
+
+
 def _span(what: str, positions: slice) -> Any:
     """Return a slice as its two ends, [2], or [B, 2] if an end has one number for each row."""
     if positions.step not in (None, 1):
@@ -223,7 +234,9 @@ def _span(what: str, positions: slice) -> Any:
         return (np if known else jnp).stack((np if known else jnp).broadcast_arrays(*ends), axis=-1)
     except ValueError as error:
         sizes = " and ".join(str(np.size(end)) for end in ends)
-        raise ValueError(f"{what} must be a slice of two ends, each one number or one for each row, not {sizes}") from error
+        raise ValueError(
+            f"{what} must be a slice of two ends, each one number or one for each row, not {sizes}"
+        ) from error
 
 
 def _places(what: str, places: Any, least: int = -END, most_axes: int = 1) -> Any:
@@ -266,6 +279,7 @@ def check_edits(
     whole_rows: bool = True,
     n_rows: int | None = None,
     longest_B: Any = None,
+    ends_B: Any = None,
 ) -> tuple[Edit, ...]:
     """Check edits, and return them as a tuple.
 
@@ -276,6 +290,7 @@ def check_edits(
         `each_row`, for all tokens of a row.
       n_rows: the number of rows; None if it is unknown.
       longest_B: the largest number of tokens that each row may have; None if it is unknown.
+      ends_B: the number of tokens from whose end negative positions count; None means `longest_B`.
 
     Raises:
       ValueError: not an Edit, an unknown activation, layer or head, a value that does not broadcast, another number of
@@ -286,21 +301,25 @@ def check_edits(
         if not isinstance(edit, Edit):
             raise ValueError(f"edits must be made with replace, add, scale or patch of gpt2_jax.research, not {edit!r}")
         if edit.kind not in KINDS:
-            raise ValueError(f"the edit of {edit.name} has the kind {edit.kind!r}: it must be one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"the edit of {edit.name} has the kind {edit.kind!r}: it must be one of {', '.join(KINDS)}"
+            )
         _check_layers(config, edit)
-        for what, axis, count in (("heads", "n_head", config.n_head), ("neurons", "4 n_embd", 4 * config.n_embd)):
+        for what, count in (("heads", config.n_head), ("neurons", 4 * config.n_embd)):
             numbers = getattr(edit, what)
             if numbers is not None and not isinstance(numbers, Tracer) and (np.asarray(numbers) >= count).any():
                 raise ValueError(
-                    f"the edit of {edit.name} is for {what} {numbers}, but the model has {count} ({axis}), counted from 0"
+                    f"the edit of {edit.name} is for {what} {numbers}, but the model has {count}, counted from 0"
                 )
         if not whole_rows:
             _check_same_for_tokens(config, edit)
-        if n_rows is not None:
+        if n_rows is not None or not whole_rows:
             _check_rows(edit, n_rows)
         if longest_B is not None:
+            longest_B = np.asarray(longest_B)
+            ends_B = longest_B if ends_B is None else np.asarray(ends_B)
             for what in ("positions", "span", "key_positions", "key_span"):
-                _check_exist(edit, what, getattr(edit, what), np.asarray(longest_B))
+                _check_exist(edit, what, getattr(edit, what), longest_B, ends_B)
     return edits
 
 
@@ -336,12 +355,17 @@ def _check_same_for_tokens(config: GPT2Config, edit: Edit) -> None:
             )
 
 
-def _check_rows(edit: Edit, n_rows: int) -> None:
-    """Check that what the edit says for each row is for this number of rows."""
+def _check_rows(edit: Edit, n_rows: int | None) -> None:
+    """Check that what the edit says for each row is for this number of rows. None means that no rows are known."""
     of_rows = {"value": edit.value} if edit.each_row else {}
     names = ("positions", "span", "key_positions", "key_span")
     of_rows |= {name: places for name in names if (places := getattr(edit, name)) is not None and places.ndim == 2}
     for what, array in of_rows.items():
+        if n_rows is None:
+            raise ValueError(
+                f"the edit of {edit.name} has a {what} for each row, but this function makes its own rows: give "
+                "one for all rows"
+            )
         if jnp.shape(array)[:1] != (n_rows,):
             raise ValueError(
                 f"the edit of {edit.name} has a {what} of shape {jnp.shape(array)}: its first axis must have one entry "
@@ -349,24 +373,47 @@ def _check_rows(edit: Edit, n_rows: int) -> None:
             )
 
 
-def _check_exist(edit: Edit, what: str, places: Any, longest_B: np.ndarray) -> None:
+def _check_exist(edit: Edit, what: str, places: Any, longest_B: np.ndarray, ends_B: np.ndarray) -> None:
     """Check that a row has each position, or a position of each span."""
     if places is None or isinstance(places, Tracer) or not places.size:
         return
     places = np.asarray(places)
-    longest = longest_B[:, None] if places.ndim == 2 else longest_B.max(initial=0)
     if what.endswith("span"):
-        start, stop = (np.where(end < 0, np.maximum(end + longest_B, 0), end) for end in (places[..., 0], places[..., 1]))
-        wrong = not (np.minimum(stop, longest_B) > start).any() and not (stop <= start).all()
-        if wrong:
+        start, stop = (np.where(end < 0, np.maximum(end + ends_B, 0), end) for end in (places[..., 0], places[..., 1]))
+        if not (np.minimum(stop, longest_B) > start).any() and not (stop <= start).all():
             raise ValueError(f"the edit of {edit.name} is for {what} {places.tolist()}, but no row has such a token")
         return
-    wrong = (places != END) & ((places >= longest) | (places < -longest))
+    each = places.ndim == 2
+    longest, end = (lengths_B[:, None] if each else lengths_B.max(initial=0) for lengths_B in (longest_B, ends_B))
+    wrong = (places != END) & ((places >= longest) | (places < -end))
     if wrong.any():
+        position = places[wrong][0]
+        n_tokens = np.broadcast_to(np.where(places < 0, end, longest), places.shape)[wrong][0]
         raise ValueError(
-            f"the edit of {edit.name} is for position {places[wrong][0]}, but {'that' if places.ndim == 2 else 'the longest'} "
-            f"row has {np.broadcast_to(longest, places.shape)[wrong][0]} tokens, counted from 0, or back from -1"
+            f"the edit of {edit.name} is for position {position}, but {'that' if each else 'the longest'} row has "
+            f"{n_tokens} tokens, counted {'back from -1' if position < 0 else 'from 0'}"
         )
+
+
+def check_value(edit: Edit, name: str, value: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:
+    """Check the shape of an edit's value against that of an activation, and return the shape to broadcast.
+
+    Raises:
+      ValueError: it does not broadcast, or is a patch of another number of tokens.
+    """
+    whole = value
+    if edit.each_row:
+        whole = (*value[:1], *[1] * (len(target) - len(value)), *value[1:])
+    if edit.kind == "patch" and (value[1:] != target[1:] or len(value) != len(target)):
+        raise ValueError(
+            f"the patch of {name} has the shape {value}, but the activation has {target}: both runs must have the same "
+            "number of tokens; for a value that is the same for all tokens use replace"
+        )
+    if not fits(whole, target):
+        for_rows = len(value) and value[0] == target[0] and not edit.each_row
+        hint = "; for one value for each row set each_row=True" if for_rows else ""
+        raise ValueError(f"the edit of {name} has a value of shape {value}, which does not broadcast to {target}{hint}")
+    return whole
 
 
 def fits(value: tuple[int, ...], target: tuple[int, ...]) -> bool:

@@ -28,9 +28,10 @@ def on_auto_axes(method: F) -> F:
     """Return a method of a Flax module that computes on Auto axes if its arrays, or the mesh in use, have others.
 
     On Explicit axes, each gather and product would have to name the sharding of its result. The method takes the module
-    and an array, and may take `cache` and `taps`. It returns an array, or an array, the new cache and other arrays. These
-    are on the Explicit axes again: the first as the given array along all axes but its last, the cache as the given
-    cache, and the rest by rows. The functions in `taps` get values on the Explicit axes, divided by rows, and may return such values.
+    and an array, and may take `cache` and `taps`. It returns an array, or an array, the new cache and other arrays.
+    These are on the Explicit axes again: the first as the given array along all axes but its last, the cache as the
+    given cache, and the rest by rows. The functions in `taps` get values on the Explicit axes, divided by rows, and may
+    return such values.
     """
     signature = inspect.signature(method)
 

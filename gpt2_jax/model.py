@@ -246,7 +246,8 @@ class Block(nn.Module):
         params = jax.tree.map(automatic, self.variables["params"])
 
         def normalize(x_BTND: jax.Array) -> jax.Array:
-            return LayerNorm(self.config, parent=None).apply({"params": params["ln_1"]}, x_BTND)
+            ln_1: Any = LayerNorm(self.config, parent=None)
+            return ln_1.apply({"params": params["ln_1"]}, x_BTND)
 
         n = n_heads(self.config, self.mesh) if self.by_heads else self.config.n_head
         w_DX = params["attn"]["c_attn"]["w"].astype(self.config.compute_dtype)
@@ -315,9 +316,9 @@ class GPT2(nn.Module):
           cache: the earlier tokens, from `init_cache` or an earlier call; None means that there are none.
           deterministic: False applies dropout, and needs `rngs={"dropout": key}`.
           taps: {activation name or regular expression: function (value, position_BT) -> new value, or None}.
-            position_BT, int32, has the tokens' positions in the row. The result must have the shape of the value, and is
-            cast to its dtype. Scores and patterns are masked again behind a tap. `gpt2_jax.activations` lists the names.
-            With `remat` a tap must not store its value: `run` captures activations.
+            position_BT, int32, has the tokens' positions in the row. The result must have the shape of the value, and
+            is cast to its dtype. Scores and patterns are masked again behind a tap. `gpt2_jax.activations` lists the
+            names. With `remat` a tap must not store its value: `run` captures activations.
 
         Returns:
           Output with logits [B, T, V] and the new cache.
@@ -434,7 +435,9 @@ class GPT2(nn.Module):
             return self.config.n_layer
         stop = whole_number("stop_at_layer", stop_at_layer, 0, self.config.n_layer)
         if cache is not None:
-            raise ValueError("stop_at_layer needs a pass without cache: a cache holds the keys and values of all layers")
+            raise ValueError(
+                "stop_at_layer needs a pass without cache: a cache holds the keys and values of all layers"
+            )
         for name in capture:
             layer = layer_of(name)
             if name.startswith("ln_f/") or (layer is not None and layer >= stop):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Edits
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.continuations import score_continuations
 from gpt2_jax.evaluate.detokenizers import DETOKENIZERS
 from gpt2_jax.params import Params
@@ -64,7 +65,8 @@ def cloze(
     questions: Sequence[Question],
     *,
     detokenizer: str = "none",
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
     track: Callable[[list], Iterable] = iter,
     share: Share | None = None,
 ) -> Cloze:
@@ -81,7 +83,7 @@ def cloze(
       questions: the questions.
       detokenizer: undoes the word splitting of a benchmark first: "wikitext", "ptb" (also for the Children's Book
         Test), or "none".
-      edits: activation edits, as in `score`.
+      edits, taps: edits and taps of activations, as in `score`.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
       share: this process's share, if several connected processes call this; as in `score`.
 
@@ -98,7 +100,7 @@ def cloze(
         of_this = _pairs(tokenizer, question, DETOKENIZERS[detokenizer])
         n_cut += any(len(context) + len(rest) > config.n_ctx + 1 for context, rest in of_this)
         pairs += of_this
-    scores, _ = score_continuations(config, params, pairs, edits=edits, track=track, share=share)
+    scores, _ = score_continuations(config, params, pairs, edits=edits, taps=taps, track=track, share=share)
     sums = iter([one.sum for one in scores])
     right = 0
     for question in questions:

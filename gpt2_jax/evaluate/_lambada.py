@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Edits
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.continuations import score_continuations
 from gpt2_jax.generation.scoring import Score
 from gpt2_jax.params import Params
@@ -70,7 +71,8 @@ def lambada(
     passages: Sequence[str],
     *,
     stop_words: Iterable[str] = STOP_WORDS,
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
     track: Callable[[list], Iterable] = iter,
     share: Share | None = None,
 ) -> Lambada:
@@ -92,7 +94,7 @@ def lambada(
       tokenizer: the model's tokenizer.
       passages: texts, each with its last word. White space at the end is dropped.
       stop_words: the stop words, in lower case.
-      edits: activation edits, as in `score`.
+      edits, taps: edits and taps of activations, as in `score`.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
       share: this process's share, if several connected processes call this; as in `score`.
 
@@ -105,7 +107,9 @@ def lambada(
         raise ValueError("passages is empty: give at least one text")
     pairs = [(tokenizer.encode(context), tokenizer.encode(f" {word}")) for context, word in parts]
     aside = _stop_ids(tokenizer, stop_words)
-    scores, n_cut = score_continuations(config, params, pairs, aside=aside, edits=edits, track=track, share=share)
+    scores, n_cut = score_continuations(
+        config, params, pairs, aside=aside, edits=edits, taps=taps, track=track, share=share
+    )
     is_stop_word = [word.lower() in stop_words for _, word in parts]
     nats = -math.fsum(one.sum for one in scores)
     n_tokens = sum(len(one.logprobs) for one in scores)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Edits
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit
 from gpt2_jax.evaluate.detokenizers import DETOKENIZERS
 from gpt2_jax.generation.scoring import as_stride, score
 from gpt2_jax.params import Params
@@ -65,7 +66,8 @@ def perplexity(
     detokenizer: str = "none",
     per: str = "token",
     bos: bool = False,
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
     track: Callable[[list], Iterable] = iter,
     share: Share | None = None,
 ) -> Perplexity:
@@ -85,7 +87,7 @@ def perplexity(
       detokenizer: undoes the word splitting of a benchmark before tokenization: "wikitext", "ptb" or "none".
       per: the unit: "token", "word" or "byte". Words and bytes are those of the text before the detokenizer.
       bos: put `<|endoftext|>` before each document, so that its first token is scored too.
-      edits: activation edits, as in `score`.
+      edits, taps: edits and taps of activations, as in `score`.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
       share: this process's share, if several connected processes call this; as in `score`.
 
@@ -97,7 +99,7 @@ def perplexity(
     choice("per", per, UNITS)
     rows = _rows(tokenizer, documents, detokenizer, bos)
     stride = as_stride(config, stride)
-    scores = score(config, params, rows, stride, edits=edits, track=track, share=share)
+    scores = score(config, params, rows, stride, edits=edits, taps=taps, track=track, share=share)
     nats = -math.fsum(one.sum for one in scores)
     counts = {
         "documents": len(documents),

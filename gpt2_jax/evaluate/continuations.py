@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Edits
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit
 from gpt2_jax.generation.scoring import Score, score
 from gpt2_jax.params import Params
 from gpt2_jax.processes import Share
@@ -17,7 +18,8 @@ def score_continuations(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     aside: Sequence[int] = (),
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
     track: Callable[[list], Iterable] = iter,
     share: Share | None = None,
 ) -> tuple[list[Score], int]:
@@ -31,7 +33,7 @@ def score_continuations(
       params: the model's parameters, from `load`.
       pairs: (context, continuation) pairs of token ids. A context has 1 or more ids, a continuation from 1 to n_ctx.
       aside: ids that `Score.greedy_aside` ignores.
-      edits: activation edits, as in `score`.
+      edits, taps: edits and taps of activations, as in `score`.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
       share: this process's share, if several connected processes call this; as in `score`.
 
@@ -51,5 +53,7 @@ def score_continuations(
         rows.append([*context, *continuation][-config.n_ctx - 1 :])
         first.append(len(rows[-1]) - len(continuation))
     n_cut = sum(len(row) < len(context) + len(rest) for row, (context, rest) in zip(rows, pairs, strict=True))
-    scores = score(config, params, rows, config.n_ctx, first=first, aside=aside, edits=edits, track=track, share=share)
+    scores = score(
+        config, params, rows, config.n_ctx, first=first, aside=aside, edits=edits, taps=taps, track=track, share=share
+    )
     return scores, n_cut

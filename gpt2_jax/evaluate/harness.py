@@ -20,9 +20,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Changes, Edits, check_changes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit
 from gpt2_jax.generation.decoding import complete
 from gpt2_jax.generation.scoring import score
 from gpt2_jax.generation.settings import Settings
@@ -46,7 +47,8 @@ def language_model(
     batch_size: int = 8,
     max_gen_toks: int = 256,
     seed: int = 0,
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
 ) -> TemplateLM:
     """Return the model for the harness's `simple_evaluate` and `evaluate`.
 
@@ -57,8 +59,9 @@ def language_model(
       batch_size: texts to generate at the same time; each needs a KV cache of at most n_ctx tokens.
       max_gen_toks: most new tokens of a text, if the task does not set it; 1 or more, and less than n_ctx when used.
       seed: seed of the draws, if a task samples; in [0, 2**32).
-      edits: activation edits from `gpt2_jax.research`, applied in every forward pass. A value is the same for all
-        tokens.
+      edits: activation edits from `gpt2_jax.research`, applied in every forward pass. A value is the same for all rows
+        and tokens.
+      taps: functions of activations, as `research.forward` takes them.
 
     Raises:
       ValueError: batch_size or max_gen_toks is not a whole number, 1 or more.
@@ -68,7 +71,8 @@ def language_model(
 
     batch_size, max_gen_toks = whole_number("batch_size", batch_size, 1), whole_number("max_gen_toks", max_gen_toks, 1)
     kind = type("GPT2", (_Answers, TemplateLM), {"__doc__": _Answers.__doc__})
-    return kind(config, params, tokenizer, batch_size, max_gen_toks, seed, edits)
+    changes = check_changes(config, edits, taps, whole_rows=False, longest_B=[config.n_ctx])
+    return kind(config, params, tokenizer, batch_size, max_gen_toks, seed, changes)
 
 
 class _Answers:
@@ -89,11 +93,11 @@ class _Answers:
         batch_size: int,
         max_gen_toks: int,
         seed: int,
-        edits: Edit | Sequence[Edit],
+        changes: Changes,
     ):
         super().__init__()
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.batch_size, self.max_gen_toks, self.seed, self.edits = batch_size, max_gen_toks, seed, edits
+        self.batch_size, self.max_gen_toks, self.seed, self.changes = batch_size, max_gen_toks, seed, changes
 
     @property
     def eot_token_id(self) -> int:
@@ -128,7 +132,9 @@ class _Answers:
                 some = [rows[i] for i in block]
                 first = [len(rows[i]) - len(requests[i][2]) for i in block]
                 # A stride of n_ctx makes n_ctx + 1 tokens one window: its last token is only predicted, never read.
-                scores = score(self.config, self.params, some, stride=self.config.n_ctx, first=first, edits=self.edits)
+                scores = score(
+                    self.config, self.params, some, stride=self.config.n_ctx, first=first, edits=self.changes
+                )
                 for i, scored in zip(block, scores, strict=True):
                     answers[i] = (scored.sum, bool(scored.greedy.all()))
                     if (texts := requests[i][0]) is not None:
@@ -202,7 +208,7 @@ class _Answers:
                 n_done = 0
                 for block in _longest_first(prompts, self.batch_size):
                     some = [prompts[k][-n_fit:] for k in block]
-                    rows = complete(self.config, self.params, some, self.tokenizer, settings, n_done, self.edits)
+                    rows = complete(self.config, self.params, some, self.tokenizer, settings, n_done, self.changes)
                     for k, row in zip(block, rows, strict=True):
                         texts[group[k]] = row.text
                         self.cache_hook.add_partial("generate_until", requests[group[k]].args, row.text)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from gpt2_jax.activations import Tap, axes, select
+from gpt2_jax.changes import Changes, Edits, check_changes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits
 from gpt2_jax.generation.devices import on_devices
 from gpt2_jax.generation.engine import decode_rows
 from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory, row_bytes, rows_together
@@ -67,8 +68,10 @@ def generate(
     logprobs: int | None = Settings.logprobs,
     n_ids: int | None = Settings.n_ids,
     first_row: int = 0,
-    edits: Edit | Sequence[Edit] = (),
-) -> list[list[int]] | tuple[list[list[int]], list[Logprobs]]:
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
+    capture: str | Sequence[str] = (),
+) -> Any:
     """Continue each prompt by `max_new_tokens` tokens, or up to a stop.
 
     As in the original, `<|endoftext|>` is a stop only if it is in `stop_ids`.
@@ -90,19 +93,29 @@ def generate(
       tokenizer: the model's tokenizer, needed for stop_strings. If it has fewer ids than the model has rows of wte, the
         other rows are padding, and their ids are never chosen.
       first_row: row i draws as row first_row + i, below 2**32. Use it to pass a long list of prompts in several calls.
-      edits: activation edits from `gpt2_jax.research`, for every forward pass. A value is the same for all tokens.
+      edits: activation edits from `gpt2_jax.research`, for every forward pass. A value is the same for all tokens, or,
+        with `each_row`, for all tokens of a row. Negative positions count from each prompt's end: -1 is its last token,
+        and slice(-1, None) is that and all new tokens.
+      taps: functions of activations for every forward pass, as `research.forward` takes them.
+      capture: regular expressions of activations to return, as in `research.forward`, but not those with an axis S.
 
     Returns:
-      The new ids, one list per prompt. With `logprobs`, a tuple of these and a list of Logprobs.
+      The new ids, one list per prompt. With `logprobs` or `capture`, a tuple: these, with `logprobs` a list of
+      Logprobs, and with `capture` a list of dicts, one for each prompt: {name: NumPy array [n, ...]}. Index i has the
+      activation, after edits and taps, of the token that new token i was predicted from: the prompt's last token, then
+      the new tokens except the last. It equals index `len(prompt) - 1 + i` of `research.forward` on the whole row.
 
     Raises:
       ValueError: an argument is invalid (raised before tracing), or the logits become NaN or infinite (raised later).
       MemoryError: the device has too little memory.
     """
     settings = Settings.among(locals()).check(config, tokenizer)
-    rows = _run(config, params, prompts, settings, tokenizer, first_row, edits)
-    ids = [row.ids for row in rows]
-    return ids if logprobs is None else (ids, [row.logprobs() for row in rows])
+    names = _captured_names(config, capture)
+    rows = _run(config, params, prompts, settings, tokenizer, first_row, edits, taps, capture=names)
+    found = [[row.ids for row in rows]]
+    found += [] if logprobs is None else [[row.logprobs() for row in rows]]
+    found += [[row.activations(config) for row in rows]] if names else []
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 @with_own_arrays
@@ -113,7 +126,8 @@ def complete(
     tokenizer: Tokenizer,
     settings: Settings,
     first_row: int | Sequence[int] = 0,
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
 ) -> list[Completion]:
     """Continue each prompt like `generate`, and return text that ends exactly before a stop string.
 
@@ -123,7 +137,7 @@ def complete(
       ValueError: as `generate`.
     """
     settings = settings.check(config, tokenizer)
-    rows = _run(config, params, prompts, settings, tokenizer, first_row, edits, wants_text=True)
+    rows = _run(config, params, prompts, settings, tokenizer, first_row, edits, taps, wants_text=True)
     wants_logprobs = settings.logprobs is not None
     return [
         Completion(row.new_text(last=True), row.ids, row.stopped, row.logprobs() if wants_logprobs else None, row.stop)
@@ -150,7 +164,8 @@ def stream(
     stop_strings: Sequence[str] = Settings.stop_strings,
     overflow: Overflow = Settings.overflow,
     n_ids: int | None = Settings.n_ids,
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
 ) -> Generator[str, None, None]:
     """Yield the continuation of a prompt, piece by piece, as text.
 
@@ -165,7 +180,7 @@ def stream(
       tokenizer: the model's tokenizer, from `load_tokenizer`.
       max_new_tokens, temperature, top_k, top_p, seed: fields of `gpt2_jax.generation.Settings`, which documents them.
       min_p, repetition_penalty, top_p_rule, stop_ids, stop_strings, overflow, n_ids: more fields of it.
-      edits: as in `generate`.
+      edits, taps: as in `generate`.
 
     Raises:
       ValueError: as in `generate`. An invalid argument raises in the call itself, before the first piece.
@@ -179,12 +194,12 @@ def stream(
     ids = check_prompt(config, "prompt", prompt)
     check_fits(config, "prompt", ids, settings)
     check_params(config, params, dtypes=False)
-    edits = check_edits(config, edits, whole_rows=False)
+    changes = _changes(config, edits, taps, [ids], settings)
     row = Row("prompt", ids, settings, tokenizer, wants_text=True)
 
     def pieces() -> Generator[str, None, None]:
-        model, on_them = on_devices(config, params, bool(edits))
-        for _ in _decode(model, on_them, [row], settings, edits, steps_a_call=STEPS_A_PIECE):
+        model, on_them = on_devices(config, params, bool(changes))
+        for _ in _decode(model, on_them, [row], settings, changes, steps_a_call=STEPS_A_PIECE):
             if piece := row.new_text():
                 yield piece
         if piece := row.new_text(last=True):
@@ -200,23 +215,48 @@ def _run(
     settings: Settings,
     tokenizer: Tokenizer | None,
     first_row: int | Sequence[int],
-    edits: Edit | Sequence[Edit],
+    edits: Edits,
+    taps: Mapping[str, Tap] | None,
     wants_text: bool = False,
+    capture: tuple[str, ...] = (),
 ) -> list[Row]:
     """Decode all rows to their ends."""
     ids = check_prompts(config, prompts, settings)
     check_params(config, params, dtypes=False)
     row_B = _row_numbers(first_row, len(ids))
-    edits = check_edits(config, edits, whole_rows=False)
-    model, params = on_devices(config, params, bool(edits))
-    rows = [Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text) for b, prompt in enumerate(ids)]
+    changes = _changes(config, edits, taps, ids, settings)
+    model, params = on_devices(config, params, bool(changes or capture))
+    rows = [Row(f"prompts[{b}]", prompt, settings, tokenizer, wants_text, capture) for b, prompt in enumerate(ids)]
     n_together = rows_together(config, params, len(rows), _longest(rows, settings))
     for start in range(0, len(rows), n_together):
         some = slice(start, start + n_together)
-        how = {"first_row": row_B[some], "look_ahead": not settings.stop_strings}
-        for _ in _decode(model, params, rows[some], settings, edits, **how):
+        how = {"first_row": row_B[some], "look_ahead": not settings.stop_strings, "capture": capture}
+        of_rows = changes.of_rows(range(len(rows))[some])
+        for _ in _decode(model, params, rows[some], settings, of_rows, **how):
             pass
     return rows
+
+
+def _changes(
+    config: GPT2Config,
+    edits: Edits,
+    taps: Mapping[str, Tap] | None,
+    prompts: Sequence[np.ndarray],
+    settings: Settings,
+) -> Changes:
+    ends_B = np.array([len(prompt) for prompt in prompts])
+    longest_B = np.minimum(ends_B + settings.max_new_tokens, config.n_ctx)
+    return check_changes(config, edits, taps, False, len(prompts), longest_B, ends_B)
+
+
+def _captured_names(config: GPT2Config, capture: str | Sequence[str]) -> tuple[str, ...]:
+    names = tuple(select(config, capture)) if capture else ()
+    for name in names:
+        if "S" in axes(name):
+            raise ValueError(
+                f"{name} has another width for each new token: run research.forward on the whole text to capture it"
+            )
+    return names
 
 
 def _row_numbers(first_row: int | Sequence[int], n_rows: int) -> np.ndarray:
@@ -235,7 +275,7 @@ def _longest(rows: list[Row], settings: Settings) -> int:
 
 @with_own_arrays
 def _decode(
-    model: GPT2, params: Params, rows: list[Row], settings: Settings, edits: tuple[Edit, ...], **how: Any
+    model: GPT2, params: Params, rows: list[Row], settings: Settings, changes: Changes, **how: Any
 ) -> Iterator[None]:
     """Decode, and add the new tokens to the rows. Yields after each addition."""
     config = model.config
@@ -244,12 +284,12 @@ def _decode(
     finished_B = np.zeros(len(rows), bool)
     prompts = [row.prompt for row in rows]
     try:
-        for picked in decode_rows(model, params, prompts, settings, finished_B, edits=edits, **how):
+        for picked in decode_rows(model, params, prompts, settings, finished_B, changes=changes, **how):
             for b in np.flatnonzero(~finished_B):
                 finished_B[b] = rows[b].take(jax.tree.map(lambda array_BR, b=b: array_BR[b], picked))
             yield
     except NoLogits as error:
-        raise ValueError(f"{error}: {cause(config, params, edits)}") from None
+        raise ValueError(f"{error}: {cause(config, params, changes.edits, changes.tap_names)}") from None
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from gpt2_jax.edits import Edit
+from gpt2_jax.changes import NO_CHANGES, Changes
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
 from gpt2_jax.generation.memory import RECENT, cache_slots
 from gpt2_jax.generation.programs import (
@@ -23,6 +23,7 @@ from gpt2_jax.generation.programs import (
     first,
     in_format,
     merge_recent,
+    nothing_captured,
     place,
     prefill,
 )
@@ -60,7 +61,8 @@ def decode_rows(
     first_row: int | np.ndarray = 0,
     steps_a_call: int = RECENT,
     look_ahead: bool = False,
-    edits: tuple[Edit, ...] = (),
+    changes: Changes = NO_CHANGES,
+    capture: tuple[str, ...] = (),
 ) -> Iterator[Picked]:
     """Yield what the rows pick, a few steps at a time, as NumPy arrays [B, n, ...]: `max_new_tokens` steps in total.
 
@@ -74,9 +76,10 @@ def decode_rows(
       steps_a_call: maximum number of steps between two yields, at most RECENT. On a GPU it is always RECENT.
       look_ahead: start a call before the tokens of the last one are yielded, so that the device does not wait for the
         host. For callers that set `finished_B` only by `settings.stop_ids`, which the device checks too.
-      edits: checked edits, applied in every forward pass. Other values do not recompile.
+      changes: checked edits and taps of these rows, for every forward pass. Other values do not recompile.
+      capture: names of activations to return with the picks. They have no axis S.
     """
-    batch = _Batch(model, params, prompts, settings, edits)
+    batch = _Batch(model, params, prompts, settings, changes, capture)
     waiting = collections.deque([(batch.first(first_row), 1)])
     n_new = 1
 
@@ -105,13 +108,20 @@ class _Batch:
     """The rows of one call, padded to a bucket: their cache and state on the device, their tokens on the host."""
 
     def __init__(
-        self, model: GPT2, params: Params, prompts: Sequence[np.ndarray], settings: Settings, edits: tuple[Edit, ...]
+        self,
+        model: GPT2,
+        params: Params,
+        prompts: Sequence[np.ndarray],
+        settings: Settings,
+        changes: Changes,
+        capture: tuple[str, ...],
     ):
-        self.model, self.params, self.settings, self.edits = model, params, settings, edits
+        self.model, self.params, self.settings, self.capture = model, params, settings, capture
         self.config = model.config
         self.sampling = settings.sampling(self.config)
         self.fixed = platform(params) in FIXED_STEPS
         self.rows = [prompt.tolist() for prompt in prompts]
+        self.n_prompt_B = [len(row) for row in self.rows]
         n_missing = bucket_rows(max(len(settings.stop_ids), STOP_IDS)) - len(settings.stop_ids)
         self.stop_ids = np.array([*settings.stop_ids, *[NO_ID] * n_missing], np.int32)
 
@@ -121,6 +131,9 @@ class _Batch:
         self.past, self.h_BD = in_format(empty, self.formats)(model, self.n_rows, cache_slots(self.config, longest))
         self.n_cached_B = np.zeros(len(prompts), int)  # tokens in both parts of the cache
         self.n_recent = 0
+        self.changes, self.of_rows = changes, changes.of_rows(range(len(prompts)), self.n_rows)
+        self.end_B = np.zeros(self.n_rows, np.int32) if changes else None  # where prompts end in their windows
+        self.captured = nothing_captured(self.config, (len(prompts), 1), capture)  # of each prompt's last token
         self._prefill({b: row[-window(self.config.n_ctx, len(row)) :] for b, row in enumerate(self.rows)})
 
     def first(self, first_row: int | np.ndarray) -> Picked:
@@ -133,14 +146,15 @@ class _Batch:
         knobs = (np.uint32(self.settings.seed), self.sampling, self.stop_ids, self.settings.logprobs)
         no_row_B = np.arange(self.n_rows) >= len(self.rows)
         self.state, picked = first(self.model, self.params, self.h_BD, seen_BV, no_row_B, row_B, *knobs)
-        return picked
+        return dataclasses.replace(picked, captured=self.captured)
 
     def decode(self, n_steps: int, finished_B: np.ndarray) -> Picked:
         """Start a call of `n_steps` steps."""
         done_B = np.ones(self.n_rows, bool)
         done_B[: len(self.rows)] = finished_B
         knobs = (self.sampling, self.stop_ids, np.int32(n_steps), self.settings.logprobs, self.fixed)
-        self.state, picked = decode(self.model, self.params, self.edits, self.past, self.state, done_B, *knobs)
+        args = (self.model, self.params, self.of_rows, self.past, self.state, done_B, *knobs)
+        self.state, picked = decode(*args, self.end_B, self.capture)
         self.n_recent += n_steps
         self.n_cached_B += n_steps
         return picked
@@ -178,6 +192,9 @@ class _Batch:
         """Replace what the cache holds for these rows by these tokens."""
         members = collections.defaultdict(list)
         for b, tokens in window_of.items():
+            if self.end_B is not None:
+                n_before = len(self.rows[b]) - window(self.config.n_ctx, len(self.rows[b]))
+                self.end_B[b] = self.n_prompt_B[b] - n_before
             members[min(bucket_length(len(tokens)), self.config.n_ctx)].append(b)
             self.n_cached_B[b] = len(tokens)
         for n_slots, rows in members.items():
@@ -188,8 +205,11 @@ class _Batch:
                 tokens_GP = np.zeros((len(group), n_slots), np.int32)
                 for g, b in enumerate(group):
                     tokens_GP[g, : len(window_of[b])] = window_of[b]
-                length_G = np.array([len(window_of[b]) for b in group], np.int32)
-                cache, h_GD = prefill(self.model, self.params, self.edits, tokens_GP, length_G)
-                row_G = np.array(group, np.int32)
+                length_G, row_G = np.array([len(window_of[b]) for b in group], np.int32), np.array(group, np.int32)
+                end_G = None if self.end_B is None else self.end_B[row_G]
+                args = (self.model, self.params, self.changes.of_rows(group), tokens_GP, length_G, end_G, self.capture)
+                cache, h_GD, captured = prefill(*args)
+                for name, array_G in captured.items():
+                    self.captured[name][row_G, 0] = array_G
                 put = in_format(place, self.formats)
                 self.past, self.h_BD = put(self.past, self.h_BD, cache, h_GD, row_G)

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gpt2_jax.changes import taps_of
-from gpt2_jax.edits import Edit
+from gpt2_jax.activations import dtype_of, shape
+from gpt2_jax.changes import Changes
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.memory import RECENT
 from gpt2_jax.kv_cache import KVCache, empty_cache, insert, merge
 from gpt2_jax.model import GPT2
@@ -49,12 +51,14 @@ class Picked:
       chosen_BR: float32, the log-probability of each; this and the next two are None if not requested.
       top_id_BRK: int32, the most likely ids, most likely first.
       top_BRK: float32, their log-probabilities.
+      captured: {name: [B, R, ...]}, activations of the token that each was predicted from.
     """
 
     id_BR: jax.Array
     chosen_BR: jax.Array | None = None
     top_id_BRK: jax.Array | None = None
     top_BRK: jax.Array | None = None
+    captured: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -94,22 +98,39 @@ def empty(model: GPT2, n_rows: int, n_slots: int) -> tuple[KVCache, jax.Array]:
     return _empty_cache(model, n_rows, n_slots), jnp.zeros((n_rows, config.n_embd), config.compute_dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
+@functools.partial(jax.jit, static_argnames=("model", "capture"))
 def prefill(
-    model: GPT2, params: Params, edits: tuple[Edit, ...], tokens_GP: jax.Array, length_G: jax.Array
-) -> tuple[KVCache, jax.Array]:
+    model: GPT2,
+    params: Params,
+    changes: Changes,
+    tokens_GP: jax.Array,
+    length_G: jax.Array,
+    end_G: jax.Array | None = None,
+    capture: tuple[str, ...] = (),
+) -> tuple[KVCache, jax.Array, dict[str, jax.Array]]:
     """Run rows of `length_G` tokens, padded on the right, through the model.
 
+    Args:
+      model, params: the model.
+      changes: edits and taps.
+      tokens_GP, length_G: the rows.
+      end_G: where each prompt ends, for edits; None without changes.
+      capture: names of activations.
+
     Returns:
-      Their cache of P slots, and the hidden state of each row's last token [G, D].
+      Their cache of P slots, the hidden state of each row's last token [G, D], and its captured activations [G, ...].
     """
     n_rows, n_slots = tokens_GP.shape
     mask_GP = jnp.arange(n_slots) < length_G[:, None]
     cache = _empty_cache(model, n_rows, n_slots)
-    how = {"taps": taps_of(model.config, edits), "right_padded": True, "method": "hidden"}
-    h_GPD, cache = model.apply({"params": params}, tokens_GP, mask_GP, cache, **how)
-    last_G11 = jnp.maximum(length_G - 1, 0)[:, None, None]
-    return cache, jnp.take_along_axis(h_GPD, last_G11, axis=1)[:, 0]
+    how = {"taps": changes.by_name(model.config, end_G), "right_padded": True}
+    h_GPD, cache, captured = _hidden(model, params, tokens_GP, mask_GP, cache, capture, how)
+
+    def last(array_GP: jax.Array) -> jax.Array:
+        last_G = jnp.maximum(length_G - 1, 0).reshape(-1, *[1] * (array_GP.ndim - 1))
+        return jnp.take_along_axis(array_GP, last_G, axis=1)[:, 0]
+
+    return cache, last(h_GPD), jax.tree.map(last, captured)
 
 
 @functools.partial(jax.jit, **LONG_CACHE["place"])
@@ -149,11 +170,11 @@ def first(
     return state, jax.tree.map(lambda array: array[:, None], picked)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "n_top", "fixed"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("model", "n_top", "fixed", "capture"), donate_argnames=("state",))
 def decode(
     model: GPT2,
     params: Params,
-    edits: tuple[Edit, ...],
+    changes: Changes,
     past: KVCache,
     state: State,
     done_B: jax.Array,
@@ -162,12 +183,15 @@ def decode(
     n_steps: jax.Array,
     n_top: int | None,
     fixed: bool = False,
+    end_B: jax.Array | None = None,
+    capture: tuple[str, ...] = (),
 ) -> tuple[State, Picked]:
     """Take up to `n_steps` decode steps, fewer if all rows end before. `recent` must have room for them.
 
     `past` is only read. So the loop does not update an array of its size, which XLA would copy.
     With `fixed`, the loop always has RECENT turns, and turns after the last step leave the state as it is. Then
     `recent` must be empty: such a turn writes into its first free slot, and masks it.
+    `end_B` and `capture` are as in `prefill`.
     """
     state = dataclasses.replace(state, done_B=state.done_B | done_B)
 
@@ -179,20 +203,47 @@ def decode(
         on = goes_on(i, state) if fixed else None
         mask_B1 = None if on is None else jnp.broadcast_to(on, (len(done_B), 1))
         cache = dataclasses.replace(state.recent, past=past)
-        out = model.apply({"params": params}, state.token_B[:, None], mask_B1, cache, taps=taps_of(model.config, edits))
-        recent = dataclasses.replace(out.cache, past=None)
+        how = {"taps": changes.by_name(model.config, end_B)}
+        h_B1D, cache, captured = _hidden(model, params, state.token_B[:, None], mask_B1, cache, capture, how)
+        logits_BV = model.apply({"params": params}, h_B1D, method="unembed")[:, -1]
+        recent = dataclasses.replace(cache, past=None)
         if on is not None:
             recent = dataclasses.replace(recent, length=jnp.where(on, recent.length, state.recent.length))
         state = dataclasses.replace(state, recent=recent)
-        state, picked = _append(state, out.logits[:, -1], sampling, stop_ids, n_top, on)
+        state, picked = _append(state, logits_BV, sampling, stop_ids, n_top, on)
+        picked = dataclasses.replace(picked, captured=jax.tree.map(lambda array_B1: array_B1[:, 0], captured))
         state = over_devices(model, state)
         write = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
         return i + 1, state, jax.tree.map(write, all_picked, picked)
 
-    carry = (jnp.int32(0), state, _nothing_picked(len(done_B), n_top))
+    nothing = dataclasses.replace(
+        _nothing_picked(len(done_B), n_top), captured=nothing_captured(model.config, (len(done_B), RECENT), capture)
+    )
+    carry = (jnp.int32(0), state, nothing)
     if fixed:
         return lax.fori_loop(0, RECENT, lambda _, carry: step(carry), carry)[1:]
     return lax.while_loop(lambda carry: goes_on(*carry[:2]), step, carry)[1:]
+
+
+def _hidden(
+    model: GPT2,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+    cache: KVCache,
+    capture: tuple[str, ...],
+    how: dict[str, Any],
+) -> tuple[jax.Array, KVCache, dict[str, jax.Array]]:
+    """Return the hidden states [B, T, D], the new cache and captured activations."""
+    args = ({"params": params}, tokens_BT, mask_BT, cache)
+    if capture:
+        return model.apply(*args, **how, capture=capture, method="run")
+    return *model.apply(*args, **how, method="hidden"), {}
+
+
+def nothing_captured(config: GPT2Config, room: tuple[int, int], capture: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Return zeros for captured activations: `room` is the number of rows and of steps."""
+    return {name: np.zeros((*room, *shape(config, name, 1, 1)[2:]), dtype_of(config, name)) for name in capture}
 
 
 @functools.partial(jax.jit, **LONG_CACHE["merge_recent"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 
+from gpt2_jax.config import GPT2Config
 from gpt2_jax.generation.non_finite import NoLogits
-from gpt2_jax.generation.programs import Picked
+from gpt2_jax.generation.programs import Picked, nothing_captured
 from gpt2_jax.generation.settings import Settings
 from gpt2_jax.generation.text import RowText
 from gpt2_jax.sampling import NO_LOGITS
@@ -34,13 +36,20 @@ class Row:
     """The tokens picked so far for one row, cut at its stop."""
 
     def __init__(
-        self, name: str, prompt: np.ndarray, settings: Settings, tokenizer: Tokenizer | None, wants_text: bool = False
+        self,
+        name: str,
+        prompt: np.ndarray,
+        settings: Settings,
+        tokenizer: Tokenizer | None,
+        wants_text: bool = False,
+        capture: tuple[str, ...] = (),
     ):
         self.name, self.prompt, self.stop_ids = name, prompt, set(settings.stop_ids)
         needs_text = wants_text or bool(settings.stop_strings)
         self.text = RowText(tokenizer, settings.stop_strings) if tokenizer is not None and needs_text else None
         self.all_ids: list[int] = []
-        self.picked: list[Picked] = []  # the same with log-probabilities, if requested
+        self.picked: list[Picked] = []  # the same with log-probabilities and activations, if requested
+        self.capture = capture
         self.pieces: list[str] = []  # pieces of text that were not returned yet
         self.stop: int | str | None = None
         self.n_top = settings.logprobs
@@ -62,7 +71,7 @@ class Row:
         if n < len(ids) and ids[n] == NO_LOGITS:
             step = len(self.all_ids) + n
             raise NoLogits(f"{self.name}: the logits are NaN or infinite at new token {step}")
-        if self.n_top is not None:
+        if self.n_top is not None or self.capture:
             self.picked.append(jax.tree.map(lambda array_R: array_R[:n], picked))
         self.all_ids += ids[:n]
         if self.text is not None:
@@ -80,9 +89,18 @@ class Row:
 
     def logprobs(self) -> Logprobs:
         """Return the log-probabilities of `ids`."""
-        n = len(self.ids)
         if not self.picked:  # none were requested
             none = np.zeros((0, self.n_top or 0), np.float32)
             return Logprobs(none.sum(-1), none.astype(np.int32), none)
-        picked = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *self.picked)
+        picked = self._all_picked()
         return Logprobs(picked.chosen_BR, picked.top_id_BRK, picked.top_BRK)
+
+    def activations(self, config: GPT2Config) -> dict[str, np.ndarray]:
+        """Return {name: [n, ...]}, the captured activations of the tokens that the n `ids` were predicted from."""
+        if not self.picked:  # no new tokens
+            return {name: array_1R[0, :0] for name, array_1R in nothing_captured(config, (1, 1), self.capture).items()}
+        return {name: self._all_picked().captured[name] for name in self.capture}
+
+    def _all_picked(self) -> Any:
+        n = len(self.ids)
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *self.picked)

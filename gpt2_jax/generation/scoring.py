@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Changes, Edits, check_changes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.changes import taps_of
-from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.edits import END
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows, power_of_two
 from gpt2_jax.generation.devices import on_devices
 from gpt2_jax.generation.memory import is_out_of_memory, out_of_memory
@@ -67,12 +68,16 @@ class Window:
       tokens: the tokens that the model reads. The last of them is read only to predict the last target.
       targets: the tokens to score. Each follows one of the last `len(targets)` of `tokens`.
       first: position of targets[0] in the prompt, 1 or more.
+      start: position of tokens[0] in the prompt.
+      n_prompt: number of tokens of the prompt.
     """
 
     prompt: int
     tokens: np.ndarray
     targets: np.ndarray
     first: int
+    start: int
+    n_prompt: int
 
 
 @with_own_arrays
@@ -85,7 +90,8 @@ def score(
     first: Sequence[int] | None = None,
     aside: Sequence[int] = (),
     track: Callable[[list], Iterable] = iter,
-    edits: Edit | Sequence[Edit] = (),
+    edits: Edits = (),
+    taps: Mapping[str, Tap] | None = None,
     share: Share | None = None,
 ) -> list[Score]:
     """Score each prompt, of any length: the log-probability of every token except the first.
@@ -111,7 +117,9 @@ def score(
         Tokens before it are only context, which takes less time.
       aside: ids that `Score.greedy_aside` ignores.
       track: takes the list of batches and yields them one by one, such as rich.progress.track.
-      edits: activation edits from `gpt2_jax.research`. A value is the same for all tokens.
+      edits: activation edits from `gpt2_jax.research`. A value is the same for all tokens, or, with `each_row`, for all
+        tokens of a prompt. Negative positions count from a prompt's end. Its last token, -1, is not read.
+      taps: functions of activations, as `research.forward` takes them.
       share: this process's share, if several connected processes call this with the same arguments. Each computes whole
         batches, those of one process, and gets the results of all. `track` then takes only this process's batches; the
         processes wait for each other, so that is how much of the whole is done.
@@ -132,8 +140,8 @@ def score(
     first = _check_first(rows, first)
     aside_V = np.isin(np.arange(config.n_vocab), check_prompt(config, "aside", aside)) if np.size(aside) else None
     check_params(config, params, dtypes=False)
-    edits = check_edits(config, edits, whole_rows=False)
-    model, params = on_devices(config, params, bool(edits))
+    changes = _changes(config, edits, taps, rows)
+    model, params = on_devices(config, params, bool(changes))
     wide = jnp.promote_types(config.compute_dtype, jnp.float32)
     logprobs = [np.empty(len(row) - start, wide) for row, start in zip(rows, first, strict=True)]
     greedy, greedy_aside = ([np.empty(row.shape, bool) for row in logprobs] for _ in range(2))
@@ -142,7 +150,7 @@ def score(
 
     def scored(n_tokens: int, batch: list[Window]) -> list[np.ndarray]:
         n_scored = sum(len(window.targets) for window in batch)
-        return [values.ravel()[:n_scored] for values in _scored(model, params, edits, batch, n_tokens, aside_V)]
+        return [values.ravel()[:n_scored] for values in _scored(model, params, changes, batch, n_tokens, aside_V)]
 
     batches = list(_batches(windows, config.n_ctx, most_tokens))
     for batch, results in results_of(batches, scored, (wide, bool, bool), track, share or Share()):
@@ -156,13 +164,26 @@ def score(
             for i in range(len(rows))
         ]
     except NoLogits as error:
-        raise ValueError(f"{error}: {cause(config, params, edits)}") from None
+        raise ValueError(f"{error}: {cause(config, params, changes.edits, changes.tap_names)}") from None
+
+
+def _changes(config: GPT2Config, edits: Edits, taps: Mapping[str, Tap] | None, rows: Sequence[np.ndarray]) -> Changes:
+    ends_B = np.array([len(row) for row in rows])
+    changes = check_changes(config, edits, taps, False, len(rows), np.minimum(ends_B, config.n_ctx), ends_B)
+    for edit in changes.edits:
+        positions = edit.positions
+        if positions is not None and positions.size and ((positions == -1) | (positions == END)).all():
+            raise ValueError(
+                f"the edit of {edit.name} at position -1 changes no score: nothing is predicted from a prompt's last "
+                "token; -2 is the token that the last one is predicted from"
+            )
+    return changes
 
 
 def _scored(
     model: GPT2,
     params: Params,
-    edits: tuple[Edit, ...],
+    changes: Changes,
     batch: list[Window],
     n_tokens: int,
     aside_V: np.ndarray | None,
@@ -170,7 +191,13 @@ def _scored(
     """Return the results of `_logprobs` for the windows of one call."""
     config = model.config
     try:
-        return jax.device_get(_logprobs(model, params, edits, *_arrays(batch, n_tokens), aside_V))
+        arrays = _arrays(batch, n_tokens)
+        n_rows = len(arrays[0])
+        of_rows = changes.of_rows([window.prompt for window in batch], n_rows)
+        end_B = np.zeros(n_rows, np.int32) if changes else None
+        if end_B is not None:
+            end_B[: len(batch)] = [window.n_prompt - window.start for window in batch]
+        return jax.device_get(_logprobs(model, params, of_rows, *arrays, aside_V, end_B))
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -191,20 +218,21 @@ def as_stride(config: GPT2Config, stride: int | None) -> int:
 def _logprobs(
     model: GPT2,
     params: Params,
-    edits: tuple[Edit, ...],
+    changes: Changes,
     tokens_BT: jax.Array,
     mask_BT: jax.Array,
     position_PC: jax.Array,
     target_PC: jax.Array,
     n_chunks: jax.Array,
     aside_V: jax.Array | None = None,
+    end_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return logprob_PC, greedy_PC and greedy_aside_PC of the targets, which follow the flat positions (b T + t).
 
     The first `n_chunks` rows of `position_PC` are real. greedy: no token was more likely; greedy_aside: none outside
-    `aside_V`.
+    `aside_V`. `end_B` is where each prompt ends in its window, for edits.
     """
-    how = {"taps": taps_of(model.config, edits), "right_padded": True, "method": "hidden"}
+    how = {"taps": changes.by_name(model.config, end_B), "right_padded": True, "method": "hidden"}
     h_BTD, _ = model.apply({"params": params}, tokens_BT, mask_BT, **how)
     h_PD = h_BTD.reshape(-1, h_BTD.shape[-1])
 
@@ -229,7 +257,7 @@ def _windows(prompt: int, row: np.ndarray, n_ctx: int, stride: int, scored_from:
         stop = min(start + n_ctx + (stride == n_ctx), len(row))
         if stop > scored_from:
             first = max(first, scored_from)
-            yield Window(prompt, row[start : stop - 1], row[first:stop], first)
+            yield Window(prompt, row[start : stop - 1], row[first:stop], first, start, len(row))
         start, first = start + stride, stop
 
 

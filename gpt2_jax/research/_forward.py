@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gpt2_jax.activations import Tap, layer_of, select
 from gpt2_jax.changes import Changes, check_changes
@@ -19,7 +19,7 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache
 from gpt2_jax.model import GPT2, Output, check_params
 from gpt2_jax.params import Params
-from gpt2_jax.research._rows import are_lists, as_rows, as_tokens, bucketed, known_lengths, of_rows
+from gpt2_jax.research._rows import are_lists, as_rows, as_tokens, bucketed, bucketed_edit, known_lengths, of_rows
 
 __all__ = ["as_params", "as_tokens", "forward", "places", "slots"]
 
@@ -46,7 +46,8 @@ def forward(
     only they need.
 
     Lists of ids are padded to 32, 64, 128, ... tokens, up to n_ctx, and the results are cut to the rows' lengths. So
-    there are few programs for many lengths. An array of ids runs with its own shape.
+    there are few programs for many lengths. An array of ids runs with its own shape. So does a list of rows of one
+    length with taps, because a tap sees all tokens.
 
     An edit that changes nothing gives bit-identical results in float32 and float64. There is one exception: an edit of
     attn/scores if sqrt(head width) is not a power of two (it is 8 in all released sizes). Then XLA may skip a rounding
@@ -81,17 +82,24 @@ def forward(
       ValueError: as GPT2; a pattern matches no activation name; an edit does not fit, or is for a position that no row
         has; a tap returns another shape; or a captured or edited activation comes after `stop_at_layer`.
     """
-    lengths = None
+    lengths: list[int] | None = None
     if are_lists(tokens_BT) and mask_BT is None and cache is None:
         rows = as_rows(config, tokens_BT)
         lengths = [len(row) for row in rows]
-        tokens_BT, mask_BT = bucketed(config, rows)
+        if taps and len(set(lengths)) == 1:
+            lengths = None
+        else:
+            tokens_BT, mask_BT = bucketed(config, rows)
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     names = tuple(select(config, capture)) if capture else ()
-    n_rows, longest_B = tokens_BT.shape[0], lengths
+    longest_B = lengths
     if lengths is None and cache is None:
         longest_B = known_lengths(mask_BT, tokens_BT.shape) if edits else None
-    changes = check_changes(config, edits, taps, n_rows=n_rows, longest_B=longest_B)
+    changes = check_changes(config, edits, taps, n_rows=tokens_BT.shape[0], longest_B=longest_B)
+    if lengths is not None:
+        sizes = (len(lengths), max(lengths), tokens_BT.shape[1])
+        edits = tuple(bucketed_edit(config, edit, *sizes) for edit in changes.edits)
+        changes = dataclasses.replace(changes, edits=edits)
     stop = _stop(config, names, changes, stop_at_layer, logits, cache)
     wanted: Wanted = "stream" if stop_at_layer is not None else "logits" if logits else "neither"
     found = _forward(GPT2(config), names, stop, wanted, params, tokens_BT, mask_BT, cache, changes)
@@ -176,4 +184,5 @@ def _forward(
     how = {"taps": changes.by_name(model.config), "capture": names, "stop_at_layer": stop, "method": "run"}
     stream_BTD, cache, captured = model.apply({"params": params}, tokens_BT, mask_BT, cache, **how)
     logits_BTV = model.apply({"params": params}, stream_BTD, method="unembed") if wanted == "logits" else None
-    return Output(logits_BTV, cache, stream_BTD if wanted == "stream" else None), captured
+    out = Output(cast(Any, logits_BTV), cache, stream_BTD if wanted == "stream" else None)
+    return out, captured

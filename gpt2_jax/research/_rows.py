@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from gpt2_jax.activations import axes
+from gpt2_jax.activations import axes, shape
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.edits import Edit, check_value
 from gpt2_jax.generation.prompts import check_prompt
 from gpt2_jax.model import Output
 
@@ -26,7 +27,7 @@ def as_tokens(config: GPT2Config, tokens_BT: Any) -> jax.Array:
       ValueError: not rows of ids of the vocabulary, no rows, or rows of different lengths.
     """
     if isinstance(tokens_BT, jax.Array):
-        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer) :
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ValueError(f"tokens must be whole numbers of shape [B, T], not {tokens_BT.dtype}{tokens_BT.shape}")
         if not tokens_BT.size:
             raise ValueError(f"tokens must have one row and one token or more, not the shape {tokens_BT.shape}")
@@ -67,8 +68,8 @@ def padded(
     Raises:
       ValueError: not rows of ids of the vocabulary, or another side.
     """
-    rows, side = as_rows(config, tokens), choice("side", side, ("left", "right"))
-    return _padded(rows, max(map(len, rows)), side)
+    rows = as_rows(config, tokens)
+    return _padded(rows, max(map(len, rows)), choice("side", side, ("left", "right")))
 
 
 def _padded(rows: Sequence[np.ndarray], length: int, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +85,7 @@ def are_lists(tokens: Any) -> bool:
     return not isinstance(tokens, jax.Array | np.ndarray)
 
 
-def bucketed(config: GPT2Config, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def bucketed(config: GPT2Config, rows: Sequence[np.ndarray]) -> tuple[Any, Any]:
     """Return rows padded on the right to one of a few lengths, and their mask.
 
     Raises:
@@ -94,6 +95,28 @@ def bucketed(config: GPT2Config, rows: Sequence[np.ndarray]) -> tuple[np.ndarray
     if longest > config.n_ctx:
         raise ValueError(f"{longest} tokens do not fit the model's n_ctx of {config.n_ctx}")
     return _padded(rows, min(max(SHORTEST, 1 << (longest - 1).bit_length()), config.n_ctx))
+
+
+def bucketed_edit(config: GPT2Config, edit: Edit, n_rows: int, n_tokens: int, n_padded: int) -> Edit:
+    """Return an edit whose value has zeros for the tokens that padding adds, if it has one value for each token.
+
+    Raises:
+      ValueError: the value does not fit the tokens without padding.
+    """
+    letters, target = axes(edit.name), shape(config, edit.name, n_rows, n_tokens)
+
+    def pad(value: Any) -> Any:
+        found = jnp.shape(value)
+        check_value(edit, edit.name, found, target)
+        of = letters[:1] + letters[len(letters) - len(found) + 1 :] if edit.each_row else letters[-len(found) :]
+        whole = edit.kind == "patch"  # it has all axes, also of one token
+        ends = [
+            (0, n_padded - n_tokens if axis in "TS" and (whole or size > 1) else 0)
+            for axis, size in zip(of, found, strict=False)
+        ]
+        return jnp.pad(value, ends) if any(after for _, after in ends) else value
+
+    return edit.replace(value=jax.tree.map(pad, edit.value))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def known_lengths(mask_BT: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -13,21 +13,26 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Changes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.edits import Edit
 from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
+from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
-from gpt2_jax.research._forward import as_params, as_tokens, forward, places
+from gpt2_jax.research._changes import changes_of
+from gpt2_jax.research._forward import as_params, as_tokens, places
 
 
 @struct.dataclass
 class HeadScores:
     """How much of its attention each head gives to certain tokens: [L, N], 0 to 1.
 
-    A score is the mean over the query tokens that have such a token before them. It is NaN where none has. See Olsson
-    et al. 2022, "In-context Learning and Induction Heads".
+    A score is the mean over the query tokens that have such a token before them. It is NaN where none has; in a `jit`
+    of your own, `jax_debug_nans` raises an error for it. See Olsson et al. 2022, "In-context Learning and Induction
+    Heads".
 
     Attributes:
       previous: attention to the token before the query token.
@@ -49,6 +54,7 @@ def head_scores(
     mask_BT: jax.Array | None = None,
     *,
     edits: Edit | Sequence[Edit] = (),
+    taps: Mapping[str, Tap] | None = None,
 ) -> HeadScores:
     """Score every head as a previous-token, duplicate-token and induction head, in one pass.
 
@@ -57,13 +63,14 @@ def head_scores(
 
     Args:
       config, params: the model.
-      tokens_BT, mask_BT, edits: as `forward` takes them. Padding is ignored.
+      tokens_BT, mask_BT, edits, taps: as `forward` takes them. Padding is ignored.
 
     Raises:
       ValueError: as `forward`.
     """
-    tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
-    return HeadScores(**_head_scores(config, params, tokens_BT, mask_BT, edits))
+    tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
+    changes = changes_of(config, edits, taps, tokens_BT, mask_BT)
+    return HeadScores(**_head_scores(config, params, tokens_BT, mask_BT, changes))
 
 
 @may_return_nan
@@ -76,6 +83,7 @@ def mean_attention(
     *,
     to: Mapping[str, Any],
     edits: Edit | Sequence[Edit] = (),
+    taps: Mapping[str, Tap] | None = None,
 ) -> dict[str, jax.Array]:
     """Return {name: [L, N]}: how much of its attention each head gives to tokens that you choose.
 
@@ -83,7 +91,7 @@ def mean_attention(
 
     Args:
       config, params: the model.
-      tokens_BT, mask_BT, edits: as `forward` takes them.
+      tokens_BT, mask_BT, edits, taps: as `forward` takes them.
       to: {name: bool [B, T, S] or [T, S]}, True where query token t counts its attention to key token s.
 
     Returns:
@@ -93,13 +101,14 @@ def mean_attention(
     Raises:
       ValueError: as `forward`, or an array of `to` has another shape or dtype.
     """
-    tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
+    tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
+    changes = changes_of(config, edits, taps, tokens_BT, mask_BT)
     shape = (*jnp.shape(tokens_BT), jnp.shape(tokens_BT)[1])
     to = {name: jnp.asarray(chosen) for name, chosen in to.items()}
     for name, chosen in to.items():
         if chosen.dtype != bool or chosen.shape not in (shape, shape[1:]):
             raise ValueError(f"to[{name!r}] must be bool{list(shape)}, not {chosen.dtype}{list(chosen.shape)}")
-    found = _mean_attention(config, params, tokens_BT, mask_BT, to, edits)
+    found = _mean_attention(config, params, tokens_BT, mask_BT, to, changes)
     return {name: found[name] for name in to}
 
 
@@ -140,7 +149,7 @@ def repeated_tokens(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _head_scores(
-    config: GPT2Config, params: Params, tokens_BT: jax.Array, mask_BT: jax.Array | None, edits: tuple[Edit, ...]
+    config: GPT2Config, params: Params, tokens_BT: jax.Array, mask_BT: jax.Array | None, changes: Changes
 ) -> dict[str, jax.Array]:
     tokens_BT = jnp.asarray(tokens_BT)
     place_BT, before_BT = places(mask_BT, tokens_BT.shape), _tokens_before(tokens_BT, mask_BT)
@@ -151,7 +160,7 @@ def _head_scores(
     }
     itself = jnp.eye(tokens_BT.shape[1], dtype=bool)  # every token is its own duplicate
     to = {name: chosen & ~itself for name, chosen in to.items()}
-    return _mean_attention(config, params, tokens_BT, mask_BT, to, edits)
+    return _mean_attention(config, params, tokens_BT, mask_BT, to, changes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -161,10 +170,13 @@ def _mean_attention(
     tokens_BT: jax.Array,
     mask_BT: jax.Array | None,
     to: dict[str, jax.Array],
-    edits: tuple[Edit, ...],
+    changes: Changes,
 ) -> dict[str, jax.Array]:
     # The reductions are in the same program, so the next layer's pattern can use the same memory.
-    _, captured = forward(config, params, tokens_BT, mask_BT, capture="attn/pattern$", edits=edits)
+    names = tuple(f"h{layer}/attn/pattern" for layer in range(config.n_layer))
+    run = {"taps": changes.by_name(config), "capture": names, "method": "run"}
+    _, _, captured = GPT2(config).apply({"params": params}, tokens_BT, mask_BT, **run)
+    pattern_LBNTS = [captured[name] for name in names]
     place_BT = places(mask_BT, tokens_BT.shape)
     seen_BTS = (place_BT[:, None, :] >= 0) & (place_BT[:, None, :] <= place_BT[:, :, None])
     found = {}
@@ -173,7 +185,7 @@ def _mean_attention(
         count = chosen_BTS.any(-1).sum()
         sums = [
             jnp.einsum("BNTS,BTS->N", pattern, chosen_BTS.astype(pattern.dtype), precision="highest")
-            for pattern in captured.values()
+            for pattern in pattern_LBNTS
         ]
         found[name] = jnp.stack(sums) / count
     return found

@@ -9,21 +9,23 @@ Shape letters: B batch, T query, D n_embd, V vocab, L activations read, K tokens
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gpt2_jax.activations import axes, select
+from gpt2_jax.activations import Tap, axes, select
+from gpt2_jax.changes import Changes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.edits import Edit
 from gpt2_jax.explicit_axes import on_auto_axes, whole_on_auto_axes
 from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
-from gpt2_jax.research._forward import as_params, as_tokens, forward, places
+from gpt2_jax.research._changes import changes_of
+from gpt2_jax.research._forward import as_params, as_tokens, places
 
 STREAM = ("^h0/resid_pre$", "/resid_post$")
 CHUNK = 256  # positions whose logits are in memory at a time: 51 MB of float32 for 50,257 tokens
@@ -32,6 +34,8 @@ CHUNK = 256  # positions whose logits are in memory at a time: 51 MB of float32 
 @struct.dataclass
 class Lens:
     """What each activation predicts at each position.
+
+    Some values are NaN by design. In a `jit` of your own that returns them, `jax_debug_nans` raises an error.
 
     Attributes:
       names: the names of the L activations, in the order of computation.
@@ -49,6 +53,34 @@ class Lens:
     next_ranks: jax.Array
 
 
+@struct.dataclass
+class Translators:
+    """Affine maps of some activations into the basis of the last residual stream: x + x @ w + b. It is a pytree.
+
+    Attributes:
+      names: the names of the L activations.
+      w_LDD: [L, D, D]; 0 changes nothing.
+      b_LD: [L, D].
+    """
+
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    w_LDD: jax.Array
+    b_LD: jax.Array
+
+    @under_jax_defaults
+    def __call__(self, name: str, stream: jax.Array) -> jax.Array:
+        """Return an activation [..., D] in the basis of the last stream. One without a translator is unchanged."""
+        if name not in self.names:
+            return stream
+        i = self.names.index(name)
+        return Translators((name,), self.w_LDD[i], self.b_LD[i]).translate(stream)
+
+    def translate(self, stream: jax.Array) -> jax.Array:
+        """Return stream + stream @ w + b, with w [D, D] and b [D] of one activation."""
+        with jax.default_matmul_precision("highest"):
+            return stream + (stream @ self.w_LDD + self.b_LD)
+
+
 @may_return_nan
 @whole_on_auto_axes
 def logit_lens(
@@ -60,6 +92,8 @@ def logit_lens(
     names: str | Sequence[str] = STREAM,
     k: int = 5,
     edits: Edit | Sequence[Edit] = (),
+    taps: Mapping[str, Tap] | None = None,
+    translators: Translators | None = None,
 ) -> Lens:
     """Read the residual stream of every layer as a prediction: the k most likely next tokens, and the true one.
 
@@ -72,18 +106,22 @@ def logit_lens(
       names: regular expressions, like `capture` of `forward`, of the activations [B, T, D] to read. The default is
         h0/resid_pre, which is the embeddings, and each layer's resid_post. The last one gives the model's output.
       k: how many tokens to keep.
-      edits: as `forward` takes them. An edit of ln_f does not apply to the lens itself.
+      edits, taps: as `forward` takes them. A change of ln_f does not apply to the lens itself.
+      translators: maps of activations before they are read: the tuned lens, from `train_tuned_lens`.
 
     Raises:
-      ValueError: as `forward`; an activation is not [B, T, D]; or k is not from 1 to n_vocab.
+      ValueError: as `forward`; an activation is not [B, T, D]; k is not from 1 to n_vocab; or translators do not fit.
     """
-    tokens_BT, params, edits = as_tokens(config, tokens_BT), as_params(config, params), check_edits(config, edits)
+    tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
+    changes = changes_of(config, edits, taps, tokens_BT, mask_BT)
     k = whole_number("k", k, 1, config.n_vocab)
     names = tuple(select(config, names))
     for name in names:
         if axes(name) != "BTD":
             raise ValueError(f"{name} cannot be read as the residual stream: its axes are {axes(name)}, not BTD")
-    return Lens(names, **_read(config, names, k, params, tokens_BT, mask_BT, edits))
+    if translators is not None and translators.w_LDD.shape[1:] != (config.n_embd, config.n_embd):
+        raise ValueError(f"the translators are {translators.b_LD.shape[-1]} wide, not {config.n_embd} (n_embd)")
+    return Lens(names, **_read(config, names, k, params, tokens_BT, mask_BT, changes, translators))
 
 
 @under_jax_defaults
@@ -97,9 +135,9 @@ def stream_logits(config: GPT2Config, params: Params, stream_BTD: jax.Array) -> 
     Raises:
       ValueError: params do not match the config, or the stream is not n_embd wide.
     """
-    params = as_params(config, params)
-    if jnp.shape(stream_BTD)[-1:] != (config.n_embd,):
-        raise ValueError(f"the stream must have the shape [..., {config.n_embd}] (n_embd), not {jnp.shape(stream_BTD)}")
+    params, stream_BTD = as_params(config, params), jnp.asarray(stream_BTD)
+    if stream_BTD.shape[-1:] != (config.n_embd,):
+        raise ValueError(f"the stream must have the shape [..., {config.n_embd}] (n_embd), not {stream_BTD.shape}")
     return _logits(config, params, stream_BTD)
 
 
@@ -121,11 +159,13 @@ def _read(
     params: Params,
     tokens_BT: jax.Array,
     mask_BT: jax.Array | None,
-    edits: tuple[Edit, ...],
+    changes: Changes,
+    translators: Translators | None = None,
 ) -> dict[str, jax.Array]:
-    patterns = [f"^{name}$" for name in names]
-    _, captured = forward(config, params, tokens_BT, mask_BT, capture=patterns, edits=edits)
-    stream_LBTD = jnp.stack([captured[name] for name in names])
+    run = {"taps": changes.by_name(config), "capture": names, "method": "run"}
+    _, _, captured = GPT2(config).apply({"params": params}, tokens_BT, mask_BT, **run)
+    streams = [captured[name] if translators is None else translators(name, captured[name]) for name in names]
+    stream_LBTD = jnp.stack(streams)
     next_LBT = jnp.broadcast_to(_next_tokens(tokens_BT, mask_BT), stream_LBTD.shape[:-1])
 
     def read(place: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:

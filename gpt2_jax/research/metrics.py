@@ -5,6 +5,7 @@ Shape letters: B batch, T query, D n_embd, V vocab.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,14 +15,21 @@ import numpy as np
 from jax.tree_util import Partial
 
 from gpt2_jax.activations import Tap
+from gpt2_jax.changes import Changes
 from gpt2_jax.edits import Where
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._forward import places, slots
 
-Metric = Callable[[jax.Array], jax.Array]
-"""A function of logits that returns a number. The logits are [B, V], at one position of each row, or all [B, T, V]."""
+Metric = Callable[[jax.Array], Any]
+"""A function of logits that returns a number, an array, or a tuple, list or dict of these.
+
+The logits are [B, V], at one position of each row, or all [B, T, V].
+"""
+
+
+NUMBERS = (jax.Array, np.ndarray, np.number, np.bool_, int, float)
 
 
 @under_jax_defaults
@@ -34,25 +42,100 @@ def logit_difference(answer: Any, wrong: Any) -> Metric:
     Args:
       answer, wrong: token ids, one for all rows or one for each row, [B]. An id outside the vocabulary gives NaN.
     """
-    for name, ids in (("answer", answer), ("wrong", wrong)):
-        dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype
-        if not jnp.issubdtype(dtype, jnp.integer):
-            raise ValueError(f"{name} must be a token id, or one for each row, not {ids!r}")
-    return Partial(_logit_difference, jnp.asarray(answer, jnp.int32), jnp.asarray(wrong, jnp.int32))
+    return Partial(_logit_difference, _ids("answer", answer), _ids("wrong", wrong))
+
+
+@under_jax_defaults
+def answer_probability(answer: Any) -> Metric:
+    """Return a metric: the probability of `answer` as the next token at one position, averaged over rows.
+
+    It is made as `logit_difference` is, so other ids compile nothing.
+
+    Args:
+      answer: token ids, one for all rows or one for each row, [B]. An id outside the vocabulary gives NaN.
+    """
+    return Partial(_answer_probability, _ids("answer", answer))
 
 
 @under_jax_defaults
 def _logit_difference(answer: jax.Array, wrong: jax.Array, logits_BV: jax.Array) -> jax.Array:
-    if logits_BV.ndim != 2:
-        raise ValueError(f"logit_difference takes logits [B, V], at one position, not {logits_BV.shape}: set `at`")
-    known = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
-    rows = jnp.arange(len(logits_BV))
-    return (logits_BV.at[rows, answer].get(**known) - logits_BV.at[rows, wrong].get(**known)).mean()
+    return (_of("logit_difference", logits_BV, answer) - _of("logit_difference", logits_BV, wrong)).mean()
 
 
-def traceable(metric: Metric) -> Metric:
-    """Return a metric as a pytree. The function is static; numbers that a Partial holds are traced."""
+@under_jax_defaults
+def _answer_probability(answer: jax.Array, logits_BV: jax.Array) -> jax.Array:
+    return _of("answer_probability", jax.nn.softmax(logits_BV), answer).mean()
+
+
+def _ids(name: str, ids: Any) -> jax.Array:
+    dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name} must be a token id, or one for each row, not {ids!r}")
+    return jnp.asarray(ids, jnp.int32)
+
+
+def _of(metric: str, values_BV: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the value of each row's id; NaN if it is outside the vocabulary."""
+    if values_BV.ndim != 2:
+        raise ValueError(f"{metric} takes logits [B, V], at one position, not {values_BV.shape}: set `at`")
+    rows = jnp.arange(len(values_BV))
+    return values_BV.at[rows, ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def traceable(metric: Metric | Mapping[str, Metric]) -> Metric:
+    """Return a metric, or a dict of metrics, as one metric that is a pytree.
+
+    The functions are static; numbers that a Partial holds are traced.
+
+    Raises:
+      ValueError: a metric is not a function.
+    """
+    if isinstance(metric, Mapping) and metric:
+        return Partial(_each_of, {name: traceable(one) for name, one in metric.items()})
+    if not callable(metric):
+        raise ValueError(f"metric must be a function of the logits, or a dict of such functions, not {metric!r}")
     return metric if isinstance(metric, Partial) else Partial(metric)
+
+
+def _each_of(metrics: Mapping[str, Metric], logits: jax.Array) -> dict[str, Any]:
+    return {name: metric(logits) for name, metric in metrics.items()}
+
+
+def in_order_of(metric: Any, values: Any) -> Any:
+    """Return the values of a dict of metrics in the dict's order: jit sorts a dict by its keys."""
+    if isinstance(metric, Mapping):
+        return {name: in_order_of(one, values[name]) for name, one in metric.items()}
+    return values
+
+
+def judge(metric: Metric, logits: jax.Array) -> Any:
+    """Return what a metric makes of logits: a number, an array, or a tree of these, as arrays.
+
+    Raises:
+      ValueError: it returned something else, or nothing.
+    """
+    values = metric(logits)
+    leaves = jax.tree.leaves(values, is_leaf=lambda leaf: leaf is None)
+    if not leaves or not all(isinstance(leaf, NUMBERS) for leaf in leaves):
+        raise ValueError(
+            "the metric must return a number, an array, or a tuple, list or dict of these, not "
+            f"{next((leaf for leaf in leaves if not isinstance(leaf, NUMBERS)), values)!r}"
+        )
+    return jax.tree.map(jnp.asarray, values)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def metric_of_run(
+    model: GPT2,
+    params: Params,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None,
+    at_B: jax.Array | None,
+    metric: Metric,
+    changes: Changes,
+) -> Any:
+    """Return the metric of one run with these edits and taps."""
+    return judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, changes.by_name(model.config)))
 
 
 def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:
@@ -64,7 +147,10 @@ def as_place(at: Where, shape: tuple[int, ...]) -> jax.Array | None:
     if at is None:
         return None
     n_rows, n_tokens = shape
-    place = np.asarray(at)
+    try:
+        place = np.asarray(at)
+    except ValueError:  # lists of different lengths
+        place = np.asarray(None)
     fits = place.shape in ((), (n_rows,)) and np.issubdtype(place.dtype, np.integer)
     if not fits or not ((place >= -n_tokens) & (place < n_tokens)).all():
         raise ValueError(

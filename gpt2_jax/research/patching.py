@@ -16,23 +16,26 @@ patch.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.activations import BLOCK, axes, select, shape
+from gpt2_jax.activations import BEFORE, Tap, axes, select, shape
+from gpt2_jax.changes import Changes, taps_of
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.changes import taps_of
-from gpt2_jax.edits import Where, replace
+from gpt2_jax.edits import Edit, Where, replace
 from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
+from gpt2_jax.research._changes import after, changes_of
 from gpt2_jax.research._forward import as_params, as_tokens, forward
-from gpt2_jax.research._patches import Axis, checked_places, chosen_places, groups_of, patch_grid
-from gpt2_jax.research.metrics import Metric, as_place, logits_at, traceable
+from gpt2_jax.research._patches import Axis, chosen_places, groups_of, kept_of, patch_grid, windows_of
+from gpt2_jax.research.metrics import Metric, as_place, in_order_of, judge, logits_at, traceable
 
 
 @under_jax_defaults
@@ -42,22 +45,29 @@ def activation_patching(
     params: Params,
     tokens_BT: jax.Array,
     source: jax.Array | Mapping[str, jax.Array],
-    metric: Metric,
+    metric: Metric | Mapping[str, Metric],
     activation: str = "resid_pre",
     *,
     each: Axis | Sequence[Axis] = "position",
     layers: Where = None,
+    window: int = 1,
     positions: Where | slice = None,
     heads: Where = None,
+    neurons: Where | slice = None,
+    key_positions: Where | slice = None,
     at: Where = -1,
     mask_BT: jax.Array | None = None,
+    edits: Edit | Sequence[Edit] = (),
+    taps: Mapping[str, Tap] | None = None,
     together: int | None = None,
-) -> jax.Array:
-    """Return the metric of a run under each of many patches, [layers, heads, positions], in one compiled call.
+) -> Any:
+    """Return the metric of a run under each of many patches, [layers, heads, positions, ...], in one compiled call.
 
     The default patches each layer's residual stream at each position. With "attn/z" and each="head", a patch is the
     output of one head at all positions. With each=("head", "position"), it is one head at one position. With each=(),
     it is a whole layer.
+
+    The axes of the result are the layers, and those of `each`: heads, positions, key positions, neurons.
 
     A patched run starts at its patch: the layers below are not computed again. Other tokens, source activations,
     positions and heads (the same number of them), and numbers in `metric` compile nothing.
@@ -68,51 +78,57 @@ def activation_patching(
       source: the run that activations are taken from: its tokens, of the same shape, or its activations. Pass them as
         `forward` captures them, or as arrays that broadcast to them, such as means over a text.
       metric: a function of the logits [B, V] that returns a number or an array. The axes of an array come last in the
-        result. Define the function once, and it compiles once. `logit_difference` makes one.
+        result. Define the function once, and it compiles once. `logit_difference` makes one. For several metrics of the
+        same runs, give a dict of functions, or return a tuple, list or dict: the result has the same structure.
       activation: an activation of a block, without its "h3/": "resid_pre", "attn/out", "mlp/out", "attn/z", "attn/q",
-        ... `gpt2_jax.activations.BLOCK` lists them all. The position of scores and pattern is the query's.
-      each: the axes with one patch for each index: "position", "head" or both.
+        ... `gpt2_jax.activations` lists them all. With "embed" or "pos_embed", which are before the blocks, the result
+        has no axis of layers.
+      each: the axes with one patch for each index: "position", "head", "neuron" (of mlp/pre and mlp/post) or
+        "key_position" (of attn/scores and attn/pattern: the token that is looked at; "position" is the one that looks).
       layers: the layers to patch, one at a time; None means all.
-      positions, heads: the positions and heads to patch; None means all. An axis that is not in `each` is patched at
-        all its chosen indices together.
+      window: how many layers to patch together: those around each of `layers`, cut at the ends of the model.
+      positions, heads, neurons, key_positions: the ones to patch; None means all. An axis that is not in `each` is
+        patched at all its chosen indices together.
       at: the position whose logits the metric takes, one for all rows or one for each row; -1 is the last. Other logits
         are not computed. None passes all logits, [B, T, V].
       mask_BT: bool, True for real tokens, for both runs. Positions count only real tokens.
+      edits, taps: changes of the patched run, without and with patches, as `forward` takes them. A patch comes after
+        them. The source run has none: for a source with changes, pass its activations.
       together: how many patched runs to compute at once; each has all rows. None chooses by the device. Memory grows
         with it.
 
     Raises:
-      ValueError: as `forward`; the runs have different shapes; an activation was not captured or is not of a block;
-        `heads` for an activation without heads; or a layer, position or head out of range.
+      ValueError: as `forward`; the runs have different shapes; an activation was not captured or is not of a block; an
+        axis that the activation does not have; or a layer, position, head or neuron out of range.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
-    if activation not in BLOCK:
-        raise ValueError(f"{activation!r} is not an activation of a block: choose from {', '.join(BLOCK)}")
     each = (each,) if isinstance(each, str) else tuple(each)
-    layers = tuple(checked_places("layers", layers, config.n_layer).tolist())
-    chosen = chosen_places(config, activation, each, heads, positions, tokens_BT.shape[1])
+    windows = windows_of(config, activation, layers, window)
+    places = {"head": heads, "position": positions, "key_position": key_positions, "neuron": neurons}
+    chosen = chosen_places(config, activation, each, places, tokens_BT.shape[1])
     counts = tuple(len(places) for axis, places in chosen.items() if axis in each)
-    return _patched_runs(
+    values = _patched_runs(
         GPT2(config),
-        activation,
-        layers,
+        windows,
         counts,
         params,
         tokens_BT,
         mask_BT,
-        _source(config, tokens_BT, source, [f"h{i}/{activation}" for i in layers]),
+        _source(config, tokens_BT, source, list(dict.fromkeys(itertools.chain.from_iterable(windows)))),
         patch_grid(chosen, each),
         groups_of(math.prod(counts), together, tokens_BT.size),
         traceable(metric),
         as_place(at, tokens_BT.shape),
+        changes_of(config, edits, taps, tokens_BT, mask_BT),
     )
+    values = in_order_of(metric, values)
+    return jax.tree.map(lambda grid: grid[0], values) if activation in BEFORE else values
 
 
-@functools.partial(jax.jit, static_argnames=("model", "activation", "layers", "counts"))
+@functools.partial(jax.jit, static_argnames=("model", "windows", "counts"))
 def _patched_runs(
     model: GPT2,
-    activation: str,
-    layers: tuple[int, ...],
+    windows: tuple[tuple[str, ...], ...],
     counts: tuple[int, ...],
     params: Params,
     tokens_BT: jax.Array,
@@ -122,33 +138,30 @@ def _patched_runs(
     groups: jax.Array,
     metric: Metric,
     at_B: jax.Array | None,
-) -> jax.Array:
+    changes: Changes,
+) -> Any:
     grid = {axis: jnp.asarray(places) for axis, places in grid.items()}  # NumPy arrays if jit is disabled
-    run = functools.partial(forward, model.config, params, mask_BT=mask_BT)
-    kept = [*_kept(activation), activation]
-    _, before = run(tokens_BT, capture=[f"^h{layer}/{name}$" for layer in layers for name in kept])
+    run = functools.partial(model.apply, {"params": params}, method="run")
+    kept = {window: [*kept_of(model.config, window[0]), window[0]] for window in windows}
+    changed = changes.by_name(model.config)
+    _, _, before = run(tokens_BT, mask_BT, taps=changed, capture=tuple(itertools.chain.from_iterable(kept.values())))
     if not isinstance(source, dict):
-        _, source = run(source, capture=[f"^h{layer}/{activation}$" for layer in layers])
+        _, _, source = run(source, mask_BT, capture=tuple(itertools.chain.from_iterable(windows)))
 
-    def patched(layer: int, p: jax.Array) -> jax.Array:
-        edits = [replace(f"h{layer}/{name}", before[f"h{layer}/{name}"]) for name in kept]
-        position_K, head_K = (grid[axis][p] if axis in grid else None for axis in ("position", "head"))
-        edits.append(replace(f"h{layer}/{activation}", source[f"h{layer}/{activation}"], position_K, head_K))
-        return metric(logits_at(model, params, tokens_BT, mask_BT, at_B, taps_of(model.config, edits)))
+    def patched(window: tuple[str, ...], p: jax.Array) -> Any:
+        edits = [replace(name, before[name]) for name in kept[window]]
+        here: dict[str, Any] = {f"{axis}s": places[p] for axis, places in grid.items()}
+        edits += [replace(name, source[name], **here) for name in window]
+        taps = after(changed, taps_of(model.config, edits))
+        return judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
 
-    values = [jax.lax.map(jax.vmap(functools.partial(patched, layer)), groups) for layer in layers]
-    values_LP = jnp.stack([value.reshape(-1, *value.shape[2:]) for value in values])[:, : math.prod(counts)]
-    return values_LP.reshape(len(layers), *counts, *values_LP.shape[2:])
+    def as_grid(*values: jax.Array) -> jax.Array:
+        """Return the values of each window [groups, size, ...] as one grid."""
+        values_LP = jnp.stack([value.reshape(-1, *value.shape[2:]) for value in values])[:, : math.prod(counts)]
+        return values_LP.reshape(len(windows), *counts, *values_LP.shape[2:])
 
-
-def _kept(activation: str) -> list[str]:
-    """Return the activations of the block that come before the patch and determine everything after it.
-
-    A patched run gets their stored values. So XLA removes the code that would compute them: the layers below, and the
-    matrix products of this block before them.
-    """
-    before = list(BLOCK)[: list(BLOCK).index(activation)]
-    return [name for name in ("resid_pre", "attn/q", "attn/k", "attn/v", "resid_mid") if name in before]
+    found = [jax.lax.map(jax.vmap(functools.partial(patched, window)), groups) for window in windows]
+    return jax.tree.map(as_grid, *found)
 
 
 # ---- by the gradient
@@ -161,12 +174,14 @@ def attribution_patching(
     params: Params,
     tokens_BT: jax.Array,
     source: jax.Array | Mapping[str, jax.Array],
-    metric: Metric,
+    metric: Metric | Mapping[str, Metric],
     names: str | Sequence[str] = ".",
     *,
     at: Where = -1,
     mask_BT: jax.Array | None = None,
-) -> dict[str, jax.Array]:
+    edits: Edit | Sequence[Edit] = (),
+    taps: Mapping[str, Tap] | None = None,
+) -> dict[str, Any]:
     """Estimate how much patches change the metric, for many activations at every index, from one backward pass.
 
     To first order, a patch of an activation `a` changes the metric by the dot product of
@@ -176,15 +191,17 @@ def attribution_patching(
     scale"; Syed et al. 2023, "Attribution patching outperforms automated circuit discovery").
 
     Args:
-      config, params, tokens_BT, source, at, mask_BT: as `activation_patching` takes them.
-      metric: a function of the logits that returns a number.
+      config, params, tokens_BT, source, at, mask_BT, edits, taps: as `activation_patching` takes them.
+      metric: a function of the logits that returns a number. For several metrics, give a dict of functions, or return a
+        tuple, list or dict of numbers. Each one takes a backward pass; the forward pass is shared.
       names: regular expressions, like `capture` of `forward`, of the activations to estimate. The default is all, or
         all that are in `source`. Four arrays of each are in memory; for attn/scores and attn/pattern they are
         [B, N, T, T] in each layer. At the 124M shape, a row of 1,024 tokens takes 5.8 GB, or 1.6 GB with "resid_pre".
 
     Returns:
       {name: [T], or [N, T] where there are heads}: the change if this index is patched in all rows. Compare it with the
-      result of `activation_patching` minus the metric without a patch. To first order, several changes add up.
+      result of `activation_patching` minus the metric without a patch. To first order, several changes add up. For
+      several metrics, each value has their structure.
 
     Raises:
       ValueError: as `activation_patching`, or a pattern matches no activation name.
@@ -194,9 +211,10 @@ def attribution_patching(
     if isinstance(source, Mapping) and names == ".":
         chosen = [name for name in chosen if name in source] or chosen
     source = _source(config, tokens_BT, source, chosen)
-    args = (params, tokens_BT, mask_BT, source, traceable(metric), as_place(at, tokens_BT.shape))
+    changes = changes_of(config, edits, taps, tokens_BT, mask_BT)
+    args = (params, tokens_BT, mask_BT, source, traceable(metric), as_place(at, tokens_BT.shape), changes)
     estimates = _estimates(GPT2(config), tuple(chosen), *args)
-    return {name: estimates[name] for name in chosen}  # jit sorts a dict by its keys
+    return {name: in_order_of(metric, estimates[name]) for name in chosen}  # jit sorts a dict by its keys
 
 
 @functools.partial(jax.jit, static_argnames=("model", "names"))
@@ -209,29 +227,39 @@ def _estimates(
     source: jax.Array | dict[str, jax.Array],
     metric: Metric,
     at_B: jax.Array | None,
-) -> dict[str, jax.Array]:
-    def value(added: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    changes: Changes,
+) -> dict[str, Any]:
+    changed = changes.by_name(model.config)
+
+    def value(added: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
         seen: dict[str, jax.Array] = {}
 
         def see(name: str, x: jax.Array, position_BT: jax.Array) -> jax.Array:
             seen[name] = x
             return x + added[name].astype(x.dtype)
 
-        taps = {name: functools.partial(see, name) for name in names}
-        judged = metric(logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
-        if jnp.shape(judged) != ():
-            raise ValueError(f"the metric must return one number, not an array of shape {jnp.shape(judged)}")
+        taps = after(changed, {name: functools.partial(see, name) for name in names})
+        judged = judge(metric, logits_at(model, params, tokens_BT, mask_BT, at_B, taps))
+        for number in jax.tree.leaves(judged):
+            if number.shape != ():
+                raise ValueError(f"the metric must return one number, not an array of shape {number.shape}")
         return judged, seen
 
     if not isinstance(source, dict):
         _, source = forward(model.config, params, source, mask_BT, capture=[f"^{name}$" for name in names])
     wide = jnp.promote_types(model.config.compute_dtype, jnp.float32)
     nothing = {name: jnp.zeros(shape(model.config, name, *tokens_BT.shape), wide) for name in names}
-    slopes, before = jax.grad(value, has_aux=True)(nothing)
-
+    judged, pull_back, before = jax.vjp(value, nothing, has_aux=True)
     moved = {name: source[name].astype(wide) - before[name].astype(wide) for name in names}
-    changes = {name: (moved[name] * slopes[name]).sum((0, -1)) for name in names}
-    return {name: change.T if axes(name) == "BTNH" else change for name, change in changes.items()}
+
+    def estimate(slopes: dict[str, jax.Array]) -> list[jax.Array]:
+        changes = [(moved[name] * slopes[name]).sum((0, -1)) for name in names]
+        return [change.T if "TN" in axes(name) else change for name, change in zip(names, changes, strict=True)]
+
+    numbers, structure = jax.tree.flatten(judged)
+    one_at_a_time = [[jnp.full_like(n, i == j) for j, n in enumerate(numbers)] for i in range(len(numbers))]
+    found = [estimate(*pull_back(jax.tree.unflatten(structure, one))) for one in one_at_a_time]
+    return {name: jax.tree.unflatten(structure, of) for name, of in zip(names, zip(*found, strict=True), strict=True)}
 
 
 # ---- arguments

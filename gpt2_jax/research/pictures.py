@@ -72,7 +72,7 @@ def heat_map(
       signed: True draws numbers above 0 in red and below 0 in blue. None does so if there are numbers of both signs.
 
     Raises:
-      ValueError: the values do not have two axes, or the number of labels is wrong.
+      ValueError: the values do not have two axes, or are none, or the number of labels is wrong.
     """
     values = _matrix(values, rows, columns)
     figure = figures.Figure(figsize=_size(values.shape), layout="constrained")
@@ -180,7 +180,7 @@ def bars(labels: Sequence[str], values: Any, *, title: str = "", value_name: str
 
 def _matrix(values: Any, rows: Sequence[Any] | None, columns: Sequence[Any] | None) -> np.ndarray:
     values = np.asarray(values, np.float64)
-    if values.ndim != 2:
+    if values.ndim != 2 or not values.size:
         raise ValueError(f"a heat map needs numbers of shape [rows, columns], not {values.shape}")
     for what, labels, count in (("rows", rows, values.shape[0]), ("columns", columns, values.shape[1])):
         if labels is not None and len(labels) != count:

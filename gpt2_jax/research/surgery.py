@@ -19,6 +19,7 @@ from jax.core import Tracer
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.explicit_axes import whole_on_auto_axes
+from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.research.trees import (
     Difference,
@@ -118,6 +119,7 @@ def _listed(layers: Iterable[int]) -> list[int]:
 # ---- matrices
 
 
+@under_jax_defaults
 @whole_on_auto_axes
 def low_rank(params: Params, name: str, rank: int) -> Params:
     """Return params with one matrix replaced by the nearest matrix of a lower rank, its truncated SVD.
@@ -140,6 +142,7 @@ def low_rank(params: Params, name: str, rank: int) -> Params:
     return unflatten(flat | {name: module_of(w).asarray(nearest)})
 
 
+@under_jax_defaults
 def kept_energy(params: Params, name: str) -> Any:
     """Return the share of a matrix's sum of squares that each rank 1, 2, ... keeps: [shorter side], rising to 1.
 

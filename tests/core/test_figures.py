@@ -13,16 +13,30 @@ import tiny_models
 
 from gpt2_jax import figures
 from gpt2_jax.inspection import plot
-from gpt2_jax.research import pictures
+from gpt2_jax.research import logit_lens, pictures
 from gpt2_jax.training import curve
 
 DRAWN = {
     "heat_map": lambda: pictures.heat_map([[0.0, 1.0]]),
     "attention_patterns": lambda: pictures.attention_patterns(np.tril(np.ones((1, 2, 2))), "ab"),
+    "lens_picture": lambda: _lens_picture(),
     "bars": lambda: pictures.bars("ab", [1.0, -2.0]),
     "weights": lambda: plot.draw(tiny_models.CONFIG, tiny_models.random_params(tiny_models.CONFIG, 1)),
     "loss": lambda: curve.draw(np.array([[1, 3.0], [2, 2.5]]), np.array([[2, 2.7]])),
 }
+
+
+def _lens_picture():
+    params = tiny_models.random_params(tiny_models.CONFIG, 1)
+    lens = logit_lens(tiny_models.CONFIG, params, [[3, 1]])
+    return pictures.lens_picture(lens, Letters(), [3, 1])
+
+
+class Letters:
+    """A tokenizer whose tokens are single characters."""
+
+    def token_bytes(self, i):
+        return bytes([i + 65])
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -33,6 +47,14 @@ def test_a_notebook_can_show_a_picture(name):
     shown = matplotlib.image.imread(io.BytesIO(figure._repr_png_()), format="png")
     assert shown.shape[:2] == tuple((figure.get_size_inches() * figure.dpi).astype(int)[::-1])
     assert shown.std() > 0.01, "the picture is blank"
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_ipython_shows_a_picture_without_pyplot(name):
+    """As a kernel formats the value of a cell, with the formatters that it starts with."""
+    formatters = pytest.importorskip("IPython.core.formatters")
+    data, _ = formatters.DisplayFormatter().format(DRAWN[name]())
+    assert data["image/png"].startswith(b"\x89PNG")
 
 
 def test_a_figure_can_be_pickled():

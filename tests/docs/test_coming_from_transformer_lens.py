@@ -129,6 +129,11 @@ def cached(row, expected, params):
     assert close(row.run(seen=seen), expected[1]["h1/attn/pattern"])
 
 
+@CHECKS("model(tokens, stop_at_layer=1)")
+def stopped(row, run, expected):
+    assert close(run(row), expected[1]["h1/resid_pre"])
+
+
 # ---- activation names
 
 HOOKS = [row.theirs for row in CHECKS.rows if re.fullmatch(r"[\w.]*hook_\w+", row.theirs)]
@@ -193,8 +198,15 @@ def patch(row, run, params, clean):
 @CHECKS("run_with_hooks(tokens, fwd_hooks=[(name, fn)])")
 def taps(row, run, params, expected):
     squared = expected[1]["h1/mlp/post"] ** 2
-    found = jax.jit(lambda: run(row).logits)()
+    found = jax.jit(lambda: run(row)[0].logits)()
     assert close(found, edited(params, ("replace", "h1/mlp/post", squared)))
+
+
+@CHECKS("a hook that sets hook_attn_scores[:, :, -1, 2] to -inf")
+def knockout(row, run, params, expected):
+    masked = np.array(expected[1]["h1/attn/scores"])
+    masked[:, :, -1, 2] = -1e9
+    assert close(run(row)[0].logits, edited(params, ("replace", "h1/attn/scores", masked)))
 
 
 def difference(logits_BTV):

@@ -334,11 +334,22 @@ def test_edits_reach_every_answer(tiny, monkeypatch):
     assert ask(edited, "loglikelihood_rolling", ("!",))[0] == uniform
 
     def complete(config, params, prompts, tokenizer, settings, first_row, edits):
-        assert edits is nothing
+        assert edits.edits == (nothing,)
         return [Completion("said", [], False, None) for _ in prompts]
 
     monkeypatch.setattr("gpt2_jax.evaluate.harness.complete", complete)
     assert ask(edited, "generate_until", ("I", {}), ("Ay", {})) == ["said", "said"]
+
+
+def test_taps_reach_every_answer_and_values_of_rows_are_refused(tiny):
+    """The harness chooses the rows, so an edit has one value for all of them."""
+    tapped = language_model(*tiny, taps={"ln_f/out": lambda value, position_BT: value * 0})
+    uniform = pytest.approx(-np.log(tiny[0].n_vocab), rel=1e-6)
+    assert ask(tapped, "loglikelihood", ("", "!"))[0][0] == uniform
+    with pytest.raises(ValueError, match="each row"):
+        language_model(*tiny, edits=replace("ln_f/out", np.zeros(3), each_row=True))
+    with pytest.raises(ValueError, match="position"):
+        language_model(*tiny, edits=replace("ln_f/out", 0.0, positions=tiny[0].n_ctx))
 
 
 def test_a_context_of_spaces_is_an_empty_one(tiny):

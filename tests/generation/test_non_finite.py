@@ -15,6 +15,7 @@ from tiny_models import CONFIG, random_params
 
 import gpt2_jax
 from gpt2_jax.generation import Settings, complete
+from gpt2_jax.generation.non_finite import cause
 from gpt2_jax.research import add, replace, scale
 
 LARGE = gpt2_jax.GPT2Config(n_vocab=50257, n_ctx=64, n_embd=6, n_head=2, n_layer=2)
@@ -99,6 +100,48 @@ def test_an_edit_that_is_not_finite_is_named(params, case, tokenizer):
             call(LARGE, params, [[1, 2, 3, 4]], edits=[add("h1/mlp/out", 1.0), edit])
     with pytest.raises(ValueError, match=f"^prompt: .*{message}"):
         list(gpt2_jax.stream(LARGE, params, [1, 2, 3, 4], tokenizer, edits=[edit]))
+
+
+def test_params_and_an_edit_are_both_named(params):
+    """Weights and activations of a broken model: neither hides the other."""
+    broken = changed(params, "ln_f/g", 0, jnp.nan)
+    with pytest.raises(
+        ValueError, match=r"in params\[ln_f/g\]: load other weights; the value of the edit of h1/mlp/out"
+    ):
+        gpt2_jax.generate(LARGE, broken, [[1, 2]], edits=EDITS["an infinite replacement"])
+
+
+def test_values_of_each_layer_and_taps_are_causes(params):
+    values = {"h0/mlp/out": np.ones(3), "h1/mlp/out": np.array([1, np.nan])}
+    edit = replace("h1/mlp/out", 0.0).replace(value=values)
+    assert cause(LARGE, params, [edit]).startswith("the value of the edit of h1/mlp/out is not finite")
+    said = cause(LARGE, params, [add("h0/attn/z", 1e300)], ["h0/attn/z"])
+    assert said.startswith("the value of the edit of h0/attn/z is not finite")  # beyond float32
+    said = cause(LARGE, params, [add("h0/attn/z", 1.0)], ["resid_pre$", "z"])
+    assert said == "all params and values of edits are finite, so the tap of resid_pre$ or z may have made them"
+
+
+def test_a_tap_that_makes_nan_is_named(params, tokenizer):
+    for call in (gpt2_jax.generate, gpt2_jax.score):
+        with pytest.raises(ValueError, match=r"finite, so the tap of mlp/out\$ may have made them"):
+            call(LARGE, params, [[1, 2]], taps={"mlp/out$": _not_a_number})
+
+
+def _not_a_number(value, position_BT):
+    return value * jnp.nan
+
+
+def test_blocked_attention_is_not_a_cause(params):
+    blocked = replace("attn/scores", -np.inf, key_positions=0)
+    assert len(gpt2_jax.generate(LARGE, params, [[1, 2]], 3, edits=blocked)[0]) == 3
+    assert "edit of attn/scores" not in cause(LARGE, params, [blocked])
+    for edit in (replace("attn/scores", np.inf), replace("attn/scores", np.nan), scale("h0/attn/scores", -np.inf)):
+        assert f"the value of the edit of {edit.name} is not finite" in cause(LARGE, params, [edit])
+
+
+def test_a_division_by_0_is_a_cause(params):
+    with pytest.raises(ValueError, match="overflow in float32, or a division by 0"):
+        gpt2_jax.generate(LARGE, params, [[1, 2]], edits=replace("ln_f/scale", 0.0))
 
 
 def test_an_edit_too_large_is_overflow(params):

@@ -14,6 +14,7 @@ from strength import campaign
 from tiny_models import CONFIG, chosen_logits, random_params
 
 import gpt2_jax
+from gpt2_jax.changes import NO_CHANGES
 from gpt2_jax.generation import scoring
 from gpt2_jax.generation.scoring import Score, score
 
@@ -295,7 +296,7 @@ def test_no_more_than_a_chunk_of_logits_exists():
     batch = list(scoring._windows(0, np.arange(1000), 41, 20))[:16]
     arrays = scoring._arrays(batch, 41)
     program = jax.make_jaxpr(functools.partial(scoring._logprobs, gpt2_jax.GPT2(config)))(
-        gpt2_jax.abstract_params(config), (), *arrays
+        gpt2_jax.abstract_params(config), NO_CHANGES, *arrays
     )
     rows = {np.prod(shape) // 5003 for shape in sizes(program.jaxpr) if 5003 in shape}
     assert rows == {config.n_embd, scoring.CHUNK}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_activations as naive
 import pytest
-from bridge import bridge_of
+from bridge import as_torch, bridge_of, hook_of
 from forward import some_tokens
 
 import gpt2_jax
@@ -19,35 +19,6 @@ pytestmark = pytest.mark.parity
 ODD = gpt2_jax.GPT2Config(n_vocab=53, n_ctx=23, n_embd=21, n_head=3, n_layer=3)
 # Relative to the largest value; measured, over all names: 9.3e-7, 7.7e-7, 1.4e-15.
 BOUNDS = {"embedded": 1e-5, "odd": 5e-6, "float64": 1e-13}
-HOOKS = {
-    "resid_pre": "hook_resid_pre",
-    "ln_1/scale": "ln1.hook_scale",
-    "ln_1/normalized": "ln1.hook_normalized",
-    "ln_1/out": "ln1.hook_out",
-    "attn/q": "attn.hook_q",
-    "attn/k": "attn.hook_k",
-    "attn/v": "attn.hook_v",
-    "attn/scores": "attn.hook_attn_scores",
-    "attn/pattern": "attn.hook_pattern",
-    "attn/z": "attn.hook_z",
-    "attn/out": "hook_attn_out",
-    "resid_mid": "hook_resid_mid",
-    "ln_2/scale": "ln2.hook_scale",
-    "ln_2/normalized": "ln2.hook_normalized",
-    "ln_2/out": "ln2.hook_out",
-    "mlp/pre": "mlp.hook_pre",
-    "mlp/post": "mlp.hook_post",
-    "mlp/out": "hook_mlp_out",
-    "resid_post": "hook_resid_post",
-}
-
-
-def hook_of(name):
-    """Return TransformerLens's name of an activation. All have the same axes as ours."""
-    if name.startswith("h"):
-        block, rest = name.split("/", 1)
-        return f"blocks.{block[1:]}.{HOOKS[rest]}"
-    return name.replace("ln_f/", "ln_final.hook_") if "/" in name else f"hook_{name}"
 
 
 @pytest.fixture(scope="module", params=["embedded", "odd", "float64"])
@@ -61,12 +32,6 @@ def pair(request, shakespeare):
             params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), naive.weights(ODD))
         tokens_BT = some_tokens(config, 3, 23 if config.n_ctx == 23 else 71)
         yield config, params, bridge_of(config, params), tokens_BT, BOUNDS[request.param]
-
-
-def as_torch(array):
-    import torch
-
-    return torch.tensor(np.array(array))
 
 
 def test_every_activation_is_its_tensor_of_the_same_meaning(pair):
@@ -107,7 +72,9 @@ def test_edits_are_what_its_hooks_do(pair):
         return z_BTNH
 
     def put_in_pattern(pattern_BNTS, hook):
-        pattern_BNTS[:, [0, 2], 11] = as_torch(pattern_S).to(pattern_BNTS.dtype)
+        pattern_BNTS[:, [0, 2], 11, :12] = as_torch(pattern_S[:12]).to(
+            pattern_BNTS.dtype
+        )  # no edit of ours shows later tokens
         return pattern_BNTS
 
     def put_in_post(post_BTF, hook):

@@ -1,15 +1,21 @@
-"""Grids of patches are compared with transformer_lens.patching, which runs the whole model for each patch."""
+"""Grids of patches are compared with transformer_lens.patching, which runs the whole model for each patch.
+
+Causal tracing and attention knockout are compared with its hooks, one run for each entry.
+"""
 
 from typing import Any, NamedTuple
 
 import bridge
+import jax
 import numpy as np
 import pytest
+import strength
 import tiny_models
 from toy_induction import INDUCTION, induction_toy
 
 from gpt2_jax.research.metrics import logit_difference
 from gpt2_jax.research.patching import activation_patching
+from gpt2_jax.research.tracing import attention_knockout, causal_tracing
 
 pytestmark = pytest.mark.parity
 
@@ -61,6 +67,14 @@ def random():
         ("random", "mlp_out", "mlp/out", "position", (0, 1)),
         ("random", "attn_head_out_by_pos", "attn/z", ("head", "position"), (0, 2, 1)),  # theirs: layer, position, head
         ("random", "attn_head_pattern_by_pos", "attn/pattern", ("head", "position"), (0, 1, 2)),
+        pytest.param(
+            "random",
+            "attn_head_pattern_dest_src_pos",
+            "attn/pattern",
+            ("head", "position", "key_position"),
+            (0, 1, 2, 3),
+            marks=strength.full_only("test_neurons_tokens_looked_at_and_branches, without 294 runs of torch"),
+        ),
     ],
 )
 def test_a_grid_is_theirs(request, model, theirs, activation, each, axes):
@@ -84,3 +98,57 @@ def test_the_grid_of_the_toy_finds_its_induction_head(induction):
     grid = np.asarray(activation_patching(config, params, tokens_BT, source_BT, metric, "attn/z", each="head"))
     assert grid[INDUCTION] > 10
     assert np.delete(grid.reshape(-1), np.ravel_multi_index(INDUCTION, grid.shape)).max() < -10
+
+
+def test_causal_tracing_is_theirs_with_hooks(random):
+    import torch
+
+    config, params, theirs, tokens_BT, *_ = random
+    row, subject, key, n_samples = tokens_BT[:1], [1, 2, 3], jax.random.key(3), 4
+    found = causal_tracing(config, params, row, subject, key, noise=0.7, n_samples=n_samples)
+    noise = torch.tensor(np.array(0.7 * jax.random.normal(key, (n_samples, len(subject), config.n_embd), np.float32)))
+    logits, clean = theirs.run_with_cache(torch.tensor(row))
+    answer = int(logits[0, -1].argmax())
+
+    def noisy(embed, hook):
+        embed[:, subject] = embed[:, subject] + noise
+        return embed
+
+    def probability(*hooks):
+        rows = torch.tensor(row).repeat(n_samples, 1)
+        out = theirs.run_with_hooks(rows, fwd_hooks=[("hook_embed", noisy), *hooks])
+        return float(out[:, -1].softmax(-1)[:, answer].mean())
+
+    def restored(layer, t):
+        name = f"blocks.{layer}.hook_resid_post"
+
+        def restore(stream, hook):
+            stream[:, t] = clean[name][:, t]
+            return stream
+
+        return probability((name, restore))
+
+    expected = np.array([[restored(layer, t) for t in range(row.shape[1])] for layer in range(config.n_layer)])
+    assert found.answer == answer
+    assert np.ptp(expected) > 0.05
+    assert np.abs(found.restored - expected).max() <= BOUND
+    assert abs(found.noised - probability()) <= BOUND
+    assert abs(found.clean - float(logits[0, -1].softmax(-1)[answer])) <= BOUND
+
+
+def test_attention_knockout_is_theirs_with_hooks(random):
+    import torch
+
+    metric = logit_difference(random.answer, random.wrong)
+    found = attention_knockout(random.config, random.params, random.tokens_BT, metric, [1, 2, 4])
+
+    def block(scores, hook):
+        scores[:, :, -1, [1, 2, 4]] = -torch.inf
+        return scores
+
+    names = [f"blocks.{layer}.attn.hook_attn_scores" for layer in range(random.config.n_layer)]
+    tokens = torch.tensor(random.tokens_BT)
+    expected = [float(random.metric(random.bridge.run_with_hooks(tokens, fwd_hooks=[(n, block)]))) for n in names]
+    plain = float(random.metric(random.bridge(tokens)))
+    assert np.abs(np.array(expected) - plain).min() > 0.1
+    assert np.abs(np.asarray(found) - expected).max() <= BOUND * np.abs(expected).max()

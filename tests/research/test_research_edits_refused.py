@@ -21,7 +21,9 @@ def params():
     return jax.tree.map(jnp.asarray, naive.weights())
 
 
-@pytest.mark.parametrize("name", ["h0/resid_pots", "resid_pots", "h0", "", "hx/attn/q", "h0/attn", "H0/attn/q", None, 3])
+@pytest.mark.parametrize(
+    "name", ["h0/resid_pots", "resid_pots", "h0", "", "hx/attn/q", "h0/attn", "H0/attn/q", None, 3]
+)
 @pytest.mark.parametrize("make", [research.replace, research.add, research.scale])
 def test_a_name_that_no_model_has_is_refused(params, make, name):
     with pytest.raises(ValueError, match=repr(name)):
@@ -50,7 +52,7 @@ def test_places_and_heads_that_are_no_whole_numbers_are_refused(what, places):
 
 @pytest.mark.parametrize("heads", [-1, [0, -3], [[1, 2]], np.zeros((2, 2), int)])
 def test_heads_are_counted_from_0_and_the_same_for_all_rows(heads):
-    with pytest.raises(ValueError, match="^heads must be whole numbers, 0 or more"):
+    with pytest.raises(ValueError, match=r"^heads must be whole numbers, 0 or more"):
         research.add("h0/attn/z", 0.0, heads=heads)
 
 
@@ -72,9 +74,9 @@ def test_positions_beyond_a_masked_row_are_refused(params):
     """Positions count real tokens. One that any row has is taken; of each row, each row must have its own."""
     mask_BT = np.arange(LENGTH) < np.array([3, 5, 4])[:, None]
     research.forward(CONFIG, params, TOKENS, mask_BT, edits=research.add("embed", 1.0, positions=[4, -5]))
-    with pytest.raises(ValueError, match="position 5.*5 tokens"):
+    with pytest.raises(ValueError, match=r"position 5.*5 tokens"):
         research.forward(CONFIG, params, TOKENS, mask_BT, edits=research.add("embed", 1.0, positions=5))
-    with pytest.raises(ValueError, match="position 3.*3 tokens"):
+    with pytest.raises(ValueError, match=r"position 3.*3 tokens"):
         research.forward(CONFIG, params, TOKENS, mask_BT, edits=research.add("embed", 1.0, positions=[[3], [3], [3]]))
 
 

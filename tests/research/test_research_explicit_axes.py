@@ -7,7 +7,7 @@ PROGRAM = """
     import jax, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from tiny_models import random_params
-    import gpt2_jax
+    import gpt2_jax, optax
     from gpt2_jax import lora, research
     from gpt2_jax.params import flatten, unflatten
     from gpt2_jax.research import surgery, units
@@ -25,7 +25,11 @@ PROGRAM = """
     rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
     pairs = jax.tree.map(lambda leaf: leaf + 0.1, lora.init_lora(params, 2, "c_attn/w", jax.random.key(1)))
     to = {"second": np.eye(7, dtype=bool), "first": np.tri(7, dtype=bool)}
+    sgd = optax.sgd(1.0)
     metric, edit = research.logit_difference(1, 2), research.scale("h0/attn/z", 0.0, heads=[1])
+    rng = np.random.default_rng(1)
+    eraser = research.leace(rng.normal(size=(50, 24)), rng.integers(0, 3, 50))
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, research.identity_translators(config))
 
     def stream(p, t):
         _, captured = research.forward(config, p, t, capture="h0/resid_post")
@@ -34,6 +38,8 @@ PROGRAM = """
     RETURN_PARAMS = {
         "merge_lora": lambda p, t: lora.merge_lora(p, pairs, 4.0),
         "fold": lambda p, t: research.fold_layer_norm(config, p),
+        "fold values": lambda p, t: research.fold_value_biases(config, p),
+        "center": lambda p, t: research.center_writing_weights(config, p),
         "ablate": lambda p, t: units.ablate_heads(config, p, [(0, 1)]),
         "split and join": lambda p, t: units.join_heads(config, p, 0, units.split_heads(config, p, 0)),
         "low_rank": lambda p, t: surgery.low_rank(p, "h0/mlp/c_fc/w", 3),
@@ -41,16 +47,24 @@ PROGRAM = """
     TRACEABLE = {
         "forward": lambda p, t: research.forward(config, p, t, capture="pattern|resid_post", edits=edit),
         "lens": lambda p, t: research.logit_lens(config, p, t, k=3),
+        "tuned lens": lambda p, t: research.logit_lens(config, p, t, translators=moved),
         "stream": stream,
         "heads": lambda p, t: research.head_scores(config, p, t),
         "mean_attention": lambda p, t: research.mean_attention(config, p, t, to=to),
         "attribution": lambda p, t: research.logit_attribution(config, p, t, answers=3, by="head"),
         "patching": lambda p, t: research.activation_patching(config, p, t, source, metric, "attn/z", each="head"),
+        "tracing": lambda p, t: research.causal_tracing(config, p, source[:1], [1, 2], jax.random.key(2), n_samples=2),
+        "knockout": lambda p, t: research.attention_knockout(config, p, t, {"b": metric, "a": metric}, [0, 2]),
         "gradients": lambda p, t: research.attribution_patching(config, p, t, source, metric),
+        "process": lambda p, t: research.process_weights(config, p)[1],
+        "eraser": lambda p, t: gpt2_jax.GPT2(config).apply({"params": p}, t, taps={"h0/resid_post": eraser}).logits,
+        "unembedding": lambda p, t: research.unembedding(config, p),
         "copying": lambda p, t: research.copying_scores(config, p),
         **RETURN_PARAMS,
     }
     ON_THE_HOST = {
+        "train lens": lambda p, t: research.train_tuned_lens(config, p, t, steps=3, batch_size=2, optimizer=sgd),
+        "probe": lambda p, t: research.linear_probe(p["wpe"], np.arange(21) % 2).weights,
         "generate": lambda p, t: gpt2_jax.generate(config, p, [[1, 2, 3], [4]], max_new_tokens=9, seed=3),
         "score": lambda p, t: [score.logprobs for score in gpt2_jax.score(config, p, [[1, 2, 3], [4, 5]])],
     }

@@ -13,6 +13,7 @@ from tiny_models import CONFIG, random_params
 
 import gpt2_jax
 from gpt2_jax import generation, research
+from gpt2_jax.changes import Changes
 from gpt2_jax.generation.engine import decode_rows
 
 PROMPTS = [[5], list(range(19)), [7] * 13, [3, 1, 4, 1, 5, 9, 2, 6]]
@@ -100,7 +101,7 @@ def test_edits_that_change_nothing_change_no_token(params):
     edits = [
         research.add("h0/attn/scores", 0.0),
         research.scale("h1/attn/pattern", 1.0, positions=slice(3, 7)),
-        research.replace("h1/attn/k", 9.0, positions=9999, heads=1),
+        research.replace("h1/attn/k", 9.0, positions=[], heads=1),
         research.scale("ln_f/scale", 1.0),
     ]
     assert gpt2_jax.generate(CONFIG, params, PROMPTS, 22, edits=edits, **GREEDY) == plain
@@ -250,7 +251,7 @@ def test_any_model_with_a_config_and_apply_decodes_with_edits(params):
     edits = tuple(steering()[0])
     settings = generation.Settings(max_new_tokens=9, **GREEDY).check(CONFIG)
     prompts, finished_B = [np.array(prompt) for prompt in PROMPTS], np.zeros(len(PROMPTS), bool)
-    pieces = decode_rows(Wrapped(CONFIG), params, prompts, settings, finished_B, edits=edits)
+    pieces = decode_rows(Wrapped(CONFIG), params, prompts, settings, finished_B, changes=Changes(edits))
     ids_BR = np.concatenate([picked.id_BR for picked in pieces], axis=1)
     assert ids_BR.tolist() == gpt2_jax.generate(CONFIG, params, PROMPTS, 9, edits=edits, **GREEDY)
     assert ids_BR.tolist() != gpt2_jax.generate(CONFIG, params, PROMPTS, 9, **GREEDY)

@@ -11,6 +11,7 @@ from toy_induction import INDUCTION, PREVIOUS, induction_toy
 
 import gpt2_jax
 from gpt2_jax import edits
+from gpt2_jax.changes import Changes
 from gpt2_jax.research import heads
 from gpt2_jax.research._forward import forward
 
@@ -64,6 +65,21 @@ def test_an_edited_pattern_is_what_is_scored(params):
     assert (found.previous[1, :2] < 0.9).all()
 
 
+def test_a_tap_of_the_pattern_is_what_is_scored(params):
+    """The patterns of layer 1 become uniform over all tokens up to the query's, as they are after masking."""
+    tokens = some_tokens(CONFIG, 2, 9)
+    taps = {"h1/attn/pattern": _uniform}
+    found = heads.head_scores(CONFIG, params, tokens, taps=taps).previous
+    to = {"previous": np.eye(9, k=-1, dtype=bool)}
+    for scores in (found, heads.mean_attention(CONFIG, params, tokens, to=to, taps=taps)["previous"]):
+        np.testing.assert_allclose(scores[1], np.mean(1 / np.arange(2, 10)), rtol=1e-6)
+    np.testing.assert_array_equal(found[0], heads.head_scores(CONFIG, params, tokens).previous[0])
+
+
+def _uniform(pattern, position_BT):
+    return jnp.ones_like(pattern) / (position_BT[:, None, :, None] + 1)
+
+
 def test_attention_to_tokens_of_ones_choice(params):
     """Attention to the first token, only for tokens 3 and 5; and to later tokens, which are masked."""
     tokens = some_tokens(CONFIG, 3, 11)
@@ -81,7 +97,7 @@ def test_attention_to_tokens_of_ones_choice(params):
 def test_patterns_do_not_pile_up():
     config = gpt2_jax.GPT2Config(n_vocab=5, n_ctx=256, n_embd=6, n_head=3, n_layer=11)
     tokens, params = jax.ShapeDtypeStruct((1, 256), jnp.int32), gpt2_jax.abstract_params(config)
-    program = heads._head_scores.lower(config, params, tokens, None, ()).compile()
+    program = heads._head_scores.lower(config, params, tokens, None, Changes()).compile()
     one_layer = 4 * 3 * 256 * 256
     assert program.memory_analysis().temp_size_in_bytes < 4 * one_layer  # measured: 3.0; 11 patterns would be 11
 

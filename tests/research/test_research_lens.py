@@ -11,6 +11,7 @@ from forward import CONFIG, in_bfloat16, padding_masks, relative_error, some_tok
 
 import gpt2_jax
 from gpt2_jax import edits
+from gpt2_jax.changes import Changes
 from gpt2_jax.research import lens
 from gpt2_jax.research._forward import forward
 
@@ -88,7 +89,7 @@ def test_the_logits_of_all_layers_never_exist_at_once():
     config = gpt2_jax.GPT2Config(n_vocab=4999, n_ctx=256, n_embd=8, n_head=1, n_layer=7)
     tokens, params = jax.ShapeDtypeStruct((1, 256), jnp.int32), gpt2_jax.abstract_params(config)
     names = tuple(f"h{i}/resid_post" for i in range(7))
-    program = lens._read.lower(config, names, 5, params, tokens, None, ()).compile()
+    program = lens._read.lower(config, names, 5, params, tokens, None, Changes()).compile()
     one_layer = 4 * 256 * config.n_vocab  # as large as a chunk
     assert program.memory_analysis().temp_size_in_bytes < 3 * one_layer  # measured: 2.0, or 16 without chunks
 
@@ -105,6 +106,20 @@ def test_edits_and_names_are_forwards_own(params):
         np.testing.assert_allclose(found.logprobs[i], best, rtol=0, atol=3e-6)  # measured: 1e-6
     plain = lens.logit_lens(CONFIG, params, tokens, names="resid_mid", k=1)
     assert (np.asarray(plain.logprobs[1]) != found.logprobs[2, ..., :1])[:, 5:].any()
+
+
+def test_a_tap_is_what_it_does_to_the_stream(params):
+    tokens = some_tokens(CONFIG, 3, 11)
+    tapped = lens.logit_lens(CONFIG, params, tokens, taps={r"h\d/mlp/out": _doubled})
+    edited = lens.logit_lens(CONFIG, params, tokens, edits=edits.scale("mlp/out", 2.0))
+    np.testing.assert_allclose(tapped.logprobs, edited.logprobs, rtol=0, atol=3e-6)  # measured: 0
+    assert (np.asarray(tapped.logprobs) != lens.logit_lens(CONFIG, params, tokens).logprobs).any()
+    with pytest.raises(ValueError, match="position 11"):
+        lens.logit_lens(CONFIG, params, tokens, edits=edits.scale("mlp/out", 2.0, positions=11))
+
+
+def _doubled(value, position_BT):
+    return 2 * value
 
 
 def test_it_works_inside_other_programs(params):

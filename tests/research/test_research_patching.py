@@ -1,6 +1,7 @@
 """Grids of patches are compared with a forward pass for each patch, and estimates with derivatives."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import tiny_models
 from jax.tree_util import Partial
 from measures import COMPILATIONS
 
-from gpt2_jax.edits import patch, replace
+from gpt2_jax.edits import add, patch, replace, scale
 from gpt2_jax.research._forward import forward
 from gpt2_jax.research.metrics import logit_difference
 from gpt2_jax.research.patching import activation_patching, attribution_patching
@@ -22,8 +23,8 @@ BOUND = {"float32": 4e-6, "float64": 1e-13}  # measured over all activations: 9e
 class Case:
     """A model, two runs of two rows, and a metric; `patched` is the metric of one forward pass with edits."""
 
-    def __init__(self, dtype="float64"):
-        self.config = tiny_models.CONFIG.replace(param_dtype=dtype, compute_dtype=dtype)
+    def __init__(self, dtype="float64", **options):
+        self.config = tiny_models.CONFIG.replace(param_dtype=dtype, compute_dtype=dtype, **options)
         self.params = tiny_models.random_params(self.config, 3)
         self.tokens_BT, self.source_BT = np.random.default_rng(5).integers(0, self.config.n_vocab, (2, 2, N_TOKENS))
         self.source = self.run(self.source_BT)[1]
@@ -63,6 +64,8 @@ def check(grid, expected, bound=BOUND["float64"]):
         ("mlp/out", "position", 0, "float32"),
         ("attn/z", "head", 0, "float64"),
         ("attn/q", ("head", "position"), 0, "float64"),
+        ("embed", "position", None, "float64"),
+        ("pos_embed", (), None, "float64"),
         ("attn/pattern", ("position", "head"), 0, "float64"),  # the result's order of axes is fixed
     ],
 )
@@ -73,10 +76,28 @@ def test_every_entry_is_a_forward_pass_with_that_patch(activation, each, layers,
         heads = range(case.config.n_head) if "head" in each else [None]
         positions = range(N_TOKENS) if "position" in each else [None]
         expected = [
-            [[case.patched(patch(f"h{layer}/{activation}", case.source, t, n)) for t in positions] for n in heads]
-            for layer in ([layers] if layers is not None else range(case.config.n_layer))
+            [[case.patched(patch(name, case.source, t, n)) for t in positions] for n in heads]
+            for name in names_of(case.config, activation, layers)
         ]
         check(grid, np.reshape(expected, grid.shape), BOUND[dtype])
+
+
+def test_a_window_of_layers_is_patched_together():
+    """As in Meng et al. 2022: an even window has one more layer before its middle, and windows are cut at the ends."""
+    with jax.enable_x64(True):
+        case = Case(n_layer=4)  # position 6 is the last: all layers have an effect there
+        for window, at, layers in [
+            (2, 0, [0]), (2, 2, [1, 2]), (3, 0, [0, 1]), (3, 3, [2, 3]), (9, 1, range(4)), (1, 3, [3]),
+        ]:  # fmt: skip
+            grid = activation_patching(*case.args, "attn/out", layers=at, window=window, positions=[2, 6])
+            patches = [[patch(f"h{i}/attn/out", case.source, t) for i in layers] for t in (2, 6)]
+            check(grid, [[case.patched(*edits) for edits in patches]])
+
+
+def names_of(config, activation, layer):
+    if activation in ("embed", "pos_embed"):
+        return [activation]
+    return [f"h{i}/{activation}" for i in ([layer] if layer is not None else range(config.n_layer))]
 
 
 def test_places_are_those_asked_for_in_that_order(case):
@@ -114,6 +135,104 @@ def test_a_run_whose_whole_stream_is_patched_is_the_other(case):
         np.testing.assert_allclose(grid, metrics[expected], rtol=0, atol=BOUND["float64"])
 
 
+@pytest.mark.parametrize(
+    ("activation", "each", "places", "options"),
+    [
+        ("mlp/post", "neuron", {"neurons": range(3, 21, 2)}, {}),
+        ("mlp/pre", ("neuron", "position"), {"neurons": [47, 0], "positions": [6, 2]}, {}),
+        ("attn/pattern", "key_position", {"key_positions": range(N_TOKENS)}, {}),
+        (
+            "attn/scores",
+            ("key_position", "position"),
+            {"positions": [6, 4], "key_positions": [1, 5, 0]},
+            {"heads": [2, 0]},
+        ),
+        ("attn/result", "head", {"heads": range(3)}, {"positions": [2, 6]}),
+        ("attn/q_in", "head", {"heads": [2, 1]}, {}),
+        ("attn/in", "position", {"positions": [3, 6]}, {"heads": 1}),
+        ("mlp/in", "position", {"positions": [3, 6]}, {}),
+    ],
+)
+def test_neurons_tokens_looked_at_and_branches(case, activation, each, places, options):
+    """The axes of the result are heads, positions, key positions and neurons, whatever the order in `each`."""
+    _, source = forward(*case.args[:2], case.source_BT, capture=f"h1/{activation}$")
+    patching = functools.partial(activation_patching, *case.args[:3], metric=case.metric, activation=activation)
+    grid = patching(source=source, each=each, layers=1, **options, **places)
+    axes = [axis for axis in ("heads", "positions", "key_positions", "neurons") if axis in places]
+    cells = [dict(zip(axes, cell, strict=True)) for cell in itertools.product(*(places[axis] for axis in axes))]
+    name = f"h1/{activation}"
+    expected = [case.patched(replace(name, source[name], **cell, **options)) for cell in cells]
+    assert grid.shape == (1, *(len(places[axis]) for axis in axes))
+    check(grid, np.reshape(expected, grid.shape))
+    from_tokens = patching(source=case.source_BT, each=each, layers=1, **options, **places)
+    np.testing.assert_allclose(from_tokens, grid, rtol=0, atol=BOUND["float64"])
+
+
+# ---- a patched run that is changed
+
+
+def test_patches_of_a_changed_run(case):
+    """The patch comes after the edits and taps, also after those of the patched activation; the source has none."""
+    changes = [
+        add("embed", 0.3, positions=[1, 2]),
+        scale("h0/attn/scores", 0.5, heads=1),
+        add("h1/mlp/out", 2.0),
+        scale("h0/attn/z", 3.0),
+    ]
+    taps = {"^h0/mlp/post$": _halved, r"h\d/attn/z": _halved}
+
+    def run(*edits):
+        patches = {edit.name: functools.partial(_put, edit.value, int(edit.positions[0])) for edit in edits}
+        out, _ = forward(*case.args[:3], edits=changes, taps={**taps, **patches})
+        return float(case.metric(out.logits[:, -1]))
+
+    assert abs(run() - case.patched()) > 0.1
+    for activation, layer in (("attn/z", 0), ("mlp/out", 1), ("resid_mid", 1), ("mlp/post", 0)):
+        grid = activation_patching(
+            *case.args[:3],
+            case.source_BT,
+            case.metric,
+            activation,
+            layers=layer,
+            edits=changes,
+            taps=taps,
+            positions=[6, 2],
+        )
+        expected = [[run(patch(f"h{layer}/{activation}", case.source, t)) for t in (6, 2)]]
+        np.testing.assert_allclose(grid, expected, rtol=0, atol=BOUND["float64"])
+    assert np.ptp(expected) > 1e-3
+
+
+def _halved(value, position_BT):
+    return value / 2
+
+
+def _put(value, t, x, position_BT):
+    return jnp.where((position_BT == t).reshape(*x.shape[:2], *[1] * (x.ndim - 2)), value, x)
+
+
+def test_estimates_of_a_changed_run(case):
+    """At ln_f/out, where all that follows is linear, they are the difference to the changed run."""
+    changes = {"edits": add("h0/mlp/out", 0.5), "taps": {"ln_f/out": _halved}}
+    estimate = attribution_patching(*case.args, "ln_f/out", **changes)["ln_f/out"]
+    changed = float(case.metric(forward(*case.args[:3], **changes)[0].logits[:, -1]))
+    assert abs(changed - case.patched()) > 0.1
+    patched = case.patched(patch("ln_f/out", case.source))
+    np.testing.assert_allclose(estimate, [0] * 6 + [patched - changed], rtol=0, atol=BOUND["float64"])
+
+
+def test_other_numbers_in_edits_compile_nothing(case):
+    def grid(value, position):
+        edits = add("embed", value, positions=position)
+        return activation_patching(*case.args, layers=1, edits=edits)
+
+    before = grid(0.1, 2)
+    COMPILATIONS.clear()
+    after = grid(0.2, 1)
+    assert COMPILATIONS == []
+    assert (after != before).any()
+
+
 def runs(case):
     return {"patched": case.tokens_BT, "source": case.source_BT}
 
@@ -147,6 +266,39 @@ def test_a_metric_may_see_all_positions_and_hold_numbers(case):
     grid = activation_patching(*case.args[:4], metric, layers=1, at=None)
     rows = [forward(*case.args[:3], edits=patch("h1/resid_pre", case.source, t))[0].logits for t in range(N_TOKENS)]
     np.testing.assert_allclose(grid[0], [logits[:, 2, 5].mean() for logits in rows], rtol=0, atol=BOUND["float64"])
+
+
+def test_several_metrics_of_the_same_runs(case):
+    """As a tree that one function returns, and as a dict of functions; each is what it is alone."""
+    alone, rows = (activation_patching(*case.args[:4], metric, layers=1) for metric in (case.metric, _of_rows))
+    tree = activation_patching(*case.args[:4], lambda logits: (_of_rows(logits), [3, {"a": logits.sum()}]), layers=1)
+    np.testing.assert_array_equal(tree[0], rows)
+    np.testing.assert_array_equal(tree[1][0], np.full((1, N_TOKENS), 3))
+    assert tree[1][1]["a"].shape == (1, N_TOKENS)
+    several = {"z": case.metric, "a": _of_rows, "m": {"y": case.metric, "x": _of_rows}}
+    named = activation_patching(*case.args[:4], several, layers=1)
+    assert (list(named), list(named["m"])) == (["z", "a", "m"], ["y", "x"])
+    for found, expected in [(named["z"], alone), (named["a"], rows), (named["m"]["x"], rows)]:
+        np.testing.assert_array_equal(found, expected)
+    estimate = functools.partial(attribution_patching, *case.args[:4])
+    pair = estimate({"z": case.metric, "a": _of_first_row}, "mlp/out|attn/z")
+    for name, metric in (("z", case.metric), ("a", _of_first_row)):
+        for activation, expected in estimate(metric, "mlp/out|attn/z").items():
+            np.testing.assert_allclose(pair[activation][name], expected, rtol=0, atol=BOUND["float64"])
+    assert list(pair["h0/mlp/out"]) == ["z", "a"]
+
+
+def test_other_numbers_in_several_metrics_compile_nothing(case):
+    def both(*ids):
+        metrics = {"b": logit_difference(*ids), "a": logit_difference(*ids[::-1])}
+        grid = activation_patching(*case.args[:4], metrics, layers=1)
+        return grid["b"], attribution_patching(*case.args[:4], metrics, "h0/attn/z")["h0/attn/z"]["b"]
+
+    before = both([1, 2], [3, 4])
+    COMPILATIONS.clear()
+    after = both([5, 6], [7, 8])
+    assert COMPILATIONS == []
+    assert all((a != b).any() for a, b in zip(after, before, strict=True))
 
 
 def test_ids_of_any_kind_are_one_program_and_others_are_refused():
@@ -238,6 +390,16 @@ def test_an_estimate_is_the_derivative_of_patching(case, name):
     np.testing.assert_allclose(estimate, slopes, rtol=0, atol=1e-7)  # measured: 3e-9, the difference's own error
 
 
+def test_estimates_of_what_heads_write_add_up(case):
+    """To that of attn/out, because the sum over heads is linear."""
+    estimates = attribution_patching(*case.args[:3], case.source_BT, case.metric, ["h0/attn/out", "h0/attn/result"])
+    assert estimates["h0/attn/result"].shape == (3, N_TOKENS)
+    np.testing.assert_allclose(
+        estimates["h0/attn/result"].sum(0), estimates["h0/attn/out"], rtol=0, atol=BOUND["float64"]
+    )
+    assert np.abs(estimates["h0/attn/out"]).max() > 1e-2
+
+
 def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
     """Only the logits follow ln_f/out. An estimate does not depend on which others are requested."""
     estimate = attribution_patching(*case.args, "ln_f/out")["ln_f/out"]
@@ -257,11 +419,32 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
     [
         ({"activation": "h0/attn/z"}, "'h0/attn/z' is not an activation of a block: choose from resid_pre"),
         ({"activation": "ln_f/out"}, "is not an activation of a block"),
+        ({"activation": "embed", "layers": 0}, "embed is before the layers: leave out `layers` and `window`"),
+        ({"activation": "embed", "window": 2}, "leave out `layers` and `window`"),
+        ({"window": 0}, "window must be a whole number, 1 or more, not 0"),
+        ({"activation": "embed", "each": "head"}, "embed is not divided into heads: its axes are BTD"),
+        (
+            {"metric": lambda logits: "high"},
+            "the metric must return a number, an array, or a tuple.* of these, not 'high'",
+        ),
+        ({"metric": lambda logits: {"a": logits, "b": None}}, "or a tuple, list or dict of these, not None"),
+        ({"metric": lambda logits: ()}, r"of these, not \(\)"),
+        ({"metric": "loss"}, "metric must be a function of the logits, or a dict of such functions, not 'loss'"),
+        ({"metric": {}}, "or a dict of such functions, not {}"),
+        ({"metric": {"a": 3}}, "metric must be a function of the logits, .* not 3"),
         ({"each": "head"}, "resid_pre is not divided into heads: its axes are BTD"),
         ({"heads": 1}, "resid_pre is not divided into heads"),
-        ({"each": "layer"}, 'each must be "position", "head" or both, not \'layer\''),
+        ({"each": "layer"}, "each must be among 'head', 'position', 'key_position', 'neuron', not 'layer'"),
+        ({"each": "neuron"}, "resid_pre is not divided into neurons: its axes are BTD"),
+        ({"neurons": [0]}, "resid_pre is not divided into neurons"),
+        ({"each": "key_position"}, "resid_pre is not divided by the token that is looked at: its axes are BTD"),
+        ({"activation": "attn/pattern", "key_positions": [7]}, "key_positions must be from 0 to 6"),
+        ({"activation": "mlp/pre", "neurons": [48]}, "neurons must be from 0 to 47"),
+        ({"edits": scale("attn/z", 0, heads=3)}, r"heads \[3\], but the model has 3"),
+        ({"taps": {"attn/zz": len}}, "attn/zz"),
         ({"activation": "attn/z", "heads": [0, 3]}, "heads must be from 0 to 2"),
         ({"positions": [-1]}, "positions must be from 0 to 6"),
+        ({"positions": [[1], [2, 3]]}, "positions must be one or more whole numbers"),
         ({"positions": []}, "positions must be one or more whole numbers"),
         ({"positions": slice(9, 12)}, "positions must be one or more whole numbers"),
         ({"layers": 2}, "layers must be from 0 to 1, not 2"),
@@ -269,6 +452,8 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
         ({"at": 7}, "at must be a position in rows of 7 tokens"),
         ({"at": [1, 2, 3]}, "or one for each of 2 rows, not"),
         ({"at": 1.5}, "at must be a position"),
+        ({"at": [[1], [1, 2]]}, "at must be a position"),
+        ({"at": 2**70}, "at must be a position"),
         ({"together": 0}, "together must be a whole number, 1 or more, not 0"),
         ({"source": {"h0/attn/z": 0}}, "h0/resid_pre was not captured in .*to patch from: that run has h0/attn/z"),
         ({"source": np.zeros((2, 5), int)}, r"the tokens of both runs must have one shape, not \(2, 7\) and \(2, 5\)"),

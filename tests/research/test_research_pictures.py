@@ -84,6 +84,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     ("draw", "message"),
     [
         (lambda: pictures.heat_map([1.0]), "rows, columns"),
+        (lambda: pictures.heat_map(np.ones((2, 0))), r"rows, columns\], not \(2, 0\)"),
         (lambda: pictures.heat_map([[1.0]], rows=["a", "b"]), "1 rows, but 2 labels"),
         (lambda: pictures.attention_patterns(np.ones((2, 2)), "ab"), r"\[N, T, T\]"),
         (lambda: pictures.attention_patterns(np.ones((1, 2, 2)), "ab", heads=[1, 2]), "1 patterns, but 2"),
