@@ -16,7 +16,8 @@ from jax.tree_util import Partial
 
 from gpt2_jax.activations import IN_BLOCK, InTurn, Tap, axes, layer_of, taps_by_name
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits, check_value
+from gpt2_jax.edit_checks import check_edits, check_value
+from gpt2_jax.edits import Edit
 from gpt2_jax.explicit_axes import automatic
 
 
@@ -148,6 +149,8 @@ class _EditTap:
         value = edit.value[self.name] if isinstance(edit.value, dict) else edit.value
         value = jnp.asarray(value).astype(x.dtype)
         value = value.reshape(check_value(edit, self.name, value.shape, x.shape))
+        if edit.each_position:
+            value = self._of_positions(value, x.ndim, position_BT)
         how: dict[str, Callable[[], jax.Array]] = {
             "replace": lambda: jnp.broadcast_to(value, x.shape),
             "patch": lambda: jnp.broadcast_to(value, x.shape),
@@ -160,14 +163,15 @@ class _EditTap:
 
     def _here(self, of: tuple[int, ...], position_BT: jax.Array, key_position_BS: jax.Array) -> jax.Array | None:
         """Return a bool mask of where the edit applies, to broadcast against the shape `of`. None means everywhere."""
-        edit, letters = self.edit, axes(self.name)
-        end_B = position_BT.max(-1) + 1 if self.end_B is None else self.end_B
+        edit, letters, end_B = self.edit, axes(self.name), self._end_B(position_BT)
         found = {
             "BT": _at(position_BT, edit.positions, edit.span, end_B),
             "BS": _at(key_position_BS, edit.key_positions, edit.key_span, end_B),
             "N": _among(edit.heads, of, letters.find("N")),
             "F": _among(edit.neurons, of, letters.find("F")),
         }
+        if edit.each_position and edit.span is not None:
+            found["BT"] = found["BT"] & (self._index(position_BT) < edit.value.shape[int(edit.each_row)])
         here = None
         for along, mask in found.items():
             if mask is not None:
@@ -178,6 +182,29 @@ class _EditTap:
             in_layer = ((edit.layers == layer) | (edit.layers == layer - self.n_layer)).any()
             here = in_layer if here is None else here & in_layer
         return here
+
+    def _end_B(self, position_BT: jax.Array) -> jax.Array:
+        return position_BT.max(-1) + 1 if self.end_B is None else self.end_B
+
+    def _index(self, position_BT: jax.Array) -> jax.Array:
+        """Return which of the edit's positions each token has, int32 [B, T]. Elsewhere it means nothing."""
+        edit, end_B1 = self.edit, self._end_B(position_BT)[:, None]
+        if edit.positions is None:
+            assert edit.span is not None
+            start = edit.span[..., :1]
+            return position_BT - jnp.where(start < 0, jnp.maximum(start + end_B1, 0), start)
+        places_BP = jnp.where(edit.positions < 0, edit.positions + end_B1, edit.positions)
+        return (position_BT[..., None] == places_BP[:, None]).argmax(-1)
+
+    def _of_positions(self, value: jax.Array, n_axes: int, position_BT: jax.Array) -> jax.Array:
+        """Return the value for each token, of a value for each position. It broadcasts against the activation."""
+        each_row = self.edit.each_row
+        index_BT = self._index(position_BT).clip(0, value.shape[int(each_row)] - 1)
+        rows_B1 = jnp.arange(len(position_BT))[:, None]
+        value_BT = value[rows_B1, index_BT] if each_row else value[index_BT]
+        one = value_BT.shape[2:]
+        value_BT = value_BT.reshape(*position_BT.shape, *[1] * (n_axes - 2 - len(one)), *one)
+        return jnp.moveaxis(value_BT, 1, axes(self.name).index("T"))
 
 
 def _at(position_BT: jax.Array, places: Any, span: Any, end_B: jax.Array) -> jax.Array | None:

@@ -26,6 +26,7 @@ LEVELS = [
     {"branches"},
     {"model"},
     {"edits"},
+    {"edit_checks"},
     {"changes"},
     {"checkpoints", "data"},
     {"generation"},

@@ -13,7 +13,8 @@ from jax.core import Tracer
 from gpt2_jax.activations import axes, shape
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_value
+from gpt2_jax.edit_checks import check_value
+from gpt2_jax.edits import Edit
 from gpt2_jax.generation.prompts import check_prompt
 from gpt2_jax.model import Output
 
@@ -108,7 +109,7 @@ def bucketed_edit(config: GPT2Config, edit: Edit, n_rows: int, n_tokens: int, n_
     def pad(value: Any) -> Any:
         found = jnp.shape(value)
         check_value(edit, edit.name, found, target)
-        of = letters[:1] + letters[len(letters) - len(found) + 1 :] if edit.each_row else letters[-len(found) :]
+        of = _axes_of_value(edit, letters, len(found))
         whole = edit.kind == "patch"  # it has all axes, also of one token
         ends = [
             (0, n_padded - n_tokens if axis in "TS" and (whole or size > 1) else 0)
@@ -117,6 +118,14 @@ def bucketed_edit(config: GPT2Config, edit: Edit, n_rows: int, n_tokens: int, n_
         return jnp.pad(value, ends) if any(after for _, after in ends) else value
 
     return edit.replace(value=jax.tree.map(pad, edit.value))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _axes_of_value(edit: Edit, letters: str, n_axes: int) -> str:
+    """Return the axes of an edit's value, of the activation's axes `letters`. P is one entry for each position."""
+    lead = ("B" if edit.each_row else "") + ("P" if edit.each_position else "")
+    rest = letters.replace("B", "").replace("T", "") if edit.each_position else letters
+    n_rest = n_axes - len(lead)
+    return lead + rest[len(rest) - n_rest :]
 
 
 def known_lengths(mask_BT: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -65,6 +65,18 @@ def test_positions_in_prompts_of_any_length(params, where, each_row):
     assert rows != gpt2_jax.generate(CONFIG, params, PROMPTS, N_NEW, **GREEDY)
 
 
+def test_a_value_of_each_position_of_a_prompt(params):
+    """As activation addition does: vectors of another prompt at the first positions, for rows of any length."""
+    values = RNG.normal(0, 3, (4, 3, CONFIG.n_embd)).astype(np.float32)
+    prompts = PROMPTS[1:]
+    edit = research.add("h0/resid_post", values[1:], slice(0, 3), each_row=True, each_position=True)
+    rows = gpt2_jax.generate(CONFIG, params, prompts, N_NEW, **GREEDY, edits=edit)
+    for b, prompt in enumerate(prompts):
+        alone = [research.add("h0/resid_post", values[b + 1, t], t) for t in range(3)]
+        assert rows[b] == greedy_by_hand(params, prompt, lambda n, alone=alone: alone)
+    assert rows != gpt2_jax.generate(CONFIG, params, prompts, N_NEW, **GREEDY)
+
+
 def test_a_prompt_that_leaves_the_window_keeps_no_edit(params):
     """After the window has moved, positions from the prompt's end are no longer in it; those behind it are all new."""
     prompt = PROMPTS[1]

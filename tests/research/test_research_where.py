@@ -157,6 +157,50 @@ def test_a_value_of_each_row_is_its_own(params, name, shape):
         assert naive.error(found[b : b + 1], alone) < BOUND
 
 
+@pytest.mark.parametrize("positions", [[4, 0, 5], slice(2, 5), slice(-3, None), slice(-9, None),
+                                       [[4, 0, -1], [1, 2, 3], [6, -7, 2]], slice([1, 0, -3], None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "one"), [("h0/resid_mid", (15,)), ("h1/attn/q", (3, 1)), ("h0/attn/scores", (3, LENGTH))]
+)
+@pytest.mark.parametrize("each_row", [False, True])
+def test_a_value_of_each_position_is_its_own(params, name, one, positions, each_row):
+    """As for one edit for each position. A slice begins at its first position; one from before a row, at its start."""
+    values = np.random.default_rng(2).normal(0, 1, (3, 3, *one) if each_row else (3, *one)).astype(np.float32)
+    edit = research.add(name, values, positions, each_row=each_row, each_position=True)
+    found = logits(params, edits=edit)
+    for b in range(3):
+        if isinstance(positions, slice):
+            start = np.broadcast_to(positions.start, 3)[b]
+            at = [max(start + LENGTH, 0) + i if start < 0 else start + i for i in range(3)]
+        else:
+            at = positions[b] if isinstance(positions[0], list) else positions
+        some = values[b] if each_row else values
+        one_by_one = [research.add(name, value[..., None, :], t) if "scores" in name else research.add(name, value, t)
+                      for value, t in zip(some, at, strict=True)]  # fmt: skip
+        assert naive.error(found[b : b + 1], logits(params, TOKENS[b : b + 1], edits=one_by_one)) < BOUND
+    assert naive.error(found, logits(params)) > 1e-3
+    assert naive.error(logits(params, TOKENS.tolist(), edits=edit), found) < BOUND
+
+
+def test_values_of_positions_that_do_not_fit_are_refused(params):
+    """Another number of values or width, or no positions."""
+    for shape, positions, match in [((3, 15), [1, 2], "3 values for 2"), ((3, 15), slice(1, 3), "3 values for 2"),
+                                    ((3, 15), slice(-4, -2), "3 values for 2"), ((3, 15), None, "needs positions"),
+                                    ((), [1], "axis of positions")]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            research.add("embed", np.ones(shape), positions, each_position=True)
+    with pytest.raises(ValueError, match=r"\(2, 14\).*\(15,\)"):
+        logits(params, edits=research.add("embed", np.ones((2, 14)), [1, 2], each_position=True))
+
+
+def test_a_value_of_each_layer_is_its_own(deep):
+    """A dict of arrays, by the full names."""
+    values = {f"h{i}/mlp/out": np.full(15, i - 2.0, np.float32) for i in range(5)}
+    found = logits(deep, config=DEEP, edits=research.add("mlp/out", values, layers=[1, 4]))
+    expected = logits(deep, config=DEEP, edits=[research.add(f"h{i}/mlp/out", values[f"h{i}/mlp/out"]) for i in (1, 4)])
+    assert naive.error(found, expected) < BOUND
+
+
 def test_other_numbers_of_rows_are_refused(params):
     """The message of a value for each row that does not broadcast says what to do."""
     for edit in (
