@@ -113,4 +113,8 @@ PROGRAM = """
 
 def test_explicit_axes_give_the_same_results():
     """On Explicit axes again, with a mesh in use and without, and under jit. Changed params are divided as before."""
-    assert max(on_eight_devices(PROGRAM).values()) < 1e-12  # measured: 5.3e-15
+    errors = on_eight_devices(PROGRAM)
+    # A probe's optimization ends when a step gains less than 1e-20 nats per example. With a penalty of 1 / 2 for 21
+    # examples, its weights are then known to sqrt(2 * 21 * 1e-20) = 6.5e-10.
+    assert max(errors.pop(f"probe {i}") for i in range(2)) < 1e-9  # measured: 5.6e-13 to 3.4e-10
+    assert max(errors.values()) < 1e-12  # measured: 6.9e-15
