@@ -5,6 +5,7 @@ Shape letters: B batch, T query, S cache slot, D n_embd, N heads, H head width, 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.config import GPT2Config
+from gpt2_jax.explicit_axes import of_tap
 
 Tap = Callable[..., Any]
 """A function (activation, position_BT) -> new activation of the same shape, or None to leave it as it is.
@@ -189,18 +191,26 @@ def taps_by_name(config: GPT2Config, taps: Mapping[str, Tap]) -> dict[str, Tap]:
         if not callable(tap):
             raise ValueError(f"the tap of {pattern!r} must be a function (value, position_BT), not {tap!r}")
         for name in [pattern] if pattern in known else select(config, [pattern]):
-            found[name] = tap if name not in found else in_turn(name, found[name], tap)
+            found[name] = tap if name not in found else InTurn(name, found[name], tap)
     return found
 
 
-def in_turn(name: str, first: Tap, second: Tap) -> Tap:
-    """Return a tap that applies two taps of one activation, one after the other."""
+@dataclasses.dataclass(frozen=True)
+class InTurn:
+    """A tap that applies two taps of one activation, one after the other."""
 
-    def both(value: jax.Array, *places: Any) -> jax.Array:
-        return call_tap(name, second, call_tap(name, first, value, places), places)
+    name: str
+    first: Tap
+    second: Tap
+    takes_keys = True
 
-    both.takes_keys = True  # pyright: ignore[reportFunctionMemberAccess]
-    return both
+    def __call__(self, value: jax.Array, *places: Any) -> jax.Array:
+        """Return the activation after both."""
+        return call_tap(self.name, self.second, call_tap(self.name, self.first, value, places), places)
+
+    def on_auto_axes(self, outside: Callable[[Tap], Tap]) -> InTurn:
+        """Return this tap for values on Auto axes: see `gpt2_jax.explicit_axes.of_tap`."""
+        return InTurn(self.name, of_tap(self.first, outside), of_tap(self.second, outside))
 
 
 def call_tap(name: str, tap: Tap, value: jax.Array, places: Sequence[Any]) -> jax.Array:

@@ -14,9 +14,10 @@ import numpy as np
 from flax import struct
 from jax.tree_util import Partial
 
-from gpt2_jax.activations import IN_BLOCK, Tap, axes, in_turn, layer_of, taps_by_name
+from gpt2_jax.activations import IN_BLOCK, InTurn, Tap, axes, layer_of, taps_by_name
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit, check_edits, check_value
+from gpt2_jax.explicit_axes import automatic
 
 
 @struct.dataclass
@@ -42,7 +43,7 @@ class Changes:
         taps = taps_of(config, self.edits, end_B)
         given = dict(zip(self.tap_names, self.taps, strict=True))
         for name, tap in taps_by_name(config, given).items():
-            taps[name] = tap if name not in taps else in_turn(name, taps[name], tap)
+            taps[name] = tap if name not in taps else InTurn(name, taps[name], tap)
         return taps
 
     def of_rows(self, rows: Sequence[int], n_rows: int | None = None) -> Changes:
@@ -78,16 +79,29 @@ def check_changes(
     edits = check_edits(config, edits, whole_rows, n_rows, longest_B, ends_B)
     taps = {} if taps is None else taps
     taps_by_name(config, taps)
-    for name, tap in taps.items():
+    functions = tuple(_traceable(tap) for tap in taps.values())
+    for name, tap in zip(taps, functions, strict=True):
         try:
-            hash(tap.func if isinstance(tap, Partial) else tap)
+            hash(tap.func)
         except TypeError as error:
             raise ValueError(
                 f"the tap of {name!r} cannot be hashed, which compiling needs: give a plain function, or "
                 "jax.tree_util.Partial(function, arrays)"
             ) from error
-    functions = tuple(tap if isinstance(tap, Partial) else Partial(tap) for tap in taps.values())
     return Changes(edits, functions, tuple(taps))
+
+
+def _traceable(tap: Tap) -> Partial:
+    """Return a tap as a Partial. The arrays of a callable pytree, such as `research.Eraser`, are traced."""
+    if isinstance(tap, Partial):
+        return tap
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(tap)):
+        return Partial(tap)
+    return Partial(_call, tap)
+
+
+def _call(tap: Tap, value: jax.Array, position_BT: jax.Array) -> Any:
+    return tap(value, position_BT)
 
 
 def taps_of(config: GPT2Config, edits: Sequence[Edit], end_B: jax.Array | None = None) -> dict[str, Tap]:
@@ -103,7 +117,7 @@ def taps_of(config: GPT2Config, edits: Sequence[Edit], end_B: jax.Array | None =
     for edit in edits:
         for name in _names(config, edit):
             tap = _EditTap(edit, name, config.n_layer, end_B)
-            taps[name] = tap if name not in taps else in_turn(name, taps[name], tap)
+            taps[name] = tap if name not in taps else InTurn(name, taps[name], tap)
     return taps
 
 
@@ -122,6 +136,11 @@ class _EditTap:
 
     def __init__(self, edit: Edit, name: str, n_layer: int, end_B: jax.Array | None):
         self.edit, self.name, self.n_layer, self.end_B = edit, name, n_layer, end_B
+
+    def on_auto_axes(self, outside: Callable[[Tap], Tap]) -> _EditTap:
+        """Return this tap for values on Auto axes: see `gpt2_jax.explicit_axes.of_tap`."""
+        del outside
+        return _EditTap(jax.tree.map(automatic, self.edit), self.name, self.n_layer, automatic(self.end_B))
 
     def __call__(self, x: jax.Array, position_BT: jax.Array, key_position_BS: jax.Array) -> jax.Array:
         """Return the activation after the edit."""

@@ -212,7 +212,7 @@ def _numbers(name: str, value: Any) -> Any:
 
 
 def _of_rows(name: str, value: Any) -> Any:
-    """Return the activation of a run of rows of several lengths, a list of arrays, as one array with zeros at the ends."""
+    """Return the activation of rows of several lengths, a list of arrays, as one array with zeros at the ends."""
     if not isinstance(value, list):
         return value
     letters = axes(name)[1:]

@@ -60,12 +60,11 @@ def on_auto_axes(method: F) -> F:
                     value = tap(*values)
                 return automatic(value)
 
-            call_tap.takes_keys = getattr(tap, "takes_keys", False)  # pyright: ignore[reportFunctionMemberAccess]
             return call_tap
 
         bound.arguments.update({name: jax.tree.map(automatic, value) for name, value in bound.arguments.items()})
         if taps:
-            bound.arguments["taps"] = {name: outside(tap) for name, tap in taps.items()}
+            bound.arguments["taps"] = {name: of_tap(tap, outside) for name, tap in taps.items()}
         with jax.sharding.use_abstract_mesh(_automatic(mesh)):
             found = method(*bound.args, **bound.kwargs)
         if not isinstance(found, tuple):
@@ -75,6 +74,16 @@ def on_auto_axes(method: F) -> F:
         return explicit(array, sides[: array.ndim - 1]), jax.tree.map(as_given, new, cache), by_rows
 
     return cast(F, call)
+
+
+def of_tap(tap: Any, outside: Callable[[Any], Any]) -> Any:
+    """Return a tap for values on Auto axes.
+
+    A function of the user's is called by `outside`. The library's own taps compute on Auto axes: their method
+    `on_auto_axes` takes `outside` for the functions that they hold.
+    """
+    own = getattr(tap, "on_auto_axes", None)
+    return outside(tap) if own is None else own(outside)
 
 
 def whole_on_auto_axes(function: F) -> F:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from gpt2_jax.activations import Tap, in_turn
+from gpt2_jax.activations import InTurn, Tap
 from gpt2_jax.changes import Changes, Edits, check_changes
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.research._rows import known_lengths
@@ -27,5 +27,5 @@ def changes_of(
 
 def after(first: Mapping[str, Tap], second: Mapping[str, Tap]) -> dict[str, Tap]:
     """Return the taps of both, by activation. Those of the same activation apply in this order."""
-    both = {name: in_turn(name, first[name], tap) for name, tap in second.items() if name in first}
+    both = {name: InTurn(name, first[name], tap) for name, tap in second.items() if name in first}
     return {**first, **second, **both}

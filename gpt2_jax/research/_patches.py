@@ -12,7 +12,7 @@ import numpy as np
 from gpt2_jax.activations import BEFORE, activation_names, axes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Where
+from gpt2_jax.edits import Positions, Where
 
 Axis = Literal["head", "position", "key_position", "neuron"]
 
@@ -44,8 +44,13 @@ def windows_of(config: GPT2Config, activation: str, layers: Where, window: int) 
     if activation not in _of_block(config):
         known = ", ".join([*_of_block(config), *BEFORE])
         raise ValueError(f"{activation!r} is not an activation of a block: choose from {known}")
-    places = checked_places("layers", layers, config.n_layer).tolist()
+    places = checked_layers(config, layers)
     return tuple(tuple(f"h{i}/{activation}" for i in window_of(config, layer, window)) for layer in places)
+
+
+def checked_layers(config: GPT2Config, layers: Where) -> list[int]:
+    """Return the numbers of layers. Negative ones count from the last. None means all."""
+    return (checked_places("layers", layers, config.n_layer, from_end=True) % config.n_layer).tolist()
 
 
 def _of_block(config: GPT2Config) -> list[str]:
@@ -54,11 +59,17 @@ def _of_block(config: GPT2Config) -> list[str]:
 
 
 def chosen_places(
-    config: GPT2Config, activation: str, each: tuple[str, ...], places: Mapping[str, Where | slice], n_tokens: int
+    config: GPT2Config,
+    activation: str,
+    each: tuple[str, ...],
+    places: Mapping[str, Positions],
+    n_rows: int,
+    n_tokens: int,
 ) -> dict[str, np.ndarray]:
-    """Return the indices to patch along each axis, in the order of the result.
+    """Return the indices to patch along each axis, [K], in the order of the result. Positions of rows are [B, K].
 
     An axis that is patched as a whole is left out. `places` has the chosen indices of each axis; None means all.
+    Negative positions stay negative: edits count them from the end of each row.
     """
     if wrong := set(each) - set(ORDER):
         raise ValueError(f"each must be among {', '.join(map(repr, ORDER))}, not {wrong.pop()!r}")
@@ -69,12 +80,27 @@ def chosen_places(
         if axis in each or places[axis] is not None:
             if letter not in letters:
                 raise ValueError(f"{activation} is {divided}: its axes are {letters}")
-            chosen[axis] = checked_places(f"{axis}s", places[axis], counts[letter])
+            of_tokens = letter in "TS"
+            chosen[axis] = checked_places(f"{axis}s", places[axis], counts[letter], of_tokens, of_tokens)
+            if chosen[axis].ndim == 2 and len(chosen[axis]) != n_rows:
+                raise ValueError(
+                    f"{axis}s has lists for {len(chosen[axis])} rows, but there are {n_rows} rows of tokens"
+                )
     return chosen
 
 
-def checked_places(what: str, places: Where | slice, count: int) -> np.ndarray:
-    """Return whole numbers from 0 to `count` - 1 as an array. None means all of them."""
+def checked_places(
+    what: str, places: Positions, count: int, from_end: bool = False, of_rows: bool = False
+) -> np.ndarray:
+    """Return whole numbers from 0 to `count` - 1 as an array. None means all of them.
+
+    Args:
+      what: what the numbers are, for messages.
+      places: the numbers.
+      count: their limit.
+      from_end: numbers down to -`count` may count from the end. They stay negative.
+      of_rows: there may be a list for each row, all of one length.
+    """
     if places is None or isinstance(places, slice):
         array = np.arange(count)[places or slice(None)]
     else:
@@ -82,10 +108,11 @@ def checked_places(what: str, places: Where | slice, count: int) -> np.ndarray:
             array = np.atleast_1d(np.asarray(places))
         except ValueError:  # lists of different lengths
             array = np.asarray(None)
-    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+    if array.ndim > 1 + of_rows or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{what} must be one or more whole numbers, not {places!r}")
-    if not ((array >= 0) & (array < count)).all():
-        raise ValueError(f"{what} must be from 0 to {count - 1}, not {places!r}")
+    least = -count if from_end else 0
+    if not ((array >= least) & (array < count)).all():
+        raise ValueError(f"{what} must be from {least} to {count - 1}, not {places!r}")
     return array.astype(np.int32)
 
 
@@ -108,8 +135,13 @@ def kept_of(config: GPT2Config, name: str) -> list[str]:
 
 
 def patch_grid(chosen: dict[str, np.ndarray], each: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Return the indices of each patch, [P, K], by axis: one index on an axis in `each`, else all chosen ones."""
-    options = [places[:, None] if axis in each else places[None] for axis, places in chosen.items()]
+    """Return the indices of each patch, [P, K], by axis: one index on an axis in `each`, else all chosen ones.
+
+    Positions of rows are [P, B, K].
+    """
+    options = [
+        np.moveaxis(places, -1, 0)[..., None] if axis in each else places[None] for axis, places in chosen.items()
+    ]
     patches = list(itertools.product(*options))
     return {axis: np.stack([places[i] for places in patches]) for i, axis in enumerate(chosen)}
 

@@ -28,10 +28,11 @@ from jax.core import Tracer
 
 from gpt2_jax.checks import choice, whole_number
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, check_edits
+from gpt2_jax.edits import Edit
 from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import may_return_nan, under_jax_defaults
 from gpt2_jax.params import Params, output_head
+from gpt2_jax.research._changes import changes_of
 from gpt2_jax.research._forward import as_params, as_tokens, forward, places, slots
 
 By = Literal["component", "head", "neuron"]
@@ -41,7 +42,7 @@ STREAM = r"resid_|^ln_f/"
 # edited, the parts would not add up.
 DIVISIONS = {
     "component": (("attn/out", "mlp/out"), STREAM),
-    "head": (("attn/z", "mlp/out"), rf"{STREAM}|attn/out"),
+    "head": (("attn/z", "mlp/out"), rf"{STREAM}|attn/out|attn/result"),
     "neuron": (("attn/out", "mlp/post"), rf"{STREAM}|mlp/out"),
 }
 ORDER = ("attn/out", "attn/z", "attn/c_proj/b", "mlp/out", "mlp/post", "mlp/c_proj/b")
@@ -103,8 +104,8 @@ def logit_attribution(
       answers: ids of the tokens whose logits are split: one id, several [P], or [B, P]. For one id per row use
         [B, 1].
       against: ids of the tokens whose logits are subtracted, in the same forms. None subtracts nothing.
-      positions: the positions whose logits are split, in the same forms. They count a row's tokens from 0, without
-        padding. None means the last token of each row. The three arguments broadcast to one shape, [B, P].
+      positions: the positions whose logits are split, in the same forms. They count a row's tokens from 0, or back from
+        -1, without padding. None means the last token of each row. The three arguments broadcast to one shape, [B, P].
       by: what the parts are: "component", "head" or "neuron".
       edits: as `forward` takes them, but not of an activation that is a sum of parts.
 
@@ -113,13 +114,13 @@ def logit_attribution(
         of the residual stream, of ln_f, or of an activation that is split further.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
-    edits = _check_edits(config, edits, DIVISIONS[choice("by", by, DIVISIONS)][1])
+    edits = _check_edits(config, edits, DIVISIONS[choice("by", by, DIVISIONS)][1], tokens_BT, mask_BT)
     n_rows, n_tokens = jnp.shape(tokens_BT)
     asked = _alike(
         n_rows,
         answers=_whole("answers", answers, config.n_vocab),
         against=_whole("against", against, config.n_vocab),
-        positions=_whole("positions", positions, n_tokens),
+        positions=_whole("positions", positions, n_tokens, least=-n_tokens),
     )
     parts, logits = _attribute(config, by, params, tokens_BT, mask_BT, asked, edits)
     order = ["embed", "pos_embed", *(name for name in ORDER if name in parts), "ln_f/b"]
@@ -148,7 +149,8 @@ def residual_parts(
       ValueError: as `forward`; the layer is out of range; or an edit of the residual stream.
     """
     n_layers = config.n_layer if layer is None else whole_number("layer", layer, 0, config.n_layer)
-    edits = _check_edits(config, edits, "resid_")
+    tokens_BT = as_tokens(config, tokens_BT)
+    edits = _check_edits(config, edits, "resid_", tokens_BT, mask_BT)
     blocks = [f"^h{i}/(attn|mlp)/out$" for i in range(n_layers)]
     _, parts = forward(config, params, tokens_BT, mask_BT, capture=["^embed$", "^pos_embed$", *blocks], edits=edits)
     return parts
@@ -168,7 +170,8 @@ def _attribute(
     capture = ["^(embed|pos_embed|ln_f/(scale|out))$", *(f"{name}$" for name in names)]
     _, captured = forward(config, params, tokens_BT, mask_BT, capture=capture, edits=edits)
     place_BT, at_BP = places(mask_BT, tokens_BT.shape), asked["positions"]
-    at_BP = place_BT.max(-1, keepdims=True) if at_BP is None else at_BP
+    last_B1 = place_BT.max(-1, keepdims=True)
+    at_BP = last_B1 if at_BP is None else jnp.where(at_BP < 0, at_BP + last_B1 + 1, at_BP)
     slots_BP = jnp.broadcast_to(slots(place_BT, at_BP), asked["answers"].shape)
     wide = jnp.promote_types(config.compute_dtype, jnp.float32)
 
@@ -225,19 +228,21 @@ def _alike(n_rows: int, **values: Any) -> dict[str, Any]:
     return {name: x if x is None else jnp.broadcast_to(x, shape) for name, x in values.items()}
 
 
-def _whole(name: str, values: Any, limit: int) -> Any:
-    """Return whole numbers from 0 to limit - 1 as an array; None stays None."""
+def _whole(name: str, values: Any, limit: int, least: int = 0) -> Any:
+    """Return whole numbers from `least` to limit - 1 as an array; None stays None."""
     if values is None:
         return None
     known = not any(isinstance(value, Tracer) for value in jax.tree.leaves(values))
     array = np.asarray(values) if known else jnp.asarray(values)
-    if not jnp.issubdtype(array.dtype, jnp.integer) or (known and ((array < 0) | (array >= limit)).any()):
-        raise ValueError(f"{name} must be whole numbers from 0 to {limit - 1}, not {reprlib.repr(values)}")
+    if not jnp.issubdtype(array.dtype, jnp.integer) or (known and ((array < least) | (array >= limit)).any()):
+        raise ValueError(f"{name} must be whole numbers from {least} to {limit - 1}, not {reprlib.repr(values)}")
     return array.astype(np.int32)
 
 
-def _check_edits(config: GPT2Config, edits: Edit | Sequence[Edit], refused: str) -> tuple[Edit, ...]:
-    edits = check_edits(config, edits)
+def _check_edits(
+    config: GPT2Config, edits: Edit | Sequence[Edit], refused: str, tokens_BT: jax.Array, mask_BT: jax.Array | None
+) -> tuple[Edit, ...]:
+    edits = changes_of(config, edits, None, tokens_BT, mask_BT).edits
     for edit in edits:
         if re.search(refused, edit.name):
             raise ValueError(f"the parts do not add up if {edit.name} is edited: edit the parts instead")

@@ -30,8 +30,9 @@ from gpt2_jax.research._forward import as_params, as_tokens, places
 class HeadScores:
     """How much of its attention each head gives to certain tokens: [L, N], 0 to 1.
 
-    A score is the mean over the query tokens that have such a token before them. It is NaN where none has. See Olsson
-    et al. 2022, "In-context Learning and Induction Heads".
+    A score is the mean over the query tokens that have such a token before them. It is NaN where none has; in a `jit`
+    of your own, `jax_debug_nans` raises an error for it. See Olsson et al. 2022, "In-context Learning and Induction
+    Heads".
 
     Attributes:
       previous: attention to the token before the query token.

@@ -35,6 +35,8 @@ CHUNK = 256  # positions whose logits are in memory at a time: 51 MB of float32 
 class Lens:
     """What each activation predicts at each position.
 
+    Some values are NaN by design. In a `jit` of your own that returns them, `jax_debug_nans` raises an error.
+
     Attributes:
       names: the names of the L activations, in the order of computation.
       ids: int32 [L, B, T, K], the most likely tokens, the most likely first.

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from gpt2_jax.activations import BEFORE, Tap, axes, select, shape
 from gpt2_jax.changes import Changes, taps_of
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.edits import Edit, Where, replace
+from gpt2_jax.edits import Edit, Positions, Where, replace
 from gpt2_jax.explicit_axes import whole_on_auto_axes
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2
@@ -51,10 +51,10 @@ def activation_patching(
     each: Axis | Sequence[Axis] = "position",
     layers: Where = None,
     window: int = 1,
-    positions: Where | slice = None,
+    positions: Positions = None,
     heads: Where = None,
     neurons: Where | slice = None,
-    key_positions: Where | slice = None,
+    key_positions: Positions = None,
     at: Where = -1,
     mask_BT: jax.Array | None = None,
     edits: Edit | Sequence[Edit] = (),
@@ -88,7 +88,8 @@ def activation_patching(
       layers: the layers to patch, one at a time; None means all.
       window: how many layers to patch together: those around each of `layers`, cut at the ends of the model.
       positions, heads, neurons, key_positions: the ones to patch; None means all. An axis that is not in `each` is
-        patched at all its chosen indices together.
+        patched at all its chosen indices together. Positions count real tokens from 0, or back from -1. A list of lists
+        of one length has those of each row: [[3], [7]].
       at: the position whose logits the metric takes, one for all rows or one for each row; -1 is the last. Other logits
         are not computed. None passes all logits, [B, T, V].
       mask_BT: bool, True for real tokens, for both runs. Positions count only real tokens.
@@ -105,8 +106,8 @@ def activation_patching(
     each = (each,) if isinstance(each, str) else tuple(each)
     windows = windows_of(config, activation, layers, window)
     places = {"head": heads, "position": positions, "key_position": key_positions, "neuron": neurons}
-    chosen = chosen_places(config, activation, each, places, tokens_BT.shape[1])
-    counts = tuple(len(places) for axis, places in chosen.items() if axis in each)
+    chosen = chosen_places(config, activation, each, places, *tokens_BT.shape)
+    counts = tuple(places.shape[-1] for axis, places in chosen.items() if axis in each)
     values = _patched_runs(
         GPT2(config),
         windows,

@@ -29,7 +29,7 @@ from gpt2_jax.research.trees import module_of
 
 NEWTON_STEPS, CG_STEPS = 100, 200
 LENGTHS = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)  # of a Newton step
-TOLERANCE = 1e-20  # of what a Newton step gains, in nats per example
+TOLERANCE = 1e-24  # of what a Newton step gains, in nats per example
 
 
 @struct.dataclass

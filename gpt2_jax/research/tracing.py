@@ -28,7 +28,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params
 from gpt2_jax.research._changes import after, changes_of
 from gpt2_jax.research._forward import as_params, as_tokens, forward
-from gpt2_jax.research._patches import checked_places, groups_of, window_of, windows_of
+from gpt2_jax.research._patches import checked_layers, checked_places, groups_of, window_of, windows_of
 from gpt2_jax.research.metrics import (
     NUMBERS,
     Metric,
@@ -105,7 +105,7 @@ def causal_tracing(
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     if tokens_BT.shape[0] != 1:
         raise ValueError(f"causal_tracing takes one row of tokens, not {tokens_BT.shape[0]}")
-    hidden = checked_places("subject", subject, tokens_BT.shape[1])
+    hidden = checked_places("subject", subject, tokens_BT.shape[1], from_end=True)
     n_samples = whole_number("n_samples", n_samples, 1)
     noise = 3 * jnp.std(wide(params["wte"])) if noise is None else _number("noise", noise)
     names = dict.fromkeys(itertools.chain.from_iterable(windows_of(config, activation, layers, window)))
@@ -175,7 +175,7 @@ def attention_knockout(
     block = replace("attn/scores", -np.inf, positions, heads, key_positions=key_positions)
     changes_of(config, block, None, tokens_BT, mask_BT)
     window = whole_number("window", window, 1)
-    places = checked_places("layers", layers, config.n_layer).tolist()
+    places = checked_layers(config, layers)
     windows_LW = np.full((len(places), config.n_layer), END, np.int32)  # no layer has the number END
     for i, layer in enumerate(places):
         blocked = window_of(config, layer, window)

@@ -114,6 +114,8 @@ def test_places_leave_padding_out(params, where):
     logits = numpy_reference.forward(params, padded, CONFIG.n_head, mask)
     places = logit_attribution(CONFIG, params, padded, mask, answers=ANSWERS, positions=asked, by="head")
     last = logit_attribution(CONFIG, params, padded, mask, answers=ANSWERS[:, :1], by="head")
+    back = logit_attribution(CONFIG, params, padded, mask, answers=ANSWERS[:, :1], positions=-1, by="head")
+    np.testing.assert_array_equal(back.flat()[1], last.flat()[1])
     for b, n in enumerate([16, 8, 1]):
         row = logits[b, mask[b]]
         real = asked < n
@@ -170,7 +172,10 @@ def test_it_works_inside_other_programs(params):
         ({"answers": 53}, "answers must be whole numbers from 0 to 52, not 53"),
         ({"answers": 1.5}, "answers must be whole numbers"),
         ({"against": -1}, "against must be whole numbers from 0 to 52, not -1"),
-        ({"positions": 17}, "positions must be whole numbers from 0 to 16, not 17"),
+        ({"positions": 17}, "positions must be whole numbers from -17 to 16, not 17"),
+        ({"positions": -18}, "positions must be whole numbers from -17 to 16, not -18"),
+        ({"edits": edits.replace("attn/z", 0.0, positions=17)}, "position 17.*17 tokens"),
+        ({"edits": edits.replace("h0/attn/result", 0.0), "by": "head"}, "h0/attn/result is edited"),
         ({"positions": [1, 2], "answers": [1, 2, 3]}, r"must broadcast to \[B, P\], with B = 3"),
         ({"answers": np.ones((2, 1), int)}, r"answers \[2, 1\] must broadcast"),
         ({"answers": np.ones((2, 3, 1), int)}, r"answers \[2, 3, 1\] must broadcast"),

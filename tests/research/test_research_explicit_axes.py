@@ -7,7 +7,7 @@ PROGRAM = """
     import jax, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from tiny_models import random_params
-    import gpt2_jax
+    import gpt2_jax, optax
     from gpt2_jax import lora, research
     from gpt2_jax.params import flatten, unflatten
     from gpt2_jax.research import surgery, units
@@ -25,10 +25,22 @@ PROGRAM = """
     rows = jax.device_put(tokens, NamedSharding(mesh, P("data")))
     pairs = jax.tree.map(lambda leaf: leaf + 0.1, lora.init_lora(params, 2, "c_attn/w", jax.random.key(1)))
     to = {"second": np.eye(7, dtype=bool), "first": np.tri(7, dtype=bool)}
+    sgd = optax.sgd(1.0)
     metric, edit = research.logit_difference(1, 2), research.scale("h0/attn/z", 0.0, heads=[1])
     rng = np.random.default_rng(1)
     eraser = research.leace(rng.normal(size=(50, 24)), rng.integers(0, 3, 50))
     moved = jax.tree.map(lambda leaf: leaf + 0.1, research.identity_translators(config))
+
+    where = [
+        research.scale("attn/scores", 0.5, positions=-1, key_positions=slice(0, 2)),
+        research.add("attn/k_in", np.ones((4, 24)), [[1], [-1], [0], [2]], heads=2, each_row=True),
+        research.add("mlp/post", 1.0, neurons=[3, 50], layers=0),
+        research.scale("attn/result", 2.0, heads=1),
+    ]
+    taps = {
+        "attn/z": lambda value, position: value * (position > 1)[..., None, None],
+        "mlp/in": lambda value, position: value + 1,
+    }
 
     def stream(p, t):
         _, captured = research.forward(config, p, t, capture="h0/resid_post")
@@ -45,6 +57,8 @@ PROGRAM = """
     }
     TRACEABLE = {
         "forward": lambda p, t: research.forward(config, p, t, capture="pattern|resid_post", edits=edit),
+        "branches": lambda p, t: research.forward(config, p, t, capture=["_in$", "result", "mlp/in"], edits=where),
+        "taps": lambda p, t: research.forward(config, p, t, edits=where, taps=taps, stop_at_layer=1)[0].stream,
         "lens": lambda p, t: research.logit_lens(config, p, t, k=3),
         "tuned lens": lambda p, t: research.logit_lens(config, p, t, translators=moved),
         "stream": stream,
@@ -62,9 +76,13 @@ PROGRAM = """
         **RETURN_PARAMS,
     }
     ON_THE_HOST = {
-        "train lens": lambda p, t: research.train_tuned_lens(config, p, t, steps=3, batch_size=2),
+        "train lens": lambda p, t: research.train_tuned_lens(config, p, t, steps=3, batch_size=2, optimizer=sgd),
         "probe": lambda p, t: research.linear_probe(p["wpe"], np.arange(21) % 2).weights,
         "generate": lambda p, t: gpt2_jax.generate(config, p, [[1, 2, 3], [4]], max_new_tokens=9, seed=3),
+        "generate with changes": lambda p, t: gpt2_jax.generate(
+            config, p, [[1, 2, 3], [4, 5, 6]], 5, temperature=0, capture="resid_post", taps=taps, edits=where[2:]
+        ),
+        "lists": lambda p, t: research.forward(config, p, [[1, 2, 3], [4]], capture="resid_post", edits=where[2:]),
         "score": lambda p, t: [score.logprobs for score in gpt2_jax.score(config, p, [[1, 2, 3], [4, 5]])],
     }
 

@@ -82,6 +82,27 @@ def test_every_entry_is_a_forward_pass_with_that_patch(activation, each, layers,
         check(grid, np.reshape(expected, grid.shape), BOUND[dtype])
 
 
+def test_positions_count_from_the_end_and_may_be_of_each_row(case):
+    """One grid for each way to say where, also in padded rows."""
+    mask_BT = np.array([[True] * 7, [False, False, True, True, True, True, True]])
+    run = functools.partial(activation_patching, *case.args[:3], case.source_BT, case.metric, mask_BT=mask_BT)
+    _, source = forward(case.config, case.params, case.source_BT, mask_BT, capture="resid_pre|pattern")
+
+    def patched(*edits):
+        out, _ = forward(case.config, case.params, case.tokens_BT, mask_BT, edits=edits)
+        return float(case.metric(out.logits[:, -1]))  # both rows end at the last slot
+
+    for positions, cells in [([-1, -3], [-1, -3]), ([[6, 1], [-1, 3]], [[[6], [-1]], [[1], [3]]])]:
+        grid = run(positions=positions, layers=[-1, 0])
+        expected = [[patched(patch(f"h{i}/resid_pre", source, at)) for at in cells] for i in (1, 0)]
+        check(grid, expected)
+    together = run(positions=[[6, 1], [-1, 3]], each=(), layers=0)
+    assert abs(together[0] - patched(patch("h0/resid_pre", source, [[6, 1], [-1, 3]]))) < BOUND["float64"]
+    looked_at = run("attn/pattern", each="key_position", positions=-1, key_positions=[-2, 0], layers=1)
+    expected = [patched(patch("h1/attn/pattern", source, -1, key_positions=key)) for key in (-2, 0)]
+    check(looked_at, [expected])
+
+
 def test_a_window_of_layers_is_patched_together():
     """As in Meng et al. 2022: an even window has one more layer before its middle, and windows are cut at the ends."""
     with jax.enable_x64(True):
@@ -438,16 +459,17 @@ def test_an_estimate_is_exact_where_all_that_follows_is_linear(case):
         ({"each": "neuron"}, "resid_pre is not divided into neurons: its axes are BTD"),
         ({"neurons": [0]}, "resid_pre is not divided into neurons"),
         ({"each": "key_position"}, "resid_pre is not divided by the token that is looked at: its axes are BTD"),
-        ({"activation": "attn/pattern", "key_positions": [7]}, "key_positions must be from 0 to 6"),
+        ({"activation": "attn/pattern", "key_positions": [7]}, "key_positions must be from -7 to 6"),
         ({"activation": "mlp/pre", "neurons": [48]}, "neurons must be from 0 to 47"),
         ({"edits": scale("attn/z", 0, heads=3)}, r"heads \[3\], but the model has 3"),
         ({"taps": {"attn/zz": len}}, "attn/zz"),
         ({"activation": "attn/z", "heads": [0, 3]}, "heads must be from 0 to 2"),
-        ({"positions": [-1]}, "positions must be from 0 to 6"),
+        ({"positions": [-8]}, "positions must be from -7 to 6"),
+        ({"positions": [[1], [2], [3]]}, "positions has lists for 3 rows, but there are 2"),
         ({"positions": [[1], [2, 3]]}, "positions must be one or more whole numbers"),
         ({"positions": []}, "positions must be one or more whole numbers"),
         ({"positions": slice(9, 12)}, "positions must be one or more whole numbers"),
-        ({"layers": 2}, "layers must be from 0 to 1, not 2"),
+        ({"layers": 2}, "layers must be from -2 to 1, not 2"),
         ({"layers": 0.5}, "layers must be one or more whole numbers"),
         ({"at": 7}, "at must be a position in rows of 7 tokens"),
         ({"at": [1, 2, 3]}, "or one for each of 2 rows, not"),

@@ -30,18 +30,10 @@ EDITS = [
 ]
 KEY = jax.random.key(1)
 METRIC = research.logit_difference([1, 2], 3)
-MADE = {"AXES", "BRANCHES", "Edit", "pictures", "surgery"}  # data, and modules; the edits are made above
-MADE |= {"Eraser", "StoredActivations", "open_activations"}
-MADE |= {
-    "CausalTrace",
-    "answer_probability",
-    "add",
-    "patch",
-    "replace",
-    "scale",
-    "activation_names",
-    "logit_difference",
-}
+MADE = {"AXES", "BRANCHES", "pictures", "surgery"}  # data and modules
+MADE |= {"Difference", "CausalTrace", "Edit", "Eraser", "Probe", "StoredActivations", "Translators"}  # results
+MADE |= {"activation_names", "answer_probability", "logit_difference", "open_activations"}  # and the edits, made above:
+MADE |= {"add", "patch", "replace", "scale"}
 
 
 def calls(config, params):
@@ -94,6 +86,9 @@ def calls(config, params):
         "untie_head": [lambda: research.untie_head(*model)[1]],
         "unembedding": [lambda: research.unembedding(*model)],
         "leace": [lambda: research.leace(STREAM, BYTES)(STREAM)],
+        "linear_probe": [lambda: research.linear_probe(STREAM.reshape(6, -1), BYTES.ravel(), folds=2)],
+        "identity_translators": [lambda: research.identity_translators(config)],
+        "train_tuned_lens": [lambda: research.train_tuned_lens(*model, TOKENS, steps=2, batch_size=2)],
         "harvest": [lambda: harvested(*model)],
         "ablate_heads": [lambda: surgery.ablate_heads(*model, [(0, 1)], mean=np.ones((1, 4), np.float32))],
         "ablate_neurons": [lambda: surgery.ablate_neurons(*model, [(0, 1)])],
@@ -139,7 +134,7 @@ def model(request):
 
 
 def test_every_public_function_is_here():
-    names = {*research.__all__, *surgery.__all__} - {"Difference"} - MADE
+    names = {*research.__all__, *surgery.__all__} - MADE
     assert set(calls(CONFIG, tiny_models.random_params(CONFIG, 0))) == names
 
 

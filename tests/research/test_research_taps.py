@@ -145,6 +145,20 @@ def test_arrays_of_a_partial_are_data(params):
     np.testing.assert_allclose(slope, direct, atol=2e-5)  # measured: 1e-6
 
 
+def test_a_callable_pytree_is_a_tap(params):
+    """Its arrays are data, as those of a Partial."""
+    rng, labels = np.random.default_rng(3), [0, 1] * 30
+    erasers = [research.leace(rng.normal(0, 1, (60, CONFIG.n_embd)).astype(np.float32), labels) for _ in range(2)]
+    found, compiled = logits(params, taps={"h1/resid_pre": erasers[0]}), len(COMPILATIONS)
+    other = logits(params, taps={"h1/resid_pre": erasers[1]})
+    assert len(COMPILATIONS) == compiled
+    assert not np.array_equal(found, other)
+    _, seen = research.forward(CONFIG, params, TOKENS, capture="h1/resid_pre")
+    replaced = research.replace("h1/resid_pre", erasers[0](seen["h1/resid_pre"]))
+    np.testing.assert_allclose(found, logits(params, edits=replaced), atol=2e-5)  # measured: 2e-6
+    assert gpt2_jax.generate(CONFIG, params, [[1, 2]], 3, taps={"h1/resid_pre": erasers[0]})
+
+
 def test_a_tap_sees_the_positions_of_real_tokens(params):
     """On both sides of padding, and over the calls of a cache."""
     mask_BT, at = np.arange(7) >= np.array([0, 2, 5])[:, None], []
