@@ -1,6 +1,7 @@
 """TransformerLens's demos, ported: each test does in both libraries what a demo does, and compares the numbers.
 
-No port has more lines than the demo's code with hooks. All runs are on the same unprocessed weights.
+No port has more lines than the demo's code with hooks, but for options of `detect_head` that are written out here. All
+runs are on the same unprocessed weights.
 """
 
 import functools
