@@ -16,7 +16,7 @@ from gpt2_jax import research
 
 PROMPTS = [[5, 17, 3, 3, 21, 8, 30], [7, 1, 30, 2, 2], [9, 4, 11, 6, 25, 31, 14, 2, 19, 28, 13]]
 NEW = 9
-BOUND = 1e-5  # relative to the largest value; measured:
+BOUND = 1e-5  # relative to the largest value; measured: 5.3e-7
 
 
 @pytest.fixture(scope="module")
