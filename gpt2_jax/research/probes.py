@@ -259,7 +259,10 @@ def _probe(
     mean_D = share_n @ x_nD
     cov_DD = (x_nD - mean_D).T @ (share_n[:, None] * (x_nD - mean_D))
     variance_D = jnp.diagonal(cov_DD)
-    scale_D = jnp.where(variance_D > 0, jnp.sqrt(variance_D), 1) if standardize else jnp.ones_like(variance_D)
+    # A channel that is constant in the fitted examples may differ in the others. Its variance is only rounding.
+    rounding_D = jnp.square(len(x_nD) * jnp.finfo(x_nD.dtype).eps * mean_D)
+    varies_D = variance_D > rounding_D
+    scale_D = jnp.where(varies_D, jnp.sqrt(variance_D), 1) if standardize else jnp.ones_like(variance_D)
     cov_DD = cov_DD / scale_D / scale_D[:, None]
     solve = _regression if n_classes == 0 else functools.partial(_classification, n_classes)
     w_DK, bias_K, converged = solve(x_nD, y_n, share_n, mean_D, scale_D, cov_DD, l2)
