@@ -213,6 +213,12 @@ class InTurn:
         return InTurn(self.name, of_tap(self.first, outside), of_tap(self.second, outside))
 
 
+def takes_keys(tap: Any) -> bool:
+    """Return whether a tap takes key_position_BS. A function says so for a Partial that holds it."""
+    inner = getattr(tap, "func", getattr(tap, "__wrapped__", None))
+    return bool(getattr(tap, "takes_keys", False)) or (inner is not None and takes_keys(inner))
+
+
 def call_tap(name: str, tap: Tap, value: jax.Array, places: Sequence[Any]) -> jax.Array:
     """Return what a tap makes of an activation, in its dtype.
 
@@ -225,7 +231,7 @@ def call_tap(name: str, tap: Tap, value: jax.Array, places: Sequence[Any]) -> ja
     Raises:
       ValueError: the tap returned something else than numbers of the activation's shape, or None.
     """
-    new = tap(value, *(places if getattr(tap, "takes_keys", False) else places[:1]))
+    new = tap(value, *(places if takes_keys(tap) else places[:1]))
     if new is None:
         return value
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jax.tree_util import Partial
 
-from gpt2_jax.activations import IN_BLOCK, InTurn, Tap, axes, layer_of, taps_by_name
+from gpt2_jax.activations import IN_BLOCK, InTurn, Tap, axes, layer_of, takes_keys, taps_by_name
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edit_checks import check_edits, check_value
 from gpt2_jax.edits import Edit
@@ -98,11 +98,18 @@ def _traceable(tap: Tap) -> Partial:
         return tap
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(tap)):
         return Partial(tap)
-    return Partial(_call, tap)
+    return Partial(_call_with_keys if takes_keys(tap) else _call, tap)
 
 
 def _call(tap: Tap, value: jax.Array, position_BT: jax.Array) -> Any:
     return tap(value, position_BT)
+
+
+def _call_with_keys(tap: Tap, value: jax.Array, position_BT: jax.Array, key_position_BS: jax.Array) -> Any:
+    return tap(value, position_BT, key_position_BS)
+
+
+_call_with_keys.takes_keys = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def taps_of(config: GPT2Config, edits: Sequence[Edit], end_B: jax.Array | None = None) -> dict[str, Tap]:

@@ -54,6 +54,7 @@ def on_auto_axes(method: F) -> F:
             return explicit(new, sides[: min(new.ndim, 1)] if spec is None else spec)
 
         def outside(tap: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            @functools.wraps(tap, updated=())
             def call_tap(*values: jax.Array) -> jax.Array:
                 values = tuple(explicit(value, sides[:1]) for value in values)
                 with jax.sharding.use_abstract_mesh(used):

@@ -40,7 +40,9 @@ PROGRAM = """
     taps = {
         "attn/z": lambda value, position: value * (position > 1)[..., None, None],
         "mlp/in": lambda value, position: value + 1,
+        "attn/scores": lambda value, position, keys: jax.numpy.where((keys == 1)[:, None, None], -np.inf, value),
     }
+    taps["attn/scores"].takes_keys = True
 
     def stream(p, t):
         _, captured = research.forward(config, p, t, capture="h0/resid_post")

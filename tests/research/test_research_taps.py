@@ -12,6 +12,7 @@ from tiny_models import CONFIG, random_params
 
 import gpt2_jax
 from gpt2_jax import research
+from gpt2_jax.activations import InTurn
 from gpt2_jax.evaluate import perplexity
 
 TOKENS = some_tokens(CONFIG, 3, 7)
@@ -119,6 +120,31 @@ def test_edits_come_first_and_taps_in_their_order(params):
     _, seen = research.forward(CONFIG, params, TOKENS, edits=edit, taps=taps, capture="mlp/out")
     assert np.unique(seen["h0/mlp/out"]).tolist() == [1.0]
     assert np.unique(seen["h1/mlp/out"]).tolist() == [4.0]
+
+
+def test_a_tap_may_take_the_positions_that_are_looked_at(params):
+    """It blocks what an edit of key_positions blocks, in rows with padding, as a function, with arrays, and jitted."""
+
+    def block(keys_K, value, position_BT, key_position_BS):
+        assert position_BT.shape[1:] == value.shape[2:3]
+        return jnp.where((key_position_BS[..., None] == keys_K).any(-1)[:, None, None], -jnp.inf, value)
+
+    def first(value, position_BT, key_position_BS):
+        return block(jnp.array([1]), value, position_BT, key_position_BS)
+
+    block.takes_keys = first.takes_keys = True
+    tokens_BT, mask_BT = research.padded(CONFIG, PROMPTS[1:], "left")
+    for tap in (first, jax.jit(first), Partial(block, jnp.array([1])), InTurn("h1/attn/scores", first, first)):
+        found = logits(params, tokens_BT, mask_BT=mask_BT, taps={"h1/attn/scores": tap})
+        edit = research.replace("h1/attn/scores", -np.inf, key_positions=1)
+        np.testing.assert_array_equal(found, logits(params, tokens_BT, mask_BT=mask_BT, edits=edit))
+
+    def chosen(**how):
+        _, logprobs = gpt2_jax.generate(CONFIG, params, PROMPTS[1:], 4, **GREEDY, logprobs=0, **how)
+        return np.array([row.chosen for row in logprobs])
+
+    np.testing.assert_array_equal(chosen(taps={"h1/attn/scores": first}), chosen(edits=edit))
+    assert (chosen(edits=edit) != chosen()).any()
 
 
 def test_arrays_of_a_partial_are_data(params):
