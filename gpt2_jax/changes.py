@@ -234,7 +234,9 @@ def _among(numbers: Any, of: tuple[int, ...], axis: int) -> jax.Array | None:
 
 def _of_rows(edit: Edit, index: np.ndarray) -> Edit:
     """Return the edit with what it says for each row taken from these rows."""
-    taken: dict[str, Any] = {"value": np.asarray(edit.value)[index]} if edit.each_row else {}
+    taken: dict[str, Any] = {}
+    if edit.each_row:
+        taken["value"] = jax.tree.map(lambda value: np.asarray(value)[index], edit.value)
     for name in ("positions", "span", "key_positions", "key_span"):
         places = getattr(edit, name)
         if places is not None and places.ndim == 2:

@@ -59,6 +59,7 @@ def check_edits(
             _check_rows(edit, n_rows)
         if longest_B is not None:
             longest_B = np.asarray(longest_B)
+            _check_lengths(edit, longest_B)
             ends_B = longest_B if ends_B is None else np.asarray(ends_B)
             for what in ("positions", "span", "key_positions", "key_span"):
                 _check_exist(edit, what, getattr(edit, what), longest_B, ends_B)
@@ -101,10 +102,11 @@ def _check_same_for_tokens(config: GPT2Config, edit: Edit) -> None:
 
 def _check_rows(edit: Edit, n_rows: int | None) -> None:
     """Check that what the edit says for each row is for this number of rows. None means that no rows are known."""
-    of_rows = {"value": edit.value} if edit.each_row else {}
+    values = edit.value.values() if isinstance(edit.value, dict) else [edit.value]
+    of_rows = [("value", value) for value in values if edit.each_row]
     names = ("positions", "span", "key_positions", "key_span")
-    of_rows |= {name: places for name in names if (places := getattr(edit, name)) is not None and places.ndim == 2}
-    for what, array in of_rows.items():
+    of_rows += [(name, places) for name in names if (places := getattr(edit, name)) is not None and places.ndim == 2]
+    for what, array in of_rows:
         if n_rows is None:
             raise ValueError(
                 f"the edit of {edit.name} has a {what} for each row, but this function makes its own rows: give "
@@ -115,6 +117,17 @@ def _check_rows(edit: Edit, n_rows: int | None) -> None:
                 f"the edit of {edit.name} has a {what} of shape {jnp.shape(array)}: its first axis must have one entry "
                 f"for each of the {n_rows} rows"
             )
+
+
+def _check_lengths(edit: Edit, longest_B: np.ndarray) -> None:
+    """Check that a patch from rows of several lengths is for rows of the same lengths: elsewhere its values are 0."""
+    if edit.lengths is None or isinstance(edit.lengths, Tracer) or np.array_equal(edit.lengths, longest_B):
+        return
+    source, target = (", ".join(map(str, np.asarray(lengths).tolist())) for lengths in (edit.lengths, longest_B))
+    raise ValueError(
+        f"the patch of {edit.name} is from rows of {source} tokens, but the rows have {target}: both runs must have "
+        "the same number of tokens in each row"
+    )
 
 
 def _check_exist(edit: Edit, what: str, places: Any, longest_B: np.ndarray, ends_B: np.ndarray) -> None:

@@ -43,6 +43,7 @@ class Edit:
       layers: int32 [K], the layers to which the edit applies, if `name` does not say it; None means all.
       each_row: the first axis of `value` has one entry for each row.
       each_position: the next axis of `value` has one entry for each position.
+      lengths: int32 [B], the tokens of each row of the run that a patch is from, if its rows differ; else None.
     """
 
     name: str = struct.field(pytree_node=False)
@@ -57,6 +58,7 @@ class Edit:
     layers: jax.Array | None = None
     each_row: bool = struct.field(pytree_node=False, default=False)
     each_position: bool = struct.field(pytree_node=False, default=False)
+    lengths: Any = None
 
 
 def replace(
@@ -146,7 +148,8 @@ def patch(
     if not names or names[0] not in activations:
         raise ValueError(f"{name} was not captured in the run to patch from: that run has {', '.join(activations)}")
     values = {found: _of_rows(found, activations[found]) for found in names}
-    return _edit(name, "patch", values if name in IN_BLOCK else values[name], positions, heads, **chosen)
+    edit = _edit(name, "patch", values if name in IN_BLOCK else values[name], positions, heads, **chosen)
+    return edit.replace(lengths=_lengths(names[0], activations[names[0]]))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # ---- arguments
@@ -236,6 +239,13 @@ def _of_rows(name: str, value: Any) -> Any:
         [(0, longest - n if axis in "TS" else 0) for axis, n in zip(letters, row.shape, strict=True)] for row in value
     ]
     return jnp.stack([jnp.pad(row, end) for row, end in zip(value, ends, strict=True)])
+
+
+def _lengths(name: str, value: Any) -> np.ndarray | None:
+    """Return the number of tokens of each row of an activation that is a list of arrays; None for an array."""
+    if not isinstance(value, list):
+        return None
+    return np.array([row.shape[axes(name)[1:].index("T")] for row in value], np.int32)
 
 
 def _span(what: str, positions: slice) -> Any:

@@ -9,8 +9,10 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from gpt2_jax.activations import Tap, layer_of, select
+from gpt2_jax.activations import IN_BLOCK, Tap, layer_of, select
 from gpt2_jax.changes import Changes, check_changes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
@@ -122,7 +124,7 @@ def _stop(
     stop = whole_number("stop_at_layer", stop_at_layer, -config.n_layer, config.n_layer)
     stop = stop + config.n_layer if stop < 0 else stop
     for edit in changes.edits:
-        if _after(config, edit.name) > stop:
+        if _first_after(config, edit) > stop:
             raise ValueError(f"the edit of {edit.name} changes nothing with stop_at_layer={stop}: it is computed later")
     return stop
 
@@ -131,6 +133,15 @@ def _after(config: GPT2Config, name: str) -> int:
     """Return how many blocks must run to compute an activation; n_layer + 1 for those of ln_f."""
     layer = layer_of(name)
     return layer + 1 if layer is not None else config.n_layer + 1 if name.startswith("ln_f/") else 0
+
+
+def _first_after(config: GPT2Config, edit: Edit) -> int:
+    """Return how many blocks must run until an edit changes something. Layers that are traced may be any."""
+    if edit.name not in IN_BLOCK:
+        return _after(config, edit.name)
+    if edit.layers is None or isinstance(edit.layers, Tracer):
+        return 1
+    return int(np.min(np.asarray(edit.layers) % config.n_layer, initial=config.n_layer)) + 1
 
 
 def as_params(config: GPT2Config, params: Params) -> Params:

@@ -201,6 +201,23 @@ def test_a_value_of_each_layer_is_its_own(deep):
     assert naive.error(found, expected) < BOUND
 
 
+def test_a_value_of_each_row_and_layer_is_its_own(deep):
+    """A dict of arrays [B, D], in forward and in generation."""
+    values = {f"h{i}/mlp/out": np.random.default_rng(i).normal(0, 1, (3, 15)).astype(np.float32) for i in range(5)}
+    edit = research.add("mlp/out", values, layers=[1, 4], each_row=True)
+    one_by_one = [research.add(f"h{i}/mlp/out", values[f"h{i}/mlp/out"], each_row=True) for i in (1, 4)]
+    assert naive.error(logits(deep, config=DEEP, edits=edit), logits(deep, config=DEEP, edits=one_by_one)) < BOUND
+    scores, expected, plain = (
+        np.concatenate([row.logprobs for row in gpt2_jax.score(DEEP, deep, TOKENS.tolist(), edits=edits)])
+        for edits in (edit, one_by_one, ())
+    )
+    assert naive.error(scores, expected) < BOUND
+    assert naive.error(scores, plain) > 1e-3
+    wrong = research.add("mlp/out", {name: value[:2] for name, value in values.items()}, each_row=True)
+    with pytest.raises(ValueError, match=r"\(2, 15\).*3 rows"):
+        logits(deep, config=DEEP, edits=wrong)
+
+
 def test_other_numbers_of_rows_are_refused(params):
     """The message of a value for each row that does not broadcast says what to do."""
     for edit in (
@@ -265,6 +282,23 @@ def test_values_of_tokens_and_patches_fit_lists(params):
         logits(params, TOKENS.tolist(), edits=research.add("h0/mlp/out", np.ones((6, 15))))
     with pytest.raises(ValueError, match="same number of tokens"):
         research.forward(CONFIG, params, [[*row, 1, 2] for row in ROWS], edits=edits)
+
+
+@pytest.mark.parametrize("name", ["h0/resid_post", "resid_post", "h1/attn/pattern"])
+def test_a_patch_from_rows_of_other_lengths_is_refused(params, name):
+    """Where a row of the other run has no token, there is no value."""
+    _, source = research.forward(CONFIG, params, ROWS, capture=["resid_post", "attn/pattern"])
+    rows = [ROWS[0], ROWS[2], ROWS[1]]
+    edit = research.patch(name, source)
+    with pytest.raises(ValueError, match="rows of 1, 7, 4 tokens, but the rows have 1, 4, 7"):
+        research.forward(CONFIG, params, rows, edits=edit)
+    with pytest.raises(ValueError, match="1, 7, 4"):
+        research.forward(CONFIG, params, *research.padded(CONFIG, rows), edits=edit)
+    with pytest.raises(ValueError, match="1, 7, 4"):
+        logits(params, edits=edit)
+    out, _ = research.forward(CONFIG, params, *research.padded(CONFIG, ROWS), edits=edit)
+    expected, _ = research.forward(CONFIG, params, ROWS)
+    assert naive.error(out.logits[1], expected.logits[1]) < BOUND
 
 
 def test_taps_see_rows_of_one_length_without_padding(params):
@@ -342,6 +376,8 @@ def test_only_the_needed_layers_are_traced(deep):
     ({"stop_at_layer": 2, "capture": "h2/attn/q"}, "h2/attn/q.*later"),
     ({"stop_at_layer": 5, "capture": "ln_f"}, "later"),
     ({"stop_at_layer": 2, "edits": research.add("h2/resid_pre", 0.0)}, "h2/resid_pre.*later"),
+    ({"stop_at_layer": 2, "edits": research.add("resid_pre", 0.0, layers=[2, -1])}, "resid_pre.*later"),
+    ({"stop_at_layer": 0, "edits": research.add("resid_pre", 0.0)}, "resid_pre.*later"),
 ])  # fmt: skip
 def test_a_stop_that_cannot_be_is_refused(deep, how, match):
     with pytest.raises(ValueError, match=match):
