@@ -100,7 +100,7 @@ def causal_tracing(
 
     Raises:
       ValueError: as `activation_patching`; several rows; a position of the subject is out of range; the answer is not
-        an id; or the noise is not a number.
+        an id; the noise is not a number; or `key` is not a key.
     """
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     if tokens_BT.shape[0] != 1:
@@ -112,12 +112,15 @@ def causal_tracing(
     out, clean = forward(config, params, tokens_BT, capture=[f"^{name}$" for name in names])
     logits_BV = out.logits[:, -1]
     answer = logits_BV[0].argmax() if answer is None else answer
-    metric = answer_probability(
-        answer if isinstance(answer, jax.Array) else whole_number("answer", answer, 0, config.n_vocab - 1)
-    )
+    if not isinstance(answer, jax.Array) or answer.shape != ():
+        answer = whole_number("answer", answer, 0, config.n_vocab - 1)
+    metric = answer_probability(answer)
 
     rows_BT = jnp.broadcast_to(jnp.asarray(tokens_BT), (n_samples, tokens_BT.shape[1]))
-    noise_BPD = noise * jax.random.normal(key, (n_samples, len(hidden), config.n_embd), jnp.float32)
+    try:
+        noise_BPD = noise * jax.random.normal(key, (n_samples, len(hidden), config.n_embd), jnp.float32)
+    except TypeError as error:
+        raise ValueError(f"key must be a key, jax.random.key(seed), not {key!r}") from error
     hide = add("embed", jnp.zeros((*rows_BT.shape, config.n_embd), noise_BPD.dtype).at[:, hidden].set(noise_BPD))
     where = {"layers": layers, "window": window, "positions": positions, "edits": hide, "together": together}
     restored = activation_patching(config, params, rows_BT, clean, metric, activation, **where)
