@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -84,8 +85,13 @@ def activation_names(config: GPT2Config, branches: bool = False) -> list[str]:
 
     `branches=True` includes those of `BRANCHES`, which are computed only on request.
     """
+    return list(_names(config.n_layer, branches))
+
+
+@functools.lru_cache
+def _names(n_layer: int, branches: bool) -> tuple[str, ...]:
     names = _BLOCK_WITH_BRANCHES if branches else BLOCK
-    return [*BEFORE, *(f"h{i}/{name}" for i in range(config.n_layer) for name in names), *AFTER]
+    return (*BEFORE, *(f"h{i}/{name}" for i in range(n_layer) for name in names), *AFTER)
 
 
 def _with_branches() -> list[str]:

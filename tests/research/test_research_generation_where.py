@@ -53,7 +53,8 @@ def test_positions_in_prompts_of_any_length(params, where, each_row):
     said, at = WHERE[where]
     value = VALUES if each_row else VALUES[1]
     edits = [research.add("h1/resid_pre", value, said, each_row=each_row)]
-    rows = gpt2_jax.generate(CONFIG, params, PROMPTS, N_NEW, **GREEDY, edits=edits)
+    how = {**GREEDY, "edits": edits, "capture": "h1/resid_post"}
+    rows, activations = gpt2_jax.generate(CONFIG, params, PROMPTS, N_NEW, **how)
 
     def edits_of(b, n):
         places = at(len(PROMPTS[b]), n) if at else OF_ROWS[where][b]
@@ -62,7 +63,23 @@ def test_positions_in_prompts_of_any_length(params, where, each_row):
 
     for b, prompt in enumerate(PROMPTS):
         assert rows[b] == greedy_by_hand(params, prompt, lambda n, b=b: edits_of(b, n)), b
+        whole = [*prompt, *rows[b]]
+        _, seen = research.forward(CONFIG, params, [whole], edits=edits_of(b, len(whole)), capture="h1/resid_post")
+        expected_RD = seen["h1/resid_post"][0, len(prompt) - 1 : -1]
+        assert naive.error(activations[b]["h1/resid_post"], expected_RD) < BOUND
     assert rows != gpt2_jax.generate(CONFIG, params, PROMPTS, N_NEW, **GREEDY)
+
+
+def test_rows_that_are_divided_keep_their_own_edits(params, monkeypatch):
+    """With little memory, a list is decoded in parts."""
+    edits = [research.add("h1/resid_pre", VALUES, [[0], [-2], [12], [3]], each_row=True)]
+    how = {**GREEDY, "edits": edits, "capture": "h1/resid_post"}
+    whole, activations = gpt2_jax.generate(CONFIG, params, PROMPTS, N_NEW, **how)
+    monkeypatch.setattr("gpt2_jax.generation.decoding.rows_together", lambda *_: 3)
+    parts, again = gpt2_jax.generate(CONFIG, params, PROMPTS, N_NEW, **how)
+    assert parts == whole
+    for one, other in zip(activations, again, strict=True):
+        assert naive.error(other["h1/resid_post"], one["h1/resid_post"]) < BOUND
 
 
 def test_a_value_of_each_position_of_a_prompt(params):
@@ -81,17 +98,17 @@ def test_a_prompt_that_leaves_the_window_keeps_no_edit(params):
     """After the window has moved, positions from the prompt's end are no longer in it; those behind it are all new."""
     prompt = PROMPTS[1]
     how = {"overflow": "slide", **GREEDY}
-    ended = gpt2_jax.generate(CONFIG, params, [prompt], 50, **how, edits=research.add("h0/resid_post", VALUES[0], -1))[
-        0
-    ]
+    how |= {"edits": research.add("h0/resid_post", VALUES[0], -1), "capture": "h1/resid_post"}
+    (ended,), (activations,) = gpt2_jax.generate(CONFIG, params, [prompt], 50, **how)
     row = list(prompt)
-    for new in ended:
+    for new, found_D in zip(ended, activations["h1/resid_post"], strict=True):
         n = len(row)
         start = n - gpt2_jax.generation.engine.window(CONFIG.n_ctx, n)
         places = [len(prompt) - 1 - start] if len(prompt) - 1 >= start else []
         edit = research.add("h0/resid_post", VALUES[0], places)
-        out, _ = research.forward(CONFIG, params, [row[start:]], edits=edit)
+        out, seen = research.forward(CONFIG, params, [row[start:]], edits=edit, capture="h1/resid_post")
         assert int(out.logits[0, -1].argmax()) == new
+        assert naive.error(found_D, seen["h1/resid_post"][0, -1]) < BOUND
         row.append(new)
     assert len(row) > CONFIG.n_ctx + CONFIG.n_ctx // 2
 
