@@ -71,7 +71,7 @@ def tell_size(path: Path, plan: Plan, left: Sequence[int], row_bytes: int, tell:
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
     n_bytes, free = n_left * row_bytes, shutil.disk_usage(there).free
     if plan.n_divided:
-        tell(f"texts of more than {plan.max_tokens:,} tokens, read in windows of so many: {plan.n_divided:,}")
+        tell(f"texts of more than {plan.max_tokens:,} tokens, which are read in windows: {plan.n_divided:,}")
     shards = f"{len(plan.counts):,} shard{'' if len(plan.counts) == 1 else 's'}"
     tell(f"size: {size(n_rows * row_bytes)}, {n_rows:,} tokens of {size(row_bytes)} each, in {shards}")
     if n_left < n_rows:

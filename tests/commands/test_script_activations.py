@@ -63,7 +63,7 @@ def test_options(run, tokenizer):
     how = ("--field", "body", "--max-tokens", 5, "--skip-first", 1, "--bos", "--limit", 2, "--store-dtype", "bfloat16")
     done = run("a.jsonl", *CAPTURE, "-o", "out", *how, "--checksums", "--shard-megabytes", 1, "--dtype", "bfloat16")
     assert done.code == 0, done.err
-    assert "texts of more than 5 tokens, read in windows of so many: " in done.err
+    assert "texts of more than 5 tokens, which are read in windows: " in done.err
     stored = research.open_activations("out")
     ids = [[tokenizer.eot, *tokenizer.encode(text)] for text in DOCUMENTS[:2]]
     assert documents_of(stored) == [[token for t, token in enumerate(row) if t % 5] for row in ids]
