@@ -10,7 +10,7 @@ import jax
 from gpt2_jax.activations import InTurn, Tap
 from gpt2_jax.changes import Changes, Edits, check_changes
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.research._rows import known_lengths
+from gpt2_jax.research._rows import check_padding, known_lengths
 
 
 def changes_of(
@@ -22,7 +22,9 @@ def changes_of(
       ValueError: an edit or a tap does not fit the model or the rows.
     """
     longest_B = known_lengths(mask_BT, tokens_BT.shape) if edits else None
-    return check_changes(config, edits, taps, n_rows=tokens_BT.shape[0], longest_B=longest_B)
+    changes = check_changes(config, edits, taps, n_rows=tokens_BT.shape[0], longest_B=longest_B)
+    check_padding(changes.edits, mask_BT)
+    return changes
 
 
 def after(first: Mapping[str, Tap], second: Mapping[str, Tap]) -> dict[str, Tap]:

@@ -21,7 +21,16 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache
 from gpt2_jax.model import GPT2, Output, check_params
 from gpt2_jax.params import Params
-from gpt2_jax.research._rows import are_lists, as_rows, as_tokens, bucketed, bucketed_edit, known_lengths, of_rows
+from gpt2_jax.research._rows import (
+    are_lists,
+    as_rows,
+    as_tokens,
+    bucketed,
+    bucketed_edit,
+    check_padding,
+    known_lengths,
+    of_rows,
+)
 
 __all__ = ["as_params", "as_tokens", "forward", "places", "slots"]
 
@@ -98,6 +107,7 @@ def forward(
     if lengths is None and cache is None:
         longest_B = known_lengths(mask_BT, tokens_BT.shape) if edits else None
     changes = check_changes(config, edits, taps, n_rows=tokens_BT.shape[0], longest_B=longest_B)
+    check_padding(changes.edits, mask_BT)
     if lengths is not None:
         sizes = (len(lengths), max(lengths), tokens_BT.shape[1])
         edits = tuple(bucketed_edit(config, edit, *sizes) for edit in changes.edits)

@@ -135,6 +135,22 @@ def known_lengths(mask_BT: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(mask_BT).astype(bool).sum(-1)
 
 
+def check_padding(edits: Sequence[Edit], mask_BT: Any) -> None:
+    """Check that a patch from a list of rows of several lengths, which begin in slot 0, is for such rows.
+
+    Raises:
+      ValueError: a row begins with padding.
+    """
+    if mask_BT is None or isinstance(mask_BT, Tracer):
+        return
+    left = (np.diff(np.asarray(mask_BT).astype(np.int8), axis=-1) > 0).any()
+    for edit in edits:
+        if left and edit.lengths is not None:
+            raise ValueError(
+                f"the patch of {edit.name} is from a list of rows: pad the rows on the right, or give a list"
+            )
+
+
 def of_rows(
     config: GPT2Config, found: tuple[Output, dict[str, jax.Array]], lengths: Sequence[int]
 ) -> tuple[Any, dict[str, Any]]:

@@ -296,6 +296,8 @@ def test_a_patch_from_rows_of_other_lengths_is_refused(params, name):
         research.forward(CONFIG, params, *research.padded(CONFIG, rows), edits=edit)
     with pytest.raises(ValueError, match="1, 7, 4"):
         logits(params, edits=edit)
+    with pytest.raises(ValueError, match="on the right"):
+        research.forward(CONFIG, params, *research.padded(CONFIG, ROWS, "left"), edits=edit)
     out, _ = research.forward(CONFIG, params, *research.padded(CONFIG, ROWS), edits=edit)
     expected, _ = research.forward(CONFIG, params, ROWS)
     assert naive.error(out.logits[1], expected.logits[1]) < BOUND
