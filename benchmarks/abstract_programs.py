@@ -109,6 +109,9 @@ def _engine_values(case: Case, mesh: Mesh) -> dict[str, Any]:
         "stop_ids": np.full(engine.STOP_IDS, engine.NO_ID, np.int32),
         "n_steps": np.int32(RECENT),
         "n_top": None,
+        "capture": (),
+        "end_B": None,
+        "end_G": None,
     }
 
 

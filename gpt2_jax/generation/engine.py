@@ -114,7 +114,7 @@ class _Batch:
         prompts: Sequence[np.ndarray],
         settings: Settings,
         changes: Changes,
-        capture: tuple[str, ...],
+        capture: tuple[str, ...] = (),
     ):
         self.model, self.params, self.settings, self.capture = model, params, settings, capture
         self.config = model.config

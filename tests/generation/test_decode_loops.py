@@ -14,6 +14,7 @@ from tiny_models import CONFIG, random_params
 
 import gpt2_jax
 from gpt2_jax import research
+from gpt2_jax.changes import NO_CHANGES
 from gpt2_jax.generation import Settings, engine, programs
 from gpt2_jax.generation.memory import RECENT
 
@@ -126,10 +127,10 @@ def begun(params, kind="filtered", length=9):
     """Return the arguments of `decode` up to n_steps, for three rows of `length`, 1 and `length` tokens."""
     settings = Settings(64, overflow="slide", **KINDS[kind]).check(CONFIG)
     prompts = [np.arange(length) % 37, np.array([7]), np.arange(length)[::-1] % 37]
-    batch = engine._Batch(gpt2_jax.GPT2(CONFIG), params, prompts, settings, ())
+    batch = engine._Batch(gpt2_jax.GPT2(CONFIG), params, prompts, settings, NO_CHANGES)
     batch.first(0)
     done_B = np.array([False, True, False, True])
-    return batch.model, params, (), batch.past, batch.state, done_B, batch.sampling, batch.stop_ids
+    return batch.model, params, NO_CHANGES, batch.past, batch.state, done_B, batch.sampling, batch.stop_ids
 
 
 def real_part(cache):
@@ -260,7 +261,7 @@ def test_both_orders_give_the_same_rows(params, monkeypatch):
 def test_the_long_keys_keep_their_order(params):
     """From the empty cache on, after a prefill and after a merge. All programs update it in place."""
     settings = Settings(64, overflow="slide").check(CONFIG)
-    batch = engine._Batch(gpt2_jax.GPT2(CONFIG), params, [np.arange(9), np.array([7])], settings, ())
+    batch = engine._Batch(gpt2_jax.GPT2(CONFIG), params, [np.arange(9), np.array([7])], settings, NO_CHANGES)
     batch.first(0)
     for _ in range(2):
         assert {order(k_BNHS) for k_BNHS in batch.past.k_BNHS} == {ON_A_GPU.major_to_minor}
