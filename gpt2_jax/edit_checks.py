@@ -74,6 +74,9 @@ def _check_layers(config: GPT2Config, edit: Edit) -> None:
         layers = np.arange(config.n_layer)
     elif not ((layers >= -config.n_layer) & (layers < config.n_layer)).all():
         raise ValueError(f"the edit of {edit.name} is for layers {layers}, but the model has {config.n_layer}")
+    if isinstance(edit.value, dict):
+        for name in set(edit.value) - {f"h{i}/{edit.name}" for i in range(config.n_layer)}:
+            raise ValueError(f"the edit of {edit.name} has a value for {name}, which is not that activation of a layer")
     if isinstance(edit.value, dict) and not isinstance(edit.layers, Tracer):
         for i in np.asarray(layers) % config.n_layer:
             if f"h{i}/{edit.name}" not in edit.value:

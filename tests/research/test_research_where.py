@@ -199,6 +199,9 @@ def test_a_value_of_each_layer_is_its_own(deep):
     found = logits(deep, config=DEEP, edits=research.add("mlp/out", values, layers=[1, 4]))
     expected = logits(deep, config=DEEP, edits=[research.add(f"h{i}/mlp/out", values[f"h{i}/mlp/out"]) for i in (1, 4)])
     assert naive.error(found, expected) < BOUND
+    for wrong in ("h5/mlp/out", "h0/attn/out", "mlp/out"):
+        with pytest.raises(ValueError, match=f"value for {wrong}"):
+            logits(deep, config=DEEP, edits=research.add("mlp/out", values | {wrong: 1.0}))
 
 
 def test_a_value_of_each_row_and_layer_is_its_own(deep):
