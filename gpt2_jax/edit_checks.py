@@ -140,7 +140,10 @@ def _check_exist(edit: Edit, what: str, places: Any, longest_B: np.ndarray, ends
     places = np.asarray(places)
     if what.endswith("span"):
         start, stop = (np.where(end < 0, np.maximum(end + ends_B, 0), end) for end in (places[..., 0], places[..., 1]))
-        if not (np.minimum(stop, longest_B) > start).any() and not (stop <= start).all():
+        written = places[..., 0], places[..., 1]
+        empty = (written[1] <= written[0]) & ((written[0] < 0) == (written[1] < 0))  # as written, such as slice(4, 4)
+        empty |= (written[0] == 0) & (written[1] < 0)  # all but the last ones, of a short row
+        if not (np.minimum(stop, longest_B) > start).any() and not empty.all():
             raise ValueError(f"the edit of {edit.name} is for {what} {places.tolist()}, but no row has such a token")
         return
     each = places.ndim == 2

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from gpt2_jax.activations import IN_BLOCK, Tap, layer_of, select
+from gpt2_jax.activations import IN_BLOCK, Tap, layer_of, select, taps_by_name
 from gpt2_jax.changes import Changes, check_changes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
@@ -91,7 +91,7 @@ def forward(
 
     Raises:
       ValueError: as GPT2; a pattern matches no activation name; an edit does not fit, or is for a position that no row
-        has; a tap returns another shape; or a captured or edited activation comes after `stop_at_layer`.
+        has; a tap returns another shape; or a captured or changed activation comes after `stop_at_layer`.
     """
     lengths: list[int] | None = None
     if are_lists(tokens_BT) and mask_BT is None and cache is None:
@@ -136,6 +136,9 @@ def _stop(
     for edit in changes.edits:
         if _first_after(config, edit) > stop:
             raise ValueError(f"the edit of {edit.name} changes nothing with stop_at_layer={stop}: it is computed later")
+    for pattern, tap in zip(changes.tap_names, changes.taps, strict=True):
+        if all(_after(config, name) > stop for name in taps_by_name(config, {pattern: tap})):
+            raise ValueError(f"the tap of {pattern!r} changes nothing with stop_at_layer={stop}: it is computed later")
     return stop
 
 

@@ -63,7 +63,7 @@ def test_other_slices_are_refused(positions):
 
 
 @pytest.mark.parametrize("positions", [LENGTH, -LENGTH - 1, [2, 300], 2**32 + 3, slice(LENGTH, None), slice(9, 12),
-                                       [[1], [LENGTH], [2]], slice([7, 8, 9], None)])  # fmt: skip
+                                       [[1], [LENGTH], [2]], slice([7, 8, 9], None), slice(-20, -10)])  # fmt: skip
 @pytest.mark.parametrize("what", ["positions", "key_positions"])
 def test_positions_that_no_row_has_are_refused(params, what, positions):
     with pytest.raises(ValueError, match=r"h1/attn/pattern.*row"):

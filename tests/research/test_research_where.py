@@ -383,6 +383,7 @@ def test_only_the_needed_layers_are_traced(deep):
     ({"stop_at_layer": 2, "edits": research.add("h2/resid_pre", 0.0)}, "h2/resid_pre.*later"),
     ({"stop_at_layer": 2, "edits": research.add("resid_pre", 0.0, layers=[2, -1])}, "resid_pre.*later"),
     ({"stop_at_layer": 0, "edits": research.add("resid_pre", 0.0)}, "resid_pre.*later"),
+    ({"stop_at_layer": 2, "taps": {"h[34]/mlp/out": lambda value, position: value}}, "tap of.*mlp/out.*later"),
 ])  # fmt: skip
 def test_a_stop_that_cannot_be_is_refused(deep, how, match):
     with pytest.raises(ValueError, match=match):
