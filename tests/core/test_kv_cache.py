@@ -7,6 +7,7 @@ from forward import CONFIG, cached_step, logits_of, relative_error, some_tokens
 
 import gpt2_jax
 from gpt2_jax import kv_cache
+from gpt2_jax.changes import NO_CHANGES
 from gpt2_jax.generation.buckets import bucket_length, bucket_rows
 
 insert, merge = jax.jit(kv_cache.insert), jax.jit(kv_cache.merge)
@@ -70,7 +71,7 @@ def test_what_decoding_reads_it_does_not_copy(params, fixed):
     seen_BV = np.zeros((3, CONFIG.n_vocab), bool)
     state, _ = programs.first(model, params, h_BD, seen_BV, none_B, row_B, np.uint32(0), sampling, stop_ids, None)
     knobs = (sampling, stop_ids, np.int32(3), None, fixed)
-    compiled = programs.decode.lower(model, params, (), past, state, none_B, *knobs).compile()
+    compiled = programs.decode.lower(model, params, NO_CHANGES, past, state, none_B, *knobs).compile()
     shapes = [
         f"f32[3,{CONFIG.n_head},{CONFIG.head_dim},{n_slots}]",
         f"f32[3,{CONFIG.n_head},{n_slots},{CONFIG.head_dim}]",
