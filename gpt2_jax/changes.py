@@ -200,7 +200,7 @@ class _EditTap:
             assert edit.span is not None
             start = edit.span[..., :1]
             return position_BT - jnp.where(start < 0, jnp.maximum(start + end_B1, 0), start)
-        places_BP = jnp.where(edit.positions < 0, edit.positions + end_B1, edit.positions)
+        places_BP = _from_start(edit.positions, end_B1)
         return (position_BT[..., None] == places_BP[:, None]).argmax(-1)
 
     def _of_positions(self, value: jax.Array, n_axes: int, position_BT: jax.Array) -> jax.Array:
@@ -218,13 +218,18 @@ def _at(position_BT: jax.Array, places: Any, span: Any, end_B: jax.Array) -> jax
     """Return where these positions, or those of a span, are: bool [B, T]. None means everywhere."""
     end_B1 = end_B[:, None]
     if places is not None:
-        places_BP = jnp.where(places < 0, places + end_B1, places)
+        places_BP = _from_start(places, end_B1)
         return (position_BT[..., None] == places_BP[:, None]).any(-1)
     if span is not None:
         start, stop = (span[..., i : i + 1] for i in range(2))
-        start_B1, stop_B1 = (jnp.where(end < 0, end + end_B1, end) for end in (start, stop))
+        start_B1, stop_B1 = (_from_start(end, end_B1) for end in (start, stop))
         return (position_BT >= start_B1) & (position_BT < stop_B1) & (position_BT >= 0)
     return None
+
+
+def _from_start(places: Any, end_B1: jax.Array) -> jax.Array:
+    """Return positions counted from the row's start, [B, P]. Negative ones count from `end_B1`."""
+    return jnp.where(places < 0, places + end_B1, places)
 
 
 def _among(numbers: Any, of: tuple[int, ...], axis: int) -> jax.Array | None:

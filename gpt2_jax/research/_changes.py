@@ -14,14 +14,19 @@ from gpt2_jax.research._rows import check_padding, known_lengths
 
 
 def changes_of(
-    config: GPT2Config, edits: Edits, taps: Mapping[str, Tap] | None, tokens_BT: jax.Array, mask_BT: Any
+    config: GPT2Config,
+    edits: Edits,
+    taps: Mapping[str, Tap] | None,
+    tokens_BT: jax.Array,
+    mask_BT: Any,
+    whole_rows: bool = True,
 ) -> Changes:
-    """Return the edits and taps of a run, checked for its rows.
+    """Return the edits and taps of a run, checked for its rows. With a cache these are not whole.
 
     Raises:
       ValueError: an edit or a tap does not fit the model or the rows.
     """
-    longest_B = known_lengths(mask_BT, tokens_BT.shape) if edits else None
+    longest_B = known_lengths(mask_BT, tokens_BT.shape) if edits and whole_rows else None
     changes = check_changes(config, edits, taps, n_rows=tokens_BT.shape[0], longest_B=longest_B)
     check_padding(changes.edits, mask_BT)
     return changes

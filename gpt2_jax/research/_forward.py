@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from gpt2_jax.activations import IN_BLOCK, Tap, layer_of, select, taps_by_name
-from gpt2_jax.changes import Changes, check_changes
+from gpt2_jax.changes import Changes
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.edits import Edit
@@ -21,14 +21,13 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.kv_cache import KVCache
 from gpt2_jax.model import GPT2, Output, check_params
 from gpt2_jax.params import Params
+from gpt2_jax.research._changes import changes_of
 from gpt2_jax.research._rows import (
     are_lists,
     as_rows,
     as_tokens,
     bucketed,
     bucketed_edit,
-    check_padding,
-    known_lengths,
     of_rows,
 )
 
@@ -103,11 +102,7 @@ def forward(
             tokens_BT, mask_BT = bucketed(config, rows)
     tokens_BT, params = as_tokens(config, tokens_BT), as_params(config, params)
     names = tuple(select(config, capture)) if capture else ()
-    longest_B = lengths
-    if lengths is None and cache is None:
-        longest_B = known_lengths(mask_BT, tokens_BT.shape) if edits else None
-    changes = check_changes(config, edits, taps, n_rows=tokens_BT.shape[0], longest_B=longest_B)
-    check_padding(changes.edits, mask_BT)
+    changes = changes_of(config, edits, taps, tokens_BT, mask_BT, whole_rows=cache is None)
     if lengths is not None:
         sizes = (len(lengths), max(lengths), tokens_BT.shape[1])
         edits = tuple(bucketed_edit(config, edit, *sizes) for edit in changes.edits)
