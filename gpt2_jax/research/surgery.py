@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from gpt2_jax.added_tokens import resize_vocabulary
 from gpt2_jax.checks import whole_number
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.explicit_axes import whole_on_auto_axes
@@ -54,6 +55,7 @@ __all__ = [
     "prune_heads",
     "prune_neurons",
     "repeat_layers",
+    "resize_vocabulary",
     "select",
     "split_heads",
     "swap_layers",
