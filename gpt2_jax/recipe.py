@@ -135,15 +135,16 @@ class Optimizer:
     """The optimizer. A rule is a pair (regular expression, factor); the first that matches a parameter's name applies.
 
     Attributes:
-      name: adamw, adafactor, sgd (with momentum) or lion.
+      name: adamw, adafactor, sgd (with momentum), lion, or muon. Muon changes the matrices of the blocks; all other
+        parameters get AdamW. Its updates are scaled so that the learning rate and decay of AdamW fit both.
       learning_rate: peak learning rate, 0 or more.
       schedule: learning rate schedule after the warm-up: cosine or linear, down to `final_fraction` of the peak, or
         constant.
       warmup_steps: optimizer steps of linear warm-up; the last of them has the peak learning rate.
       final_fraction: learning rate of the last step, as a fraction of the peak, 0 to 1 (cosine, linear).
-      betas: decay rates of the first and second moment; 0 or more, less than 1 (adamw, lion).
-      epsilon: added to the root of the second moment; above 0 (adamw).
-      momentum: decay rate of the momentum; 0 or more, less than 1 (sgd).
+      betas: decay rates of the first and second moment; 0 or more, less than 1 (adamw, lion, and AdamW beside muon).
+      epsilon: added to the root of the second moment; above 0 (adamw, and AdamW beside muon).
+      momentum: decay rate of the momentum; 0 or more, less than 1 (sgd, muon).
       weight_decay: decoupled weight decay: a step subtracts learning rate * weight_decay * weight, times the factor
         of the weight's `decay` rule.
       clip: largest global norm of the gradients; larger gradients are scaled down to it. 0 turns clipping off.
@@ -151,7 +152,7 @@ class Optimizer:
       decay: rules for the factor of the weight decay; 0 means no decay.
     """
 
-    name: Literal["adamw", "adafactor", "sgd", "lion"] = "adamw"
+    name: Literal["adamw", "adafactor", "sgd", "lion", "muon"] = "adamw"
     learning_rate: float = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from gpt2_jax.params import by_rules
 from gpt2_jax.recipe import Optimizer
+
+MATRIX_OF_A_BLOCK = re.compile(r"(^|/)h\d+/.*/w(/[ab])?$")  # also LoRA's matrices
 
 
 def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
@@ -70,18 +75,39 @@ def make_optimizer(optimizer: Optimizer, names: Iterable[str]) -> optax.Gradient
 
     return optax.chain(
         optax.stateless(clipped) if optimizer.clip else optax.identity(),
-        _core(optimizer),
+        _core(optimizer, names),
         optax.stateless(decayed),
         optax.stateless(scaled),
     )
 
 
-def _core(optimizer: Optimizer) -> optax.GradientTransformation:
+def _core(optimizer: Optimizer, names: Iterable[str]) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(*optimizer.betas, eps=optimizer.epsilon)
     if optimizer.name == "adamw":
-        return optax.scale_by_adam(*optimizer.betas, eps=optimizer.epsilon)
+        return adam
+    if optimizer.name == "muon":
+        kinds = {name: "muon" if MATRIX_OF_A_BLOCK.search(name) else "adamw" for name in names}
+        return optax.partition({"muon": _muon(optimizer.momentum), "adamw": adam}, kinds)
     if optimizer.name == "lion":
         return optax.scale_by_lion(*optimizer.betas)
     if optimizer.name == "sgd":
         return optax.trace(optimizer.momentum) if optimizer.momentum else optax.identity()
     # Adafactor (Shazeer and Stern 2018): factored second moments, and updates relative to the size of the weights.
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
+
+
+def _muon(momentum: float) -> optax.GradientTransformation:
+    """Return Muon (Jordan et al. 2024): the momentum of a matrix, with all its singular values moved close to 1.
+
+    The update of a matrix (in, out) is multiplied by 0.2 sqrt(max(in, out)), which gives it the size of AdamW's updates
+    (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    """
+
+    def resized(updates, params):
+        return jax.tree.map(lambda u: 0.2 * max(u.shape) ** 0.5 * u, updates)
+
+    def as_matrices(updates):
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), updates)
+
+    muon = contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=as_matrices)
+    return optax.chain(muon, optax.stateless(resized))
