@@ -1,0 +1,271 @@
+"""The pretraining run of chapter 5 of "Build a Large Language Model (From Scratch)", step by step beside torch.
+
+COMMAND: python benchmarks/book_chapter5.py --vocabulary DIR [--layers 12] [--dropout 0.1] [--output FILE.md]
+
+Needs the `parity` extra, and a folder with GPT-2's encoder.json and vocab.bpe. Without dropout it takes about 30 minutes
+and 8 GB on two CPU cores, with dropout as long.
+
+The run of the book: the text "The Verdict", 90 % for training, windows of 256 tokens that do not overlap, batches of 2,
+10 epochs, AdamW with learning rate 4e-4 and decay 0.1 of all parameters, and a model of the 124M shape with an output
+head of its own and without query, key and value biases. Both programs start from the same weights and read the same
+batches in the same order. Without dropout all losses are equal up to rounding. With dropout, each draws masks of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from turns import ENVIRONMENT
+
+TEXT = Path(__file__).resolve().parents[1] / "examples" / "the-verdict.txt"
+N_TOKENS, N_ROWS, EPOCHS, RATE, DECAY = 256, 2, 10, 4e-4, 0.1
+EVALUATE_EVERY, EVALUATED = 5, 5  # steps, and batches of each split
+ENDS = {"train": 0.569, "validation": 6.373}  # the book's, after its last epoch
+Step = Callable[[np.ndarray], float]  # ids [rows, T + 1] -> loss before the step
+Loss = Callable[[np.ndarray], float]
+
+
+def windows(ids: list[int]) -> np.ndarray:
+    """Return the windows [n, T + 1] of a split."""
+    starts = range(0, len(ids) - N_TOKENS, N_TOKENS)
+    return np.asarray([ids[start : start + N_TOKENS + 1] for start in starts], np.int32)
+
+
+def batches(rows: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Return the batches of all epochs. The last incomplete one of an epoch is dropped."""
+    random, found = np.random.default_rng(seed), []
+    for _ in range(EPOCHS):
+        order = random.permutation(len(rows))
+        found += [rows[order[i : i + N_ROWS]] for i in range(0, len(rows) - N_ROWS + 1, N_ROWS)]
+    return found
+
+
+# ---- ours
+
+
+def start_ours(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
+    """Return a training step and the loss of a batch."""
+    import jax
+
+    from gpt2_jax import recipe as recipes
+    from gpt2_jax.data.batching import Batch
+    from gpt2_jax.training import init_state, make_eval_step, make_plan, make_train_step, model_params
+
+    settings: dict[str, Any] = {"betas": (0.9, 0.999), "schedule": "constant", "clip": 0.0, "decay": ((".*", 1.0),)}
+    recipe = recipes.Recipe(
+        model=recipes.Model(dropout=dropout),
+        data=recipes.Data(n_tokens=N_TOKENS),
+        optimizer=recipes.Optimizer(learning_rate=RATE, weight_decay=DECAY, **settings),
+        mesh=recipes.Mesh(data=1),
+        batch_size=N_ROWS,
+        seed=123,
+    )
+    plan = make_plan(config, recipe)
+    train_step, eval_step = make_train_step(plan), make_eval_step(plan)
+    state = init_state(plan, params)
+
+    def batch_of(ids: np.ndarray) -> Batch:
+        return Batch(ids[:, :-1], ids[:, 1:], np.ones((len(ids), N_TOKENS), np.float32))
+
+    def step(ids: np.ndarray) -> float:
+        nonlocal state
+        state, metrics = train_step(state, jax.tree.map(lambda array: array[None], batch_of(ids)))
+        return float(metrics["loss"])
+
+    def loss(ids: np.ndarray) -> float:
+        nats, n = eval_step(model_params(state, recipe), batch_of(ids))
+        return float(nats) / float(n)
+
+    return step, loss
+
+
+# ---- torch: the book's model
+
+
+def start_torch(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
+    """Return a training step and the loss of a batch of a model with the book's layers, in torch."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    d, n_heads = config.n_embd, config.n_head
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+            self.query, self.key, self.value = (nn.Linear(d, d, bias=False) for _ in range(3))
+            self.out, self.fc, self.proj = nn.Linear(d, d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+        def forward(self, x):
+            n_rows, n_tokens, _ = x.shape
+            h = self.norm1(x)
+            q, k, v = (
+                layer(h).view(n_rows, n_tokens, n_heads, -1).transpose(1, 2)
+                for layer in (self.query, self.key, self.value)
+            )
+            scores = q @ k.transpose(2, 3) / (d // n_heads) ** 0.5
+            later = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+            weights = self.drop(torch.softmax(scores.masked_fill(later, -torch.inf), dim=-1))
+            x = x + self.drop(self.out((weights @ v).transpose(1, 2).reshape(x.shape)))
+            return x + self.drop(self.proj(functional.gelu(self.fc(self.norm2(x)), approximate="tanh")))
+
+        def drop(self, x):
+            return functional.dropout(x, dropout, self.training)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(config.n_vocab, d), nn.Embedding(config.n_ctx, d)
+            self.blocks = nn.ModuleList(Block() for _ in range(config.n_layer))
+            self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, config.n_vocab, bias=False)
+
+        def forward(self, ids):
+            x = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+            x = functional.dropout(x, dropout, self.training)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    torch.manual_seed(123)
+    model = Model()
+    _copy_weights(torch, model, config, params)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
+
+    def of(ids: np.ndarray):
+        ids = torch.tensor(ids, dtype=torch.long)
+        return functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    def step(ids: np.ndarray) -> float:
+        model.train()
+        optimizer.zero_grad()
+        loss = of(ids)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    def loss(ids: np.ndarray) -> float:
+        model.eval()
+        with torch.no_grad():
+            return of(ids).item()
+
+    return step, loss
+
+
+def _copy_weights(torch: Any, model: Any, config: Any, params: Any) -> None:
+    """Give the torch model our params. Its matrices are transposed, and query, key and value are separate."""
+    pairs = [(model.tokens.weight, params["wte"]), (model.places.weight, params["wpe"])]
+    pairs += [(model.head.weight, params["lm_head"])]
+    pairs += [(model.norm.weight, params["ln_f"]["g"]), (model.norm.bias, params["ln_f"]["b"])]
+    for i, block in enumerate(model.blocks):
+        ours = params[f"h{i}"]
+        parts = np.split(np.asarray(ours["attn"]["c_attn"]["w"]), 3, axis=1)
+        layers = zip((block.query, block.key, block.value), parts, strict=True)
+        pairs += [(layer.weight, part.T) for layer, part in layers]
+        dense = [
+            (block.out, ours["attn"]["c_proj"]),
+            (block.fc, ours["mlp"]["c_fc"]),
+            (block.proj, ours["mlp"]["c_proj"]),
+        ]
+        for layer, weights in dense:
+            pairs += [(layer.weight, np.asarray(weights["w"]).T), (layer.bias, weights["b"])]
+        for norm, weights in ((block.norm1, ours["ln_1"]), (block.norm2, ours["ln_2"])):
+            pairs += [(norm.weight, weights["g"]), (norm.bias, weights["b"])]
+    with torch.no_grad():
+        for theirs, array in pairs:
+            theirs.copy_(torch.tensor(np.array(array)))
+    assert len(pairs) == len(list(model.parameters()))
+
+
+# ---- the run
+
+
+def run(step: Step, loss: Loss, train: np.ndarray, val: np.ndarray, todo: list[np.ndarray], name: str) -> dict:
+    """Take all steps. Return the losses of the steps, and those of both splits every few steps and at the end."""
+    seen: dict[str, Any] = {"steps": [], "evaluations": []}
+    started = time.monotonic()
+    for number, ids in enumerate(todo):
+        seen["steps"].append(step(ids))
+        if number % EVALUATE_EVERY == 0 or number == len(todo) - 1:
+            parts = {"train": train[: EVALUATED * N_ROWS], "validation": val}
+            found = {
+                split: float(np.mean([loss(rows[i : i + N_ROWS]) for i in range(0, len(rows) - N_ROWS + 1, N_ROWS)]))
+                for split, rows in parts.items()
+            }
+            seen["evaluations"].append({"step": number + 1} | found)
+            print(f"{name}: step {number + 1} of {len(todo)}, {found}", flush=True)
+    seen["seconds"] = time.monotonic() - started
+    return seen
+
+
+def report(args: argparse.Namespace, config: Any, runs: dict[str, dict]) -> str:
+    """Return the table."""
+    ours, theirs = runs["gpt2-jax"], runs["torch"]
+    apart = np.abs(np.subtract(ours["steps"], theirs["steps"]))
+    flags = f" --layers {args.layers}" * (args.layers != 12) + f" --dropout {args.dropout}" * (args.dropout > 0)
+    lines = [f"# Chapter 5 of the book: {config.n_layer} layers, dropout {args.dropout:g}, float32", ""]
+    lines += [
+        f"    python benchmarks/book_chapter5.py --vocabulary DIR{flags} --output FILE.md",
+        "",
+        f"{ENVIRONMENT}.",
+        "",
+    ]
+    lines += [f"The model has {config.n_params:,} parameters (query, key and value biases, which stay 0, included)."]
+    lines += [
+        f"The text gives {len(ours['steps'])} steps of {N_ROWS} windows of {N_TOKENS} tokens. The book's run ends at"
+    ]
+    lines += [
+        f"a training loss of {ENDS['train']} and a validation loss of {ENDS['validation']}, with dropout 0.1.",
+        "",
+    ]
+    if not args.dropout:
+        lines += [f"Largest difference of a step's loss: {apart.max():.1e} nats (mean {apart.mean():.1e}).", ""]
+    lines += ["| step | training loss | torch | validation loss | torch |", "|---|---|---|---|---|"]
+    for one, other in zip(ours["evaluations"], theirs["evaluations"], strict=True):
+        cells = [f"{run[split]:.3f}" for split in ("train", "validation") for run in (one, other)]
+        lines.append(f"| {one['step']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Time: {ours['seconds']:.0f} s, torch {theirs['seconds']:.0f} s (one after the other, in one process).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocabulary", type=Path, required=True, help="folder with encoder.json and vocab.bpe")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the model")
+    parser.add_argument("--dropout", type=float, default=0.0, help="dropout rate, in both")
+    parser.add_argument("--output", type=Path, help="file for the table; without it, standard output alone")
+    args = parser.parse_args()
+
+    import jax
+
+    from gpt2_jax import GPT2Config, init_params
+    from gpt2_jax.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_files(args.vocabulary / "encoder.json", args.vocabulary / "vocab.bpe")
+    text = TEXT.read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))  # characters, as in the book
+    train, val = (windows(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
+    config = GPT2Config(tokenizer.n_vocab, N_TOKENS, 768, 12, args.layers, tie_word_embeddings=False, qkv_bias=False)
+    params = jax.tree.map(np.asarray, init_params(config, jax.random.key(123)))
+    todo, runs = batches(train, seed=123), {}
+    for name, start in (("gpt2-jax", start_ours), ("torch", start_torch)):
+        runs[name] = run(*start(config, params, args.dropout), train, val, todo, name)
+    table = report(args, config, runs)
+    print(table)
+    if args.output:
+        args.output.write_text(table, encoding="utf-8")
+        args.output.with_suffix(".json").write_text(json.dumps(runs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
