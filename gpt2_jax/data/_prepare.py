@@ -141,7 +141,7 @@ def _write(
         "val_fraction": settings["val_fraction"],
         "seed": settings["seed"],
         "files": len(found.files),
-        "empty_documents": found.n_empty,
+        "empty_documents": found.tally.n_empty,
         "characters": written.n_characters,
         "bytes": written.n_bytes,
         "end_of_text_as_text": written.n_markers,
