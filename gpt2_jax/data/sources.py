@@ -11,11 +11,13 @@ import itertools
 import operator
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from gpt2_jax.data import reading
+from gpt2_jax.data.bare import check_vocabulary, layout_of
 from gpt2_jax.data.finding import STDIN, find
 from gpt2_jax.data.reading import END, UTF_8, Form, blocks, check_encoding, form_of, lines, opened
 from gpt2_jax.data.records import Fields, Places, Rows, read_records, texts_of, unit_of
@@ -143,8 +145,10 @@ class Sources:
                     f"{file or 'standard input'}: prompts and completions need a .jsonl, .json, .csv, .tsv or "
                     ".parquet file"
                 )
-            if form.name == "bin" and not n_vocab:
-                raise ValueError(f"{file} contains token ids, but text is needed")
+            if file and form.name == "bin":
+                if not n_vocab:
+                    raise ValueError(f"{file} contains token ids, but text is needed")
+                check_vocabulary(file)
         self.fields, self.n_vocab, self.eot = fields, n_vocab, eot
         self.encoding, self.splits, self.skips = check_encoding(encoding), splits, skips
         self.stats = [file.stat() if file else None for file in self.files]
@@ -181,8 +185,8 @@ class Sources:
                 for it in some:
                     if form.name == "text":
                         yield it, self._text(file, name, it.start, it.stop)
-                    elif form.name == "bin":
-                        yield it, self._bin(file, name, it.start, it.stop)
+                    elif path and form.name == "bin":
+                        yield it, self._bin(path, file, it.start, it.stop)
                     else:
                         yield it, self._records(file, rows, it)
 
@@ -271,23 +275,23 @@ class Sources:
         if rows and not it.start and form.suffix.startswith(".csv") and rows.delimiter not in ("", ","):
             self.tally.add(Tally(delimiters={rows.delimiter: 1}))
 
-    def _bin(self, file: BinaryIO, name: str, start: int, stop: int) -> Iterator[Piece]:
+    def _bin(self, path: Path, file: BinaryIO, start: int, stop: int) -> Iterator[Piece]:
         dtype = id_dtype(self.n_vocab)
-        n_ids = start // dtype.itemsize
+        first = layout_of(path, dtype, self.n_vocab).offset
+        at = max(start, first)
         empty = True  # the part of the current document that was read so far
-        if start:
-            file.seek(start - dtype.itemsize)
+        if at > first:
+            file.seek(at - dtype.itemsize)
             empty = np.frombuffer(file.read(dtype.itemsize), dtype)[0] == self.eot
-        while n_ids * dtype.itemsize < stop and (data := file.read(reading.BLOCK)):
-            if len(data) % dtype.itemsize:
-                raise ValueError(f"{name} does not hold a whole number of {dtype.itemsize}-byte ids")
+        file.seek(at)
+        while at < stop and (data := file.read(min(reading.BLOCK, stop - at))):
             ids = np.frombuffer(data, dtype)
             if (wrong := np.flatnonzero(ids >= self.n_vocab)).size:
                 raise ValueError(
-                    f"{name}: token {n_ids + wrong[0]:,} is the id {ids[wrong[0]]}, outside the vocabulary of "
-                    f"{self.n_vocab:,} ids: it was written with another tokenizer, or another dtype"
+                    f"{path}: token {(at - first) // dtype.itemsize + wrong[0]:,} is the id {ids[wrong[0]]}, outside "
+                    f"the vocabulary of {self.n_vocab:,} ids: it was written with another tokenizer, or another dtype"
                 )
-            n_ids += len(ids)
+            at += len(data)
             *documents, rest = np.split(ids, np.flatnonzero(ids == self.eot) + 1)
             for document in documents:  # each ends with an end-of-text id, which is added again later
                 if len(document) > 1 or not empty:
@@ -302,7 +306,7 @@ class Sources:
             return
         if not empty:
             yield Piece(np.zeros(0, dtype))
-        elif not n_ids:
+        elif at == first:
             self.tally.n_empty += 1
 
 

@@ -411,7 +411,7 @@ BAD = {
     "j.csv": (b'text\n"a\n', r"j\.csv, line 2 is not CSV: "),
     "k.csv": (b"text\n\xe9\n", r"k\.csv is not UTF-8 text: byte 0xe9 at offset 5 "),
     "l.csv": (b"", r'l\.csv has no column "text"; its first line names: none'),
-    "m.bin": (b"\1\0\2", r"m\.bin does not hold a whole number of 2-byte ids"),
+    "m.bin": (b"\1\0\2", r"m\.bin has 3 bytes, which is not a whole number of 2-byte ids"),
     "n.bin": (b"\1\0\1\5", r"n\.bin: token 1 is the id 1281, outside the vocabulary of 1,281 ids"),
     "o.docx": (
         b"text",
