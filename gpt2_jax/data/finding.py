@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from gpt2_jax.data.reading import FORMS, ZIPPED, form_of
@@ -69,6 +69,14 @@ def _files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Pa
             yield path
         elif ((inner := path.stat()).st_dev, inner.st_ino) not in here:  # else a link leads to a folder above it
             yield from _files(path, here)
+
+
+def left_out(names: Iterable[str]) -> collections.Counter[str]:
+    """Return how many files in the folders among these sources are not read, by the end of their names."""
+    others: collections.Counter[str] = collections.Counter()
+    for name in names:
+        find(name, others)
+    return others
 
 
 def counted(files: Mapping[str, int]) -> str:
