@@ -59,12 +59,17 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The data to train on. field, val_fraction and split apply to text, and not to tokens that are already prepared.
+    """The data to train on. All fields except path and n_tokens apply to text, not to tokens that are prepared.
 
     Attributes:
-      path: text, which is tokenized first: a .txt, .jsonl or .csv file, a folder of these, or - for standard input.
-        Or tokens: a folder that gpt2-prepare wrote, or a .bin file. Required by gpt2-train.
-      field: name of the .jsonl field or .csv column that contains the text.
+      path: text, which is tokenized first: a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file, a folder of these,
+        or - for standard input. Or tokens: a folder that gpt2-prepare wrote, or a .bin file. Required by gpt2-train.
+      field: name of the JSON field or table column that contains the text.
+      encoding: encoding of the text, as Python names it, for example cp1252.
+      end_of_text: what the characters <|endoftext|> in a text are: "text", ordinary text, or "split", the end of a
+        document, as in corpora that separate documents so.
+      skip_bad_rows: leave out and count malformed lines, records without the field, and rows with too few or too many
+        columns; otherwise the first one is an error.
       val_fraction: fraction of the tokens that is kept for validation; 0 or more, less than 1.
       split: how the validation part is chosen: "documents" draws whole documents with the seed, "tail" takes the last
         tokens, "auto" uses documents, or the tail if there are too few documents.
@@ -78,6 +83,9 @@ class Data:
 
     path: str = ""
     field: str = "text"
+    encoding: str = "utf-8"
+    end_of_text: Literal["text", "split"] = "text"
+    skip_bad_rows: bool = False
     val_fraction: float = 0.1
     split: Literal["auto", "documents", "tail"] = "auto"
     n_tokens: int = 0
@@ -90,6 +98,7 @@ class Data:
         _real(self, "test_fraction", 0, 1, open_high=True)
         _check(self.val_fraction + self.test_fraction < 1, self, "test_fraction", "less than 1 - val_fraction")
         _choice(self, "split")
+        _choice(self, "end_of_text")
         _whole(self, "n_tokens", 0)
 
 

@@ -125,12 +125,16 @@ def _documents(args: Args, tokenizer: Tokenizer) -> tuple[list[np.ndarray], list
     import numpy as np
 
     from gpt2_jax.data.encoding import encode_documents
-    from gpt2_jax.data.sources import Fields, Sources
+    from gpt2_jax.data.finding import counted
+    from gpt2_jax.data.records import Fields
+    from gpt2_jax.data.sources import Sources
     from gpt2_jax.tokenizer import end_of_text
 
     before = [end_of_text(tokenizer, "--bos")] if args.bos else []
     eot = -1 if tokenizer.eot is None else tokenizer.eot  # without one, a .bin file is one document
     found = Sources(_without_folders(args.sources, tokenizer), Fields(args.field), tokenizer.n_vocab, eot)
+    if found.left_out:
+        _tell(f"left out: {counted(found.left_out)}")
     documents = []
     with progress.bars("bytes", "left") as bars:
         for ids in encode_documents(found.pieces(), tokenizer):

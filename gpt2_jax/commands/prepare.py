@@ -27,9 +27,10 @@ class Args:
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE", help_behavior_hint="")]
-    """What to read, in order. A .txt file is one document. A .jsonl file has one document per line.
-    A .csv file has one per row, and its first row names the columns. A .bin file has token ids.
-    A folder means all such files in it. Standard input (-) is one document."""
+    """What to read, in order. A .txt or .md file is one document. A .jsonl file has one document per line, a .json file
+    one per object of its array. A .csv, .tsv or .parquet file has one per row; .csv files may use ; or tabs.
+    Text may be compressed: .gz. A .bin file has token ids. A folder means all such files in it.
+    Standard input (-) is one document."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
     """The folder to write."""
     tokenizer: Annotated[
@@ -42,14 +43,22 @@ class Args:
         ),
     ] = None
     field: str = "text"
-    """Name of the .jsonl field or .csv column that contains the text.
-    If a .csv file has only one column, its name does not matter."""
+    """Name of the JSON field or table column that contains the text.
+    If a .csv or .tsv file has only one column, its name does not matter."""
     prompt_field: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
     """Field of the prompts, together with --completion-field: each document is a pair.
     Only the completion, and the end-of-text id after it, count in the loss."""
     completion_field: Annotated[str, tyro.conf.arg(help_behavior_hint="")] = ""
     """Field of the completions.
     Nothing is inserted between prompt and completion: begin the completion with a space if the text needs one."""
+    encoding: str = "utf-8"
+    """Encoding of the text, as Python names it, for example cp1252 or utf-16. Not used for .parquet and .bin files."""
+    end_of_text: Literal["text", "split"] = "text"
+    """What the characters <|endoftext|> in a text are: "text", ordinary text, or "split", the end of a document.
+    Some corpora separate documents so. Not for prompts and completions."""
+    skip_bad_rows: bool = False
+    """Leave out malformed lines, records without the field, and rows with too few or too many columns.
+    They are counted, and the first is reported. Otherwise it is an error."""
     val_fraction: float = 0.1
     """Fraction of the text that is kept for validation; 0 or more, less than 1."""
     split: Literal["auto", "documents", "tail"] = "auto"
@@ -84,6 +93,9 @@ def run(args: Args) -> None:
             field=args.field,
             prompt_field=args.prompt_field,
             completion_field=args.completion_field,
+            encoding=args.encoding,
+            end_of_text=args.end_of_text,
+            skip_bad_rows=args.skip_bad_rows,
             val_fraction=args.val_fraction,
             split=args.split,
             seed=args.seed,
@@ -108,26 +120,18 @@ def _report(prepared: Prepared, tokenizer: str | None) -> str:
 
 
 def _notes(manifest: dict[str, Any], tokenizer: str | None) -> list[str]:
+    from gpt2_jax.data.finding import counted
+    from gpt2_jax.data.notes import notes_on
+
     how = {
         "documents": "drawn by document",
         "tail": "the last tokens; a document that is cut counts where it begins",
     }
     n_tokens = sum(manifest[split]["tokens"] for split in ("train", "val"))
     notes = [
-        f"text: {manifest['characters']:,} characters in {_several(manifest['files'], 'file')}, "
-        f"{manifest['characters'] / n_tokens:.2f} per token",
+        f"text: {manifest['characters']:,} characters, {manifest['characters'] / n_tokens:.2f} per token",
+        f"files: {counted(manifest['file_types'])}",
         f"vocabulary: {manifest['n_vocab']:,} ids, of {_model.title(tokenizer)}",
         f"validation: {how[manifest['split']]}" if manifest["val_fraction"] else "validation: none",
     ]
-    if manifest["empty_documents"]:
-        notes.append(f"left out: {_several(manifest['empty_documents'], 'document')} without text")
-    if manifest["end_of_text_as_text"]:
-        notes.append(
-            f"note: the text has the characters <|endoftext|> {_several(manifest['end_of_text_as_text'], 'time')}; "
-            "they stay ordinary text, because a document ends with its file, line or row"
-        )
-    return notes
-
-
-def _several(count: int, name: str) -> str:
-    return f"{count:,} {name}{'' if count == 1 else 's'}"
+    return notes + notes_on(manifest, "pass --end-of-text split")

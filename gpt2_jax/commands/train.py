@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -54,6 +54,22 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
     return Args(Recipe.from_toml(path) if path else Recipe())
 
 
+def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
+    """Say how the text was read: once, when a run begins. Say if settings of the recipe were not used for it."""
+    from gpt2_jax.data.notes import notes_on
+    from gpt2_jax.data.token_files import is_prepared
+
+    split, share, marker = manifest["split"], manifest["val_fraction"], manifest.get("end_of_text", "text")
+    if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
+        print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)
+    if recipe.data.end_of_text != marker:
+        print(f"the prepared text is used as it is: it has end_of_text {marker}", file=sys.stderr)
+    prepared = is_prepared(recipe.data.path)
+    option = "prepare the text again with --end-of-text split" if prepared else "pass --data.end-of-text split"
+    for note in notes_on(manifest, option) if began else ():
+        print(note, file=sys.stderr)
+
+
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
@@ -68,9 +84,7 @@ def run(args: Args) -> int:
     data = start_data(recipe, tokenizer, folder / "data")
     plan, params, tokenizer = start_model(recipe, folder, data)
     if recipe.objective == "language_modeling" and data.manifest is not None:
-        split, share = data.manifest["split"], data.manifest["val_fraction"]
-        if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
-            print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)
+        _tell_about(data.manifest, recipe, began=params is not None)
     n_val = data.val.n_tokens if data.val else 0
     print(
         f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens",

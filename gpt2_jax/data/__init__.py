@@ -1,7 +1,8 @@
 """Turn text into documents, tokens and batches, and train vocabularies on text.
 
-`sources` reads documents, `encoding` turns them into tokens, `splitting` divides them, `token_files` stores them, and
-`batching` reads them one window at a time. `bpe` trains a vocabulary. Not in this package: reading a vocabulary and
+`finding` finds files, `reading` opens and decodes them, and `records` reads their rows. `sources` makes documents of
+them, `encoding` turns these into tokens, `splitting` divides them, `token_files` and `bare` know the files of tokens,
+and `batching` reads them one window at a time. `bpe` trains a vocabulary. Not in this package: reading a vocabulary and
 encoding one text (`gpt2_jax.tokenizer`), and training on batches (`gpt2_jax.training`).
 """
 

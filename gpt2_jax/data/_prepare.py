@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import array
+import collections
 import contextlib
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,13 @@ from gpt2_jax import files, progress
 from gpt2_jax.checks import choice, real_number, whole_number
 from gpt2_jax.data import parts
 from gpt2_jax.data.encoding import PREPARED, Encoded, encode_all, workers_for
-from gpt2_jax.data.sources import Fields, Sources
+from gpt2_jax.data.records import Fields
+from gpt2_jax.data.sources import Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
 from gpt2_jax.data.token_files import FILES, MANIFEST, SPLITS, VERSION, Prepared, id_dtype, open_prepared
 from gpt2_jax.processes import Share
-from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
+from gpt2_jax.tokenizer import Tokenizer, fingerprint
+from gpt2_jax.tokenizer import end_of_text as end_of_text_id
 
 
 def prepare(
@@ -36,6 +39,9 @@ def prepare(
     val_fraction: float = 0.1,
     split: Literal["auto", "documents", "tail"] = "auto",
     seed: int = 0,
+    encoding: str = "utf-8",
+    end_of_text: Literal["text", "split"] = "text",
+    skip_bad_rows: bool = False,
     n_workers: int = 0,
     overwrite: bool = False,
     shown: bool | None = None,
@@ -43,20 +49,24 @@ def prepare(
 ) -> Prepared:
     """Tokenize text, and write it to a new folder as train.bin and val.bin with a manifest, tokens.json.
 
-    Each document is followed by the id `tokenizer.eot`. The characters `<|endoftext|>` inside a text stay ordinary
-    text. A single document has no `tokenizer.eot` after it, unless it is a pair. Documents without text are left out.
+    Each document is followed by the id `tokenizer.eot`. By default the characters `<|endoftext|>` inside a text stay
+    ordinary text. A single document has no `tokenizer.eot` after it, unless it is a pair. Documents without text are
+    left out.
 
     The result depends only on the text, its order, the tokenizer, and the settings for fields and split. The folder
     appears in one step. If the process is killed before that, the folder does not exist, or is unchanged.
 
     Args:
-      sources: files and folders to read, in order. A .txt file is one document. A .jsonl file has one document per
-        line, in a field of an object. A .csv file has one document per row, in a column that the first line names (a
-        single column may have any name). A .bin file has token ids, with the end-of-text id between documents. A
-        folder means all such files in it, sorted by name. "-" is standard input, one document.
+      sources: files and folders to read, in order. A .txt or .md file is one document. A .jsonl or .ndjson file has one
+        document per line, in a field of an object; a .json file has an array of such objects. A .csv or .tsv file has
+        one document per row, in a column that the first line names (a single column may have any name). A .csv file
+        may use ; or tabs instead of commas, if its first line does. A .parquet file has one document per row; it needs
+        pyarrow. All of these except .parquet may be compressed with gzip: .jsonl.gz. A .bin file has token ids, with
+        the end-of-text id between documents. A folder means all such files in it, sorted by name; links are followed,
+        and the manifest counts the other files. "-" is standard input, one document.
       folder: the folder to write.
       tokenizer: encodes the text.
-      field: the field of .jsonl objects, or the column of .csv files, that contains the text.
+      field: the field of JSON objects, or the column of tables, that contains the text.
       prompt_field: the field of prompts. With completion_field, it replaces `field`. Prompt and completion are encoded
         separately, so a completion begins at a token boundary. Only the completion and the end-of-text id after it
         count in the loss; train.mask.bin and val.mask.bin record this.
@@ -67,6 +77,13 @@ def prepare(
         validates on the rest. "auto" is "documents", unless that leaves one side without a document, or with less than
         half or more than twice its share of the tokens. Then it is "tail".
       seed: the seed of the draws.
+      encoding: the encoding of the text, as Python names it, for example "cp1252". It is not used for .parquet and .bin
+        files. A file that is not in UTF-8 is not divided over several processes.
+      end_of_text: what the characters `<|endoftext|>` in a text are: "text", or "split": the end of a document, as in
+        corpora that separate documents so. The ids are then those of tiktoken with this special token allowed, except
+        that documents without text are left out. Not for prompts and completions.
+      skip_bad_rows: leave out and count lines that are not JSON, records without the field or with another value than
+        a string in it, and rows with too few or too many columns. Otherwise the first one is an error.
       n_workers: number of processes on this machine that encode; 0 uses one per core if there is enough text, else one.
       overwrite: replace the folder, if it contains only prepared text.
       shown: show a progress bar on standard error; None shows it only on a terminal.
@@ -85,6 +102,7 @@ def prepare(
     share = share or Share()
     with share.telling():
         choice("split", split, ("auto", "documents", "tail"))
+        choice("end_of_text", end_of_text, ("text", "split"))
         number = real_number("val_fraction", val_fraction, 0, 1, open_high=True)
         val_fraction = val_fraction if isinstance(val_fraction, int) else number  # an integer 0 stays 0 in the manifest
         settings = {"split": split, "val_fraction": val_fraction, "seed": whole_number("seed", seed, 0, 2**32 - 1)}
@@ -93,7 +111,10 @@ def prepare(
         target = files.expanded(folder)
         check = functools.partial(check_replaceable, target, overwrite)
         check()
-        found = Sources(sources, fields, tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
+        found = Sources(
+            sources, fields, tokenizer.n_vocab, end_of_text_id(tokenizer, PREPARED),
+            encoding=encoding, splits=end_of_text == "split", skips=skip_bad_rows,
+        )  # fmt: skip
 
         def write(encoded: Generator[Encoded, None, None], title: str = "joining") -> None:
             with files.replacing(target, check) as temporary, contextlib.closing(encoded):
@@ -141,7 +162,14 @@ def _write(
         "val_fraction": settings["val_fraction"],
         "seed": settings["seed"],
         "files": len(found.files),
-        "empty_documents": found.n_empty,
+        "file_types": _sorted(collections.Counter(form.suffix or "standard input" for form in found.forms)),
+        "left_out": _sorted(found.left_out),
+        "encoding": found.encoding,
+        "delimiters": _sorted(found.tally.delimiters),
+        "empty_documents": found.tally.n_empty,
+        "skipped_rows": found.tally.n_skipped,
+        "first_skipped_row": found.skipped(),
+        "end_of_text": "split" if found.splits else "text",
         "characters": written.n_characters,
         "bytes": written.n_bytes,
         "end_of_text_as_text": written.n_markers,
@@ -212,6 +240,10 @@ def _write_all(
 
 
 # ---- the manifest
+
+
+def _sorted(numbers: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(numbers.items()))
 
 
 def _counts(folder: Path, name: str, tokenizer: Tokenizer, n_documents: int) -> dict[str, int]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from gpt2_jax import files
 from gpt2_jax.checks import whole_number
-from gpt2_jax.data.sources import Fields, Sources
+from gpt2_jax.data.records import Fields
+from gpt2_jax.data.sources import Sources
 from gpt2_jax.tokenizer import END_OF_TEXT, OPENAI_FILES, Tokenizer
 
 MIN_FREQUENCY = 2  # a pair that occurs once is not worth a token
@@ -25,9 +26,9 @@ def train_tokenizer(
     Text is first split by GPT-2's pattern. If pairs occur equally often, the pair with the lower ids merges first.
 
     Args:
-      sources: .txt, .jsonl and .csv files, folders of such files, or "-", as in `prepare`.
+      sources: files of text, folders of such files, or "-", as in `prepare`.
       n_merges: maximum number of merges; there are fewer if no more pairs occur twice. GPT-2 has 50,000.
-      field: the field of .jsonl objects, or the column of .csv files, that contains the text.
+      field: the field of JSON objects, or the column of tables, that contains the text.
       shown: show a progress bar on standard error.
 
     Raises:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_jax.data.sources import BLOCK, Piece
+from gpt2_jax.data.reading import BLOCK
+from gpt2_jax.data.sources import Piece
 from gpt2_jax.data.token_files import id_dtype
 from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
 

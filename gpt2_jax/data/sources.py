@@ -1,30 +1,30 @@
-"""Reads documents from text files, one piece at a time, so that a file of any size takes little memory."""
+"""Reads documents from files, one piece at a time, so that a file of any size takes little memory."""
 
 from __future__ import annotations
 
 import codecs
+import collections
 import contextlib
-import csv
+import dataclasses
+import functools
 import itertools
 import operator
 import os
-import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from gpt2_jax.data.records import LONGEST_FIELD, Fields, Rows, columns_of, texts_of
-from gpt2_jax.data.token_files import MANIFEST, id_dtype
-from gpt2_jax.files import expanded
+from gpt2_jax.data import reading
+from gpt2_jax.data.bare import check_vocabulary, layout_of
+from gpt2_jax.data.finding import STDIN, find
+from gpt2_jax.data.reading import END, UTF_8, Form, blocks, check_encoding, form_of, lines, opened
+from gpt2_jax.data.records import Fields, Places, Rows, read_records, texts_of, unit_of
+from gpt2_jax.data.token_files import id_dtype
+from gpt2_jax.tokenizer import END_OF_TEXT
 
-BLOCK = 2**20  # bytes read at a time
-SUFFIXES = (".txt", ".jsonl", ".csv", ".bin")
-STDIN = "-"
-BOM = codecs.BOM_UTF8
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that do not begin a character
-END = 2**63 - 1  # an offset after the end of every file
 
 # The whitespace of GPT-2's pattern; Python's own set is different.
 WHITESPACE = (
@@ -62,18 +62,55 @@ class Range(NamedTuple):
     unit: int = 0
 
 
+@dataclasses.dataclass
+class Tally:
+    """What was left out, and how files were read.
+
+    Attributes:
+      n_empty: documents without text, which are left out.
+      n_skipped: bad records, which are left out if this is allowed.
+      first: the first of these: [number of the file, offset of the range, number in the range, what is wrong]; or [].
+      delimiters: {delimiter other than a comma: .csv files that use it}.
+    """
+
+    n_empty: int = 0
+    n_skipped: int = 0
+    first: list[Any] = dataclasses.field(default_factory=list)
+    delimiters: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def add(self, later: Tally) -> None:
+        """Add what was counted in later files, or in later ranges."""
+        self.n_empty += later.n_empty
+        self.n_skipped += later.n_skipped
+        self.first = self.first or later.first
+        for delimiter, count in later.delimiters.items():
+            self.delimiters[delimiter] = self.delimiters.get(delimiter, 0) + count
+
+
 class Sources:
     """The documents of files and folders, in order.
 
     Attributes:
       files: the files to read; None is standard input.
+      forms: what their names say about the contents.
       stats: size, time of modification etc. of each file.
+      left_out: how many files in the folders are not read, by the end of their names.
       n_bytes: bytes of all files; standard input is not included, because its size is not known.
-      n_read: bytes read so far.
-      n_empty: documents without text, which are left out.
+      n_read: bytes read so far, of compressed files before they are decompressed.
+      tally: what was left out so far, and how files were read.
     """
 
-    def __init__(self, sources: Sequence[str | os.PathLike], fields: Fields, n_vocab: int = 0, eot: int = 0):
+    def __init__(
+        self,
+        sources: Sequence[str | os.PathLike],
+        fields: Fields,
+        n_vocab: int = 0,
+        eot: int = 0,
+        *,
+        encoding: str = UTF_8,
+        splits: bool = False,
+        skips: bool = False,
+    ):
         """Find the files.
 
         Args:
@@ -81,11 +118,14 @@ class Sources:
           fields: where the text is.
           n_vocab: number of ids in the vocabulary, for .bin files; with 0, .bin files are refused.
           eot: the id between documents in .bin files.
+          encoding: the encoding of the text, as Python names it.
+          splits: whether the characters `<|endoftext|>` in a text end a document. They are left out then.
+          skips: whether bad records are left out and counted. Otherwise the first one is an error.
 
         Raises:
           FileNotFoundError: a file does not exist, or a folder has nothing to read.
-          ValueError: a file has an unknown type, pairs are requested from a file without fields, or a folder contains
-            prepared tokens.
+          ValueError: a file has an unknown type, pairs are requested from a file without fields, a folder contains
+            prepared tokens, or there is no such encoding.
         """
         if isinstance(sources, str | os.PathLike):
             raise ValueError("sources must be a list of files and folders, not one name")
@@ -94,23 +134,38 @@ class Sources:
             raise ValueError("there is nothing to read: name files or folders, or - for standard input")
         if names.count(STDIN) > 1:
             raise ValueError("- reads all of standard input: name it only once")
-        self.files = [file for name in names for file in _find(name)]
-        for file in self.files:
-            if fields.pairs and (file is None or file.suffix.lower() in (".txt", ".bin")):
-                raise ValueError(f"{file or 'standard input'}: prompts and completions need a .jsonl or .csv file")
-            if file and file.suffix.lower() == ".bin" and not n_vocab:
-                raise ValueError(f"{file} contains token ids, but text is needed")
+        if splits and fields.pairs:
+            raise ValueError(f"prompts and completions cannot be split at {END_OF_TEXT}")
+        self.left_out: collections.Counter[str] = collections.Counter()
+        self.files = [file for name in names for file in find(name, self.left_out)]
+        self.forms = [form_of(file) if file else Form("text", False, "") for file in self.files]
+        for file, form in zip(self.files, self.forms, strict=True):
+            if fields.pairs and not form.has_fields:
+                raise ValueError(
+                    f"{file or 'standard input'}: prompts and completions need a .jsonl, .json, .csv, .tsv or "
+                    ".parquet file"
+                )
+            if file and form.name == "bin":
+                if not n_vocab:
+                    raise ValueError(f"{file} contains token ids, but text is needed")
+                check_vocabulary(file)
         self.fields, self.n_vocab, self.eot = fields, n_vocab, eot
+        self.encoding, self.splits, self.skips = check_encoding(encoding), splits, skips
         self.stats = [file.stat() if file else None for file in self.files]
         self.n_bytes = sum(stat.st_size for stat in self.stats if stat)
-        self.n_read = self.n_empty = 0
+        self.n_read, self.tally = 0, Tally()
+
+    def is_whole(self, number: int) -> bool:
+        """Return whether a file can only be read from its beginning to its end, and not in ranges."""
+        form = self.forms[number]
+        return form.zipped or form.name in ("json", "parquet") or (form.name != "bin" and self.encoding != UTF_8)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield all documents, each as one or more pieces, and count the bytes that are read.
 
         Raises:
-          ValueError: bytes that are not UTF-8, a line that is not JSON, a missing field, or an id outside the
-            vocabulary; the message says where.
+          ValueError: bytes that are not in this encoding, a line that is not JSON, a missing field, or an id outside
+            the vocabulary; the message says where.
         """
         with contextlib.closing(self.read(map(Range, range(len(self.files))))) as ranges:
             for _, pieces in ranges:
@@ -122,15 +177,42 @@ class Sources:
         Only a range of a .csv file needs to read what is before it, because a line break may be inside a field. If
         ranges of one file follow one another, this is done once.
         """
-        kinds = {".txt": self._text, ".jsonl": self._jsonl, ".csv": self._csv, ".bin": self._bin}
         for number, some in itertools.groupby(ranges, operator.attrgetter("file")):
-            path = self.files[number]
-            name, kind = ("standard input", ".txt") if path is None else (str(path), path.suffix.lower())
-            with contextlib.ExitStack() as stack:
-                file = _standard_input() if path is None else stack.enter_context(path.open("rb"))
-                opened = Rows(self._lines(file, name)) if kind == ".csv" else file
+            path, form = self.files[number], self.forms[number]
+            name = self._name(number)
+            with opened(path, self._count) as file:
+                rows = Rows(lines(file, name, self.encoding), form) if form.name == "csv" else None
                 for it in some:
-                    yield it, kinds[kind](opened, name, it.start, it.stop)
+                    if form.name == "text":
+                        yield it, self._text(file, name, it.start, it.stop)
+                    elif path and form.name == "bin":
+                        yield it, self._bin(path, file, it.start, it.stop)
+                    else:
+                        yield it, self._records(file, rows, it)
+
+    def skipped(self) -> str:
+        """Return the place of the first bad record that was left out, and what is wrong with it; "" if none was."""
+        if not self.tally.first:
+            return ""
+        number, start, place, what = self.tally.first
+        with opened(self.files[number]) as file:
+            return f"{self._places(number, start, file).of(place)}{what}"
+
+    def _name(self, number: int) -> str:
+        return str(self.files[number] or "standard input")
+
+    def _count(self, n_bytes: int) -> None:
+        self.n_read += n_bytes
+
+    def _places(self, number: int, start: int, file: BinaryIO) -> Places:
+        """Return the names of the records of a range."""
+        is_csv = self.forms[number].name == "csv"  # its lines are always counted from the beginning
+        n_before = (lambda: 0) if is_csv else functools.partial(_n_lines, file, start)
+
+        def skip(place: int, what: str) -> None:
+            self.tally.add(Tally(n_skipped=1, first=[number, start, place, what]))
+
+        return Places(self._name(number), unit_of(self.forms[number]), n_before, skip if self.skips else None)
 
     def _text(self, file: BinaryIO, name: str, start: int, stop: int) -> Iterator[Piece]:
         """Yield a file as one document, cut where a token always ends: before a run of whitespace.
@@ -140,24 +222,16 @@ class Sources:
 
         A range has the pieces that end in its blocks. The first of them may begin before it.
         """
-        decoder, kept = codecs.getincrementaldecoder("utf-8")(), [""]
-        offset, end = 0, False
+        kept, end, offset, pending = [""], False, 0, b""
         if start:
             offset, pending = _last_cut(file, start)
-            decoder.decode(pending)
             file.seek(offset)
-        while not end and offset < stop:
-            data = file.read(BLOCK)
-            end = not data
-            self.n_read += len(data)
-            if not offset and data.startswith(BOM):
-                data, offset = data[len(BOM) :], len(BOM)
-            at = offset - len(decoder.getstate()[0])  # with an incomplete character
-            text = _decoded(lambda data=data, end=end: decoder.decode(data, final=end), name, at)
-            offset += len(data)
+        for text, after, end in blocks(  # noqa: B007
+            file, name, self.encoding, offset, pending, stop
+        ):
             if cut := _cut(text):
-                if offset > start:
-                    yield Piece("".join([*kept, text[:cut]]), ends=False)
+                if after > start:
+                    yield from self._pieces("".join([*kept, text[:cut]]), ends=False)
                 kept = [text[cut:]]
             else:
                 kept.append(text)
@@ -167,83 +241,63 @@ class Sources:
     def _documents(self, *texts: str) -> Iterator[Piece]:
         """Yield a document with this text, or this prompt and completion; an empty document is only counted."""
         if not any(texts):
-            self.n_empty += 1
-            return
-        for i, text in enumerate(texts, start=1):
-            yield Piece(text, counts=i == len(texts), ends=i == len(texts))
+            self.tally.n_empty += 1
+        elif len(texts) == 1:
+            yield from self._pieces(texts[0], ends=True)
+        else:
+            for i, text in enumerate(texts, start=1):
+                yield Piece(text, counts=i == len(texts), ends=i == len(texts))
 
-    def _lines(self, file: BinaryIO, name: str, start: int = 0, stop: int = END) -> Iterator[tuple[str, int]]:
-        """Yield each line that begins in the range, with the offset of its end."""
-        offset = start
-        if start:
-            file.seek(start - 1)
-            offset += len(file.readline()) - 1
-        if offset >= stop:
-            return
-        for line in file:
-            self.n_read += len(line)
-            text = _decoded(line.removeprefix(BOM if not offset else b"").decode, name, offset)
-            offset += len(line)
-            yield text, offset
-            if offset >= stop:
-                return
+    def _pieces(self, text: str, ends: bool) -> Iterator[Piece]:
+        """Yield a piece, or the documents and the piece into which `<|endoftext|>` divides it.
 
-    def _jsonl(self, file: BinaryIO, name: str, start: int, stop: int) -> Iterator[Piece]:
-        for number, (line, _) in enumerate(self._lines(file, name, start, stop), start=1):
-            if not line.strip():
-                continue
+        These characters contain no whitespace, so a cut is never inside them. A piece after a cut begins with
+        whitespace, so its first part is never empty.
+        """
+        if not self.splits:
+            yield Piece(text, ends=ends)
+            return
+        *documents, rest = text.split(END_OF_TEXT)
+        yield from map(Piece, filter(None, documents))
+        if rest:
+            yield Piece(rest, ends=ends)
+
+    def _records(self, file: BinaryIO, rows: Rows | None, it: Range) -> Iterator[Piece]:
+        """Yield the documents of the records of a range."""
+        places, form = self._places(it.file, it.start, file), self.forms[it.file]
+        for record, number in read_records(file, form, places, self.encoding, self.fields, rows, it.start, it.stop):
             try:
-                texts = texts_of(line, self.fields)
+                texts = texts_of(record, self.fields)
             except ValueError as error:
-                number += _n_lines(file, start)
-                raise ValueError(f"{name}, line {number}{error}") from error.__cause__
-            yield from self._documents(*texts)
+                places.bad(number, str(error), error)
+            else:
+                yield from self._documents(*texts)
+        if rows and not it.start and form.suffix.startswith(".csv") and rows.delimiter not in ("", ","):
+            self.tally.add(Tally(delimiters={rows.delimiter: 1}))
 
-    def _csv(self, rows: Rows, name: str, start: int, stop: int) -> Iterator[Piece]:
-        limit = csv.field_size_limit(LONGEST_FIELD)
-        try:
-            if not rows.columns:
-                rows.columns = columns_of(next(rows.reader, None), self.fields, name)
-            n_columns = max(rows.columns) + 1
-            while rows.offset < stop:
-                begin = rows.offset
-                row = next(rows.reader, None)
-                if row is None:
-                    break
-                if row and begin >= start:  # an empty line is not a row
-                    if len(row) < n_columns:
-                        line = rows.reader.line_num
-                        raise ValueError(f"{name}, line {line}: the row has {len(row)} columns, too few")
-                    yield from self._documents(*(row[column] for column in rows.columns))
-        except csv.Error as error:
-            raise ValueError(f"{name}, line {rows.reader.line_num} is not CSV: {error}") from error
-        finally:
-            csv.field_size_limit(limit)
-
-    def _bin(self, file: BinaryIO, name: str, start: int, stop: int) -> Iterator[Piece]:
+    def _bin(self, path: Path, file: BinaryIO, start: int, stop: int) -> Iterator[Piece]:
         dtype = id_dtype(self.n_vocab)
-        n_ids = start // dtype.itemsize
+        first = layout_of(path, dtype, self.n_vocab).offset
+        at = max(start, first)
         empty = True  # the part of the current document that was read so far
-        if start:
-            file.seek(start - dtype.itemsize)
+        if at > first:
+            file.seek(at - dtype.itemsize)
             empty = np.frombuffer(file.read(dtype.itemsize), dtype)[0] == self.eot
-        while n_ids * dtype.itemsize < stop and (data := file.read(BLOCK)):
-            self.n_read += len(data)
-            if len(data) % dtype.itemsize:
-                raise ValueError(f"{name} does not hold a whole number of {dtype.itemsize}-byte ids")
+        file.seek(at)
+        while at < stop and (data := file.read(min(reading.BLOCK, stop - at))):
             ids = np.frombuffer(data, dtype)
             if (wrong := np.flatnonzero(ids >= self.n_vocab)).size:
                 raise ValueError(
-                    f"{name}: token {n_ids + wrong[0]:,} is the id {ids[wrong[0]]}, outside the vocabulary of "
-                    f"{self.n_vocab:,} ids: it was written with another tokenizer, or another dtype"
+                    f"{path}: token {(at - first) // dtype.itemsize + wrong[0]:,} is the id {ids[wrong[0]]}, outside "
+                    f"the vocabulary of {self.n_vocab:,} ids: it was written with another tokenizer, or another dtype"
                 )
-            n_ids += len(ids)
+            at += len(data)
             *documents, rest = np.split(ids, np.flatnonzero(ids == self.eot) + 1)
             for document in documents:  # each ends with an end-of-text id, which is added again later
                 if len(document) > 1 or not empty:
                     yield Piece(document[:-1])
                 else:
-                    self.n_empty += 1
+                    self.tally.n_empty += 1
                 empty = True
             if len(rest):
                 yield Piece(rest, ends=False)
@@ -252,54 +306,8 @@ class Sources:
             return
         if not empty:
             yield Piece(np.zeros(0, dtype))
-        elif not n_ids:
-            self.n_empty += 1
-
-
-def _find(name: str) -> list[Path | None]:
-    """Return the files of one source: the file itself, or those of a folder, sorted by their paths in it."""
-    if name == STDIN:
-        return [None]
-    path = expanded(name)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {path}")
-    if not path.is_dir():
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f"{path} is not a file of type {', '.join(SUFFIXES)}: rename it, or pass its text on standard input (-)"
-            )
-        return [path]
-    files = [
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
-    if not files:
-        raise FileNotFoundError(f"{path} has no file of type {', '.join(SUFFIXES)}")
-    names = {file.relative_to(path).as_posix(): file for file in files}
-    for file in files:
-        if (file.parent / MANIFEST).is_file() or (file.name == "val.bin" and file.with_name("train.bin") in files):
-            raise ValueError(f"{file.parent} contains tokens that are already split: train on this folder directly")
-    return [names[name] for name in sorted(names)]
-
-
-def _standard_input() -> BinaryIO:
-    if sys.stdin is None:
-        raise ValueError("standard input is closed: there is nothing to read")
-    return sys.stdin.buffer
-
-
-def _decoded(decode: Any, name: str, offset: int) -> str:
-    """Return the result of `decode()`. An error names the invalid byte and its offset in the file."""
-    try:
-        return decode()
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(
-            f"{name} is not UTF-8 text: byte {byte:#04x} at offset {offset + error.start:,} ({error.reason})"
-        ) from error
+        elif at == first:
+            self.tally.n_empty += 1
 
 
 def _cut(text: str) -> int:
@@ -315,13 +323,13 @@ def _last_cut(file: BinaryIO, start: int) -> tuple[int, bytes]:
     """
     pending = b""
     while start:
-        start -= BLOCK
+        start -= reading.BLOCK
         n_before = min(start, 3)  # an incomplete character has at most three bytes
         file.seek(start - n_before)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         decoder.decode(file.read(n_before).lstrip(CONTINUATION))
         pending = decoder.getstate()[0]
-        if _cut(decoder.decode(file.read(BLOCK))):
+        if _cut(decoder.decode(file.read(reading.BLOCK))):
             break
     return start, pending
 
@@ -331,5 +339,5 @@ def _n_lines(file: BinaryIO, start: int) -> int:
     if not start:
         return 0
     file.seek(0)
-    sizes = (min(BLOCK, start - 1 - at) for at in range(0, start - 1, BLOCK))
+    sizes = (min(reading.BLOCK, start - 1 - at) for at in range(0, start - 1, reading.BLOCK))
     return 1 + sum(file.read(size).count(b"\n") for size in sizes)

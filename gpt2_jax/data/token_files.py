@@ -1,4 +1,4 @@
-"""Token ids on disk, read one window at a time: a prepared folder, or the bare files of nanoGPT.
+"""Token ids on disk, read one window at a time: a prepared folder, or the bare files of nanoGPT and llm.c.
 
 A prepared folder contains train.bin and val.bin: the ids one after another, as little-endian uint16 (uint32 if the
 vocabulary has more than 65,535 ids). This is nanoGPT's layout. If some tokens are not targets, it also contains
@@ -8,12 +8,14 @@ train.mask.bin and val.mask.bin: one byte per token, 1 if it counts in the loss.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from gpt2_jax.data.bare import check_vocabulary, layout_of
 from gpt2_jax.files import expanded, read_json, sha256_of
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
 
@@ -21,6 +23,7 @@ MANIFEST = "tokens.json"
 SPLITS = ("train", "val")
 FILES = {MANIFEST, *(f"{split}{end}" for split in SPLITS for end in (".bin", ".mask.bin"))}
 VERSION = 1
+BLOCK = 2**20  # bytes read at a time
 CHEAP = 10**9  # bytes: smaller folders are hashed each time they are opened, in up to a second
 
 
@@ -39,6 +42,7 @@ class Tokens:
       n_vocab: every id is below this.
       mask_path: the file that says which tokens count in the loss; None if all do.
       n_rows: rows of the model that reads the ids; None if they are not known. An id without a row is refused.
+      offset: bytes before the first id.
     """
 
     path: Path
@@ -46,6 +50,7 @@ class Tokens:
     n_vocab: int
     mask_path: Path | None = None
     n_rows: int | None = None
+    offset: int = 0
 
     def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ids int32 [count] from token `start` on, and counts float32 [count], 1 where a token is a target.
@@ -56,25 +61,46 @@ class Tokens:
         """
         if not 0 <= start <= start + count <= self.n_tokens:
             raise ValueError(f"{self.path} has {self.n_tokens:,} tokens: cannot read {count:,} from token {start:,} on")
-        ids = _read(self.path, id_dtype(self.n_vocab), start, count)
-        if count and int(ids.max()) >= self.n_vocab:
-            at = start + int(np.argmax(ids >= self.n_vocab))
-            raise ValueError(
-                f"{self.path}: token {at:,} is the id {ids[at - start]}, outside the vocabulary of {self.n_vocab:,} "
-                "ids: it was written with another tokenizer, or another dtype"
-            )
-        if count and self.n_rows is not None and int(ids.max()) >= self.n_rows:
-            raise ValueError(
-                f"{self.path} has the id {int(ids.max())}, but the model has only {self.n_rows:,} rows: resize its "
-                "embedding, or prepare the text without this added token"
-            )
+        ids = _read(self.path, id_dtype(self.n_vocab), start, count, self.offset)
+        self._check(ids, start)
         if self.mask_path is None:
             return ids.astype(np.int32), np.ones(count, np.float32)
         return ids.astype(np.int32), _read(self.mask_path, np.dtype(np.uint8), start, count).astype(np.float32)
 
+    def digest(self) -> str:
+        """Return the sha256 of the file of ids, in hexadecimal, and check every id: about one second per GB.
 
-def _read(path: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray:
-    values = np.fromfile(path, dtype, count, offset=start * dtype.itemsize)
+        Raises:
+          ValueError: an id is outside the vocabulary, or has no row in the model.
+        """
+        dtype, digest, start = id_dtype(self.n_vocab), hashlib.sha256(), 0
+        with self.path.open("rb") as file:
+            digest.update(file.read(self.offset))
+            while data := file.read(BLOCK):
+                digest.update(data)
+                ids = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
+                self._check(ids, start)
+                start += len(ids)
+        return digest.hexdigest()
+
+    def _check(self, ids: np.ndarray, start: int) -> None:
+        """Check the ids from token `start` on."""
+        largest = int(ids.max(initial=0))
+        if largest >= self.n_vocab:
+            at = int(np.argmax(ids >= self.n_vocab))
+            raise ValueError(
+                f"{self.path}: token {start + at:,} is the id {ids[at]}, outside the vocabulary of {self.n_vocab:,} "
+                "ids: it was written with another tokenizer, or another dtype"
+            )
+        if self.n_rows is not None and largest >= self.n_rows:
+            raise ValueError(
+                f"{self.path} has the id {largest}, but the model has only {self.n_rows:,} rows: resize its "
+                "embedding, or prepare the text without this added token"
+            )
+
+
+def _read(path: Path, dtype: np.dtype, start: int, count: int, offset: int = 0) -> np.ndarray:
+    values = np.fromfile(path, dtype, count, offset=offset + start * dtype.itemsize)
     if len(values) != count:
         raise OSError(f"{path} has become shorter: {start + len(values):,} tokens are left")
     return values
@@ -100,9 +126,17 @@ class Prepared:
         return Prepared(cast("Tokens", train), val, self.manifest)
 
     def digests(self) -> dict[str, str]:
-        """Return {file name: sha256} of all files, read from the disk: about one second per GB."""
-        files = [path for split in (self.train, self.val) if split for path in (split.path, split.mask_path) if path]
-        return {path.name: sha256_of(path) for path in files}
+        """Return {file name: sha256} of all files, and check every id: about one second per GB.
+
+        Raises:
+          ValueError: an id is outside the vocabulary, or has no row in the model.
+        """
+        digests = {}
+        for split in filter(None, (self.train, self.val)):
+            digests[split.path.name] = split.digest()
+            if split.mask_path:
+                digests[split.mask_path.name] = sha256_of(split.mask_path)
+        return digests
 
     def check(self) -> None:
         """Compare every file with the sha256 in the manifest, if there is one.
@@ -110,13 +144,15 @@ class Prepared:
         Raises:
           ValueError: a file differs.
         """
-        expected = {} if self.manifest is None else self.manifest["sha256"]
-        for name, digest in self.digests().items():
-            if expected and digest != expected.get(name):
-                raise ValueError(
-                    f"{self.train.path.with_name(name)} has changed: its sha256 is {digest}, but {MANIFEST} says "
-                    f"{expected.get(name)}; prepare the folder again"
-                )
+        if not (expected := {} if self.manifest is None else self.manifest["sha256"]):
+            return
+        for split in filter(None, (self.train, self.val)):
+            for path in filter(None, (split.path, split.mask_path)):
+                if (digest := sha256_of(path)) != expected.get(path.name):
+                    raise ValueError(
+                        f"{path} has changed: its sha256 is {digest}, but {MANIFEST} says {expected.get(path.name)}; "
+                        "prepare the folder again"
+                    )
 
 
 def is_prepared(path: str | os.PathLike) -> bool:
@@ -128,8 +164,10 @@ def is_prepared(path: str | os.PathLike) -> bool:
 def open_prepared(path: str | os.PathLike, tokenizer: Tokenizer | None = None, n_vocab: int = 0) -> Prepared:
     """Open a folder that `prepare` wrote, a folder with nanoGPT's train.bin and val.bin, or one .bin file to train on.
 
-    The file sizes are compared with the manifest. Below 1 GB, the sha256 of each file is compared too. Without a
-    manifest, each id is compared with the vocabulary when it is read.
+    A .bin file has ids from its first byte on, as uint16 (uint32 if the vocabulary has more than 65,535 ids), or after
+    the header of llm.c. The file sizes are compared with the manifest. Below 1 GB, the sha256 of each file is compared
+    too. Without a manifest, a sample of the bytes is compared with other formats, and each id is compared with the
+    vocabulary when it is read. `fit` compares all ids before the first step.
 
     Args:
       path: the folder or file.
@@ -138,8 +176,8 @@ def open_prepared(path: str | os.PathLike, tokenizer: Tokenizer | None = None, n
 
     Raises:
       FileNotFoundError: there is no such folder or file, or it has no tokens.
-      ValueError: the folder was prepared with another vocabulary, files and manifest do not match, or the number of ids
-        is not known.
+      ValueError: the folder was prepared with another vocabulary, files and manifest do not match, a file has another
+        format, nanoGPT's meta.pkl is beside it and a tokenizer is given, or the number of ids is not known.
     """
     path = expanded(path)
     if path.is_dir() and not (path / "train.bin").is_file():
@@ -151,6 +189,8 @@ def open_prepared(path: str | os.PathLike, tokenizer: Tokenizer | None = None, n
     n_vocab = tokenizer.n_vocab if tokenizer else n_vocab
     if n_vocab < 1:
         raise ValueError(f"{path} has no {MANIFEST} with the number of ids: pass the tokenizer")
+    if tokenizer:
+        check_vocabulary(path / "train.bin" if path.is_dir() else path)
     if not path.is_dir():
         return Prepared(_bare(path, n_vocab), None, None)
     val = _bare(path / "val.bin", n_vocab) if (path / "val.bin").is_file() else None
@@ -211,7 +251,5 @@ def _split(folder: Path, split: str, manifest: dict[str, Any]) -> Tokens:
 
 
 def _bare(path: Path, n_vocab: int) -> Tokens:
-    size, itemsize = path.stat().st_size, id_dtype(n_vocab).itemsize
-    if size % itemsize:
-        raise ValueError(f"{path} has {size:,} bytes, which is not a whole number of {itemsize}-byte ids")
-    return Tokens(path, size // itemsize, n_vocab)
+    layout = layout_of(path, id_dtype(n_vocab), n_vocab)
+    return Tokens(path, layout.n_tokens, n_vocab, offset=layout.offset)

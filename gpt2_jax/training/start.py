@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ from gpt2_jax.config import GPT2Config
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.encoding import PREPARED
 from gpt2_jax.data.examples import PreparedExamples
-from gpt2_jax.data.sources import STDIN, Fields, Sources
+from gpt2_jax.data.finding import STDIN
+from gpt2_jax.data.records import Fields
+from gpt2_jax.data.sources import Sources
 from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
 from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.recipe import Recipe
+from gpt2_jax.recipe import Data, Recipe
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training import hosts
 from gpt2_jax.training.memory import check_memory
@@ -33,6 +37,8 @@ from gpt2_jax.training.plan import Plan, make_plan
 from gpt2_jax.training.start_examples import ORIGIN, origin_of, start_examples
 
 SCORE = "score"  # the head of a classifier in params
+READING = ("encoding", "end_of_text", "skip_bad_rows")  # fields of recipe.data that say how text is read
+EARLIER = (".txt", ".jsonl", ".csv", ".bin")  # earlier versions read only these files in a folder
 
 
 def start_tokenizer(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> Tokenizer:
@@ -255,11 +261,12 @@ def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     """Tokenize the text of a recipe, unless the folder has its tokens."""
     data, run_dir = recipe.data, folder.parent
     runs.check_free(run_dir)
-    settings = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
+    settings: dict[str, Any] = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
+    settings |= {name: getattr(data, name) for name in READING}
     origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
-    earlier = origin_of(folder)
+    earlier = _origin(folder)
     if folder.exists() and runs.is_run(run_dir):
-        if earlier is not None and origin["text"] != STDIN and earlier["text"] != origin["text"]:
+        if earlier is not None and STDIN != origin["text"] != earlier["text"] != _digest(recipe, tokenizer, EARLIER):
             raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
         return open_prepared(folder, tokenizer)
     if folder.exists() and earlier == origin and origin["text"] != STDIN:
@@ -271,14 +278,27 @@ def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     return prepared
 
 
-def _digest(recipe: Recipe, tokenizer: Tokenizer) -> str:
-    """Return the sha256 of the text that a recipe names: its files in order, and the field that is read from them."""
+def _digest(recipe: Recipe, tokenizer: Tokenizer, suffixes: Container[str] = ()) -> str:
+    """Return the sha256 of the text that a recipe names: its files in order, and the field that is read from them.
+
+    Args:
+      recipe: the recipe.
+      tokenizer: the tokenizer for the text.
+      suffixes: the ends of the names of the files that count; all if there are none.
+    """
     if recipe.data.path == STDIN:
         return STDIN
     digest = hashlib.sha256()
     found = Sources([recipe.data.path], Fields(recipe.data.field), tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
-    for file in filter(None, found.files):  # None is standard input
-        kind = file.suffix.lower()
-        field = recipe.data.field if kind in (".jsonl", ".csv") else ""
-        digest.update(f"{kind} {field} {sha256_of(file)}\n".encode())
+    for file, form in zip(found.files, found.forms, strict=True):
+        if file and (not suffixes or form.suffix in suffixes):  # None is standard input
+            field = recipe.data.field if form.has_fields else ""
+            digest.update(f"{form.suffix} {field} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _origin(folder: Path) -> dict[str, Any] | None:
+    """Return what is recorded about the text that a token folder was made from; None if nothing is."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Data) if field.name in READING}
+    earlier = origin_of(folder)
+    return earlier and defaults | earlier

@@ -11,7 +11,7 @@ from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.data.examples import Example, PreparedExamples, is_prepared_examples, open_examples, write_examples
 from gpt2_jax.data.labelled import labelled_examples
-from gpt2_jax.data.tables import records
+from gpt2_jax.data.records import records
 from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
@@ -61,7 +61,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _examples(recipe: Recipe, tokenizer: Tokenizer, path: Path) -> Iterator[Example]:
-    found = records(path)
+    found = records(path, recipe.data.encoding, recipe.data.skip_bad_rows)
     if recipe.objective == "classification":
         return labelled_examples(found, tokenizer, recipe.data.field, recipe.data.label_field)
     raise NotImplementedError

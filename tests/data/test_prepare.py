@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from strength import campaign
 from token_folders import DOCUMENTS, expected_ids, held, snapshot, write_jsonl
 
-from gpt2_jax.data import encoding, sources
+from gpt2_jax.data import encoding, reading
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.sources import Fields, Piece, Sources
 from gpt2_jax.data.splitting import divide
@@ -95,10 +95,10 @@ def test_a_byte_order_mark_is_no_text(made, tmp_path, tokenizer):
 
 def test_a_folder_is_read_by_name_and_hidden_and_other_files_are_not(made, tmp_path, tokenizer):
     folder = tmp_path / "texts"
-    for name in ("b/2.txt", "b/10.txt", "a.TXT", "c.md", ".hidden.txt", ".git/x.txt", "b.jsonl"):
+    for name in ("b/2.txt", "b/10.txt", "a.TXT", "c.docx", ".hidden.txt", ".git/x.txt", "b.jsonl", "d.MD"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps({"text": name}) if name == "b.jsonl" else name)
-    expected = ["a.TXT", "b.jsonl", "b/10.txt", "b/2.txt"]
+    expected = ["a.TXT", "b.jsonl", "b/10.txt", "b/2.txt", "d.MD"]
     assert held(made(folder).train) == expected_ids(tokenizer, expected)
 
 
@@ -119,11 +119,11 @@ def test_documents_in_a_bin_file_are_told_apart_wherever_it_is_cut(tmp_path, tok
     ids = [i for document in documents for i in [*document, tokenizer.eot]]
     for n_last, block in [(0, 2), (0, 4), (0, 6), (0, 8), (0, 14), (1, 4), (1, 10), (2, 6)]:
         np.array(ids[: len(ids) - n_last], "<u2").tofile(tmp_path / "a.bin")
-        monkeypatch.setattr(sources, "BLOCK", block)
+        monkeypatch.setattr(reading, "BLOCK", block)
         found = Sources([tmp_path / "a.bin"], Fields(), tokenizer.n_vocab, tokenizer.eot)
         got = encoding.encode_group(tokenizer, list(found.pieces()))
         assert got.ids.tolist() == ([*ids[:-2], tokenizer.eot] if n_last == 2 else ids), block
-        assert found.n_empty == 0
+        assert found.tally.n_empty == 0
 
 
 @given(
@@ -134,7 +134,7 @@ def test_pieces_of_a_text_are_tokenised_as_the_whole(tmp_path_factory, tokenizer
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK", block)
+        patch.setattr(reading, "BLOCK", block)
         pieces = list(Sources([path], Fields()).pieces())
     whole = text.removeprefix("\ufeff")
     assert "".join(piece.text for piece in pieces) == whole
@@ -143,7 +143,7 @@ def test_pieces_of_a_text_are_tokenised_as_the_whole(tmp_path_factory, tokenizer
 
 
 def test_ordinary_text_is_cut_about_every_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 101)
+    monkeypatch.setattr(reading, "BLOCK", 101)
     for end in ("\n", "\r\n"):
         (tmp_path / "a.txt").write_bytes(((" some words of text " * 4).strip() + end).encode() * 83)
         sizes = [len(piece.text) for piece in Sources([tmp_path / "a.txt"], Fields()).pieces()]
@@ -411,9 +411,13 @@ BAD = {
     "j.csv": (b'text\n"a\n', r"j\.csv, line 2 is not CSV: "),
     "k.csv": (b"text\n\xe9\n", r"k\.csv is not UTF-8 text: byte 0xe9 at offset 5 "),
     "l.csv": (b"", r'l\.csv has no column "text"; its first line names: none'),
-    "m.bin": (b"\1\0\2", r"m\.bin does not hold a whole number of 2-byte ids"),
+    "m.bin": (b"\1\0\2", r"m\.bin has 3 bytes, which is not a whole number of 2-byte ids"),
     "n.bin": (b"\1\0\1\5", r"n\.bin: token 1 is the id 1281, outside the vocabulary of 1,281 ids"),
-    "o.md": (b"text", r"o\.md is not a file of type \.txt, \.jsonl, \.csv, \.bin: rename it, or pass its text on"),
+    "o.docx": (
+        b"text",
+        r"o\.docx is not a file of a known type: rename it, or pass its text on .* The types are \.txt",
+    ),
+    "q.zst": (b"text", r"q\.zst is not read, because it is compressed: decompress it first"),
     "p.txt": (b"", r"there is no text in 1 files with 0 bytes in total"),
 }
 
@@ -424,7 +428,7 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(made, tmp_path, monkeypatch,
     (tmp_path / name).write_bytes(data)
     before = snapshot(tmp_path)
     for block in (7, 2**20):
-        monkeypatch.setattr(sources, "BLOCK", block if name[-3:] == "txt" else 2**20)
+        monkeypatch.setattr(reading, "BLOCK", block if name[-3:] == "txt" else 2**20)
         with pytest.raises(ValueError, match=culprit) as error:
             made(tmp_path / name)
         assert "\n" not in str(error.value)

@@ -3,7 +3,7 @@
 import forks
 
 import gpt2_jax
-from gpt2_jax.data import encoding, parts, sources
+from gpt2_jax.data import encoding, parts, reading
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.processes import Share
 
@@ -14,7 +14,7 @@ if __name__ == "__main__":
         """With `small`, blocks have so many bytes, and units four of them."""
         share = None
         if small:
-            sources.BLOCK, encoding.BLOCK, parts.BLOCKS, share = small, 101, (4, 4), Share()
+            reading.BLOCK, encoding.BLOCK, parts.BLOCKS, share = small, 101, (4, 4), Share()
         say()
         prepare([source], target, tokenizer, n_workers=1 if small else 0, overwrite=not small, share=share)
 

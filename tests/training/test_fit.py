@@ -23,7 +23,7 @@ from training_steps import recipe
 
 import gpt2_jax
 from gpt2_jax.params import flatten
-from gpt2_jax.training import fit, loop, make_plan, observer, prepare
+from gpt2_jax.training import fit, loop, make_plan, observer, open_prepared, prepare
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.optimizer import make_schedule
 from gpt2_jax.training.plan import training_config
@@ -439,6 +439,7 @@ def test_another_recipe_is_refused_and_nothing_changed(tmp_path, run, finished):
 def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_path, run, data, tokenizer):
     n_vocab = {"config": CONFIG.replace(n_vocab=37)}
     one = dataclasses.replace(data, val=dataclasses.replace(data.val, n_tokens=1))
+    np.array([700] * 9000 + [1281], "<u2").tofile(tmp_path / "bare.bin")  # the run would end at the step that reads it
     for wanted, others, message in (
         (small(data={"n_tokens": 14}), {}, "data.n_tokens, 14, must not be more than the model's n_ctx, 13"),
         (small(), n_vocab, "the text may have up to 1,281 different ids, the model only 37"),
@@ -446,6 +447,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(tmp_pa
         (small(monitor={"patience": 2, "evaluate_every": 0}), {}, "monitor.patience needs validation losses"),
         (small(monitor={"patience": 2}), {"text": dataclasses.replace(data, val=None)}, "monitor.patience needs"),
         (small(), {"text": one}, "val.bin has 1 token: there is nothing to predict"),
+        (small(), {"text": open_prepared(tmp_path / "bare.bin", n_vocab=1281)}, "token 9,000 is the id 1281, outside"),
         (small(mesh={"data": 3}), {}, "devices"),
         (small(batch_size=10**7), {}, "To use less: "),
     ):
