@@ -2,8 +2,8 @@
 
 COMMAND: python benchmarks/book_chapter5.py --vocabulary DIR [--layers 12] [--dropout 0.1] [--output FILE.md]
 
-Needs the `parity` extra, and a folder with GPT-2's encoder.json and vocab.bpe. It takes about 40 minutes and 8 GB on two
-CPU cores.
+Needs the `parity` extra, and a folder with the encoder.json and vocab.bpe of GPT-2. It takes about 40 minutes and 8 GB
+on two CPU cores.
 
 The run of the book: the text "The Verdict", 90 % for training, windows of 256 tokens that do not overlap, batches of 2,
 10 epochs, AdamW with learning rate 4e-4 and decay 0.1 of all parameters, and a model of the 124M shape with an output
