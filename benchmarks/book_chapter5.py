@@ -2,26 +2,28 @@
 
 COMMAND: python benchmarks/book_chapter5.py --vocabulary DIR [--layers 12] [--dropout 0.1] [--output FILE.md]
 
-Needs the `parity` extra, and a folder with GPT-2's encoder.json and vocab.bpe. Without dropout it takes about 30 minutes
-and 8 GB on two CPU cores, with dropout as long.
+Needs the `parity` extra, and a folder with the encoder.json and vocab.bpe of GPT-2. It takes about 40 minutes and 8 GB
+on two CPU cores.
 
 The run of the book: the text "The Verdict", 90 % for training, windows of 256 tokens that do not overlap, batches of 2,
 10 epochs, AdamW with learning rate 4e-4 and decay 0.1 of all parameters, and a model of the 124M shape with an output
 head of its own and without query, key and value biases. Both programs start from the same weights and read the same
-batches in the same order. Without dropout all losses are equal up to rounding. With dropout, each draws masks of its own.
+batches in the same order. Without dropout all losses are equal up to rounding. With dropout, each draws its own masks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from turns import ENVIRONMENT
+from turns import where_and_name
 
 TEXT = Path(__file__).resolve().parents[1] / "examples" / "the-verdict.txt"
 N_TOKENS, N_ROWS, EPOCHS, RATE, DECAY = 256, 2, 10, 4e-4, 0.1
@@ -168,12 +170,8 @@ def _copy_weights(torch: Any, model: Any, config: Any, params: Any) -> None:
         parts = np.split(np.asarray(ours["attn"]["c_attn"]["w"]), 3, axis=1)
         layers = zip((block.query, block.key, block.value), parts, strict=True)
         pairs += [(layer.weight, part.T) for layer, part in layers]
-        dense = [
-            (block.out, ours["attn"]["c_proj"]),
-            (block.fc, ours["mlp"]["c_fc"]),
-            (block.proj, ours["mlp"]["c_proj"]),
-        ]
-        for layer, weights in dense:
+        dense = (ours["attn"]["c_proj"], ours["mlp"]["c_fc"], ours["mlp"]["c_proj"])
+        for layer, weights in zip((block.out, block.fc, block.proj), dense, strict=True):
             pairs += [(layer.weight, np.asarray(weights["w"]).T), (layer.bias, weights["b"])]
         for norm, weights in ((block.norm1, ours["ln_1"]), (block.norm2, ours["ln_2"])):
             pairs += [(norm.weight, weights["g"]), (norm.bias, weights["b"])]
@@ -204,24 +202,27 @@ def run(step: Step, loss: Loss, train: np.ndarray, val: np.ndarray, todo: list[n
     return seen
 
 
+def machine_line() -> str:
+    """Return the processor and the versions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch"))
+    return f"{where_and_name()[1]}, Python {platform.python_version()}, {versions}."
+
+
 def report(args: argparse.Namespace, config: Any, runs: dict[str, dict]) -> str:
     """Return the table."""
     ours, theirs = runs["gpt2-jax"], runs["torch"]
     apart = np.abs(np.subtract(ours["steps"], theirs["steps"]))
     flags = f" --layers {args.layers}" * (args.layers != 12) + f" --dropout {args.dropout}" * (args.dropout > 0)
-    lines = [f"# Chapter 5 of the book: {config.n_layer} layers, dropout {args.dropout:g}, float32", ""]
-    lines += [
+    lines = [
+        f"# Chapter 5 of the book: {config.n_layer} layers, dropout {args.dropout:g}, float32",
+        "",
         f"    python benchmarks/book_chapter5.py --vocabulary DIR{flags} --output FILE.md",
         "",
-        f"{ENVIRONMENT}.",
+        machine_line(),
         "",
-    ]
-    lines += [f"The model has {config.n_params:,} parameters (query, key and value biases, which stay 0, included)."]
-    lines += [
-        f"The text gives {len(ours['steps'])} steps of {N_ROWS} windows of {N_TOKENS} tokens. The book's run ends at"
-    ]
-    lines += [
-        f"a training loss of {ENDS['train']} and a validation loss of {ENDS['validation']}, with dropout 0.1.",
+        f"The model has {config.n_params:,} parameters (query, key and value biases, which stay 0, included).",
+        f"The text gives {len(ours['steps'])} steps of {N_ROWS} windows of {N_TOKENS} tokens. The book's run ends",
+        f"at a training loss of {ENDS['train']} and a validation loss of {ENDS['validation']}, with dropout 0.1.",
         "",
     ]
     if not args.dropout:
@@ -232,7 +233,7 @@ def report(args: argparse.Namespace, config: Any, runs: dict[str, dict]) -> str:
         lines.append(f"| {one['step']} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Time: {ours['seconds']:.0f} s, torch {theirs['seconds']:.0f} s (one after the other, in one process).",
+        f"Time: {ours['seconds']:.0f} s, torch {theirs['seconds']:.0f} s, one after the other in one process.",
     ]
     return "\n".join(lines) + "\n"
 
