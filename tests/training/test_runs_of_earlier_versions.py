@@ -119,4 +119,5 @@ def test_a_recipe_with_every_field_means_the_same():
     expected, later = EXPECTED["every_field"], {"activation_function": "gelu_new", "tie_word_embeddings": True}
     expected["model"] |= later | {"scale_attn_by_inverse_layer_idx": False}
     expected["attention"] = "auto"
+    expected["monitor"] |= {"keep": 2}
     assert json.loads(json.dumps(dataclasses.asdict(recipe))) == expected
