@@ -106,7 +106,7 @@ def _with_rows(table_VD: Any, n_vocab: int, rows: Mapping[int, Sequence[int]]) -
     wide_VD = table_VD.astype(jnp.promote_types(table_VD.dtype, jnp.float32), copy=False)
     means = {row: wide_VD[module.asarray(ids)].mean(0) for row, ids in rows.items()}
     zeros = module.zeros((n_vocab - len(table_VD), table_VD.shape[1]), table_VD.dtype)
-    larger_VD = module.concatenate([table_VD, zeros])
+    larger_VD: Any = module.concatenate([table_VD, zeros])
     if not means:
         return larger_VD
     at = module.asarray(list(means))

@@ -243,6 +243,7 @@ class Monitor:
         all.
       patience: stop after this many evaluations in a row without a better loss; 0 means never.
       save_every: optimizer steps between two checkpoints; 0 means only at the end. The end always has one.
+      keep: how many of the newest checkpoints are kept. If the newest is damaged, a run resumes from the one before.
       sample_every: optimizer steps between two rounds of samples; the last step has one too. 0 means never.
       prompts: texts that the samples continue; "" starts a new document.
       sample_tokens: maximum number of new tokens per sample.
@@ -257,6 +258,7 @@ class Monitor:
     evaluate_windows: int = 0
     patience: int = 0
     save_every: int = 500
+    keep: int = 2
     sample_every: int = 500
     prompts: tuple[str, ...] = ("",)
     sample_tokens: int = 64
@@ -269,6 +271,7 @@ class Monitor:
         counts = ("evaluate_every", "evaluate_windows", "patience", "save_every", "sample_every", "sample_tokens")
         for name in counts:
             _whole(self, name, 0)
+        _whole(self, "keep", 1)
         if not isinstance(self.prompts, tuple):
             raise ValueError(f"prompts must be a tuple of strings, not {self.prompts!r}")
         _choice(self, "on_nan")

@@ -11,10 +11,13 @@ RUN/best/                 a model written by `save`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,12 @@ from typing import Any
 from gpt2_jax.checkpoints import parts
 from gpt2_jax.checkpoints.vocabulary_files import own_files
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.files import check_replaceable, expanded, read_json, replacing_file
+from gpt2_jax.files import check_replaceable, expanded, lock, read_json, replacing_file
 from gpt2_jax.recipe import Optimizer, Recipe, from_dict, to_dict
-from gpt2_jax.tokenizer import Tokenizer, fingerprint
+from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, TOKENIZER_CONFIG, Tokenizer, fingerprint
 
 RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
+LOCK = ".lock"  # in the folder of checkpoints
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
 MARK, VERSION = "gpt2_jax_run", 1
 
@@ -34,10 +38,10 @@ MARK, VERSION = "gpt2_jax_run", 1
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
-# Fields of a recipe that earlier versions do not know, with their defaults: they are written only if they are set.
-LATER = {"attention": "auto", "objective": "language_modeling"} | {
-    name: to_dict(getattr(Recipe(), name)) for name in ("classification", "instruction")
-}
+LATER = (  # fields that earlier versions do not know: written if they are set
+    *("attention", "objective", "classification", "instruction", "monitor.keep"),
+    *("data.test_fraction", "data.label_field", "data.pack", "data.encoding", "data.end_of_text", "data.skip_bad_rows"),
+)
 FREE = re.compile(
     r"recipe\.(steps|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
@@ -123,6 +127,7 @@ def write_run(
     recipe: Recipe,
     data: Mapping[str, Any],
     tokenizer: Tokenizer | None = None,
+    anew: bool = False,
 ) -> bool:
     """Start a run, or resume an existing one: write run.json and the vocabulary, and remove nothing.
 
@@ -132,6 +137,7 @@ def write_run(
       recipe: how the model is trained.
       data: what the model is trained on, with a hash. "name" and "path" in it may change when the run is resumed.
       tokenizer: the tokenizer, or None to train without one.
+      anew: an existing run in the folder took no step: its settings and its vocabulary are replaced.
 
     Returns:
       True if an existing run is resumed.
@@ -144,10 +150,13 @@ def write_run(
     directory = expanded(run_dir)
     run = Run(config, recipe, json.loads(json.dumps(dict(data))), tokenizer and fingerprint(tokenizer))
     check_free(directory)
-    resumed = is_run(directory)
+    resumed = is_run(directory) and not anew
     if resumed:
         check_resumable(directory, read_run(directory), run)
     directory.mkdir(parents=True, exist_ok=True)
+    if anew and is_run(directory):
+        for name in (*OPENAI_FILES, *HUGGING_FACE_FILES, TOKENIZER_CONFIG):
+            (directory / name).unlink(missing_ok=True)
     with replacing_file(directory / RUN) as temporary:
         temporary.write_text(json.dumps(_to_json(run), indent=1) + "\n", encoding="utf-8")
     vocabulary = own_files(tokenizer) if tokenizer else {}
@@ -182,8 +191,40 @@ def check_free(directory: Path) -> None:
     """
     # The second alternative matches temporary files of a run that was killed while it started or prepared its text.
     begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
+
+    def others(names: set[str]) -> set[str]:
+        found = {name for name in names if not begun.fullmatch(name)}
+        folder = directory / CHECKPOINTS
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK}:  # killed before run.json was written
+            found.discard(CHECKPOINTS)
+        return found
+
     if not is_run(directory):
-        check_replaceable(directory, "a run", lambda names: {name for name in names if not begun.fullmatch(name)})
+        check_replaceable(directory, "a run", others)
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training a run, and from changing its folder, while the block runs.
+
+    Raises:
+      OSError: the folder cannot be created, or another process has the run open.
+    """
+    folder = run_dir / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / LOCK, OSError(f"{folder} is open in another process, which is training this run")):
+        yield
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what killed processes left in a run's folder, a whole model each. The caller has the lock of the run.
+
+    Only names that are written by the process with the lock are removed.
+    """
+    ours = re.compile(rf"\.({BEST}|{re.escape(RUN)}|metrics\.jsonl|samples\.jsonl)\.[0-9a-f]{{32}}")
+    for path in run_dir.iterdir():
+        if ours.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -216,10 +257,12 @@ def _to_json(run: Run) -> dict[str, Any]:
     del config["attention"]  # it is the recipe's
     if not config["labels"]:  # earlier versions do not know these fields
         del config["labels"], config["pooling"]
-    recipe = to_dict(run.recipe)
-    for name, default in LATER.items():
-        if recipe[name] == default:
-            del recipe[name]
+    recipe, defaults = to_dict(run.recipe), to_dict(Recipe())
+    for name in LATER:
+        *part, field = name.split(".")
+        fields, default = (functools.reduce(dict.__getitem__, part, whole) for whole in (recipe, defaults))
+        if fields[field] == default[field]:
+            del fields[field]
     fields = {"config": config | dtypes, "recipe": recipe, "data": run.data, "tokenizer": run.tokenizer}
     return {MARK: VERSION} | fields
 

@@ -32,6 +32,10 @@ class Args:
         Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: runs/NAME of the recipe)")
     ] = None
     """The run's folder: checkpoints, best model, metrics, samples and loss curve. gpt2-generate --model takes it."""
+    from_step: Annotated[
+        int | None, tyro.conf.arg(metavar="STEP", help_behavior_hint="(default: the newest whole checkpoint)")
+    ] = None
+    """Resume from the checkpoint of this step. What came after it is kept in RUN/aside."""
     processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
 
 
@@ -90,7 +94,7 @@ def run(args: Args) -> int:
         f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens",
         file=sys.stderr,
     )
-    fitted = fit(plan, params, data, folder, tokenizer, donate=True)
+    fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step)
     print(f"to generate text: gpt2-generate --model {shlex.quote(str(folder))}", file=sys.stderr)
     print(folder)
     if fitted.signal:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import parts, runs
 from gpt2_jax.checkpoints.integrity import DamagedError
-from gpt2_jax.files import expanded, lock, put_in_place
+from gpt2_jax.files import expanded, put_in_place
 from gpt2_jax.params import differences
 
 State = TypeVar("State")
@@ -70,9 +70,8 @@ class Checkpoints:
         with contextlib.ExitStack() as resources:
 
             def open_folder() -> None:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                busy = OSError(f"{self.directory} is open in another process, which is training this run")
-                resources.enter_context(lock(self.directory / ".lock", busy))
+                resources.enter_context(runs.locked(self.run_dir))
+                runs.clear_leftovers(self.run_dir)
                 self._clear()
 
             processes.on_first(open_folder)
@@ -180,12 +179,13 @@ class Checkpoints:
         """Return the newest step that has a checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
-    def restore(self, abstract_state: State, step: int | None = None) -> State:
+    def restore(self, abstract_state: State, step: int | None = None, check: bool = True) -> State:
         """Read a checkpoint. It may have been saved on other devices.
 
         Args:
           abstract_state: the state as jax.ShapeDtypeStruct; the shardings say where the arrays go.
           step: the step of the checkpoint; None is the newest.
+          check: compare its files with their sha256. Leave this out only after `newest_whole`, which has done it.
 
         Returns:
           The state, with the same container types as `abstract_state`.
@@ -202,21 +202,66 @@ class Checkpoints:
             of = "" if step is None else f" of step {step}"
             listed = f"steps {', '.join(map(str, there))}" if there else "none"
             raise FileNotFoundError(f"{self.directory} has no checkpoint{of}; available: {listed}")
-        path = self.directory / str(step)
+        wanted = _in_parts(abstract_state)
+        if check:
+            processes.on_first(lambda: self._check(step, wanted))
+        return _from_parts(abstract_state, parts.read(self.directory / str(step), wanted))
+
+    def newest_whole(self, abstract_state: Any) -> tuple[int | None, str]:
+        """Find the newest checkpoint whose files are what was written. Damaged ones that are newer are renamed.
+
+        A damaged checkpoint `7` becomes `7.damaged`, so that neither a later start nor `load` takes it.
+
+        Args:
+          abstract_state: as in `restore`.
+
+        Returns:
+          The step, None if there is no checkpoint; and a sentence about the damaged ones, "" if there are none.
+
+        Raises:
+          ValueError: the checkpoint is from another model or optimizer; the message says what differs.
+          DamagedError: all checkpoints are damaged. Nothing is renamed.
+        """
         wanted = _in_parts(abstract_state)
 
-        def check() -> None:
-            try:
-                manifest = parts.read_manifest(path)
-                _check_fits(path, manifest, wanted)
-                parts.check_files(path, manifest, list(wanted))
-            except DamagedError as error:
-                older = [other for other in there if other < step]
-                listed = f"older checkpoints: steps {', '.join(map(str, older))}" if older else "no older checkpoint"
-                raise DamagedError(f"{error}; {listed}") from error
+        def find() -> tuple[int | None, str]:
+            damaged: dict[int, DamagedError] = {}
+            for step in reversed(runs.steps(self.run_dir)):
+                try:
+                    self._check(step, wanted)
+                except DamagedError as error:
+                    damaged[step] = error
+                    continue
+                return step, self._set_aside(damaged, step)
+            if damaged:
+                raise damaged[max(damaged)]
+            return None, ""
 
-        processes.on_first(check)
-        return _from_parts(abstract_state, parts.read(path, wanted))
+        step, sentence = processes.on_first(find)
+        return step, sentence
+
+    def _check(self, step: int, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+        """Check that a checkpoint is whole, and fits."""
+        path = self.directory / str(step)
+        try:
+            manifest = parts.read_manifest(path)
+            _check_fits(path, manifest, wanted)
+            parts.check_files(path, manifest, list(wanted))
+        except DamagedError as error:
+            older = [other for other in runs.steps(self.run_dir) if other < step]
+            listed = f"older checkpoints: steps {', '.join(map(str, older))}" if older else "no older checkpoint"
+            raise DamagedError(f"{error}; {listed}") from error
+
+    def _set_aside(self, damaged: Mapping[int, DamagedError], whole: int) -> str:
+        """Rename damaged checkpoints, and return a sentence about them."""
+        if not damaged:
+            return ""
+        for step in damaged:
+            path = self.directory / str(step)
+            names = (path.with_name(f"{step}.damaged{f'-{n}' * (n > 1)}") for n in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
+        first = str(damaged[max(damaged)]).rpartition("; ")[0]
+        return f"{first}; it is kept as {max(damaged)}.damaged, and the run resumes after step {whole:,}"
 
     def _complete_or_tell(self, name: str, step: int, finish: Any) -> None:
         """Complete a save. If it fails in this process, tell process 0 under a name."""

@@ -29,13 +29,14 @@ from gpt2_jax.training.curve import plot_curve
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
 from gpt2_jax.training.objective import train_batches
 from gpt2_jax.training.observer import Observer, due
+from gpt2_jax.training.opening import Opened, open_run
 from gpt2_jax.training.plan import Plan
-from gpt2_jax.training.records import METRICS, read_records
+from gpt2_jax.training.records import METRICS
 from gpt2_jax.training.report import Report, Silence
 from gpt2_jax.training.signals import Stop, stopping
 from gpt2_jax.training.start import check_data, check_tokenizer
 from gpt2_jax.training.state import TrainState, model_params
-from gpt2_jax.training.step import init_state, lower_train_step
+from gpt2_jax.training.step import lower_train_step
 
 MOST_SKIPPED = 100  # skipped steps in a row that end a run, because it may never recover
 CURVE = "loss.png"
@@ -72,6 +73,7 @@ def fit(
     run_dir: str | os.PathLike,
     tokenizer: Tokenizer | None = None,
     donate: bool = False,
+    from_step: int | None = None,
 ) -> Fitted:
     """Train a model, or resume the run in `run_dir`.
 
@@ -96,10 +98,12 @@ def fit(
       tokenizer: for the samples; it is also saved with the model. With None, no samples are written.
       donate: delete the jax arrays of `params` when they are copied. Otherwise they stay in memory beside the state for
         as long as you keep them.
+      from_step: go back to the checkpoint of this step. What came after it is moved to `run_dir/aside/1` (2, ...),
+        which is a run of its own. None resumes from the newest whole checkpoint.
 
     Raises:
-      ValueError: recipe, model, data and devices do not fit together, `run_dir` contains a different run, or the
-        devices have too little memory.
+      ValueError: recipe, model, data and devices do not fit together, `run_dir` contains a different run that took a
+        step, or the devices have too little memory.
       OSError: a file cannot be written.
     """
     if not isinstance(plan, Plan):
@@ -108,14 +112,14 @@ def fit(
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
     data = check_data(plan, data, tokenizer)
-    n_steps_before = processes.on_first(lambda: _write_run(plan, data, run_dir, tokenizer))
+    processes.on_first(lambda: runs.check_free(run_dir))
     with contextlib.ExitStack() as resources:
-        checkpoints = resources.enter_context(Checkpoints(run_dir))
-        first_step = checkpoints.latest() or 0
-        state = checkpoints.restore(plan.state) if first_step else _begin(plan, params, run_dir, donate)
+        checkpoints = resources.enter_context(Checkpoints(run_dir, plan.recipe.monitor.keep))
+        opened = open_run(plan, params, data, checkpoints, tokenizer, donate, from_step)
+        state, first_step = opened.state, opened.step
         report = _opened_report(plan, run_dir, first_step, resources)
         stop = resources.enter_context(stopping(hosts.CommonStop(plan.mesh) if processes.count() > 1 else None))
-        _announce(report, memory, n_steps_before, n_steps, first_step)
+        _announce(report, memory, opened, n_steps)
         train_step = _compiled(plan, report) if first_step < n_steps else None
         steps = _Steps(plan, report)
         observer = Observer(plan, data, run_dir, tokenizer, report, stop)
@@ -142,13 +146,6 @@ def fit(
     return fitted
 
 
-def _write_run(plan: Plan, data: Prepared | PreparedExamples, run_dir: Path, tokenizer: Tokenizer | None) -> int:
-    """Start the run, or check that it may be resumed. Return the recipe's steps before."""
-    n_steps_before = runs.read_run(run_dir).recipe.steps if runs.is_run(run_dir) else plan.recipe.steps
-    runs.write_run(run_dir, plan.config, plan.recipe, {"sha256": data.digests()}, tokenizer)
-    return n_steps_before
-
-
 def _opened_report(plan: Plan, run_dir: Path, first_step: int, resources: contextlib.ExitStack) -> Report:
     """Return the report, which `resources` closes. Process 0 alone writes."""
     report = (Report if processes.is_first() else Silence)(plan, run_dir, first_step)
@@ -160,33 +157,16 @@ def _opened_report(plan: Plan, run_dir: Path, first_step: int, resources: contex
     return report
 
 
-def _begin(plan: Plan, params: Params | None, run_dir: Path, donate: bool) -> TrainState:
-    """Return the initial state. Refuse if there are no params, or if the files of an earlier run would be lost."""
-    if params is None:
-        raise ValueError(f"{run_dir} has no checkpoint to resume from: pass params")
-    path = run_dir / METRICS
-    reached = processes.on_first(
-        lambda: max((record["step"] for record in read_records(path)), default=0) if path.exists() else 0
-    )
-    if reached > 2 * plan.recipe.monitor.save_every > 0:  # by then the first checkpoint was complete
-        raise ValueError(
-            f"{run_dir} has metrics up to step {reached:,}, but its checkpoints are gone: the run cannot resume, and "
-            "a new run would overwrite its files; choose another folder"
-        )
-    return init_state(plan, params, donate)
-
-
-def _announce(report: Report, memory: dict[str, int], n_steps_before: int, n_steps: int, first_step: int) -> None:
+def _announce(report: Report, memory: dict[str, int], opened: Opened, n_steps: int) -> None:
     """Report the memory that the run needs, and the step where it resumes."""
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in memory.items() if size and name != "total")
     report.message(f"each device needs about {gigabytes(memory['total'])} of memory: {parts}")
-    if n_steps_before != n_steps:
-        was = f"the run was started with steps = {n_steps_before:,} and now has {n_steps:,}"
-        report.message(f"{was}: the learning rate now follows the schedule of the new length")
-    if first_step >= n_steps:
+    for message in opened.messages:
+        report.message(message)
+    if opened.step >= n_steps:
         report.message(f"all {n_steps:,} steps are done; to train further, set more, for example --steps {2 * n_steps}")
-    elif first_step:
-        report.message(f"resuming after step {first_step:,}")
+    elif opened.step:
+        report.message(f"resuming after step {opened.step:,}")
 
 
 def _compiled(plan: Plan, report: Report) -> Any:

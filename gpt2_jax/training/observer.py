@@ -174,6 +174,10 @@ class Observer:
                 step, loss, n_worse = last, value, 0
             else:
                 n_worse += 1
+        if (
+            step is not None and not (self.run_dir / runs.BEST).is_dir()
+        ):  # the run went back to a step before its best model
+            return None, math.inf, 0, last
         return step, loss, n_worse, last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,6 +34,7 @@ from gpt2_jax.recipe import Data, Recipe
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training import hosts
 from gpt2_jax.training.memory import check_memory
+from gpt2_jax.training.opening import has_begun
 from gpt2_jax.training.plan import Plan, make_plan
 from gpt2_jax.training.start_examples import ORIGIN, origin_of, start_examples
 
@@ -265,16 +267,19 @@ def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     settings |= {name: getattr(data, name) for name in READING}
     origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
     earlier = _origin(folder)
-    if folder.exists() and runs.is_run(run_dir):
+    if folder.exists() and has_begun(run_dir):
         if earlier is not None and STDIN != origin["text"] != earlier["text"] != _digest(recipe, tokenizer, EARLIER):
             raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
         return open_prepared(folder, tokenizer)
     if folder.exists() and earlier == origin and origin["text"] != STDIN:
         return open_prepared(folder, tokenizer)
-    (folder / ORIGIN).unlink(missing_ok=True)
-    prepared = prepare([data.path], folder, tokenizer, field=data.field, overwrite=folder.exists(), **settings)
-    with replacing_file(folder / ORIGIN) as temporary:
-        temporary.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    with (
+        runs.locked(run_dir) if runs.is_run(run_dir) else contextlib.nullcontext()
+    ):  # another start may read the tokens
+        (folder / ORIGIN).unlink(missing_ok=True)
+        prepared = prepare([data.path], folder, tokenizer, field=data.field, overwrite=folder.exists(), **settings)
+        with replacing_file(folder / ORIGIN) as temporary:
+            temporary.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     return prepared
 
 

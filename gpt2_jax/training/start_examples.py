@@ -15,6 +15,7 @@ from gpt2_jax.data.records import records
 from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
+from gpt2_jax.training.opening import has_begun
 
 ORIGIN = "origin.json"  # in the token folder: which text the tokens were made from, and how
 
@@ -39,7 +40,7 @@ def _written_examples(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Pre
     reading = _settings(recipe)
     origin = {"text": sha256_of(path), "tokenizer": fingerprint(tokenizer)} | settings | reading
     earlier = origin_of(folder)
-    if folder.exists() and runs.is_run(run_dir):
+    if folder.exists() and has_begun(run_dir):
         if earlier is not None and earlier["text"] != origin["text"]:
             raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
         return open_examples(folder, tokenizer)

@@ -14,6 +14,8 @@ from strength import full_only
 
 import gpt2_jax
 from gpt2_jax.commands import generate, train
+from gpt2_jax.training import loop
+from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.report import Report
 
 TEXT = "".join(f"Then came the {i % 7}th of the {'lords' if i % 3 else 'ladies'}, and spoke.\n" for i in range(61))
@@ -111,7 +113,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path):
         found = re.search(rf"stopped after step ([\d,]+) \(checkpoint saved\): received {number.name}", rest)
         done.append(int(found[1].replace(",", "")))
         assert (f"resuming after step {done[-2]:,}" in err) == (done[-2] > 0)
-        assert [path.name for path in (tmp_path / "a b" / "checkpoints").glob("[0-9]*")] == [str(done[-1])]
+        kept = {path.name for path in (tmp_path / "a b" / "checkpoints").glob("[0-9]*")}
+        assert kept == {str(step) for step in done[-2:] if step}
         assert last_step(tmp_path / "a b") == done[-1]
     assert 0 < done[1] < done[2]
     options[options.index("--steps") + 1] = done[2] + 2
@@ -142,6 +145,40 @@ def test_another_text_is_never_taken_for_the_one_that_was_begun_with(run, tmp_pa
         assert_refused(refused, "monitor.patience needs validation losses")
         assert (tmp_path / "killed" / "data" / "train.bin").read_bytes() != before
     assert not (tmp_path / "killed" / "run.json").exists()
+
+
+def test_a_start_that_failed_is_corrected_with_another_text(run, tmp_path, monkeypatch):
+    """The step did not compile. The tokens of the first text are replaced, unless another process has the run open."""
+    (tmp_path / "other.txt").write_text(TEXT.replace("spoke", "wept"))
+    options = ["--run", "begun", "--steps", 2, *TINY, *QUIET]
+
+    def refuse(plan):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "lower_train_step", refuse)
+        assert_refused(run("--data.path", "text.txt", *options), "no room")
+    corrected = ["--data.path", "other.txt", "--seed", 7, *options, "--batch-size", 1]
+    before = (tmp_path / "begun" / "data" / "train.bin").read_bytes()
+    with Checkpoints(tmp_path / "begun"):
+        assert_refused(run(*corrected), "is open in another process")
+    assert (tmp_path / "begun" / "data" / "train.bin").read_bytes() == before
+    done = run(*corrected)
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "begun" / "run.json").read_text())
+    assert (told["recipe"]["seed"], told["recipe"]["batch_size"]) == (7, 1)
+    assert (tmp_path / "begun" / "data" / "train.bin").read_bytes() != before
+
+
+def test_back_to_an_earlier_step(run, tmp_path):
+    options = ["--data.path", "text.txt", "--run", "begun", "--steps", 3, *TINY, *QUIET, "--monitor.save-every", 1]
+    assert run(*options).code == 0
+    done = run(*options, "--from-step", 2)
+    assert done.code == 0, done.err
+    assert "going back to step 2: the later checkpoints, metrics and samples are kept in " in done.err
+    assert "resuming after step 2" in done.err
+    assert_refused(run(*options, "--from-step", 1), "no checkpoint of step 1; available: steps 2, 3")
+    assert_refused(run(*options, "--steps", 1), "begun has done 3 steps, more than steps = 1")
 
 
 REFUSED = {
