@@ -3,8 +3,9 @@
 RUN/run.json              the config, the recipe and a description of the data
 RUN/encoder.json, RUN/vocab.bpe, or Hugging Face's tokenizer files
 RUN/data/                 the text as tokens, if the run prepared it
-RUN/checkpoints/1600/     written by `parts`: params, lora (if LoRA is trained) and trainer
-RUN/best/                 a model written by `save`
+RUN/checkpoints/1600/     written by `parts`: params and trainer; with LoRA lora, trainer and the trained params
+RUN/base/                 with LoRA, the frozen params, written by `bases`, unless the model of model.source has them
+RUN/best/                 a model written by `save`, or with LoRA by `save_change`
 
 `run_weights` reads the weights. `save` and `gpt2_jax.training` write them.
 """
@@ -23,10 +24,10 @@ from gpt2_jax.checkpoints import parts
 from gpt2_jax.checkpoints.vocabulary_files import own_files
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import check_replaceable, expanded, read_json, replacing_file
-from gpt2_jax.recipe import Optimizer, Recipe, from_dict, to_dict
+from gpt2_jax.recipe import Lora, Optimizer, Recipe, from_dict, to_dict
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
 
-RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
+RUN, CHECKPOINTS, BASE, BEST, DATA = "run.json", "checkpoints", "base", "best", "data"
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
 MARK, VERSION = "gpt2_jax_run", 1
 
@@ -34,6 +35,7 @@ MARK, VERSION = "gpt2_jax_run", 1
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
+LATER_OF_LORA = ("full",)  # earlier versions do not know these fields: they are written only if they are set
 FREE = re.compile(
     r"recipe\.(steps|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
@@ -162,6 +164,8 @@ def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
     """
     before, now = dict(_fields(_comparable(old))), dict(_fields(_comparable(new)))
     names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
+    if old.recipe.lora.rank and steps(run_dir):  # its checkpoints name the model by the hash of its tensors
+        names = [name for name in names if name != "recipe.model.source"]
     if names:
         listed = ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in names)
         raise ValueError(
@@ -211,6 +215,9 @@ def _to_json(run: Run) -> dict[str, Any]:
     dtypes = {name: config[name].name for name in ("param_dtype", "compute_dtype")}
     del config["attention"]  # it is the recipe's
     recipe = to_dict(run.recipe)
+    for name in LATER_OF_LORA:
+        if recipe["lora"][name] == to_dict(Lora())[name]:
+            del recipe["lora"][name]
     if recipe["attention"] == "auto":  # earlier versions do not know the field
         del recipe["attention"]
     fields = {"config": config | dtypes, "recipe": recipe, "data": run.data, "tokenizer": run.tokenizer}

@@ -25,6 +25,7 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
+from gpt2_jax.training.frozen import settle_base
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
 from gpt2_jax.training.observer import Observer, due
 from gpt2_jax.training.plan import Plan
@@ -111,12 +112,14 @@ def fit(
         checkpoints = resources.enter_context(Checkpoints(run_dir))
         first_step = checkpoints.latest() or 0
         state = checkpoints.restore(plan.state) if first_step else _begin(plan, params, run_dir, donate)
+        checkpoints.base = checkpoints.base or settle_base(plan, state, run_dir)
         report = _opened_report(plan, run_dir, first_step, resources)
         stop = resources.enter_context(stopping(hosts.CommonStop(plan.mesh) if processes.count() > 1 else None))
-        _announce(report, memory, n_steps_before, n_steps, first_step)
+        _announce(plan, report, memory, n_steps_before, first_step)
         train_step = _compiled(plan, report) if first_step < n_steps else None
         steps = _Steps(plan, report)
         observer = Observer(plan, data, run_dir, tokenizer, report, stop)
+        observer.base = checkpoints.base
         step = saved = first_step
         _observe(observer, steps, step, state)  # a signal may have come before the work of this step was done
         with contextlib.closing(_batches(plan, data, step)) as stream:
@@ -174,10 +177,13 @@ def _begin(plan: Plan, params: Params | None, run_dir: Path, donate: bool) -> Tr
     return init_state(plan, params, donate)
 
 
-def _announce(report: Report, memory: dict[str, int], n_steps_before: int, n_steps: int, first_step: int) -> None:
-    """Report the memory that the run needs, and the step where it resumes."""
+def _announce(plan: Plan, report: Report, memory: dict[str, int], n_steps_before: int, first_step: int) -> None:
+    """Report the memory that the run needs, how many parameters it trains, and the step where it resumes."""
+    n_steps = plan.recipe.steps
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in memory.items() if size and name != "total")
     report.message(f"each device needs about {gigabytes(memory['total'])} of memory: {parts}")
+    if plan.n_trained < plan.n_all:
+        report.message(f"trains {plan.n_trained:,} of {plan.n_all:,} parameters")
     if n_steps_before != n_steps:
         was = f"the run was started with steps = {n_steps_before:,} and now has {n_steps:,}"
         report.message(f"{was}: the learning rate now follows the schedule of the new length")

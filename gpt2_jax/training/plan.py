@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from gpt2_jax.params import Params, by_rules
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.sharding import DATA, MODEL, make_mesh, param_shardings
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
-from gpt2_jax.training.state import TrainState, bare_state
+from gpt2_jax.training.state import TrainState, bare_state, candidates
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,11 +34,13 @@ class Plan:
       mesh: the devices.
       n_tokens: T, the tokens of a window.
       n_rows: rows of one part of a step on one device along `data`.
-      trained: names of the arrays that the optimizer changes: parameters, or LoRA's matrices.
+      trained: names of the arrays that the optimizer changes: parameters, or LoRA's matrices and some parameters.
       optimizer: the Optax transformation over {name: array} of the trained arrays.
       schedule: the learning rate as a function of the step, counted from 0.
       state: the TrainState as jax.ShapeDtypeStruct with shardings.
       gathered: the shardings that params have in matrix products: a tree like params, not divided along `data`.
+      source: {name: [dtype, shape, sha256]} of the params that `start_model` has read from the recipe's model.source
+        for LoRA, in the dtypes of the state; None if it has read none.
     """
 
     config: GPT2Config
@@ -49,6 +53,17 @@ class Plan:
     schedule: optax.Schedule
     state: TrainState
     gathered: Params
+    source: Mapping[str, Any] | None = None
+
+    @property
+    def n_trained(self) -> int:
+        """The number of parameters that the optimizer changes."""
+        return sum(math.prod(leaf.shape) for leaf in self.state.trained(self.trained).values())
+
+    @property
+    def n_all(self) -> int:
+        """The number of parameters of the model and of LoRA's pairs."""
+        return sum(math.prod(leaf.shape) for leaf in self.state.by_name().values())
 
     @property
     def by_heads(self) -> bool:
@@ -120,7 +135,7 @@ def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:
 
 def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
     """Return the names of the arrays that the rules do not freeze."""
-    rates = by_rules(recipe.optimizer.learning_rates, state.by_name(), "optimizer.learning_rates")
+    rates = by_rules(recipe.optimizer.learning_rates, candidates(state, recipe), "optimizer.learning_rates")
     if not any(rates.values()):
         raise ValueError("optimizer.learning_rates freeze every parameter: nothing would be trained")
     return tuple(name for name, rate in rates.items() if rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training import hosts
+from gpt2_jax.training.frozen import describe
 from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.plan import Plan, make_plan
 
@@ -66,12 +68,23 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
         return plan, None, tokenizer
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
     if model.source:
-        return plan, load(model.source, dtype="float32", sharding=shardings)[1], tokenizer
+        params = load(model.source, dtype="float32", sharding=shardings)[1]
+        return with_source(plan, params), params, tokenizer
     with jax.default_device(_host()):  # the same numbers for all devices
         flat = flatten(new_params(config, recipe.seed))
     put = (lambda leaf, sharding: hosts.put(np.asarray(leaf), sharding)) if processes.count() > 1 else jax.device_put
     placed = {name: put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()}
     return plan, unflatten(placed), tokenizer
+
+
+def with_source(plan: Plan, params: Params) -> Plan:
+    """Return the plan with the hashes of the params that were read from model.source, if LoRA trains beside them."""
+    if not plan.recipe.lora.rank:
+        return plan
+    dtype = plan.config.param_dtype
+    return dataclasses.replace(
+        plan, source=describe({name: leaf.astype(dtype) for name, leaf in flatten(params).items()})
+    )
 
 
 def _has_checkpoint(run_dir: Path) -> bool:
