@@ -199,19 +199,23 @@ class Lora:
     h0/attn/c_attn/w/b. By default these have no weight decay.
 
     Attributes:
-      rank: rank of the matrices; 0 trains the weights themselves.
-      alpha: scale of the change, which is alpha / rank * a @ b.
+      rank: rank of the matrices; 0 trains the weights themselves. A rank above the shorter side of a matrix is allowed.
+      alpha: scale of the change, which is alpha / rank * a @ b with the rank of each matrix.
       targets: regular expression; every matrix whose name matches gets a pair a, b.
+      full: regular expression; params whose names match are trained themselves, besides the pairs. `targets` decide
+        first. By default it is the head of a classifier, if the model has one. "" is none.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: str = r"attn/(c_attn|c_proj)/w$"
+    full: str = "^score/"
 
     def __post_init__(self):
         _whole(self, "rank", 0)
         _real(self, "alpha", 0)
         _pattern(self, "targets", self.targets)
+        _pattern(self, "full", self.full)
 
 
 @dataclasses.dataclass(frozen=True)

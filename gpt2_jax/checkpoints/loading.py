@@ -96,6 +96,15 @@ def read(
     return config, reading(leaves, f"reading {path.name}", config.param_bytes)
 
 
+def open_leaves(source: str, dtype: np.dtype) -> Leaves:
+    """Read the params of a source onto the host, to be cast to a dtype: the model that LoRA was trained on.
+
+    Raises:
+      FileNotFoundError, ValueError, OSError: as `load`.
+    """
+    return read(locate(source), dtype=np.dtype(dtype))[1]
+
+
 READERS: Mapping[FormName, Callable[[Path, np.dtype | None], tuple[GPT2Config, Leaves]]] = {
     "tensorflow": tensorflow.read,
     "huggingface": huggingface.read,
@@ -103,8 +112,8 @@ READERS: Mapping[FormName, Callable[[Path, np.dtype | None], tuple[GPT2Config, L
     "orbax_tree": foreign_orbax.read,
     # The others have one dtype, which can always be loaded.
     "llmc": lambda path, _: llmc.read(path),
-    "orbax": lambda path, _: orbax.read(path),
-    "checkpoint": lambda path, _: run_weights.read(path),
+    "orbax": lambda path, _: orbax.read(path, open_leaves),
+    "checkpoint": lambda path, _: run_weights.read(path, open_leaves),
 }
 
 

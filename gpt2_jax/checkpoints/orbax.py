@@ -8,16 +8,18 @@ open; earlier versions of this package wrote the layout of v1, which is read too
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax import processes
-from gpt2_jax.checkpoints import foreign_orbax, orbax_arrays, parts
+from gpt2_jax.checkpoints import bases, foreign_orbax, orbax_arrays, parts, runs
 from gpt2_jax.checkpoints.ahead import read_ahead
+from gpt2_jax.checkpoints.change import Change
 from gpt2_jax.checkpoints.integrity import (
     DamagedError,
     Leaves,
@@ -28,8 +30,9 @@ from gpt2_jax.checkpoints.integrity import (
 )
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import hash_files
+from gpt2_jax.lora import pairs_of
 from gpt2_jax.model import abstract_params
-from gpt2_jax.params import flatten, unflatten
+from gpt2_jax.params import differences, flatten, unflatten
 
 MANIFEST, TREE = "gpt2_jax.json", "params"
 
@@ -43,8 +46,12 @@ def read_config(directory: Path) -> GPT2Config:
     return _read_manifest(directory)[0]
 
 
-def read(directory: Path) -> tuple[GPT2Config, Leaves]:
-    """Read what `write` wrote onto the host. The devices from which it was saved do not matter.
+def read(directory: Path, open_model: bases.Open) -> tuple[GPT2Config, Leaves]:
+    """Read what `write` wrote onto the host, with LoRA merged. The devices from which it was saved do not matter.
+
+    Args:
+      directory: the folder.
+      open_model: opens the model that LoRA was trained on, if it is not in a run's folder.
 
     Returns:
       config, leaves. Each leaf is read when it is requested, or a little earlier.
@@ -54,6 +61,39 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
       DamagedError: a file is damaged (found at the start, or while the leaves are read).
     """
     config, manifest = _read_manifest(directory)
+    shapes = flatten(abstract_params(config))
+    if "base" not in manifest:
+        return config, read_ahead(shapes, _reader(directory, manifest, shapes))
+    change = read_change(directory)
+    if wrong := differences(change.shapes, shapes, dtypes=False):
+        raise DamagedError(f"{directory} is damaged: it does not match its config: {wrong[0]}")
+    return config, change.merged(open_model)
+
+
+def read_change(directory: Path) -> Change:
+    """Read what `write` wrote with a base. Errors: see `read`."""
+    _, manifest = _read_manifest(directory)
+    stored = {
+        name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        for name, (dtype, shape) in manifest["leaves"].items()
+    }
+    read_one = _reader(directory, manifest, stored)
+    pairs = {name: read_one(name) for name in manifest["pairs"]}
+    run_dir = directory.resolve().parent
+    return Change(
+        pairs=pairs_of(pairs),
+        alpha=manifest["alpha"],
+        own={name: leaf for name, leaf in stored.items() if name not in pairs},
+        read_own=read_one,
+        base=manifest["base"],
+        run_dir=run_dir if runs.is_run(run_dir) else None,
+    )
+
+
+def _reader(
+    directory: Path, manifest: Mapping[str, Any], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> Callable[[str], np.ndarray]:
+    """Return a function that reads a tensor by its name. The files are compared with their sha256 first."""
     path = (directory / TREE).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{directory} holds no folder {TREE} beside {MANIFEST}")
@@ -63,7 +103,6 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
     tree = foreign_orbax.find(path)
     if tree is None:
         raise DamagedError(f"{path} is damaged: it holds no folder that Orbax wrote")
-    shapes = flatten(abstract_params(config))
 
     def read_one(name: str) -> np.ndarray:
         try:
@@ -73,11 +112,14 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         check_hash(name, array, manifest["sha256"], path)
         return array
 
-    return config, read_ahead(shapes, read_one)
+    return read_one
 
 
-def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
-    """Write gpt2_jax.json and the params into an empty directory. This process writes alone, whatever others do."""
+def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray], **more: Any) -> None:
+    """Write gpt2_jax.json and the params into an empty directory. This process writes alone, whatever others do.
+
+    `more` is written into gpt2_jax.json too.
+    """
     import orbax.checkpoint as ocp
 
     path = (directory / TREE).resolve()
@@ -90,7 +132,7 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
     with parts.clear_errors(saving=True), checkpointer_type(handler, **own) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(unflatten(flat)))
     hashes = {name: sha256(array) for name, array in flat.items()}
-    manifest = write_manifest(config, hashes, files=hash_files(path))
+    manifest = write_manifest(config, hashes, files=hash_files(path), **more)
     (directory / MANIFEST).write_text(json.dumps(json.loads(manifest), indent=1) + "\n", encoding="utf-8")
 
 

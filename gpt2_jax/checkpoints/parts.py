@@ -1,7 +1,7 @@
 """The checkpoints of a training run: parts written by Orbax, and checkpoint.json with the sha256 of every file.
 
     20/checkpoint.json       {"gpt2_jax_checkpoint": 1, "step": 20, "leaves": {part: {name: [dtype, shape]}},
-                              "files": {name: sha256}, "digest": sha256 of all that}
+                              "files": {name: sha256}, "digest": sha256 of all that}; with LoRA also "base"
     20/params/, 20/trainer/  the parts; each can be read without the others
 
 Orbax's v1 interface is used, with these workarounds (Orbax 0.12.8):
@@ -44,7 +44,7 @@ Parts = Mapping[str, Mapping[str, Any]]
 """{"params": {"h0/attn/c_attn/w": array}, ...}: the arrays (or jax.ShapeDtypeStruct) of each part by flat name."""
 
 
-def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
+def start_writing(path: Path, step: int, parts: Parts, base: Mapping[str, Any] | None = None) -> Callable[[], None]:
     """Copy the arrays and start to write them.
 
     Args:
@@ -52,6 +52,7 @@ def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
         a second name in the same folder (`leftovers` returns both).
       step: the step of the checkpoint.
       parts: jax arrays. They may be donated or deleted as soon as this function returns.
+      base: the frozen weights, which are elsewhere: see `bases`.
 
     Returns:
       finish(), which waits until everything is written and then writes checkpoint.json. Call it once, in any thread.
@@ -78,6 +79,7 @@ def start_writing(path: Path, step: int, parts: Parts) -> Callable[[], None]:
             response.result()
         if jax.process_index() == 0:
             manifest = {"gpt2_jax_checkpoint": VERSION, "step": step, "leaves": leaves, "files": hash_files(path)}
+            manifest |= {} if base is None else {"base": base}
             (path / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
 
     return finish

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt2_jax.checkpoints import orbax_arrays, parts, runs
-from gpt2_jax.checkpoints.ahead import read_ahead
+from gpt2_jax.checkpoints.bases import Open
+from gpt2_jax.checkpoints.change import Change
 from gpt2_jax.checkpoints.integrity import Leaves
 from gpt2_jax.checkpoints.runs import LORA, PARAMS
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.lora import merge_lora
+from gpt2_jax.lora import pairs_of
 from gpt2_jax.model import abstract_params
-from gpt2_jax.params import differences, flatten, unflatten
+from gpt2_jax.params import differences, flatten
+from gpt2_jax.recipe import Lora
 
 
 def read_config(directory: Path) -> GPT2Config:
@@ -34,23 +36,36 @@ def read_config(directory: Path) -> GPT2Config:
     return config.replace(param_dtype=_dtype(parts.read_manifest(directory)))
 
 
-def read(directory: Path) -> tuple[GPT2Config, Leaves]:
+def read(directory: Path, open_model: Open) -> tuple[GPT2Config, Leaves]:
     """Read the params of a run's checkpoint onto the host, with LoRA merged. The optimizer's state is not read.
+
+    Args:
+      directory: the checkpoint.
+      open_model: opens the model that LoRA was trained on, if it is not in the run's folder.
 
     Returns:
       config, leaves. Each leaf is read when it is requested, or a little earlier, and has its dtype in the run.
 
     Raises:
-      FileNotFoundError: the checkpoint is not in a run's folder, whose run.json holds the config.
+      FileNotFoundError: the checkpoint is not in a run's folder, whose run.json holds the config; or the model that
+        LoRA was trained on is gone.
       ValueError: run.json is malformed, or describes another model.
-      DamagedError: a file of the checkpoint is missing, or not what was written.
+      DamagedError: a file of the checkpoint is missing, or not what was written; or the model that LoRA was trained on
+        has changed.
     """
-    fields = runs.read_fields(runs.run_of(directory))
     config = read_config(directory)
+    change = read_change(directory)
+    if wrong := differences(change.shapes, flatten(abstract_params(config)), dtypes=False):
+        raise ValueError(f"{directory} does not match the model in {runs.run_of(directory) / runs.RUN}: {wrong[0]}")
+    return config, change.merged(open_model)
+
+
+def read_change(directory: Path) -> Change:
+    """Read what a run's checkpoint holds, apart from the optimizer's state. Errors: see `read`."""
+    run_dir = runs.run_of(directory)
+    fields = runs.read_fields(run_dir)
     manifest = parts.read_manifest(directory)
     abstract = {part: parts.abstract_part(manifest, part) for part in (PARAMS, LORA)}
-    if wrong := differences(abstract[PARAMS], flatten(abstract_params(config)), dtypes=False):
-        raise ValueError(f"{directory} does not match the model in {runs.run_of(directory) / runs.RUN}: {wrong[0]}")
     parts.check_files(directory, manifest, (PARAMS, LORA))
     directory = directory.resolve()
 
@@ -58,21 +73,17 @@ def read(directory: Path) -> tuple[GPT2Config, Leaves]:
         leaf = abstract[part][name]
         return orbax_arrays.read(directory / part, name.replace("/", "."), leaf.dtype, leaf.shape)
 
-    lora = {name: read_one(name, LORA) for name in abstract[LORA]}
-    return config, _merged(read_ahead(abstract[PARAMS], read_one), lora, fields["recipe"])
-
-
-def _merged(params: Leaves, lora: Mapping[str, np.ndarray], recipe: Mapping[str, Any]) -> Leaves:
-    for name, leaf in params:
-        if f"{name}/a" in lora:
-            pair: dict[str, Any] = {side: lora[f"{name}/{side}"] for side in "ab"}
-            merged = flatten(merge_lora(unflatten({name: leaf}), {name: pair}, recipe["lora"]["alpha"]))
-            leaf = np.asarray(merged.pop(name))
-        yield name, leaf
-        del leaf  # before the next one is read
+    return Change(
+        pairs=pairs_of({name: read_one(name, LORA) for name in abstract[LORA]}),
+        alpha=fields["recipe"].get("lora", {}).get("alpha", Lora().alpha),
+        own=abstract[PARAMS],
+        read_own=read_one,
+        base=manifest.get("base"),
+        run_dir=run_dir,
+    )
 
 
 def _dtype(manifest: Mapping[str, Any]) -> np.dtype:
     """Return the dtype of the loaded params: the stored one, but float32 for the float64 of exact training."""
-    stored = jnp.dtype(next(iter(manifest["leaves"][PARAMS].values()))[0])
+    stored = jnp.dtype(next(iter([*manifest["leaves"][PARAMS].values(), *manifest["leaves"][LORA].values()]))[0])
     return jnp.dtype("float32") if stored.name == "float64" else stored

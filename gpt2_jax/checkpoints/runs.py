@@ -3,8 +3,9 @@
 RUN/run.json              the config, the recipe and a description of the data
 RUN/encoder.json, RUN/vocab.bpe, or Hugging Face's tokenizer files
 RUN/data/                 the text as tokens, if the run prepared it
-RUN/checkpoints/1600/     written by `parts`: params, lora (if LoRA is trained) and trainer
-RUN/best/                 a model written by `save`
+RUN/checkpoints/1600/     written by `parts`: params and trainer; with LoRA lora, trainer and the trained params
+RUN/base/                 with LoRA, the frozen params, written by `bases`, unless the model of model.source has them
+RUN/best/                 a model written by `save`, or with LoRA by `save_change`
 
 `run_weights` reads the weights. `save` and `gpt2_jax.training` write them.
 """
@@ -29,7 +30,7 @@ from gpt2_jax.files import check_replaceable, expanded, lock, read_json, replaci
 from gpt2_jax.recipe import Optimizer, Recipe, from_dict, to_dict
 from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, TOKENIZER_CONFIG, Tokenizer, fingerprint
 
-RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
+RUN, CHECKPOINTS, BASE, BEST, DATA = "run.json", "checkpoints", "base", "best", "data"
 LOCK = ".lock"  # in the folder of checkpoints
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
 MARK, VERSION = "gpt2_jax_run", 1
@@ -39,7 +40,7 @@ MARK, VERSION = "gpt2_jax_run", 1
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 LATER = (  # fields that earlier versions do not know: written if they are set
-    *("attention", "objective", "classification", "instruction", "monitor.keep"),
+    *("attention", "objective", "classification", "instruction", "monitor.keep", "lora.full"),
     *("data.test_fraction", "data.label_field", "data.pack", "data.encoding", "data.end_of_text", "data.skip_bad_rows"),
 )
 FREE = re.compile(
@@ -175,6 +176,8 @@ def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
     """
     before, now = dict(_fields(_comparable(old))), dict(_fields(_comparable(new)))
     names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
+    if old.recipe.lora.rank and steps(run_dir):  # its checkpoints name the model by the hash of its tensors
+        names = [name for name in names if name != "recipe.model.source"]
     if names:
         listed = ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in names)
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,14 +13,14 @@ import jax
 import numpy as np
 
 from gpt2_jax import files
-from gpt2_jax.checkpoints import huggingface, orbax, tensorflow, vocabulary_files
+from gpt2_jax.checkpoints import bases, huggingface, orbax, tensorflow, vocabulary_files
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES
 from gpt2_jax.checkpoints.vocabulary import warn_of_another_model
 from gpt2_jax.checks import choice
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.files import read_object
 from gpt2_jax.model import check_params
-from gpt2_jax.params import Params, flatten
+from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, TOKENIZER_CONFIG, Tokenizer
 
 Format = Literal["tensorflow", "huggingface", "orbax"]
@@ -68,6 +68,54 @@ def save(
     """
     choice("format", format, WRITERS)
     check_params(config, params)
+    _save(directory, config, params, format, tokenizer, functools.partial(WRITERS[format], config=config))
+
+
+def save_change(
+    directory: str | os.PathLike,
+    config: GPT2Config,
+    own: Params,
+    pairs: Params,
+    alpha: float,
+    base: bases.Base,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Save what LoRA has trained, and the name and the hash of the model that it was trained on. `load` merges them.
+
+    The folder is one of the format "orbax" whose gpt2_jax.json has three more fields. It replaces what `save` replaces.
+
+    Args:
+      directory: the folder to write.
+      config: the config of the model, with the dtype of the arrays.
+      own: the params that are trained themselves; {} for none.
+      pairs: the LoRA tree.
+      alpha: LoRA's scale.
+      base: the frozen params.
+      tokenizer: written too.
+
+    Raises:
+      FileExistsError, OSError, ValueError: as `save`.
+    """
+    kept = {**flatten(own), **flatten(pairs)}
+    more = {
+        "base": base,
+        "alpha": alpha,
+        "pairs": list(flatten(pairs)),
+        "leaves": {name: [config.param_dtype.name, list(leaf.shape)] for name, leaf in kept.items()},
+    }
+    write = functools.partial(orbax.write, config=config, **more)
+    _save(directory, config, unflatten(kept), "orbax", tokenizer, write)
+
+
+def _save(
+    directory: str | os.PathLike,
+    config: GPT2Config,
+    params: Params,
+    format: Format,
+    tokenizer: Tokenizer | None,
+    write: Callable[..., None],
+) -> None:
+    """Save arrays with `write(directory, flat=arrays)`. Errors: see `save`."""
     if config.param_dtype.name not in STORED_DTYPES:
         raise ValueError(f"params must be {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
     if tokenizer is not None:
@@ -82,7 +130,7 @@ def save(
     _import_library(format)
     try:
         with files.replacing(directory, check) as temporary:
-            WRITERS[format](temporary, config, flat)
+            write(temporary, flat=flat)
             if tokenizer is not None:
                 _write_vocabulary(temporary, config, tokenizer, format)
     except FileExistsError:

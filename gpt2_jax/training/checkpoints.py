@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax import processes
-from gpt2_jax.checkpoints import parts, runs
+from gpt2_jax.checkpoints import bases, parts, runs
 from gpt2_jax.checkpoints.integrity import DamagedError
+from gpt2_jax.checkpoints.loading import open_leaves
 from gpt2_jax.files import expanded, put_in_place
 from gpt2_jax.params import differences
+from gpt2_jax.training.step import copied
 
 State = TypeVar("State")
 HIDDEN = re.compile(r"\.[0-9]+\.(saving|deleted)(\.orbax-checkpoint-tmp)?")
@@ -40,6 +42,10 @@ class Checkpoints:
     A checkpoint is written under a hidden name, and renamed when it is complete. Older checkpoints are removed after
     that. A process that is killed at any moment leaves the newest complete checkpoint. Its unfinished files are removed
     when the run is next opened. If several processes train one run (a cluster), all of them call every method.
+
+    Attributes:
+      base: the frozen params of LoRA, which checkpoints name and do not hold; None if they hold all params. `restore`
+        sets it to that of the checkpoint.
     """
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 1):
@@ -57,6 +63,7 @@ class Checkpoints:
         self.run_dir = expanded(run_dir).resolve()
         self.directory = self.run_dir / runs.CHECKPOINTS
         self.keep = keep
+        self.base: bases.Base | None = None
         self._resources: contextlib.ExitStack | None = None
         self._saving: tuple[int, str, concurrent.futures.Future] | None = None
         self._is_lost = False  # whether another process has failed in a save, and a thread still waits for it here
@@ -133,7 +140,8 @@ class Checkpoints:
 
         processes.on_first(check_folder)
         with self._clear_errors(step):
-            finish = parts.start_writing(self._hidden(step, "saving"), step, _in_parts(state, jnp.asarray))
+            kept = _without(_in_parts(state, jnp.asarray), self.base)
+            finish = parts.start_writing(self._hidden(step, "saving"), step, kept, self.base)
         name = f"save/{next(_saves)}"
         self._saving = step, name, self._thread.submit(self._complete_or_tell, name, step, finish)
         if wait:
@@ -203,9 +211,22 @@ class Checkpoints:
             listed = f"steps {', '.join(map(str, there))}" if there else "none"
             raise FileNotFoundError(f"{self.directory} has no checkpoint{of}; available: {listed}")
         wanted = _in_parts(abstract_state)
-        if check:
-            processes.on_first(lambda: self._check(step, wanted))
-        return _from_parts(abstract_state, parts.read(self.directory / str(step), wanted))
+        path = self.directory / str(step)
+
+        def base_of() -> bases.Base | None:
+            if check:
+                self._check(step, wanted)
+            return parts.read_manifest(path).get("base")
+
+        self.base = processes.on_first(base_of)
+        found = parts.read(path, _without(wanted, self.base))
+        if self.base is not None:
+            for name, leaf in bases.read(self.base, self.run_dir, open_leaves):
+                to = wanted[runs.PARAMS][name]
+                sharding = to.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+                found[runs.PARAMS][name] = copied(leaf, to.dtype, sharding)
+                del leaf  # before the next one is read
+        return _from_parts(abstract_state, found)
 
     def newest_whole(self, abstract_state: Any) -> tuple[int | None, str]:
         """Find the newest checkpoint whose files are what was written. Damaged ones that are newer are renamed.
@@ -334,6 +355,13 @@ def _in_parts(state: Any, convert: Any = lambda leaf: leaf) -> dict[str, dict[st
     return found
 
 
+def _without(found: Mapping[str, Mapping[str, Any]], base: bases.Base | None) -> dict[str, dict[str, Any]]:
+    """Return the parts without the params of a base."""
+    names = () if base is None else base["leaves"]
+    params = {name: leaf for name, leaf in found[runs.PARAMS].items() if name not in names}
+    return {**{part: dict(flat) for part, flat in found.items()}, runs.PARAMS: params}
+
+
 def _from_parts(abstract_state: State, found: Mapping[str, Mapping[str, Any]]) -> State:
     leaves = [found[part][name] for part, name, _ in _named(abstract_state)]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
@@ -354,6 +382,7 @@ def _named(state: Any) -> Iterator[tuple[str, str, Any]]:
 def _check_fits(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]) -> None:
     for part, what in {runs.PARAMS: "model", runs.LORA: "LoRA", runs.TRAINER: "optimizer"}.items():
         stored = parts.abstract_part(manifest, part)
+        stored |= bases.abstract(manifest.get("base")) if part == runs.PARAMS else {}
         if not differences(stored, wanted[part]):
             continue
         if part == runs.LORA and not (stored and wanted[part]):

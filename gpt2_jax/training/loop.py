@@ -26,6 +26,7 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
+from gpt2_jax.training.frozen import settle_base
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
 from gpt2_jax.training.objective import train_batches
 from gpt2_jax.training.observer import Observer, due
@@ -117,12 +118,14 @@ def fit(
         checkpoints = resources.enter_context(Checkpoints(run_dir, plan.recipe.monitor.keep))
         opened = open_run(plan, params, data, checkpoints, tokenizer, donate, from_step)
         state, first_step = opened.state, opened.step
+        checkpoints.base = checkpoints.base or settle_base(plan, state, run_dir)
         report = _opened_report(plan, run_dir, first_step, resources)
         stop = resources.enter_context(stopping(hosts.CommonStop(plan.mesh) if processes.count() > 1 else None))
-        _announce(report, memory, opened, n_steps)
+        _announce(plan, report, memory, opened)
         train_step = _compiled(plan, report) if first_step < n_steps else None
         steps = _Steps(plan, report)
         observer = Observer(plan, data, run_dir, tokenizer, report, stop)
+        observer.base = checkpoints.base
         step = saved = first_step
         _observe(observer, steps, step, state)  # a signal may have come before the work of this step was done
         with contextlib.closing(_batches(plan, data, step)) as stream:
@@ -157,10 +160,13 @@ def _opened_report(plan: Plan, run_dir: Path, first_step: int, resources: contex
     return report
 
 
-def _announce(report: Report, memory: dict[str, int], opened: Opened, n_steps: int) -> None:
-    """Report the memory that the run needs, and the step where it resumes."""
+def _announce(plan: Plan, report: Report, memory: dict[str, int], opened: Opened) -> None:
+    """Report the memory that the run needs, how many parameters it trains, and the step where it resumes."""
+    n_steps = plan.recipe.steps
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in memory.items() if size and name != "total")
     report.message(f"each device needs about {gigabytes(memory['total'])} of memory: {parts}")
+    if plan.n_trained < plan.n_all:
+        report.message(f"trains {plan.n_trained:,} of {plan.n_all:,} parameters")
     for message in opened.messages:
         report.message(message)
     if opened.step >= n_steps:

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
-from gpt2_jax.checkpoints.saving import save
+from gpt2_jax.checkpoints.bases import Base
 from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.token_files import Prepared, Tokens
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
+from gpt2_jax.training.frozen import save_best
 from gpt2_jax.training.objective import val_batches
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, read_records
@@ -40,6 +41,7 @@ class Observer:
       best_loss: that loss in nats a token; infinite if none was measured.
       n_worse: evaluations since the best one.
       missed: whether a signal prevented work that was due.
+      base: where the frozen params are that the best model leaves out: see `frozen`. None if it has all params.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Observer:
         self.recipe, self.report, self.stop = plan.recipe, report, stop
         self.eval_step = make_eval_step(plan)
         self.missed = False
+        self.base: Base | None = None
         self.best_step, self.best_loss, self.n_worse, self.evaluated = processes.on_first(self._evaluated_so_far)
         self.sampled = processes.on_first(self._sampled_so_far)
 
@@ -67,7 +70,7 @@ class Observer:
         if self.is_due(step):
             params = model_params(state, self.recipe)
             if self.data.val is not None and self._evaluation_is_due(step):
-                self._evaluate(step, params, self.data.val)
+                self._evaluate(step, state, params, self.data.val)
             if self.tokenizer is not None and self._samples_are_due(step):
                 self._sample(step, params, self.tokenizer)
 
@@ -98,7 +101,7 @@ class Observer:
         wanted = step and self.tokenizer is not None and monitor.prompts and not self.plan.config.labels
         return bool(wanted) and due(step, monitor.sample_every, self.recipe.steps) and self.sampled != step
 
-    def _evaluate(self, step: int, params: Params, val: Tokens | Examples) -> None:
+    def _evaluate(self, step: int, state: TrainState, params: Params, val: Tokens | Examples) -> None:
         """Measure the validation loss, and keep the model if it is the best so far."""
         loss = self._validation_loss(params, val)
         if loss is None:
@@ -107,11 +110,7 @@ class Observer:
         best = loss < self.best_loss  # False for NaN
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
-            config = self.plan.config.replace(param_dtype="float32", compute_dtype="float32")
-            params = hosts.gathered(params) if processes.count() > 1 else params
-            params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)  # also after training in float64
-            best_dir = self.run_dir / runs.BEST
-            processes.on_first(lambda: save(best_dir, config, params, "orbax", self.tokenizer))
+            save_best(self.plan, state, self.base, self.run_dir, self.tokenizer)
         else:
             self.n_worse += 1
         self.evaluated = step
@@ -174,9 +173,7 @@ class Observer:
                 step, loss, n_worse = last, value, 0
             else:
                 n_worse += 1
-        if (
-            step is not None and not (self.run_dir / runs.BEST).is_dir()
-        ):  # the run went back to a step before its best model
+        if step is not None and not (self.run_dir / runs.BEST).is_dir():  # the run went back to a step before its best
             return None, math.inf, 0, last
         return step, loss, n_worse, last
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +22,7 @@ from gpt2_jax.params import Params, by_rules
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.sharding import DATA, MODEL, make_mesh, param_shardings
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
-from gpt2_jax.training.state import TrainState, bare_state
+from gpt2_jax.training.state import TrainState, bare_state, candidates
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,11 +35,13 @@ class Plan:
       mesh: the devices.
       n_tokens: T, the tokens of a window.
       n_rows: rows of one part of a step on one device along `data`.
-      trained: names of the arrays that the optimizer changes: parameters, or LoRA's matrices.
+      trained: names of the arrays that the optimizer changes: parameters, or LoRA's matrices and some parameters.
       optimizer: the Optax transformation over {name: array} of the trained arrays.
       schedule: the learning rate as a function of the step, counted from 0.
       state: the TrainState as jax.ShapeDtypeStruct with shardings.
       gathered: the shardings that params have in matrix products: a tree like params, not divided along `data`.
+      source: {name: [dtype, shape, sha256]} of the params that `start_model` has read from the recipe's model.source
+        for LoRA, in the dtypes of the state; None if it has read none.
     """
 
     config: GPT2Config
@@ -50,6 +54,17 @@ class Plan:
     schedule: optax.Schedule
     state: TrainState
     gathered: Params
+    source: Mapping[str, Any] | None = None
+
+    @property
+    def n_trained(self) -> int:
+        """The number of parameters that the optimizer changes."""
+        return sum(math.prod(leaf.shape) for leaf in self.state.trained(self.trained).values())
+
+    @property
+    def n_all(self) -> int:
+        """The number of parameters of the model and of LoRA's pairs."""
+        return sum(math.prod(leaf.shape) for leaf in self.state.by_name().values())
 
     @property
     def by_heads(self) -> bool:
@@ -125,7 +140,7 @@ def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:
 
 def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
     """Return the names of the arrays that the rules do not freeze."""
-    rates = by_rules(recipe.optimizer.learning_rates, state.by_name(), "optimizer.learning_rates")
+    rates = by_rules(recipe.optimizer.learning_rates, candidates(state, recipe), "optimizer.learning_rates")
     if recipe.objective == "classification" and recipe.classification.train == "last_block" and not recipe.lora.rank:
         n_layer = len({name.split("/")[0] for name in rates if re.match(r"h\d+/", name)})
         last = re.compile(rf"(h{n_layer - 1}|ln_f|score)/")

@@ -33,6 +33,7 @@ from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.recipe import Data, Recipe
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training import hosts
+from gpt2_jax.training.frozen import describe
 from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.opening import has_begun
 from gpt2_jax.training.plan import Plan, make_plan
@@ -118,16 +119,19 @@ def start_model(
     if not source:
         return plan, _placed(flatten(_new_on_host(plan.config, recipe.seed)), shardings), tokenizer
     if not plan.config.labels:
-        return plan, load(source, dtype="float32", sharding=shardings)[1], tokenizer
+        params = load(source, dtype="float32", sharding=shardings)[1]
+        return with_source(plan, params), params, tokenizer
     head = shardings.pop(SCORE)
     there = load_config(source)
     if there.labels:
         shardings |= {SCORE: {"w": _anywhere(plan)}}
     params = load(source, dtype="float32", sharding=shardings)[1]
-    if (there.labels, there.pooling) != (plan.config.labels, plan.config.pooling):  # a head for other labels
-        new = _new_on_host(plan.config.replace(n_layer=1, n_vocab=1, n_ctx=1), recipe.seed)[SCORE]
-        params[SCORE] = _placed(flatten(new), head)
-    return plan, params, tokenizer
+    if (there.labels, there.pooling) == (plan.config.labels, plan.config.pooling):
+        return with_source(plan, params), params, tokenizer
+    params.pop(SCORE, None)  # a head for other labels
+    plan = with_source(plan, params)
+    new = _new_on_host(plan.config.replace(n_layer=1, n_vocab=1, n_ctx=1), recipe.seed)[SCORE]
+    return plan, params | {SCORE: _placed(flatten(new), head)}, tokenizer
 
 
 def _begun(run_dir: str | os.PathLike | None) -> Path | None:
@@ -150,6 +154,16 @@ def _placed(flat: dict[str, Any], shardings: Any) -> Params:
 
 def _anywhere(plan: Plan) -> Any:
     return plan.whole()
+
+
+def with_source(plan: Plan, params: Params) -> Plan:
+    """Return the plan with the hashes of the params that were read from model.source, if LoRA trains beside them."""
+    if not plan.recipe.lora.rank:
+        return plan
+    dtype = plan.config.param_dtype
+    return dataclasses.replace(
+        plan, source=describe({name: leaf.astype(dtype) for name, leaf in flatten(params).items()})
+    )
 
 
 def _has_checkpoint(run_dir: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gpt2_jax.lora import init_lora, merge_lora
+from gpt2_jax.lora import init_lora, merge_lora, pairs_of
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.recipe import Recipe
+from gpt2_jax.recipe import Lora, Recipe
 
 
 @struct.dataclass
@@ -22,7 +23,8 @@ class TrainState:
     Attributes:
       step: int32 scalar, optimizer steps done.
       params: the model's params; float32 (float64 if `compute_dtype` is float64).
-      lora: the small tree of `gpt2_jax.lora`, which is trained instead of params; None without LoRA.
+      lora: the small tree of `gpt2_jax.lora`, which is trained instead of params, apart from those that match
+        `lora.full`; None without LoRA.
       opt_state: the Optax state of the trained arrays only.
       mean_loss: float32 scalar, running mean of the loss, used to detect spikes; 0 before the first step.
     """
@@ -34,8 +36,8 @@ class TrainState:
     mean_loss: jax.Array
 
     def by_name(self) -> dict[str, jax.Array]:
-        """Return {name: array} of what may be trained: the params, or LoRA's small tree."""
-        return flatten(self.params if self.lora is None else self.lora)
+        """Return {name: array} of LoRA's small tree and of the params. Their names differ: pairs end in /a and /b."""
+        return flatten(self.lora or {}) | flatten(self.params)
 
     def trained(self, names: Iterable[str]) -> dict[str, jax.Array]:
         """Return {name: array} of these names, which the optimizer changes."""
@@ -44,10 +46,10 @@ class TrainState:
 
     def with_trained(self, changed: Mapping[str, jax.Array]) -> TrainState:
         """Return the state with these arrays in place of those from `trained`."""
-        flat = self.by_name() | dict(changed)
-        if self.lora is None:
-            return dataclasses.replace(self, params=unflatten(flat))
-        return dataclasses.replace(self, lora=_pairs(flat))
+        pairs, params = flatten(self.lora or {}), flatten(self.params)
+        pairs |= {name: leaf for name, leaf in changed.items() if name in pairs}
+        params |= {name: leaf for name, leaf in changed.items() if name not in pairs}
+        return dataclasses.replace(self, params=unflatten(params), lora=None if self.lora is None else pairs_of(pairs))
 
 
 def model_params(state: TrainState, recipe: Recipe) -> Params:
@@ -64,15 +66,24 @@ def bare_state(recipe: Recipe, params: Params) -> TrainState:
     return TrainState(jnp.int32(0), params, lora, None, jnp.float32(0))
 
 
+def candidates(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
+    """Return the names of the arrays that the rules of the optimizer choose from.
+
+    These are the params. With LoRA they are its pairs, and the params that match `lora.full` and have no pair.
+
+    Raises:
+      ValueError: no param matches `lora.full`, and it is not the default, which matches only the head of a classifier.
+    """
+    params = flatten(state.params)
+    if state.lora is None:
+        return tuple(params)
+    pattern = recipe.lora.full
+    full = [name for name in params if pattern and re.search(pattern, name)]
+    if not full and pattern not in ("", Lora().full):
+        raise ValueError(f"no parameter name matches lora.full, {pattern!r}")
+    return (*flatten(state.lora), *(name for name in full if name not in state.lora))
+
+
 def seed_key(recipe: Recipe) -> jax.Array:
     """Return the key for dropout and for LoRA's initial matrices."""
     return jax.random.key(recipe.seed, impl="threefry2x32")
-
-
-def _pairs(flat: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
-    """Return {"h0/attn/c_attn/w": {"a", "b"}} from {"h0/attn/c_attn/w/a", ...}."""
-    pairs: dict[str, dict[str, jax.Array]] = {}
-    for name, leaf in flat.items():
-        matrix, _, side = name.rpartition("/")
-        pairs.setdefault(matrix, {})[side] = leaf
-    return pairs

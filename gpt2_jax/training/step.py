@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
 from gpt2_jax.checkpoints.placing import place
 from gpt2_jax.data.batching import Batch
@@ -48,10 +48,10 @@ def init_state(plan: Plan, params: Params, donate: bool = False) -> TrainState:
     shardings = _shardings(plan.state)
 
     def copy(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        copied = _copy(leaf, plan.config.param_dtype, sharding)
+        placed = copied(leaf, plan.config.param_dtype, sharding)
         if donate and isinstance(leaf, jax.Array):
             leaf.delete()
-        return copied
+        return placed
 
     params = jax.tree.map(copy, params, shardings.params)
 
@@ -62,7 +62,7 @@ def init_state(plan: Plan, params: Params, donate: bool = False) -> TrainState:
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def _copy(leaf: jax.Array | np.ndarray, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+def copied(leaf: jax.Array | np.ndarray, dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """Return a copy of an array with a dtype and a sharding. It is complete, and its memory can be donated."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # on the devices of several processes
         return jax.jit(lambda leaf: jnp.copy(leaf).astype(dtype), out_shardings=sharding)(leaf).block_until_ready()

@@ -106,6 +106,20 @@ def test_it_goes_on_to_where_it_would_have_come_without_a_stop(run, name):
     assert [one["step"] for one in samples] == [one["step"] for one in expected["samples"]]
 
 
+@pytest.mark.parametrize("name", ["lora"])
+def test_with_lora_it_goes_on_with_small_checkpoints(run, name):
+    """Its checkpoint holds all params. The next one names them, and RUN/base has them."""
+    assert (run / "checkpoints" / "3" / "params").exists()
+    tokenizer = gpt2_jax.load_tokenizer(run)
+    data = training.open_prepared(BEFORE / RUNS[name], tokenizer)
+    plan = training.make_plan(gpt2_jax.load_config(run), training.Recipe.from_toml(BEFORE / f"{name}.toml"))
+    fitted = training.fit(plan, None, data, run, tokenizer)
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit()] == ["6"]
+    assert not (run / "checkpoints" / "6" / "params").exists()
+    assert (run / "base" / "params").exists()
+    assert digests(gpt2_jax.load(run / "checkpoints" / "6")[1]) == digests(fitted.params)
+
+
 def test_its_text_is_read(run, name):
     data = training.open_prepared(BEFORE / RUNS[name], gpt2_jax.load_tokenizer(run))
     data.check()

@@ -1,12 +1,17 @@
 """LoRA: a small tree beside frozen weights, merged as w + alpha / rank * a @ b."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_steps as ts
 
 import gpt2_jax
 from gpt2_jax.lora import init_lora, merge_lora
+from gpt2_jax.params import flatten, unflatten
+from gpt2_jax.recipe import Lora, Recipe
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.training.plan import make_plan
 from gpt2_jax.training.step import model_params
 
 TARGETS = r"attn/(c_attn|c_proj)/w$|mlp/c_fc/w$"
@@ -41,6 +46,75 @@ def test_pairs_differ_by_matrix_and_by_key():
     draws = [init_lora(params, 3, r"attn/c_proj/w$", jax.random.key(seed)) for seed in (0, 0, 1)]
     assert ts.bits(draws[0]) == ts.bits(draws[1]) != ts.bits(draws[2])
     assert ts.bits(draws[0]["h0/attn/c_proj/w"]["a"]) != ts.bits(draws[0]["h1/attn/c_proj/w"]["a"])
+
+
+def test_a_small_head_may_have_a_pair_of_larger_rank():
+    params = {"score": {"w": jnp.ones((12, 2))}}
+    lora = init_lora(params, 16, "^score/", jax.random.key(0))
+    assert (lora["score/w"]["a"].shape, lora["score/w"]["b"].shape) == ((12, 16), (16, 2))
+
+
+def test_the_random_factor_is_at_the_input():
+    """Its variance is 1 / in. The input of lm_head (n_vocab, n_embd) is b's side, that of wte a's."""
+    shapes = {"lm_head": (3001, 500), "wte": (3001, 500), "h0/mlp/c_fc/w": (500, 3001)}
+    params = unflatten({name: jnp.zeros(shape) for name, shape in shapes.items()})
+    lora = init_lora(params, 16, ".", jax.random.key(0))
+    for name, side, n_in in (("lm_head", "b", 500), ("wte", "a", 3001), ("h0/mlp/c_fc/w", "a", 500)):
+        pair = lora[name]
+        assert np.std(pair[side]) * n_in**0.5 == pytest.approx(1, abs=0.03), name  # 0.009 of 8,000 numbers
+        assert not np.asarray(pair["ab".replace(side, "")]).any(), name
+
+
+BOOK = {  # the matrices of a block in the build-an-LLM book, whose queries, keys and values are separate
+    **{f"att/{name}": (768, 768) for name in ("W_query", "W_key", "W_value", "out_proj")},
+    "ff/0": (768, 3072),
+    "ff/2": (3072, 768),
+}
+
+
+def test_how_many_parameters_rank_16_has_everywhere_in_124m_with_two_classes():
+    """The book's model has 2,666,528 as its text says. Our fused c_attn has fewer: in + out counts once, not thrice."""
+
+    def count(shapes):
+        leaves = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+        lora = jax.eval_shape(lambda: init_lora(unflatten(leaves), 16, ".", jax.random.key(0)))
+        return sum(leaf.size for leaf in jax.tree.leaves(lora))
+
+    head = {"score/w": (768, 2)}
+    book = {f"h{i}/{name}": shape for i in range(12) for name, shape in BOOK.items()} | head
+    assert count(book) == 2_666_528
+    flat = flatten(gpt2_jax.abstract_params(gpt2_jax.SIZES["124M"]))
+    ours = {name: leaf.shape for name, leaf in flat.items() if name.endswith("/w")} | head
+    assert count(ours) == 2_371_616
+    recipe = Recipe(lora=Lora(rank=16, targets="/w$"))
+    plan = make_plan(gpt2_jax.SIZES["124M"], recipe, make_mesh(1, 1))
+    assert plan.n_trained == 2_371_616 - 16 * (768 + 2)  # without the head
+    assert plan.n_all == 124_439_808 + plan.n_trained
+
+
+def test_some_params_are_trained_themselves_beside_the_pairs(x64):
+    """Steps of NumPy: their gradients are those of the plain model at the merged weights."""
+    rate, scale = 1e-3, 7.0 / 3
+    recipe = ts.recipe(compute_dtype="float64", lora={**LORA, "full": r"ln_2/|^wpe$"}, optimizer={"clip": 0.4})
+    batches = [ts.batch(recipe, seed) for seed in range(4)]
+    config, base = ts.config_of(recipe), ts.flat(ts.params_of(ts.config_of(recipe)))
+    full = {"h0/ln_2/g", "h0/ln_2/b", "wpe"}
+    begun = ts.begin(recipe)
+    slow = ts.Slow(recipe.optimizer, ts.flat(begun.lora) | {name: base[name] for name in full})
+    for batch in batches:
+        pairs = {name: {side: slow.weights[f"{name}/{side}"] for side in "ab"} for name in NAMES}
+        now = merged_by_hand(base, pairs) | {name: slow.weights[name] for name in full}
+        _, gradients = ts.plain_gradients(config, ts.forms.nested(now), batch)
+        g = ts.flat(gradients)
+        by_a = {f"{name}/a": scale * g[name] @ pairs[name]["b"].T for name in NAMES}
+        by_b = {f"{name}/b": scale * pairs[name]["a"].T @ g[name] for name in NAMES}
+        slow.step(by_a | by_b | {name: g[name] for name in full}, rate)
+    state, _ = ts.run(recipe, batches)
+    found = {name: np.asarray(leaf) for name, leaf in state.by_name().items()}
+    assert max(np.abs(found[name] - slow.weights[name]).max() for name in slow.weights) <= 1e-11  # 2e-17
+    same = found.keys() - slow.weights.keys()
+    assert all(np.array_equal(found[name], base[name]) for name in same)
+    assert {*NAMES, "wte"} <= same
 
 
 @pytest.mark.parametrize("targets", ["attn/c_atn/w$", r"c_attn/b$"])
