@@ -53,10 +53,12 @@ def to_blocks(params: Params, nested_ln_f: bool = False) -> dict[str, Any]:
         `["g"]` and `["b"]`, as in the book.
 
     Raises:
-      ValueError: a name is missing or unknown, or the params have an untied output head.
+      ValueError: a name is missing or unknown, or the params have an untied output head, or a classifier's.
     """
     if isinstance(params, dict) and "lm_head" in params:
         raise ValueError("the books' nesting has no place for an untied output head, lm_head: the books' code uses wte")
+    if isinstance(params, dict) and "score" in params:
+        raise ValueError("the books' nesting has no place for a classifier's head, score: take it out of the params")
     names = _layer_names(params)
     _check_names(params, {"wte", "wpe", "ln_f", *names}, "params")
     last = {"ln_f": params["ln_f"]} if nested_ln_f else dict(params["ln_f"])

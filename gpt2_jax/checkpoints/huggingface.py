@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.checkpoints import names, pickles, safetensors
+from gpt2_jax.checkpoints import huggingface_labels, names, pickles, safetensors
 from gpt2_jax.checkpoints.config_words import in_hugging_face_words, leaves_nanogpts_gelu_open
 from gpt2_jax.checkpoints.integrity import DamagedError, Leaves, read_manifest, warn, write_manifest
 from gpt2_jax.checkpoints.vocabulary_files import write_json
@@ -44,7 +44,7 @@ _NOT_STORED = re.compile(rf"{names.BUFFER.pattern}|{names.OTHER_HEAD.pattern}|(l
 
 def hugging_face_name(name: str) -> str:
     """Return Hugging Face's name of a parameter: "h0/attn/c_attn/w" becomes "transformer.h.0.attn.c_attn.weight"."""
-    return ("" if name == "lm_head" else names.ROOT) + names.hugging_face_keys(name)[0]
+    return ("" if name in ("lm_head", "score/w") else names.ROOT) + names.hugging_face_keys(name)[0]
 
 
 def read_config(directory: Path) -> GPT2Config:
@@ -86,8 +86,8 @@ def read_config(directory: Path) -> GPT2Config:
 def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Leaves]:
     """Read a directory in Hugging Face's format: one weights file, or several with an index.
 
-    The tensors may have the names of any program in `names`, with the prefixes of wrappers. Mask buffers and heads for
-    other tasks are skipped by name.
+    The tensors may have the names of any program in `names`, with the prefixes of wrappers. The head of a classifier
+    (GPT2ForSequenceClassification) is read with its labels. Mask buffers and heads for other tasks are skipped by name.
 
     Args:
       directory: the folder.
@@ -110,7 +110,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
     """
     config = read_config(directory)
     tensors, manifest, source = _find_tensors(directory)
-    hashes = None
+    hashes = saved = None
     if manifest is not None:
         saved, more = read_manifest(manifest, source)
         hashes = {names.short(key): value for key, value in more["sha256"].items()}
@@ -119,6 +119,7 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
             message = ", ".join(f"{name} = {getattr(config, name)} instead of {getattr(saved, name)}" for name in wrong)
             raise DamagedError(f"{directory / 'config.json'} does not match {source}: it has {message}")
         config = config.replace(qkv_bias=saved.qkv_bias)
+    config = huggingface_labels.with_labels(config, directory / "config.json", tensors, saved)
     matched = names.match(tensors, config, source, "config.json", lambda some: safetensors.read(some, None), dtype)
     first = names.hugging_face_keys("h0/attn/c_attn/w")[0]
     if first in matched.transposed and any(key.endswith(names.ROOT + first) for key in tensors):
@@ -198,7 +199,7 @@ def is_ours(directory: Path) -> bool:
 
 def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -> None:
     """Write config.json and model.safetensors, with a sha256 of each tensor, into an empty directory."""
-    arrays = {hugging_face_name(name): array for name, array in flat.items()}
+    arrays = {hugging_face_name(name): array.T if name == "score/w" else array for name, array in flat.items()}
 
     def metadata(hashes: Mapping[str, str]) -> dict[str, str]:
         return {"format": "pt", "gpt2_jax": write_manifest(config, hashes)}
@@ -220,4 +221,6 @@ def write(directory: Path, config: GPT2Config, flat: Mapping[str, np.ndarray]) -
         "n_inner": None,
         "use_cache": True,
     }
+    if config.labels:
+        fields |= huggingface_labels.fields_of(config, end_of_text)
     write_json(directory / "config.json", fields)

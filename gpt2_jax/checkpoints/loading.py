@@ -61,8 +61,9 @@ def load(
       arrays with OpenAI's names, shapes and orientation: `params["h0"]["attn"]["c_attn"]["w"]` is (n_embd, 3 * n_embd).
 
     Warns:
-      UserWarning: a tensor holds values that are NaN or infinite; a head for another task is left out; or config.json
-        says that the output head is tied, but another head is stored: it is loaded as `lm_head`.
+      UserWarning: a tensor holds values that are NaN or infinite; a head for another task than language modeling or
+        classification is left out; or config.json says that the output head is tied, but another head is stored: it
+        is loaded as `lm_head`.
 
     Raises:
       FileNotFoundError: there is no such source, or one of its files is missing.

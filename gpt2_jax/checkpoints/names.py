@@ -27,6 +27,7 @@ from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
 
 ROOT = "transformer."
+SCORE = "score.weight"  # the head of transformers' GPT2ForSequenceClassification, (labels, D)
 # Names of the modules that wrap a model: DataParallel and DDP, torch.compile, FSDP, activation checkpointing,
 # Lightning, Opacus, PEFT, TRL, and `params` in a Flax TrainState.
 PREFIX = re.compile(r"((_?module|model|base_model|pretrained_model|transformer|_forward_module|params)\.)+")
@@ -180,6 +181,8 @@ def match(
     shapes = flatten(abstract_params(config))
     keys = {name: naming(name) for name in shapes}
     transposed = _transposed(tensors, keys, shapes)
+    if config.labels:
+        transposed |= {*keys["score/w"]}
     if naming is flax_keys and "lm_head" in shapes:
         transposed |= {*keys["lm_head"]}  # a linear layer of Flax, which is (in, out)
     config, keys = _without_biases(tensors, config, keys, transposed, naming)
@@ -250,6 +253,12 @@ def _tie(tensors: dict[str, Any], naming: Naming, config: GPT2Config, source: ob
     """
     wte, head = naming("wte")[0], naming("lm_head")[0]
     if head not in tensors and not config.tie_word_embeddings:
+        if config.labels:  # transformers saves a classifier without the output head
+            warn(
+                f"{source} holds no output head, although config.json says tie_word_embeddings = False: labels are "
+                "not affected, but the next token is predicted with wte"
+            )
+            return config.replace(tie_word_embeddings=True)
         raise ValueError(f"config.json says tie_word_embeddings = False, but {source} has no {head}: the output head")
     if wte not in tensors and head in tensors and config.tie_word_embeddings:  # the same array under its other name
         tensors[wte] = tensors[head]
@@ -270,7 +279,7 @@ def _transposed(
     tensors: Mapping[str, Any], keys: Mapping[str, tuple[str, ...]], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> set[str]:
     """Return the tensors stored as (out, in): all weights of linear layers, or none."""
-    weights = [name for name in keys if name.endswith("/w")]
+    weights = [name for name in keys if name.endswith("/w") and name != "score/w"]
     telling = [name for name in weights if len(keys[name]) == 1 and len(set(shapes[name].shape)) == 2]
     stored = [(tuple(tensors[keys[name][0]].shape), shapes[name].shape) for name in telling if keys[name][0] in tensors]
     if stored and all(shape == expected[::-1] for shape, expected in stored):

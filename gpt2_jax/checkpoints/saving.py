@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gpt2_jax import files
-from gpt2_jax.checkpoints import bases, huggingface, orbax, tensorflow, vocabulary_files
+from gpt2_jax.checkpoints import bases, huggingface, huggingface_labels, orbax, tensorflow, vocabulary_files
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES
 from gpt2_jax.checkpoints.vocabulary import warn_of_another_model
 from gpt2_jax.checks import choice
@@ -50,9 +50,11 @@ def save(
       config: the config of the params.
       params: params as `load` returns them, on any devices of this host.
       format: "tensorflow", OpenAI's own files (variables `model/h0/attn/c_attn/w` (1, in, out), hparams.json);
-        "huggingface", which `GPT2LMHeadModel.from_pretrained` opens; or "orbax". The last two also hold a sha256 of
+        "huggingface", which `GPT2LMHeadModel.from_pretrained` opens, or `GPT2ForSequenceClassification.from_pretrained`
+        if the config has labels; or "orbax". The last two also hold a sha256 of
         each tensor, and the config's dropout rates and qkv_bias, which OpenAI's files cannot hold. A config whose
-        arithmetic is not OpenAI's (`config.variants`) is refused in the format "tensorflow".
+        arithmetic is not OpenAI's (`config.variants`) is refused in the format "tensorflow", and so is a classifier; in
+        the format "huggingface", a classifier that does not read the last token.
       tokenizer: written too, in the files of the format: encoder.json and vocab.bpe, or Hugging Face's files. A
         tokenizer that OpenAI's two files cannot hold is written in Hugging Face's files in every format. None writes
         only weights and config.
@@ -124,6 +126,8 @@ def _save(
     if format == "tensorflow":
         tensorflow.check_path(directory)
         tensorflow.check_config(config)
+    elif format == "huggingface":
+        huggingface_labels.check_config(config)
     check = functools.partial(check_replaceable, directory, with_vocabulary=tokenizer is not None)
     check()
     flat = _on_host(config, params)
@@ -156,8 +160,10 @@ def _write_vocabulary(directory: Path, config: GPT2Config, tokenizer: Tokenizer,
     own = vocabulary_files.huggingface_files(tokenizer, config.n_ctx, beside_config=True)
     vocabulary_files.write(directory, own)
     path = directory / "config.json"
-    fields = read_object(path) | vocabulary_files.special_ids(tokenizer, config.n_vocab)
-    vocabulary_files.write_json(path, fields)
+    ids = vocabulary_files.special_ids(tokenizer, config.n_vocab)
+    if config.labels and ids["eos_token_id"] is not None:  # transformers needs an id for padding
+        ids = {"pad_token_id": ids["eos_token_id"]} | ids
+    vocabulary_files.write_json(path, read_object(path) | ids)
 
 
 def check_replaceable(directory: Path, with_vocabulary: bool, overwrite: bool = True) -> None:

@@ -134,13 +134,17 @@ def check_path(path: Path) -> None:
 
 
 def check_config(config: GPT2Config) -> None:
-    """Check that OpenAI's files can describe a model. They have no place for other arithmetic than OpenAI's.
+    """Check that OpenAI's files can describe a model. They have no place for labels, or other arithmetic than OpenAI's.
 
     `reorder_and_upcast_attn` is accepted and not stored, because it does not change the arithmetic here.
 
     Raises:
-      ValueError: the model has other arithmetic. The message names the fields.
+      ValueError: the model is a classifier, or has other arithmetic. The message names the fields.
     """
+    if config.labels:
+        raise ValueError(
+            "the tensorflow format cannot hold a classifier's head, score/w: save it in the format huggingface or orbax"
+        )
     lost = [f"{name} = {value!r}" for name, value in config.variants.items() if name != "reorder_and_upcast_attn"]
     if lost:
         raise ValueError(

@@ -71,6 +71,9 @@ def _hyperparameters(report: dict[str, Any], console: Console) -> Iterable[Any]:
         table.add_row(name, f"{value:,}", book[name], MEANINGS[name].format(width=width))
     for name, value in report["variants"].items():
         table.add_row(name, str(value), "", "differs from OpenAI's GPT-2")
+    if "labels" in report:
+        table.add_row("labels", f"{len(report['labels']):,}", "", f"a classifier: {', '.join(report['labels'])}")
+        table.add_row("pooling", report["pooling"], "", "which hidden state of a text the classifier reads")
     yield _title("Hyperparameters")
     yield table
 

@@ -77,7 +77,7 @@ def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
-    from gpt2_jax.training import fit, start_data, start_model, start_plan, start_tokenizer
+    from gpt2_jax.training import described, fit, start_data, start_model, start_plan, start_tokenizer
 
     _model.keep_compiled()
     folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
@@ -89,13 +89,10 @@ def run(args: Args) -> int:
     plan, params, tokenizer = start_model(recipe, folder, data)
     if recipe.objective == "language_modeling" and data.manifest is not None:
         _tell_about(data.manifest, recipe, began=params is not None)
-    n_val = data.val.n_tokens if data.val else 0
-    print(
-        f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens",
-        file=sys.stderr,
-    )
+    print("\n".join(described(plan, data)), file=sys.stderr)
     fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step)
-    print(f"to generate text: gpt2-generate --model {shlex.quote(str(folder))}", file=sys.stderr)
+    use = "classify texts: gpt2-classify" if plan.config.labels else "generate text: gpt2-generate"
+    print(f"to {use} --model {shlex.quote(str(folder))}{' TEXT' * bool(plan.config.labels)}", file=sys.stderr)
     print(folder)
     if fitted.signal:
         return 128 + signal.Signals[fitted.signal].value

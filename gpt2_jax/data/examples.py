@@ -108,7 +108,7 @@ class PreparedExamples:
     @property
     def longest(self) -> int:
         """Tokens of the longest example of all splits."""
-        return max(int(split.lengths.max()) for split in self._splits())
+        return max(int(split.lengths.max()) for split in self.by_split().values())
 
     def within(self, n_rows: int) -> PreparedExamples:
         """Return the same examples for a model with this many rows. An id without a row is refused when it is read."""
@@ -120,7 +120,7 @@ class PreparedExamples:
 
     def digests(self) -> dict[str, str]:
         """Return {file name: sha256} of all files, read from the disk."""
-        return {path.name: sha256_of(path) for split in self._splits() for path in split.files}
+        return {path.name: sha256_of(path) for split in self.by_split().values() for path in split.files}
 
     def check(self) -> None:
         """Compare every file with the sha256 in the manifest.
@@ -133,8 +133,10 @@ class PreparedExamples:
                 path = self.train.path.with_name(name)
                 raise ValueError(f"{path} has changed: its sha256 is not that in {MANIFEST}; prepare the folder again")
 
-    def _splits(self) -> list[Examples]:
-        return [split for split in (self.train, self.val, self.test) if split is not None]
+    def by_split(self) -> dict[str, Examples]:
+        """Return {"train", "val" or "test": its examples} of the splits that have any."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
 
 
 def is_prepared_examples(path: str | os.PathLike) -> bool:
@@ -226,10 +228,11 @@ def write_examples(
     found = list(examples)
     if not found:
         raise ValueError("there are no examples")
-    labels = sorted({example.label for example in found if example.label is not None})
+    labels = _in_order({example.label for example in found if example.label is not None})
     order = _order(len(found), seed)
     if undersample:
         order = _undersampled(order, [example.label for example in found])
+        more = {"dropped": len(found) - len(order), **(more or {})}
     sizes = _sizes(len(order), val_fraction, test_fraction)
     fields: dict[str, Any] = {"n_vocab": tokenizer.n_vocab, "tokenizer_sha256": fingerprint(tokenizer), "seed": seed}
     fields |= {"val_fraction": val_fraction, "test_fraction": test_fraction, "labels": labels, **(more or {})}
@@ -257,6 +260,15 @@ def _write_split(folder: Path, split: str, examples: Sequence[Example], labels: 
     else:
         masks = [np.asarray(example.counts, np.uint8) for example in examples]
         np.concatenate(masks).tofile(folder / f"{split}.mask.bin")
+
+
+def _in_order(labels: Iterable[str]) -> list[str]:
+    """Return labels in the order of their numbers: by value if all are whole numbers, else by name."""
+    labels = sorted(labels)
+    try:
+        return sorted(labels, key=int)
+    except ValueError:
+        return labels
 
 
 def _counts(examples: Sequence[Example], labels: Sequence[str]) -> dict[str, Any]:

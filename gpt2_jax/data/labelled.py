@@ -24,16 +24,28 @@ def labelled_examples(
       label_field: the name of the label: a string, a number or a boolean.
 
     Raises:
-      ValueError: a record lacks a field, or its text is empty or not a string.
+      ValueError: a record lacks a field, its text is empty or not a string, or it has no label.
     """
     for record, place in records:
         for name in (field, label_field):
-            if record.get(name) is None:
+            if name not in record:
                 has = ", ".join(map(str, record)) or "none"
                 raise ValueError(f'{place} has no field "{name}"; it has: {has}')
         text, label = record[field], record[label_field]
         if not isinstance(text, str) or not text:
             raise ValueError(f'{place}: the field "{field}" is not a text: {text!r:.60}')
-        if not isinstance(label, str | int | float):
-            raise ValueError(f'{place}: the field "{label_field}" is not a label: {label!r:.60}')
-        yield Example(np.asarray(tokenizer.encode(text), id_dtype(tokenizer.n_vocab)), label=str(label))
+        yield Example(np.asarray(tokenizer.encode(text), id_dtype(tokenizer.n_vocab)), label=label_name(label, place))
+
+
+def label_name(label: Any, place: str) -> str:
+    """Return the name of a record's label: a string without white space around it, or a number or boolean in words.
+
+    Raises:
+      ValueError: it is none of these, or is empty.
+    """
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # as files with missing values hold whole numbers
+    name = str(label).strip() if isinstance(label, str | int | float) and label == label else ""  # NaN is no label
+    if not name:
+        raise ValueError(f"{place} has no label: {label!r:.60}")
+    return name

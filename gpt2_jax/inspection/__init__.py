@@ -37,9 +37,7 @@ FORMULAS = {
     "ln": ("ln_1, ln_2, ln_f", "(2·L + 1)·2·D"),
 }
 FORMULA = "V·D + C·D + L·(12·D² + 13·D) + 2·D"
-# With an output head of its own
-UNTIED_FORMULAS = FORMULAS | {"wte": ("tokens", "V·D"), "lm_head": ("output head", "V·D")}
-UNTIED_FORMULA = f"2·{FORMULA}"
+UNTIED = {"wte": ("tokens", "V·D"), "lm_head": ("output head", "V·D")}  # with an output head of its own
 SYMBOLS = {"V": "n_vocab", "C": "n_ctx", "D": "n_embd", "L": "n_layer"}
 
 
@@ -70,7 +68,7 @@ def report(
         size: "124M", ..., or None for a shape that was not released;
         files: see `list_files`; hyperparameters: n_vocab, n_ctx, n_embd, n_head, n_layer;
         variants: the fields in which the arithmetic differs from OpenAI's GPT-2, such as {"activation_function":
-        "gelu"}, usually none;
+        "gelu"}, usually none; labels: those of a classifier, and pooling; both are missing if it is none;
         param_dtype: its name; parameters: see `count_parameters`; memory: see `memory`, in bytes;
         tensors: name and `describe_tensor` of each tensor: wte, wpe and lm_head first, then by layer;
         finite: True if no tensor holds NaN or an infinite value; vocabulary: see `describe_vocabulary`.
@@ -87,6 +85,7 @@ def report(
         "files": list_files(found.path, found.form),
         "hyperparameters": hparams,
         "variants": config.variants,
+        **({"labels": list(config.labels), "pooling": config.pooling} if config.labels else {}),
         "param_dtype": config.param_dtype.name,
         "parameters": count_parameters(config, params),
         "memory": memory(config),
@@ -105,16 +104,19 @@ def count_parameters(config: GPT2Config, params: Params) -> dict[str, Any]:
 
     Returns:
       A dict with the keys parts: a list with part, holds, formula, counted (in the tensors) and closed_form (from the
-      config) for "wte", "wpe", "attn", "mlp", "ln" and, if the head is not tied, "lm_head"; formula, counted,
-      closed_form: those of the whole model; agree: True if both counts are equal in every part; symbols: the names and
-      values of V, C, D and L.
+      config) for "wte", "wpe", "attn", "mlp", "ln", "lm_head" if the head is not tied, and "score" if the model is a
+      classifier; formula, counted, closed_form: those of the whole model; agree: True if both counts are equal in
+      every part; symbols: the names and values of V, C, D and L.
     """
-    formulas, formula = FORMULAS, FORMULA
+    formulas, formula = dict(FORMULAS), FORMULA
     if not config.tie_word_embeddings:
-        formulas, formula = UNTIED_FORMULAS, UNTIED_FORMULA
+        formulas, formula = formulas | UNTIED, f"2·{formula}"
+    if config.labels:
+        head = f"D·{len(config.labels)}"
+        formulas, formula = formulas | {"score": ("classifier's head", head)}, f"{formula} + {head}"
     counted = dict.fromkeys(formulas, 0)
     for name, leaf in flatten(params).items():
-        part = "ln" if "ln_" in name else name.split("/")[min(1, name.count("/"))]
+        part = "ln" if "ln_" in name else name.split("/")[name.startswith("h")]
         counted[part] += int(leaf.size)
     closed = config.param_counts
     parts = [

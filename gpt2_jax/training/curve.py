@@ -1,4 +1,7 @@
-"""One picture of a run: the training loss of each step, and the validation losses with the best one marked."""
+"""One picture of a run: the training loss of each step, and the validation losses with the best one marked.
+
+A classifier's picture also has its accuracy and macro F1.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,20 @@ from gpt2_jax.training.records import read_records
 
 # matplotlib is imported only when something is drawn: the rest of the package works without it.
 
-RAW, SMOOTH, VALIDATION = "#9cc4e4", "#0072b2", "#d55e00"
+RAW, SMOOTH, VALIDATION, SECOND = "#9cc4e4", "#0072b2", "#d55e00", "#009e73"
 MOST_POINTS = 2000  # up to this many steps, each step is drawn; in longer runs, the range of every few steps
+NO_ACCURACIES = np.zeros((0, 3))
 SMOOTHED = 50  # a mean covers 1/50 of the steps
 
 
 def plot_curve(metrics_jsonl: str | os.PathLike, png: str | os.PathLike) -> None:
-    """Draw the losses in a metrics.jsonl file into a PNG file, which is replaced in one step.
+    """Draw the losses in a metrics.jsonl file, and accuracies if there are any, into a PNG file, replaced in one step.
 
     Raises:
       FileNotFoundError: there is no such metrics file.
       ValueError: the metrics file is not in the format that `Report` writes.
     """
-    figure = draw(*read_losses(metrics_jsonl))
+    figure = draw(*read_losses(metrics_jsonl), read_accuracies(metrics_jsonl))
     with replacing_file(Path(png)) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -43,29 +47,57 @@ def read_losses(metrics_jsonl: str | os.PathLike) -> tuple[np.ndarray, np.ndarra
     return train, validation
 
 
-def draw(train: np.ndarray, validation: np.ndarray) -> Any:
-    """Return a matplotlib Figure of (step, loss) points, [n, 2] each; non-finite losses are gaps."""
-    from matplotlib.ticker import AutoLocator
+def read_accuracies(metrics_jsonl: str | os.PathLike) -> np.ndarray:
+    """Return (step, validation accuracy, macro F1) of a classifier's run, float64 [n, 3]; else [0, 3]."""
+    found = [[r["step"], r["accuracy"], r["macro_f1"]] for r in read_records(metrics_jsonl) if "accuracy" in r]
+    return np.array(found, np.float64).reshape(-1, 3)
 
-    figure = figures.Figure(figsize=(9.6, 5.4), layout="constrained")
-    ax = figure.subplots()
+
+def draw(train: np.ndarray, validation: np.ndarray, accuracies: np.ndarray = NO_ACCURACIES) -> Any:
+    """Return a matplotlib Figure of (step, loss) points, [n, 2] each; non-finite losses are gaps.
+
+    With `accuracies`, [n, 3] from `read_accuracies`, losses are those of a classifier, and a second panel has these.
+    """
+    classifies = len(accuracies) > 0
+    figure = figures.Figure(figsize=(9.6, 7.4 if classifies else 5.4), layout="constrained")
+    panels = figure.subplots(2, sharex=True, height_ratios=(3, 2)) if classifies else [figure.subplots()]
+    ax = panels[0]
+    if classifies:
+        _draw_accuracies(panels[1], accuracies)
     smooth = smoothed(train[:, 1])
     _draw_train(ax, train, smooth)
-    _draw_validation(ax, validation)
+    _draw_validation(ax, validation, with_perplexity=not classifies)
     _limit(ax, train, smooth, validation)
-    ax.set(title="Loss by optimizer step", xlabel="optimizer steps", ylabel="loss (nats a token)")
+    ax.set(title="Loss by optimizer step", ylabel=f"loss (nats a {'text' if classifies else 'token'})")
+    panels[-1].set_xlabel("optimizer steps")
+    _finish(ax)
+    if not np.isfinite(np.concatenate([train[:, 1], validation[:, 1]])).any():
+        ax.text(0.5, 0.5, "no loss is a finite number", ha="center", transform=ax.transAxes)
+        return figure
+    ax.legend(fontsize=9, frameon=False)
+    if not classifies:
+        _add_perplexity(ax)
+    return figure
+
+
+def _finish(ax: Any) -> None:
+    from matplotlib.ticker import AutoLocator
+
     ax.xaxis.set_major_formatter("{x:,.0f}")
     locator = AutoLocator()
     locator.set_params(integer=True, min_n_ticks=1)
     ax.xaxis.set_major_locator(locator)
     ax.grid(alpha=0.25)
     ax.spines["top"].set_visible(False)
-    if not np.isfinite(np.concatenate([train[:, 1], validation[:, 1]])).any():
-        ax.text(0.5, 0.5, "no loss is a finite number", ha="center", transform=ax.transAxes)
-        return figure
-    ax.legend(fontsize=9, frameon=False)
-    _add_perplexity(ax)
-    return figure
+
+
+def _draw_accuracies(ax: Any, accuracies: np.ndarray) -> None:
+    steps, accuracy, macro_f1 = accuracies.T
+    ax.plot(steps, 100 * accuracy, color=VALIDATION, marker="o", markersize=4, label="validation accuracy")
+    ax.plot(steps, 100 * macro_f1, color=SECOND, marker="s", markersize=3, linestyle="--", label="validation macro F1")
+    ax.set(ylabel="per cent", ylim=(min(50.0, 100 * np.nanmin(accuracies[:, 1:]) - 2), 101))
+    ax.legend(fontsize=9, frameon=False, loc="lower right")
+    _finish(ax)
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
@@ -105,14 +137,15 @@ def _draw_train(ax: Any, train: np.ndarray, smooth: np.ndarray) -> None:
         ax.plot(steps, smooth, color=SMOOTH, linewidth=1.6, label=f"training, mean of {n_mean:,} steps")
 
 
-def _draw_validation(ax: Any, validation: np.ndarray) -> None:
+def _draw_validation(ax: Any, validation: np.ndarray, with_perplexity: bool) -> None:
     """Draw the validation losses, and label the best one."""
     points = validation[np.isfinite(validation[:, 1])]
     if not len(points):
         return
     ax.plot(*points.T, color=VALIDATION, marker="o", markersize=4, linewidth=1.4, label="validation")
     step, loss = points[points[:, 1].argmin()]
-    label = f"best: {loss:.3f} at step {step:,.0f} (perplexity {_perplexity(loss):.4g})"
+    perplexity = f" (perplexity {_perplexity(loss):.4g})" if with_perplexity else ""
+    label = f"best: {loss:.3f} at step {step:,.0f}{perplexity}"
     ax.plot(step, loss, "*", color=VALIDATION, markeredgecolor="black", markersize=14, label=label, zorder=5)
 
 

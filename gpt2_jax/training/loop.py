@@ -25,6 +25,7 @@ from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
 from gpt2_jax.training.checkpoints import Checkpoints
+from gpt2_jax.training.classifying import measure_splits
 from gpt2_jax.training.curve import plot_curve
 from gpt2_jax.training.frozen import settle_base
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
@@ -51,7 +52,7 @@ class Fitted:
       params: the model's params after the last step, on the devices of the run's mesh.
       step: optimizer steps done, including those before a resume.
       best_step: the step of the best validation loss; None if none was measured.
-      best_loss: that loss in nats a token; infinite if none was measured.
+      best_loss: that loss in nats a token (for classification, a text); infinite if none was measured.
       stopped: why the run ended before its last step; "" if it did not.
       signal: the signal that stopped the run, for example "SIGINT"; None if there was none.
       failed: whether skipped steps ended the run: non-finite losses or gradients, spikes, or batches without targets.
@@ -145,6 +146,8 @@ def fit(
             checkpoints.save(step, state)
         checkpoints.wait()
         fitted = _fitted(plan, state, step, steps, observer, stop, report)
+        if plan.recipe.objective == "classification" and isinstance(data, PreparedExamples) and not fitted.signal:
+            measure_splits(plan, data, run_dir, observer, step, fitted.params)
     processes.on_first(lambda: plot_curve(run_dir / METRICS, run_dir / CURVE))
     return fitted
 

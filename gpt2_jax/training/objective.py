@@ -44,10 +44,13 @@ def train_batches(plan: Plan, data: Prepared | PreparedExamples, first_step: int
 
 
 def val_batches(
-    plan: Plan, data: Prepared | PreparedExamples, split: Tokens | Examples, n_rows: int
+    plan: Plan, data: Prepared | PreparedExamples, split: Tokens | Examples, n_rows: int, at_most: int | None = None
 ) -> Iterator[Batch]:
-    """Yield the batches of a validation loss, [n_rows, ...], on the host: the same ones in each evaluation."""
-    at_most = plan.recipe.monitor.evaluate_windows
+    """Yield the batches of a validation loss, [n_rows, ...], on the host: the same ones in each evaluation.
+
+    `at_most` is the maximum number of rows; 0 means all, and None the recipe's.
+    """
+    at_most = plan.recipe.monitor.evaluate_windows if at_most is None else at_most
     rows = rows_of(plan, data, split)
     if rows is None:
         assert isinstance(split, Tokens)
@@ -106,17 +109,23 @@ def batch_loss(plan: Plan, model: GPT2, params: Params, batch: Batch, key: jax.A
       batch: [B, T] arrays; for classification [B] targets, weights and lengths.
       key: the key of dropout; None means no dropout.
     """
-    rngs = None if key is None else {"dropout": key}
-    how = {"deterministic": key is None, "segments_BT": batch.segments, "method": "hidden", "rngs": rngs}
-    h_BTD, _ = model.apply({"params": params}, batch.tokens, None, None, **how)
     if plan.recipe.objective == "classification":
-        return label_loss(label_logits(model, params, h_BTD, batch), batch)
+        return label_loss(label_logits(model, params, batch, key), batch)
+    h_BTD = _hidden(model, params, batch, key)
     chunk = CHUNK * plan.mesh.shape[DATA]  # CHUNK on each device
     return token_loss(h_BTD, output_head(params), batch.targets, batch.weights, chunk, plan.mesh)
 
 
-def label_logits(model: GPT2, params: Params, h_BTD: jax.Array, batch: Batch) -> jax.Array:
-    """Return the logits [B, L] of the labels."""
+def _hidden(model: GPT2, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """Return the hidden states [B, T, D]. No mask is needed: padding comes last, and its states are not read."""
+    rngs = None if key is None else {"dropout": key}
+    how = {"deterministic": key is None, "segments_BT": batch.segments, "method": "hidden", "rngs": rngs}
+    return model.apply({"params": params}, batch.tokens, None, None, **how)[0]
+
+
+def label_logits(model: GPT2, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+    """Return the logits [B, L] of the labels. Arguments: see `batch_loss`."""
+    h_BTD = _hidden(model, params, batch, key)
     mask_BT = jnp.arange(h_BTD.shape[1]) < jnp.asarray(batch.lengths)[:, None]
     return model.apply({"params": params}, h_BTD, mask_BT, method="classify_hidden")
 
@@ -126,3 +135,11 @@ def label_loss(logits_BL: jax.Array, batch: Batch) -> jax.Array:
     log_p_BL = jax.nn.log_softmax(logits_BL)
     log_p_B1 = jnp.take_along_axis(log_p_BL, jnp.asarray(batch.targets)[:, None], axis=1)
     return -(batch.weights * log_p_B1[:, 0]).sum()
+
+
+def label_counts(logits_BL: jax.Array, batch: Batch) -> jax.Array:
+    """Return how many texts of each label (rows) got each label (columns), int32 [L, L]. Padding does not count."""
+    n_labels, counted_B = logits_BL.shape[-1], jnp.asarray(batch.weights) > 0
+    true_BL = jax.nn.one_hot(batch.targets, n_labels, dtype=jnp.int32) * counted_B[:, None]
+    got_BL = jax.nn.one_hot(logits_BL.argmax(-1), n_labels, dtype=jnp.int32)
+    return jnp.einsum("Bi,Bj->ij", true_BL, got_BL)

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.bases import Base
 from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.token_files import Prepared, Tokens
+from gpt2_jax.evaluate.label_metrics import label_metrics
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
@@ -38,7 +40,7 @@ class Observer:
 
     Attributes:
       best_step: the step of the best validation loss so far; None if none was measured.
-      best_loss: that loss in nats a token; infinite if none was measured.
+      best_loss: that loss in nats a token (for classification, a text); infinite if none was measured.
       n_worse: evaluations since the best one.
       missed: whether a signal prevented work that was due.
       base: where the frozen params are that the best model leaves out: see `frozen`. None if it has all params.
@@ -103,10 +105,10 @@ class Observer:
 
     def _evaluate(self, step: int, state: TrainState, params: Params, val: Tokens | Examples) -> None:
         """Measure the validation loss, and keep the model if it is the best so far."""
-        loss = self._validation_loss(params, val)
-        if loss is None:
-            self.missed = True
+        measured = self.measure(params, val)
+        if measured is None:
             return
+        loss, confusion_LL = measured
         best = loss < self.best_loss  # False for NaN
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
@@ -114,21 +116,34 @@ class Observer:
         else:
             self.n_worse += 1
         self.evaluated = step
-        self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
+        if confusion_LL is None:
+            self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
+        else:
+            self.report.classification(step, loss, label_metrics(confusion_LL, self.plan.config.labels), best)
 
-    def _validation_loss(self, params: Params, val: Tokens | Examples) -> float | None:
-        """Return nats a token over the fixed windows: NaN if no target counts, None if a signal came meanwhile."""
+    def measure(
+        self, params: Params, split: Tokens | Examples, at_most: int | None = None
+    ) -> tuple[float, np.ndarray | None] | None:
+        """Return the loss of a split, in nats a token or text, and a classifier's confusion matrix.
+
+        The loss is NaN if no target counts. None means that a signal came meanwhile. `at_most` is as in `val_batches`.
+        """
         n_rows = self.recipe.batch_size // self.recipe.accumulate
-        nats, weights = jnp.float32(0), jnp.float32(0)
-        for batch in val_batches(self.plan, self.data, val, n_rows):
+        n_labels = len(self.plan.config.labels) if self.recipe.objective == "classification" else 0
+        totals: list[Any] = [jnp.float32(0), jnp.float32(0)]
+        totals += [np.zeros((n_labels, n_labels), np.int32)] if n_labels else []
+        for batch in val_batches(self.plan, self.data, split, n_rows, at_most):
             self.stop.agree()
             if self.stop:
+                self.missed = True
                 return None
             if processes.count() > 1:
                 batch = jax.tree.map(lambda array: hosts.put(array, self.plan.over_rows()), batch)
-            part_nats, part_weights = self.eval_step(params, batch)
-            nats, weights = nats + part_nats, weights + part_weights
-        return float(nats) / float(weights) if weights else math.nan
+            parts = self.eval_step(params, batch)
+            totals = [total + part for total, part in zip(totals, parts, strict=True)]
+        nats, weights, *confusions = totals
+        loss = float(nats) / float(weights) if weights else math.nan
+        return loss, np.asarray(confusions[0]) if confusions else None
 
     def _sample(self, step: int, params: Params, tokenizer: Tokenizer) -> None:
         """Continue the prompts, always with the same seed. Report how much of each sample is in the training text."""

@@ -145,6 +145,8 @@ def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
         n_layer = len({name.split("/")[0] for name in rates if re.match(r"h\d+/", name)})
         last = re.compile(rf"(h{n_layer - 1}|ln_f|score)/")
         rates = {name: rate if last.match(name) else 0 for name, rate in rates.items()}
+    if recipe.objective == "classification" and "lm_head" in rates:
+        rates["lm_head"] = 0  # the loss does not depend on it, so weight decay alone would change it
     if not any(rates.values()):
         raise ValueError("optimizer.learning_rates freeze every parameter: nothing would be trained")
     return tuple(name for name, rate in rates.items() if rate)

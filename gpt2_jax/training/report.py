@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_jax import progress
+from gpt2_jax.evaluate.label_metrics import summary
 from gpt2_jax.training.hardware import mfu
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, Records
@@ -113,6 +114,15 @@ class Report:
         said = f"validation loss {loss:.4f} nats a token, perplexity {perplexity:.2f}{', the best so far' * bool(best)}"
         self._line(step, said)
 
+    def classification(self, step: int, loss: float, metrics: Mapping[str, Any], best: bool) -> None:
+        """Report a classifier's validation loss in nats a text, and its `label_metrics`."""
+        shown = {name: metrics[name] for name in ("accuracy", "macro_f1")}
+        self._metrics.write({"step": step, "val_loss": loss, **shown, "by_label": metrics["by_label"], "best": best})
+        self._plot(step, {"val/loss": loss} | {f"val/{name}": value for name, value in shown.items()})
+        self._shown["val"] = f"val {loss:.3f}"
+        said = f"validation loss {loss:.4f} nats a text, {summary(metrics)}"
+        self._line(step, f"{said}{', the best so far' * bool(best)}")
+
     def sample(self, step: int, prompt: str, text: str, verbatim: float | None = None) -> None:
         """Report the text that a model wrote after a prompt, and the share of it that is in the training text."""
         self._samples.write({"step": step, "prompt": prompt, "text": text, "verbatim": verbatim})
@@ -176,6 +186,9 @@ class Silence(Report):
         """Do nothing."""
 
     def evaluation(self, step: int, loss: float, perplexity: float, best: bool) -> None:
+        """Do nothing."""
+
+    def classification(self, step: int, loss: float, metrics: Mapping[str, Any], best: bool) -> None:
         """Do nothing."""
 
     def sample(self, step: int, prompt: str, text: str, verbatim: float | None = None) -> None:

@@ -33,6 +33,7 @@ from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.recipe import Data, Recipe
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training import hosts
+from gpt2_jax.training.classifying import describe_texts
 from gpt2_jax.training.frozen import describe
 from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.opening import has_begun
@@ -67,19 +68,35 @@ def start_plan(
     Raises:
       ValueError: as `start_model`.
     """
-    model, begun = recipe.model, _begun(run_dir)
+    return _plan_of(recipe, tokenizer, _begun(run_dir), data, _first_config(recipe, tokenizer, _begun(run_dir)))
+
+
+def _first_config(recipe: Recipe, tokenizer: Tokenizer, begun: Path | None) -> GPT2Config:
+    """Return the config of the run, if it has begun, or of the source, or of new weights."""
+    model = recipe.model
     if begun is not None:
-        config = runs.read_run(begun).config
-    elif model.source:
-        config = load_config(model.source)
-    else:
-        names = ("n_ctx", "n_embd", "n_head", "n_layer", "activation_function")
-        names += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
-        config = GPT2Config(tokenizer.n_vocab, **{name: getattr(model, name) for name in names})
+        return runs.read_run(begun).config
+    if model.source:
+        return load_config(model.source)
+    names = ("n_ctx", "n_embd", "n_head", "n_layer", "activation_function")
+    names += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+    return GPT2Config(tokenizer.n_vocab, **{name: getattr(model, name) for name in names})
+
+
+def _plan_of(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    begun: Path | None,
+    data: Prepared | PreparedExamples | None,
+    config: GPT2Config,
+) -> Plan:
+    """Return the plan of a run that has begun, or that starts from a model with this config."""
     n_tokens = 0
     if isinstance(data, PreparedExamples):
         longest = data.longest - (recipe.objective != "classification")  # the last token is only a target
         n_tokens = recipe.data.n_tokens or min(max(longest, 1), config.n_ctx)
+    if begun is None:
+        config = config.replace(labels=(), pooling="last")
     if recipe.objective == "classification" and begun is None:
         if not isinstance(data, PreparedExamples) or not data.labels:
             raise ValueError('objective = "classification" needs the data, whose labels the model gets: pass data')
@@ -101,6 +118,8 @@ def start_model(
       recipe: the recipe.
       run_dir: the run's folder.
       data: from `start_data`. A classifier gets its labels from the data, and examples determine the length of rows.
+        Its head is new, unless the source is a classifier with the same labels and pooling. For other objectives, the
+        head of a source that is a classifier is left out.
 
     Params are float32, on the devices of the plan's mesh, where training keeps them. `fit(..., donate=True)` takes over
     their memory. Memory is checked before weights are read. If `run_dir` contains a run with a checkpoint, params are
@@ -111,27 +130,29 @@ def start_model(
       ValueError: new weights have no vocabulary, the plan cannot be made, or the devices have too little memory.
     """
     tokenizer = start_tokenizer(recipe, run_dir)
-    plan = start_plan(recipe, tokenizer, run_dir, data)
-    if _begun(run_dir) is not None:
+    begun = _begun(run_dir)
+    there = _first_config(recipe, tokenizer, begun)
+    plan = _plan_of(recipe, tokenizer, begun, data, there)
+    if begun is not None:
         return plan, None, tokenizer
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
     source = recipe.model.source
     if not source:
         return plan, _placed(flatten(_new_on_host(plan.config, recipe.seed)), shardings), tokenizer
-    if not plan.config.labels:
+    config = plan.config
+    if (there.labels, there.pooling) == (config.labels, config.pooling):
         params = load(source, dtype="float32", sharding=shardings)[1]
         return with_source(plan, params), params, tokenizer
-    head = shardings.pop(SCORE)
-    there = load_config(source)
+    head = shardings.pop(SCORE, None)
     if there.labels:
-        shardings |= {SCORE: {"w": _anywhere(plan)}}
+        shardings |= {SCORE: {"w": plan.whole()}}
     params = load(source, dtype="float32", sharding=shardings)[1]
-    if (there.labels, there.pooling) == (plan.config.labels, plan.config.pooling):
-        return with_source(plan, params), params, tokenizer
-    params.pop(SCORE, None)  # a head for other labels
+    params.pop(SCORE, None)
     plan = with_source(plan, params)
-    new = _new_on_host(plan.config.replace(n_layer=1, n_vocab=1, n_ctx=1), recipe.seed)[SCORE]
-    return plan, params | {SCORE: _placed(flatten(new), head)}, tokenizer
+    if head is not None:
+        new = _new_on_host(config.replace(n_layer=1, n_vocab=1, n_ctx=1), recipe.seed)
+        params[SCORE] = _placed(flatten(new[SCORE]), head)
+    return plan, params, tokenizer
 
 
 def _begun(run_dir: str | os.PathLike | None) -> Path | None:
@@ -152,18 +173,12 @@ def _placed(flat: dict[str, Any], shardings: Any) -> Params:
     return unflatten({name: put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()})
 
 
-def _anywhere(plan: Plan) -> Any:
-    return plan.whole()
-
-
 def with_source(plan: Plan, params: Params) -> Plan:
     """Return the plan with the hashes of the params that were read from model.source, if LoRA trains beside them."""
     if not plan.recipe.lora.rank:
         return plan
-    dtype = plan.config.param_dtype
-    return dataclasses.replace(
-        plan, source=describe({name: leaf.astype(dtype) for name, leaf in flatten(params).items()})
-    )
+    cast = {name: leaf.astype(plan.config.param_dtype) for name, leaf in flatten(params).items()}
+    return dataclasses.replace(plan, source=describe(cast))
 
 
 def _has_checkpoint(run_dir: Path) -> bool:
@@ -239,6 +254,17 @@ def check_data(
     if monitor.patience and (data.val is None or not monitor.evaluate_every):
         raise ValueError("monitor.patience needs validation losses: set monitor.evaluate_every, and validation text")
     return data.within(n_vocab)
+
+
+def described(plan: Plan, data: Prepared | PreparedExamples) -> list[str]:
+    """Return sentences on what a run trains and on which data, for its start."""
+    said = f"{plan.config.n_params:,} parameters"
+    if isinstance(data, PreparedExamples) and plan.recipe.objective == "classification":
+        trained = sum(leaf.size for leaf in plan.state.trained(plan.trained).values())
+        texts = describe_texts(plan, data)
+        return [f"{said}, {trained:,} of them trained; {texts[0]}", *texts[1:]]
+    n_val = data.val.n_tokens if data.val else 0
+    return [f"{said}; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens"]
 
 
 def _check_examples(plan: Plan, data: PreparedExamples) -> None:

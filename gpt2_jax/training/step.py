@@ -22,7 +22,7 @@ from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
 from gpt2_jax.params import Params
 from gpt2_jax.tensor_parallel import by_heads
-from gpt2_jax.training.objective import abstract_batch, batch_loss
+from gpt2_jax.training.objective import abstract_batch, batch_loss, label_counts, label_logits, label_loss
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.state import TrainState, bare_state, model_params, seed_key
 
@@ -184,16 +184,24 @@ def _make_gradients(plan: Plan) -> Callable:
     return gradients
 
 
-def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """Return a jitted `eval_step(params, batch of [rows, T]) -> (sum of nats, sum of weights)`, without dropout."""
+def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, ...]]:
+    """Return a jitted `eval_step(params, batch of [rows, T]) -> (sum of nats, sum of weights)`, without dropout.
+
+    For classification there is a third result, the confusion matrix of the batch: int32 [L, L], rows are true labels.
+    """
     model = GPT2(plan.config, mesh=plan.mesh, by_heads=plan.by_heads)
 
     @under_jax_defaults
-    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
         params = _gathered(plan, params)
+        if plan.recipe.objective == "classification":
+            logits_BL = label_logits(model, params, batch)
+            return label_loss(logits_BL, batch), batch.weights.sum(), label_counts(logits_BL, batch)
         return batch_loss(plan, model, params, batch), batch.weights.sum()
 
-    return jax.jit(eval_step, in_shardings=(_shardings(plan.state.params), plan.over_rows()))
+    shardings = (_shardings(plan.state.params), plan.over_rows())
+    whole = plan.whole() if plan.recipe.objective == "classification" else None
+    return jax.jit(eval_step, in_shardings=shardings, out_shardings=whole)
 
 
 def _gathered(plan: Plan, params: Params) -> Params:

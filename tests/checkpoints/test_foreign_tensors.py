@@ -102,7 +102,7 @@ def test_heads_for_other_tasks_are_left_out_with_a_warning(tmp_path, flat, head)
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "name",
-    ["GPT2ForSequenceClassification", "GPT2DoubleHeadsModel", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering"],
+    ["GPT2DoubleHeadsModel", "GPT2ForTokenClassification", "GPT2ForQuestionAnswering"],
 )
 def test_transformers_models_for_other_tasks(tmp_path, flat, name):
     """Saved by transformers itself."""

@@ -29,6 +29,8 @@ def shapes(config) -> dict[str, tuple[int, ...]]:
     found = {"wte": (config.n_vocab, d), "wpe": (config.n_ctx, d), "ln_f/g": (d,), "ln_f/b": (d,)}
     if not config.tie_word_embeddings:
         found["lm_head"] = found["wte"]
+    if config.labels:
+        found["score/w"] = (d, len(config.labels))
     dense = {"attn/c_attn": (d, 3 * d), "attn/c_proj": (d, d), "mlp/c_fc": (d, 4 * d), "mlp/c_proj": (4 * d, d)}
     for h in (f"h{i}" for i in range(config.n_layer)):
         found |= {f"{h}/{norm}/{leaf}": (d,) for norm in ("ln_1", "ln_2") for leaf in "gb"}

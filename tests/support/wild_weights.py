@@ -1,5 +1,6 @@
 """Forms of weights with Hugging Face's names: what transformers writes, and what people store beside a whole model."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -41,7 +42,21 @@ def saved(name: str, kind: str, writer: str, **changes) -> None:
 saved("GPT2LMHeadModel", "GPT2LMHeadModel", "transformers 5, `GPT2LMHeadModel.save_pretrained`")
 saved("GPT2Model", "GPT2Model", "transformers 5, `GPT2Model.save_pretrained`")
 saved("GPT2DoubleHeadsModel", "GPT2DoubleHeadsModel", "transformers 5: `multiple_choice_head.*` is beside the model")
-saved("GPT2ForSequenceClassification", "GPT2ForSequenceClassification", "transformers 5: `score.weight` is beside it")
+
+
+@weights(
+    "GPT2ForSequenceClassification",
+    "transformers 5: `score.weight`, which is loaded with its labels",
+    transformers=True,
+    needs=PARITY,
+)
+def classifier(folder):
+    model = wild_model.torch_model(source(), "GPT2ForSequenceClassification")
+    model.save_pretrained(folder)
+    score = {"score/w": np.ascontiguousarray(model.score.weight.detach().numpy().T)}
+    return dataclasses.replace(source(), flat=source().flat | score)
+
+
 saved("GPT2ForTokenClassification", "GPT2ForTokenClassification", "transformers 5: `classifier.*` is beside it")
 saved("GPT2ForQuestionAnswering", "GPT2ForQuestionAnswering", "transformers 5: `qa_outputs.*` is beside it")
 

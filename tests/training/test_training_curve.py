@@ -158,3 +158,21 @@ def test_no_state_of_pyplot(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_classifier_has_its_accuracy_in_place_of_perplexity(tmp_path):
+    lines = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.5}]
+    lines += [{"step": s, "val_loss": 0.6 / s, "accuracy": 0.4 * s, "macro_f1": 0.3 * s, "best": True} for s in (1, 2)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    curve.plot_curve(path, tmp_path / "loss.png")
+    figure = curve.draw(*curve.read_losses(path), curve.read_accuracies(path))
+    loss, accuracy = figure.axes
+    assert loss.get_ylabel() == "loss (nats a text)"
+    assert not loss.child_axes
+    assert line(loss, "best: 0.300 at step 2").tolist() == [[2, 0.3]]
+    np.testing.assert_allclose(line(accuracy, "validation accuracy"), [[1, 40], [2, 80]])
+    np.testing.assert_allclose(line(accuracy, "validation macro F1"), [[1, 30], [2, 60]])
+    low, high = accuracy.get_ylim()
+    assert low < 30
+    assert high > 100
