@@ -67,7 +67,7 @@ def run(args: Args) -> int:
         start_plan(recipe, tokenizer, folder)  # refuses a model that does not fit into memory before text is read
     data = start_data(recipe, tokenizer, folder / "data")
     plan, params, tokenizer = start_model(recipe, folder, data)
-    if recipe.objective == "language_modeling" and data.manifest is not None:
+    if data.manifest is not None and "split" in data.manifest:
         split, share = data.manifest["split"], data.manifest["val_fraction"]
         if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
             print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)

@@ -18,6 +18,7 @@ from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.data.batching import Batch
 from gpt2_jax.data.examples import PreparedExamples
+from gpt2_jax.data.templates import save_template, template_of
 from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.files import expanded
 from gpt2_jax.jax_defaults import under_jax_defaults
@@ -27,13 +28,13 @@ from gpt2_jax.training import hosts
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
-from gpt2_jax.training.objective import train_batches
+from gpt2_jax.training.objective import account, train_batches
 from gpt2_jax.training.observer import Observer, due
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, read_records
 from gpt2_jax.training.report import Report, Silence
 from gpt2_jax.training.signals import Stop, stopping
-from gpt2_jax.training.start import check_data, check_tokenizer
+from gpt2_jax.training.start import check_data, check_tokenizer, whole_pairs
 from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import init_state, lower_train_step
 
@@ -107,7 +108,7 @@ def fit(
     run_dir, n_steps, save_every = expanded(run_dir), plan.recipe.steps, plan.recipe.monitor.save_every
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
-    data = check_data(plan, data, tokenizer)
+    data = check_data(plan, whole_pairs(data, run_dir), tokenizer)
     n_steps_before = processes.on_first(lambda: _write_run(plan, data, run_dir, tokenizer))
     with contextlib.ExitStack() as resources:
         checkpoints = resources.enter_context(Checkpoints(run_dir))
@@ -116,6 +117,8 @@ def fit(
         report = _opened_report(plan, run_dir, first_step, resources)
         stop = resources.enter_context(stopping(hosts.CommonStop(plan.mesh) if processes.count() > 1 else None))
         _announce(report, memory, n_steps_before, n_steps, first_step)
+        for sentence in account(plan, data):
+            report.message(sentence)
         train_step = _compiled(plan, report) if first_step < n_steps else None
         steps = _Steps(plan, report)
         observer = Observer(plan, data, run_dir, tokenizer, report, stop)
@@ -145,7 +148,12 @@ def fit(
 def _write_run(plan: Plan, data: Prepared | PreparedExamples, run_dir: Path, tokenizer: Tokenizer | None) -> int:
     """Start the run, or check that it may be resumed. Return the recipe's steps before."""
     n_steps_before = runs.read_run(run_dir).recipe.steps if runs.is_run(run_dir) else plan.recipe.steps
-    runs.write_run(run_dir, plan.config, plan.recipe, {"sha256": data.digests()}, tokenizer)
+    about: dict[str, Any] = {"sha256": data.digests()}
+    if isinstance(data, PreparedExamples) and "gpt2_jax_tokens" in data.manifest:  # earlier versions read windows
+        about["pairs"] = True
+    runs.write_run(run_dir, plan.config, plan.recipe, about, tokenizer)
+    if plan.recipe.objective == "instruction":
+        save_template(template_of(plan.recipe.instruction), run_dir)
     return n_steps_before
 
 

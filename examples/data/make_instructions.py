@@ -1,0 +1,62 @@
+"""Make a small data set of instructions, which the embedded model can learn in three minutes.
+
+    python examples/data/make_instructions.py instructions.json
+
+Each record has an instruction, an input (often empty) and an output, as in Alpaca's data. The tasks are about lists of
+words: name the first or the last one, turn the list around, or say which word stands before or after another. All
+words are frequent in the text that the embedded model was trained on. The file is the same each time.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+N_RECORDS, SEED = 3000, 0
+WORDS = """
+    king queen lord lady prince duke father mother brother daughter son wife husband child friend master heart hand eyes
+    head face tongue blood death life soul love honour grace crown house home world heaven earth day night hour time
+    word news power peace war joy hope fear law light name people
+""".split()
+
+
+def record(draw: random.Random) -> dict[str, str]:
+    """Return a record. The words of a list are different."""
+    words = draw.sample(WORDS, 3)
+    listed = ", ".join(words)
+    asked, answer = draw.choice(
+        [
+            ("What is the first of the words", f"It is {words[0]}."),
+            ("What is the last of the words", f"It is {words[2]}."),
+            ("Turn around the words", f"They are {', '.join(reversed(words))}."),
+            (f"What is before {words[1]} in the words", f"It is {words[0]}."),
+            (f"What is after {words[1]} in the words", f"It is {words[2]}."),
+        ]
+    )
+    if draw.random() < 0.5:
+        return {"instruction": f"{asked} {listed}?", "input": "", "output": answer}
+    return {"instruction": f"{asked} of this list?", "input": f"The words are {listed}.", "output": answer}
+
+
+def records(n: int = N_RECORDS, seed: int = SEED) -> list[dict[str, str]]:
+    """Return n different records."""
+    draw, found = random.Random(seed), {}
+    while len(found) < n:
+        one = record(draw)
+        found[one["instruction"], one["input"]] = one
+    return list(found.values())
+
+
+def main() -> None:
+    """Write the file that the command names."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/data/make_instructions.py FILE")
+    path = Path(sys.argv[1])
+    path.write_text(json.dumps(records(), indent=1) + "\n", encoding="utf-8")
+    print(f"{path}: {N_RECORDS:,} records")
+
+
+if __name__ == "__main__":
+    main()
