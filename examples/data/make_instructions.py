@@ -3,8 +3,8 @@
     python examples/data/make_instructions.py instructions.json
 
 Each record has an instruction, an input (often empty) and an output, as in Alpaca's data. The tasks are about lists of
-words: name the first or the last one, turn the list around, or say which word stands before or after another. All
-words are frequent in the text that the embedded model was trained on. The file is the same each time.
+words: name the first or the last one or a neighbour of another, find a word, turn the list around, write it in capital
+letters. All words are frequent in the text that the embedded model was trained on. The file is the same each time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ WORDS = """
 
 def record(draw: random.Random) -> dict[str, str]:
     """Return a record. The words of a list are different."""
-    words = draw.sample(WORDS, 3)
-    listed = ", ".join(words)
-    asked, answer = draw.choice(
-        [
-            ("What is the first of the words", f"It is {words[0]}."),
-            ("What is the last of the words", f"It is {words[2]}."),
-            ("Turn around the words", f"They are {', '.join(reversed(words))}."),
-            (f"What is before {words[1]} in the words", f"It is {words[0]}."),
-            (f"What is after {words[1]} in the words", f"It is {words[2]}."),
-        ]
-    )
+    first, second, third, other = draw.sample(WORDS, 4)
+    asked = draw.choice([first, second, third, other])
+    tasks = [
+        ("What is the first of {}?", f"It is {first}."),
+        ("What is the last of {}?", f"It is {third}."),
+        (f"What is before {second} in {{}}?", f"It is {first}."),
+        (f"What is after {second} in {{}}?", f"It is {third}."),
+        (f"Is the word {asked} in {{}}?", "No, it is not." if asked == other else "Yes, it is."),
+        ("Turn around {}.", f"They are {third}, {second}, {first}."),
+        ("Write {} in capital letters.", f"They are {first.upper()}, {second.upper()}, {third.upper()}."),
+    ]
+    task, answer = draw.choice(tasks)
+    listed = f"{first}, {second}, {third}"
     if draw.random() < 0.5:
-        return {"instruction": f"{asked} {listed}?", "input": "", "output": answer}
-    return {"instruction": f"{asked} of this list?", "input": f"The words are {listed}.", "output": answer}
+        return {"instruction": task.format(f"the words {listed}"), "input": "", "output": answer}
+    return {"instruction": task.format("this list"), "input": f"The words are {listed}.", "output": answer}
 
 
 def records(n: int = N_RECORDS, seed: int = SEED) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from gpt2_jax.commands import _command, _model, _processes
+from gpt2_jax.commands import _command, _model, _processes, _responses
 from gpt2_jax.files import expanded
 from gpt2_jax.recipe import Recipe
 
@@ -57,6 +57,7 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
+    from gpt2_jax.processes import on_first
     from gpt2_jax.training import fit, start_data, start_model, start_plan, start_tokenizer
 
     _model.keep_compiled()
@@ -77,6 +78,8 @@ def run(args: Args) -> int:
         file=sys.stderr,
     )
     fitted = fit(plan, params, data, folder, tokenizer, donate=True)
+    if recipe.objective == "instruction" and not fitted.signal and not fitted.failed:
+        on_first(lambda: _responses.after_training(folder))
     print(f"to generate text: gpt2-generate --model {shlex.quote(str(folder))}", file=sys.stderr)
     print(folder)
     if fitted.signal:
