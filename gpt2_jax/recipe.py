@@ -128,15 +128,23 @@ class Instruction:
     """Training on instructions and answers, with objective = "instruction".
 
     Attributes:
-      template: the name of the template that makes a prompt of an instruction.
-      loss_on: the tokens that count in the loss: those of the "answers", or "all".
+      template: the template that makes a prompt of an instruction: "alpaca", "phi3" or "plain".
+      loss_on: the tokens that count in the loss: those of the "answers", each with the end-of-text id after it, or
+        "all".
+      prompt: a template of your own instead: the text before an answer, with the fields {instruction} and {input}. ""
+        means `template`.
+      prompt_without_input: the same for records without input, with the field {instruction}; "" means `prompt`.
     """
 
-    template: str = "alpaca"
+    template: Literal["alpaca", "phi3", "plain"] = "alpaca"
     loss_on: Literal["answers", "all"] = "answers"
+    prompt: str = ""
+    prompt_without_input: str = ""
 
     def __post_init__(self):
+        _choice(self, "template")
         _choice(self, "loss_on")
+        _check(bool(self.prompt) or not self.prompt_without_input, self, "prompt_without_input", '"" without a prompt')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,23 +12,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from gpt2_jax.commands._generate_options import IN_A_LINE, ignored
+from gpt2_jax.commands._generate_options import IN_A_LINE, Options, ignored
 from gpt2_jax.commands._prompts import descriptor_of
 from gpt2_jax.commands._samples import as_json, tokens_as_json, tokens_of_prompt
 from gpt2_jax.commands._speaker import Model, Row
+from gpt2_jax.data.conversations import conversation_of, is_conversation
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
     from gpt2_jax.commands.generate import Args
+    from gpt2_jax.data.templates import Template
     from gpt2_jax.processes import Share
 
 SPREAD = 8  # batches of a call if lines have their own settings, so that lines with equal settings can run together
 SHOWN = 5  # bad lines whose messages are shown
 
 
-def complete_file(model: Model, args: Args, source: Path, target: Path, share: Share) -> None:
-    """Complete the prompts of `source`, and write them to `target`. One that is not a file is read or written once."""
-    lines, start = _Lines(model, args, share), time.perf_counter()
+def complete_file(
+    model: Model, args: Args, source: Path, target: Path, share: Share, template: Template | None = None
+) -> None:
+    """Complete the prompts of `source`, and write them to `target`. One that is not a file is read or written once.
+
+    With a template, lines may have an instruction instead of a prompt.
+    """
+    lines, start = _Lines(model, args, share, template), time.perf_counter()
     stream, descriptor = is_stream(target), descriptor_of(source)
     if share.count > 1:
         _check_shared(source, target, stream)
@@ -69,6 +76,7 @@ class _Lines:
     model: Model
     args: Args
     share: Share
+    template: Template | None = None  # for lines with an instruction
     n_bad: int = 0
     with_settings: bool = False  # whether a line that was checked has its own settings
     noted: set[str] = dataclasses.field(default_factory=set)
@@ -96,6 +104,7 @@ class _Lines:
         model = self.model
         settings = dataclasses.asdict(model.settings()) | {"dtype": self.args.dtype}
         settings |= {name: getattr(self.args, name) for name in ("num_samples", "prompt_logprobs")}
+        settings |= {"template": dataclasses.asdict(self.template)} if self.template else {}
         settings |= {"allow_special": model.options.allow_special, "vocabulary": vocabulary(model.tokenizer)}
         data = None if descriptor is None else _read(descriptor)
         return complete_file(
@@ -108,6 +117,7 @@ class _Lines:
             model=lambda: fingerprint(*model.weights),
             check=self.check,
             skip=self.skip if self.args.skip_bad_lines else None,
+            also=is_conversation if self.template else None,
             data=data,
             share=self.share,
         )
@@ -118,7 +128,8 @@ class _Lines:
         from gpt2_jax.generation.prompt_streams import complete_stream, lines_as_they_come
 
         def reader() -> Reader:
-            return Reader(source, self.fields, self.check, self.skip if self.args.skip_bad_lines else None)
+            skip = self.skip if self.args.skip_bad_lines else None
+            return Reader(source, self.fields, self.check, skip, also=is_conversation if self.template else None)
 
         with _opened(target) as output, contextlib.ExitStack() as stack:
             if descriptor is None and Path(source).is_file():
@@ -158,7 +169,16 @@ class _Lines:
         """Return what is to be completed."""
         options = self.model.options.changed(line)
         name = f"the prompt with index {number // self.args.num_samples}"
-        return Row(self.model.encode(line["prompt"], options), self.model.settings(options), number, name)
+        return Row(self._ids(line, options), self.model.settings(options), number, name)
+
+    def _ids(self, line: dict[str, Any], options: Options) -> list[int]:
+        """Return the ids of a line's prompt, or of its instruction."""
+        if "prompt" in line or self.template is None:
+            return self.model.encode(line["prompt"], options)
+        try:
+            return self.template.prompt_ids(self.model.tokenizer, conversation_of(line, answered=False))
+        except ValueError as error:
+            raise ValueError(f"the line{error}") from error
 
     def complete(self, lines: list[dict[str, Any]], indices: list[int]) -> list[dict[str, Any]]:
         """Return the new fields of some lines."""

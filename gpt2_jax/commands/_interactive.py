@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gpt2_jax.commands import _command, _interrupts
@@ -21,11 +21,18 @@ GREETING = (
 )
 
 
-def converse(model: Model, seed: int, echo: bool) -> None:
-    """Read prompts and print a completion of each, until the input ends. Each prompt draws with the next seed."""
+def converse(model: Model, seed: int, reply: Callable[[str, int], object], greeting: str = GREETING) -> None:
+    """Read prompts and print a reply to each, until the input ends. Each prompt draws with the next seed.
+
+    Args:
+      model: the model.
+      seed: the seed of the first prompt.
+      reply: takes a prompt and its seed, and prints the reply.
+      greeting: is printed first.
+    """
     _ = model.weights  # before the first prompt
     with _history():
-        print(GREETING, file=sys.stderr)
+        print(greeting, file=sys.stderr)
         while True:
             try:
                 text = read_prompt()
@@ -36,7 +43,7 @@ def converse(model: Model, seed: int, echo: bool) -> None:
                 _go_on(stop, "\nCtrl-D ends the program.")
                 continue
             try:
-                print_stream(model, text, seed, echo)
+                reply(text, seed)
             except KeyboardInterrupt as stop:
                 _go_on(stop, "[stopped]")
             except ValueError as error:  # for example, a prompt that does not fit
@@ -61,17 +68,19 @@ def read_prompt() -> str:
     return "\n".join(lines).removesuffix(QUOTES)
 
 
-def print_stream(model: Model, text: str, seed: int, echo: bool) -> None:
-    """Print the completion of one text while it is generated. If `echo` is True, print the text itself first."""
-    pieces = model.stream(text, seed)
+def print_stream(model: Model, ids: Sequence[int], seed: int, before: str = "") -> str:
+    """Print the completion of a prompt while it is generated, and return it. `before` is printed before it."""
+    pieces, text = model.stream(ids, seed), []
     try:
-        print(text if echo else "", end="", flush=True)
+        print(before, end="", flush=True)
         for piece in pieces:
+            text.append(piece)
             print(piece, end="", flush=True)
             _interrupts.check()
     finally:
         pieces.close()
         print(flush=True)
+    return "".join(text)
 
 
 def _go_on(stop: KeyboardInterrupt, message: str) -> None:

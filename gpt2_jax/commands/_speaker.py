@@ -97,11 +97,11 @@ class Model:
             scores = iter(gpt2_jax.score(*self.weights, [rows[i] for i in long]) if long else [])
         return [next(scores).logprobs.tolist() if len(row) > 1 else [] for row in rows]
 
-    def stream(self, text: str, seed: int) -> Generator[str, None, None]:
-        """Yield the completion of one text, in pieces, while it is generated."""
+    def stream(self, ids: Sequence[int], seed: int) -> Generator[str, None, None]:
+        """Yield the completion of one prompt, in pieces, while it is generated."""
         settings: dict[str, Any] = dataclasses.asdict(self.settings()) | {"seed": seed}
         del settings["logprobs"]
-        return gpt2_jax.stream(*self.weights, self.encode(text), self.tokenizer, **settings)
+        return gpt2_jax.stream(*self.weights, ids, self.tokenizer, **settings)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import tyro
 
 import gpt2_jax
 from gpt2_jax import progress
-from gpt2_jax.commands import _command, _interrupts, _model, _processes, _tables
+from gpt2_jax.commands import _command, _interrupts, _model, _processes, _responses, _tables
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gpt2_jax.processes import Share
 
 PERPLEXITY_ALONE = ("stride", "per", "bos")
+RESPONSES_ALONE = ("template", "output", "judge_url", "judge_model")
 OPTIONS = ("task", *PERPLEXITY_ALONE, "detokenizer", "dtype", "limit")
 
 
@@ -35,11 +36,14 @@ class Args:
     """A UTF-8 file. perplexity: a text, or .jsonl with one document per line, {"text": "..."}.
     lambada: .jsonl with one passage per line, {"text": "..."}, the last word included.
     cloze: .jsonl with one question per line, or the layout of the Children's Book Test. A line is an object with
-    "context", "question" (XXXXX marks the blank), "candidates" (a list) and "answer"."""
-    task: Annotated[Literal["perplexity", "lambada", "cloze"], tyro.conf.arg(aliases=["-t"])]
+    "context", "question" (XXXXX marks the blank), "candidates" (a list) and "answer".
+    responses: .json or .jsonl with {"instruction", "input", "output"} or {"messages"}, as for training; also
+    RUN/data/test.records.jsonl of a training run."""
+    task: Annotated[Literal["perplexity", "lambada", "cloze", "responses"], tyro.conf.arg(aliases=["-t"])]
     """perplexity: perplexity of text.
     lambada: accuracy on the last word of passages, with and without a stop-word filter, and its perplexity.
-    cloze: accuracy in filling a blank with one of several candidates."""
+    cloze: accuracy in filling a blank with one of several candidates.
+    responses: exact match and ROUGE-L of the responses to instructions."""
     model: _model.ModelOption = None
     stride: Annotated[
         int | None, tyro.conf.arg(metavar="TOKENS", help_behavior_hint="(default: half of the model's n_ctx)")
@@ -58,7 +62,19 @@ class Args:
     dtype: _model.DtypeOption = None
     """Dtype of weights and matrix products. bfloat16 needs half the memory, but more time on a CPU."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
-    """Use only the first N documents, passages or questions, 1 or more."""
+    """Use only the first N documents, passages, questions or instructions, 1 or more."""
+    template: Annotated[
+        str | None, tyro.conf.arg(metavar="{alpaca,phi3,plain}", help_behavior_hint="(default: that of the run)")
+    ] = None
+    """responses: the template that makes a prompt of an instruction."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """responses: write the responses to this file, a JSON list; an earlier file is replaced."""
+    judge_url: Annotated[str, tyro.conf.arg(metavar="URL", help_behavior_hint="(default: no judge)")] = ""
+    """responses: let a language model score each response from 0 to 100. URL is any OpenAI-compatible address up to its
+    version, such as http://localhost:11434/v1 (Ollama). It gets the instructions and the responses. A key is read from
+    the environment variable OPENAI_API_KEY."""
+    judge_model: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(needed with --judge-url)")] = ""
+    """responses: the name of the judge at its address."""
     mesh: _model.Mesh = dataclasses.field(default_factory=_model.Mesh)
     processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
     json: bool = False
@@ -77,7 +93,19 @@ def run(args: Args) -> None:
 
     share = processes.share()
     with share.telling():
-        _evaluate(args, share)
+        if args.task == "responses":
+            _evaluate_responses(args, share)
+        else:
+            _evaluate(args, share)
+
+
+def _evaluate_responses(args: Args, share: Share) -> None:
+    if share.count > 1:
+        raise ValueError("--task responses runs in one process")
+    config, found = _responses.evaluate(args)
+    result = dataclasses.asdict(found)
+    del result["records"]
+    _print(args, config, result)
 
 
 def _evaluate(args: Args, share: Share) -> None:
@@ -94,7 +122,11 @@ def _evaluate(args: Args, share: Share) -> None:
     print(f"model: {_model.title(args.model)}, {config.n_params:,} parameters, {config.compute_dtype}", file=sys.stderr)
     if share.count > 1:
         _check_same(args, config, params, items, share)
-    result = dataclasses.asdict(_measure(args, config, params, tokenizer, items, share))
+    _print(args, config, dataclasses.asdict(_measure(args, config, params, tokenizer, items, share)))
+
+
+def _print(args: Args, config: GPT2Config, result: dict[str, Any]) -> None:
+    """Print a result as a table or as JSON."""
     if args.json:
         name = "embedded" if args.model is None else args.model
         about = {"task": args.task, "file": str(args.file), "model": name, "dtype": str(config.compute_dtype)}
@@ -107,6 +139,13 @@ def _check(args: Args) -> None:
     """Reject options that do not work together."""
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be 1 or more, not {args.limit}")
+    for name in RESPONSES_ALONE:
+        if args.task != "responses" and getattr(args, name) != getattr(Args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for --task responses, not {args.task}")
+    if bool(args.judge_url) != bool(args.judge_model):
+        raise ValueError("--judge-url and --judge-model need each other: an address, and the name of a model there")
+    if args.task == "responses" and args.detokenizer != "none":
+        raise ValueError("--detokenizer is for --task perplexity or cloze")
     for name in PERPLEXITY_ALONE:
         if args.task != "perplexity" and getattr(args, name) != getattr(Args, name):
             raise ValueError(f"--{name} is for --task perplexity, not {args.task}")
@@ -154,6 +193,8 @@ def _print_table(result: dict[str, Any]) -> None:
     table = _tables.plain_table("measure", ">value", "how")
     table.columns[0].no_wrap = True
     for key, how in result["conventions"].items():
+        if result[key] is None:  # a judge that gave no score
+            continue
         table.add_row(key.replace("_", " "), _text(key, result[key]), how)
     _tables.console().print(table)
 
@@ -162,7 +203,7 @@ def _text(key: str, value: float) -> str:
     """Return a count as 1,234, a share as 12.34 %, and any other number with six digits."""
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{100 * value:.2f} %" if key.startswith("accuracy") else f"{value:.6g}"
+    return f"{100 * value:.2f} %" if key.startswith(("accuracy", "exact")) else f"{value:.6g}"
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from gpt2_jax.commands import _command, _model, _processes
+from gpt2_jax.commands import _command, _model, _processes, _responses
 from gpt2_jax.files import expanded
 from gpt2_jax.recipe import Recipe
 
@@ -77,6 +77,7 @@ def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
+    from gpt2_jax.processes import on_first
     from gpt2_jax.training import described, fit, start_data, start_model, start_plan, start_tokenizer
 
     _model.keep_compiled()
@@ -91,6 +92,8 @@ def run(args: Args) -> int:
         _tell_about(data.manifest, recipe, began=params is not None)
     print("\n".join(described(plan, data)), file=sys.stderr)
     fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step)
+    if recipe.objective == "instruction" and not fitted.signal and not fitted.failed:
+        on_first(lambda: _responses.after_training(folder))
     use = "classify texts: gpt2-classify" if plan.config.labels else "generate text: gpt2-generate"
     print(f"to {use} --model {shlex.quote(str(folder))}{' TEXT' * bool(plan.config.labels)}", file=sys.stderr)
     print(folder)

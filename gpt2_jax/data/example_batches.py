@@ -6,16 +6,16 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from gpt2_jax.checks import whole_number
 from gpt2_jax.data.batching import Batch, read_ahead
-from gpt2_jax.data.examples import Examples
+from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.packing import Part, pack, parts_of
-from gpt2_jax.data.token_files import Tokens
+from gpt2_jax.data.token_files import Prepared, Tokens
 
 BLOCK = 2**22  # tokens that are searched at a time
 
@@ -26,10 +26,12 @@ class Rows(Protocol):
     Attributes:
       n_inputs: tokens that are read in an epoch, without padding.
       n_cut: examples of which a part is left out, because they are longer than a window.
+      n_skipped: examples that are left out, because no target is left in the part that fits.
     """
 
     n_inputs: int
     n_cut: int
+    n_skipped: int
 
     def __len__(self) -> int: ...
 
@@ -48,7 +50,7 @@ class LabelledRows:
         self.examples, self.labels, self.n_tokens = examples, examples.labels, n_tokens
         self.label_weights = np.ones(int(self.labels.max()) + 1) if label_weights is None else label_weights
         self.n_inputs = int(np.minimum(examples.lengths, n_tokens).sum())
-        self.n_cut = int((examples.lengths > n_tokens).sum())
+        self.n_cut, self.n_skipped = int((examples.lengths > n_tokens).sum()), 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -66,36 +68,49 @@ class LabelledRows:
 
 
 class PaddedRows:
-    """One example in each row, padded at the end. Longer examples lose their end."""
+    """One example in each row, padded at the end. Longer examples lose their end.
+
+    Attributes:
+      sizes: int64 [rows], the tokens of each row.
+    """
 
     def __init__(self, examples: Examples, n_tokens: int):
         """Take the examples, and T."""
         self.examples, self.n_tokens = examples, n_tokens
-        self.n_inputs = int(np.clip(examples.lengths - 1, 0, n_tokens).sum())
-        self.n_cut = int((examples.lengths > n_tokens + 1).sum())
+        self.numbers = np.flatnonzero(examples.n_targets(n_tokens + 1))
+        lengths = examples.lengths[self.numbers]
+        self.sizes = np.minimum(lengths - 1, n_tokens)
+        self.n_inputs, self.n_cut = int(self.sizes.sum()), int((lengths > n_tokens + 1).sum())
+        self.n_skipped = len(examples) - len(self.numbers)
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.numbers)
 
     def read(self, number: int) -> Batch:
         """Return a row."""
-        ids, counts = self.examples.read(number, 0, self.n_tokens + 1)
+        ids, counts = self.examples.read(int(self.numbers[number]), 0, self.n_tokens + 1)
         arrays = (ids[:-1], ids[1:], counts[1:])
         tokens, targets, weights = (_padded(array, self.n_tokens) for array in arrays)
         return Batch(tokens, targets, weights)
 
 
 class PackedRows:
-    """Several examples in each row, by `pack`; `segments` [T] says which is which: 1, 2, ..., and 0 for padding."""
+    """Several examples in each row, by `pack`; `segments` [T] says which is which: 1, 2, ..., and 0 for padding.
+
+    Attributes:
+      sizes: int64 [parts], the tokens of each example, or of each part of a divided one.
+    """
 
     def __init__(self, examples: Examples, n_tokens: int, split: bool = False):
         """Take the examples, T, and whether longer examples are divided (else they lose their end)."""
         self.examples, self.n_tokens = examples, n_tokens
-        self.parts = parts_of(examples.lengths, n_tokens, split)
-        sizes = [part.n_tokens - 1 for part in self.parts]
-        self.bins = pack(sizes, n_tokens)
-        self.n_inputs = sum(sizes)
-        self.n_cut = 0 if split else int((examples.lengths > n_tokens + 1).sum())
+        kept = examples.n_targets(n_tokens + 1) > 0
+        self.parts = [part for part in parts_of(examples.lengths, n_tokens, split) if split or kept[part.example]]
+        self.sizes = np.array([part.n_tokens - 1 for part in self.parts], np.int64)
+        self.bins = pack(self.sizes.tolist(), n_tokens)
+        self.n_inputs = int(self.sizes.sum())
+        self.n_cut = 0 if split else int((examples.lengths[kept] > n_tokens + 1).sum())
+        self.n_skipped = int((~kept).sum())
 
     def __len__(self) -> int:
         return len(self.bins)
@@ -126,9 +141,27 @@ def documents_of(tokens: Tokens, eot: int | None) -> Examples:
     return Examples(tokens, found.astype(np.int64))
 
 
+def pairs_of(data: Prepared) -> PreparedExamples:
+    """Return the pairs of a folder that gpt2-prepare wrote from prompts and completions, as examples."""
+    manifest = data.manifest or {}
+
+    def split(tokens: Tokens | None) -> Any:
+        files = () if tokens is None else tuple(path for path in (tokens.path, tokens.mask_path) if path)
+        return tokens and dataclasses.replace(documents_of(tokens, manifest.get("eot")), files=files)
+
+    return PreparedExamples(split(data.train), split(data.val), None, manifest | {"labels": []})
+
+
 def padding_share(rows: Rows, n_tokens: int) -> float:
     """Return the share of padding in the rows of an epoch."""
     return 1 - rows.n_inputs / max(len(rows) * n_tokens, 1)
+
+
+def padding_shares(rows: PaddedRows | PackedRows) -> tuple[float, float]:
+    """Return the share of padding with one example, or one part of it, in each row; and the share with packed rows."""
+    n_packed = len(rows) if isinstance(rows, PackedRows) else len(pack(rows.sizes.tolist(), rows.n_tokens))
+    alone, packed = (1 - rows.n_inputs / max(n * rows.n_tokens, 1) for n in (len(rows.sizes), n_packed))
+    return alone, packed
 
 
 def example_batches(

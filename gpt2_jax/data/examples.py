@@ -2,7 +2,8 @@
 
 A folder of examples holds, for each split, train.bin (the ids of all examples, one after another), train.ends.bin (the
 end of each example in tokens, int64), train.mask.bin (a byte for each token, 1 if it counts in the loss) or
-train.labels.bin (int32), and the manifest examples.json. Numbers are little-endian.
+train.labels.bin (int32), and the manifest examples.json. Numbers are little-endian. test.records.jsonl holds the records
+that the test examples were made from, if there are records.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from gpt2_jax.tokenizer import Tokenizer, fingerprint
 MANIFEST = "examples.json"
 VERSION = 1
 SPLITS = ("train", "val", "test")
-KINDS = (".bin", ".ends.bin", ".mask.bin", ".labels.bin")
+KINDS = (".bin", ".ends.bin", ".mask.bin", ".labels.bin", ".records.jsonl")
+BLOCK = 2**22  # tokens whose masks are read at a time
 FILES = {MANIFEST, *(f"{split}{kind}" for split in SPLITS for kind in KINDS)}
 
 
@@ -36,11 +38,13 @@ class Example:
       ids: its token ids.
       counts: for each id, whether it is a target of the loss; None if the example has a label.
       label: its label; None if it has none.
+      record: what it was made from; the records of the test split are kept. None keeps nothing.
     """
 
     ids: np.ndarray
     counts: np.ndarray | None = None
     label: str | None = None
+    record: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +86,23 @@ class Examples:
         begin = int(self.ends[number - 1]) if number else 0
         left = int(self.ends[number]) - begin - start
         return self.tokens.read(begin + start, left if count is None else min(count, left))
+
+    def n_targets(self, size: int) -> np.ndarray:
+        """Return int64 [n], the targets among the first `size` tokens of each example. The first token is none."""
+        starts = self.ends - self.lengths
+        stops = np.minimum(self.ends, starts + size)
+        if self.tokens.mask_path is None:
+            return np.maximum(stops - starts - 1, 0)
+        found, first = np.zeros(len(self), np.int64), 0
+        while first < len(self):
+            begin = int(starts[first])
+            after = max(int(np.searchsorted(self.ends, begin + BLOCK, "right")), first + 1)
+            some = slice(first, after)
+            _, counts = self.tokens.read(begin, int(self.ends[after - 1]) - begin)
+            before = np.concatenate([[0], np.cumsum(counts.astype(np.int64))])
+            found[some] = before[stops[some] - begin] - before[np.minimum(starts[some] + 1, stops[some]) - begin]
+            first = after
+        return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -260,6 +281,10 @@ def _write_split(folder: Path, split: str, examples: Sequence[Example], labels: 
     else:
         masks = [np.asarray(example.counts, np.uint8) for example in examples]
         np.concatenate(masks).tofile(folder / f"{split}.mask.bin")
+    kept = [example.record for example in examples if example.record is not None]
+    if split == "test" and kept:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        (folder / f"{split}.records.jsonl").write_text("".join(lines), encoding="utf-8", errors="surrogatepass")
 
 
 def _in_order(labels: Iterable[str]) -> list[str]:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from gpt2_jax import _lazy
 
 if TYPE_CHECKING:
+    from gpt2_jax.generation.answers import answer
     from gpt2_jax.generation.decoding import Completion, complete, generate, stream
     from gpt2_jax.generation.rows import Logprobs
     from gpt2_jax.generation.scoring import Score, score
     from gpt2_jax.generation.settings import Settings
 
-__all__ = ["Completion", "Logprobs", "Score", "Settings", "complete", "generate", "score", "stream"]
+__all__ = ["Completion", "Logprobs", "Score", "Settings", "answer", "complete", "generate", "score", "stream"]
 
 _MODULES = dict.fromkeys(__all__, "decoding") | {"Logprobs": "rows", "Settings": "settings"}
-_MODULES |= {"Score": "scoring", "score": "scoring"}
+_MODULES |= {"answer": "answers", "Score": "scoring", "score": "scoring"}
 
 __getattr__, __dir__ = _lazy.attach(__name__, _MODULES)

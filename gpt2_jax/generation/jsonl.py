@@ -36,6 +36,7 @@ def complete_file(
     model: Callable[[], str | None] = lambda: None,
     check: Check | None = None,
     skip: Callable[[str], None] | None = None,
+    also: Callable[[dict[str, Any]], bool] | None = None,
     data: bytes | None = None,
     shown: bool | None = None,
     share: Share | None = None,
@@ -64,6 +65,7 @@ def complete_file(
       check: raises ValueError for the fields of a prompt that cannot be completed; called for each prompt at first.
       skip: takes the message of each bad line. A bad line is then written as {"line", "error", "index"}, and its
         prompt's number stays unused. None raises the error.
+      also: returns whether an object without a "prompt" is a prompt too; None means that none is.
       data: the input's bytes, if `source` is only their name.
       shown: True shows a progress bar on standard error; None shows it if that is a terminal.
       share: this process's share, if several processes call this with the same arguments, and see the same files.
@@ -84,7 +86,7 @@ def complete_file(
         _check_source(source, target)
     _check_target(target)
     data = source.read_bytes() if data is None else data
-    prompts = read_prompts(data, Reader(source, fields, check, skip))
+    prompts = read_prompts(data, Reader(source, fields, check, skip, also=also))
     n_together = whole_number("batch_size", batch_size() if callable(batch_size) else batch_size, 1)
     header, share = part_files.header_of(settings, data), share or Share()
     if share.count > 1 or part_files.parts_of_several(target):

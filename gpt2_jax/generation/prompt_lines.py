@@ -38,6 +38,7 @@ class Reader:
       check: checks the fields of each prompt; None checks nothing more.
       skip: takes the message of each bad line, which then becomes a record of its error; None raises the error.
       number: number of the last line that was read, from 1.
+      also: returns whether an object without a "prompt" is a prompt too; None means that none is.
     """
 
     source: object
@@ -45,6 +46,7 @@ class Reader:
     check: Check | None = None
     skip: Callable[[str], None] | None = None
     number: int = 0
+    also: Callable[[dict[str, Any]], bool] | None = None
 
     def read(self, lines: Iterable[bytes]) -> Iterator[Prompt]:
         """Yield the prompts of the next lines. Blank lines are skipped.
@@ -73,7 +75,8 @@ class Reader:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} is not JSON: {error}") from error
         fields = {"prompt": fields} if isinstance(fields, str) else fields
-        if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        known = isinstance(fields, dict) and isinstance(fields.get("prompt"), str)
+        if not known and not (isinstance(fields, dict) and self.also is not None and self.also(fields)):
             raise ValueError(f'{name} is not a prompt: it must be an object with a string "prompt", or a string')
         reserved = (INDEX, *self.taken) if self.skip is None else (INDEX, ERROR, *self.taken)
         if taken := [field for field in reserved if field in fields]:

@@ -29,14 +29,14 @@ from gpt2_jax.training.classifying import measure_splits
 from gpt2_jax.training.curve import plot_curve
 from gpt2_jax.training.frozen import settle_base
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
-from gpt2_jax.training.objective import train_batches
+from gpt2_jax.training.objective import account, train_batches
 from gpt2_jax.training.observer import Observer, due
 from gpt2_jax.training.opening import Opened, open_run
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS
 from gpt2_jax.training.report import Report, Silence
 from gpt2_jax.training.signals import Stop, stopping
-from gpt2_jax.training.start import check_data, check_tokenizer
+from gpt2_jax.training.start import check_data, check_tokenizer, whole_pairs
 from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import lower_train_step
 
@@ -113,7 +113,7 @@ def fit(
     run_dir, n_steps, save_every = expanded(run_dir), plan.recipe.steps, plan.recipe.monitor.save_every
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
-    data = check_data(plan, data, tokenizer)
+    data = check_data(plan, whole_pairs(data, run_dir), tokenizer)
     processes.on_first(lambda: runs.check_free(run_dir))
     with contextlib.ExitStack() as resources:
         checkpoints = resources.enter_context(Checkpoints(run_dir, plan.recipe.monitor.keep))
@@ -123,6 +123,8 @@ def fit(
         report = _opened_report(plan, run_dir, first_step, resources)
         stop = resources.enter_context(stopping(hosts.CommonStop(plan.mesh) if processes.count() > 1 else None))
         _announce(plan, report, memory, opened)
+        for sentence in account(plan, data):
+            report.message(sentence)
         train_step = _compiled(plan, report) if first_step < n_steps else None
         steps = _Steps(plan, report)
         observer = Observer(plan, data, run_dir, tokenizer, report, stop)

@@ -5,6 +5,7 @@ Shape letters: A parts of a step, B rows of a part, T tokens, D n_embd, L labels
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from gpt2_jax.data.example_batches import (
     documents_of,
     example_batches,
     example_windows,
+    padding_share,
+    padding_shares,
 )
 from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.token_files import Prepared, Tokens
@@ -65,12 +68,33 @@ def rows_of(plan: Plan, data: Prepared | PreparedExamples, split: Tokens | Examp
         assert isinstance(split, Examples)
         assert isinstance(data, PreparedExamples)
         return LabelledRows(split, n_tokens, label_weights(recipe.classification.balance, data))
-    if isinstance(split, Examples):
-        return PackedRows(split, n_tokens) if recipe.data.pack else PaddedRows(split, n_tokens)
-    if not recipe.data.pack:
-        return None
-    eot = (data.manifest or {}).get("eot")
-    return PackedRows(documents_of(split, eot), n_tokens, split=True)
+    if isinstance(split, Examples) or recipe.data.pack:
+        return _rows(split, n_tokens, recipe.data.pack, (data.manifest or {}).get("eot"))
+    return None
+
+
+@functools.lru_cache(maxsize=2)  # training and validation: documents are searched and packed once
+def _rows(split: Tokens | Examples, n_tokens: int, packed: bool, eot: int | None) -> PaddedRows | PackedRows:
+    if isinstance(split, Tokens):
+        return PackedRows(documents_of(split, eot), n_tokens, split=True)
+    return PackedRows(split, n_tokens) if packed else PaddedRows(split, n_tokens)
+
+
+def account(plan: Plan, data: Prepared | PreparedExamples) -> list[str]:
+    """Return sentences about the training rows: which examples are cut or left out, and how much is padding."""
+    rows, n_tokens = rows_of(plan, data, data.train), plan.n_tokens
+    if rows is None:
+        return []
+    counted = f"{len(data.train):,} training examples" if isinstance(data.train, Examples) else "packed documents"
+    said = f"{counted} make {len(rows):,} rows of {n_tokens:,} tokens"
+    said += f"; {rows.n_cut:,} are longer than a row and lose their end" if rows.n_cut else ""
+    said += f"; {rows.n_skipped:,} have no target left and are skipped" if rows.n_skipped else ""
+    if isinstance(rows, LabelledRows):
+        return [said, f"padding: {padding_share(rows, n_tokens):.1%} of the rows"]
+    alone, packed = padding_shares(rows)
+    how = f"{alone:.1%} with one in a row, {packed:.1%} with several (data.pack)"
+    used = "several" if plan.recipe.data.pack else "one"
+    return [said, f"padding: {how}; this run has {used} in a row"]
 
 
 def label_weights(balance: str, data: PreparedExamples) -> np.ndarray | None:

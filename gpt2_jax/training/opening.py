@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import check_replaceable
 from gpt2_jax.data.examples import PreparedExamples
+from gpt2_jax.data.templates import save_template, template_of
 from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
@@ -72,14 +74,16 @@ def open_run(
       DamagedError: no checkpoint is whole, or that of `from_step` is not.
     """
     run_dir, n_steps = checkpoints.run_dir, plan.recipe.steps
-    digests: dict[str, str] = {}
+    about: dict[str, Any] = {}
 
     def check() -> list:
-        digests.update(data.digests())
+        about["sha256"] = data.digests()
+        if isinstance(data, PreparedExamples) and "gpt2_jax_tokens" in data.manifest:  # earlier versions read windows
+            about["pairs"] = True
         if not has_begun(run_dir):
             return [False, n_steps]
         before, identity = runs.read_run(run_dir), tokenizer and fingerprint(tokenizer)
-        runs.check_resumable(run_dir, before, runs.Run(plan.config, plan.recipe, {"sha256": digests}, identity))
+        runs.check_resumable(run_dir, before, runs.Run(plan.config, plan.recipe, about, identity))
         done = from_step or max(runs.steps(run_dir), default=0)
         if done > n_steps:
             raise ValueError(
@@ -102,7 +106,9 @@ def open_run(
         if not begun and (run_dir / runs.BEST).is_dir():  # of a start that failed before its first step
             check_replaceable(run_dir / runs.BEST, with_vocabulary=True)
             shutil.rmtree(run_dir / runs.BEST)
-        runs.write_run(run_dir, plan.config, plan.recipe, {"sha256": digests}, tokenizer, anew=not begun)
+        runs.write_run(run_dir, plan.config, plan.recipe, about, tokenizer, anew=not begun)
+        if plan.recipe.objective == "instruction":
+            save_template(template_of(plan.recipe.instruction), run_dir)
 
     processes.on_first(write)
     if n_steps_before != n_steps:

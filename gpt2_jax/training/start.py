@@ -21,7 +21,8 @@ from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.encoding import PREPARED
-from gpt2_jax.data.examples import PreparedExamples
+from gpt2_jax.data.example_batches import pairs_of
+from gpt2_jax.data.examples import PreparedExamples, is_prepared_examples
 from gpt2_jax.data.finding import STDIN
 from gpt2_jax.data.records import Fields
 from gpt2_jax.data.sources import Sources
@@ -91,7 +92,7 @@ def _plan_of(
     config: GPT2Config,
 ) -> Plan:
     """Return the plan of a run that has begun, or that starts from a model with this config."""
-    n_tokens = 0
+    n_tokens, data = 0, whole_pairs(data, begun)
     if isinstance(data, PreparedExamples):
         longest = data.longest - (recipe.objective != "classification")  # the last token is only a target
         n_tokens = recipe.data.n_tokens or min(max(longest, 1), config.n_ctx)
@@ -292,11 +293,26 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared |
         raise ValueError("data.path must name text or a folder that gpt2-prepare wrote: pass --data.path")
     if recipe.objective != "language_modeling":
         return start_examples(recipe, tokenizer, folder)
+    if is_prepared_examples(recipe.data.path):
+        raise ValueError(f'{recipe.data.path} has examples: set objective to "instruction" or "classification"')
     if is_prepared(recipe.data.path):
-        return open_prepared(recipe.data.path, tokenizer)
+        return whole_pairs(open_prepared(recipe.data.path, tokenizer), folder.parent)
     opened: list[Prepared] = []
     processes.on_first(lambda: opened.append(_tokenized(recipe, tokenizer, folder)))
     return opened[0] if opened else open_prepared(folder, tokenizer)
+
+
+def whole_pairs(data: Any, run_dir: str | os.PathLike | None) -> Any:
+    """Return pairs of prompt and completion as examples, which no window cuts. Other data is returned as it is.
+
+    A run of an earlier version, which read pairs in windows, goes on with windows.
+    """
+    if not isinstance(data, Prepared) or data.manifest is None or data.train.mask_path is None:
+        return data
+    run_dir = None if run_dir is None else expanded(run_dir)
+    if run_dir is not None and has_begun(run_dir) and not runs.read_run(run_dir).data.get("pairs"):
+        return data
+    return pairs_of(data)
 
 
 def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from gpt2_jax.checkpoints import runs
 from gpt2_jax.data.examples import Example, PreparedExamples, is_prepared_examples, open_examples, write_examples
 from gpt2_jax.data.labelled import labelled_examples
 from gpt2_jax.data.records import records
+from gpt2_jax.data.templates import instruction_examples, template_of
 from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
@@ -58,14 +60,15 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that determine the examples of a file."""
     if recipe.objective == "classification":
         return {"field": recipe.data.field, "label_field": recipe.data.label_field}
-    return {"template": recipe.instruction.template, "loss_on": recipe.instruction.loss_on}
+    template = dataclasses.asdict(template_of(recipe.instruction))
+    return {"template": template, "loss_on": recipe.instruction.loss_on}
 
 
 def _examples(recipe: Recipe, tokenizer: Tokenizer, path: Path) -> Iterator[Example]:
     found = records(path, recipe.data.encoding, recipe.data.skip_bad_rows)
     if recipe.objective == "classification":
         return labelled_examples(found, tokenizer, recipe.data.field, recipe.data.label_field)
-    raise NotImplementedError
+    return instruction_examples(found, tokenizer, template_of(recipe.instruction), recipe.instruction.loss_on)
 
 
 def origin_of(folder: Path) -> dict[str, Any] | None:
