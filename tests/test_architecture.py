@@ -25,7 +25,7 @@ LEVELS = [
     {"kv_cache", "fused_attention", "tensor_parallel", "lora", "activations", "recipe", "release", "figures"},
     {"branches"},
     {"model"},
-    {"edits"},
+    {"edits", "added_tokens"},
     {"edit_checks"},
     {"changes"},
     {"checkpoints", "data"},
