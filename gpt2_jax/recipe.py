@@ -165,6 +165,9 @@ class Optimizer:
       weight_decay: decoupled weight decay: a step subtracts learning rate * weight_decay * weight, times the factor
         of the weight's `decay` rule.
       clip: largest global norm of the gradients; larger gradients are scaled down to it. 0 turns clipping off.
+      ema: decay of an exponential moving average (EMA) of the trained weights, such as 0.999; 0 or more, less than 1.
+        Validation losses, samples, the best model and the loaded checkpoints then have the average. In the first steps
+        the decay is smaller: (1 + step) / (10 + step). 0 keeps no average.
       learning_rates: rules for the factor of the learning rate; 0 freezes a parameter.
       decay: rules for the factor of the weight decay; 0 means no decay.
     """
@@ -179,6 +182,7 @@ class Optimizer:
     momentum: float = 0.9
     weight_decay: float = 0.1
     clip: float = 1.0
+    ema: float = 0.0
     learning_rates: Rules = ((".*", 1.0),)
     decay: Rules = ((r"(^|/)(w|wte|wpe|lm_head)$", 1.0), (".*", 0.0))
 
@@ -195,6 +199,7 @@ class Optimizer:
         _real(self, "momentum", 0, 1, open_high=True)
         _real(self, "weight_decay", 0)
         _real(self, "clip", 0)
+        _real(self, "ema", 0, 1, open_high=True)
         _rules(self, "learning_rates")
         _rules(self, "decay")
 
@@ -304,7 +309,9 @@ class Recipe:
       accumulate: gradient accumulation: number of micro-batches that a step computes one after another, to save memory;
         must divide batch_size.
       seed: seed of the validation split, data order, dropout, samples and new weights.
-      compute_dtype: dtype of the inputs of matrix products; parameters, optimizer and loss are at least float32.
+      compute_dtype: dtype of the inputs of matrix products; parameters, optimizer and loss are at least float32. With
+        float16 the loss is scaled, so that small gradients do not become 0: by 65,536 at first, by half of it after
+        each overflow, whose step is skipped, and by twice as much after 2,000 steps without one.
       remat: rematerialization: compute each block again in the backward pass instead of storing its activations. It
         costs a third more computation, and memory hardly grows with n_layer. Without it, training on a CPU still
         computes elementwise operations again, which saves time too.
@@ -325,7 +332,7 @@ class Recipe:
     batch_size: int = 8
     accumulate: int = 1
     seed: int = 0
-    compute_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     remat: bool = False
     attention: Literal["auto", "plain", "fused"] = "auto"
 

@@ -13,12 +13,14 @@ from gpt2_jax.checkpoints import orbax_arrays, parts, runs
 from gpt2_jax.checkpoints.bases import Open
 from gpt2_jax.checkpoints.change import Change
 from gpt2_jax.checkpoints.integrity import Leaves
-from gpt2_jax.checkpoints.runs import LORA, PARAMS
+from gpt2_jax.checkpoints.runs import LORA, PARAMS, TRAINER
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.lora import pairs_of
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import differences, flatten
 from gpt2_jax.recipe import Lora
+
+AVERAGE = "average/"  # what the names of a moving average begin with, in the part of the trainer
 
 
 def read_config(directory: Path) -> GPT2Config:
@@ -61,15 +63,21 @@ def read(directory: Path, open_model: Open) -> tuple[GPT2Config, Leaves]:
 
 
 def read_change(directory: Path) -> Change:
-    """Read what a run's checkpoint holds, apart from the optimizer's state. Errors: see `read`."""
+    """Read what a run's checkpoint holds, apart from the optimizer's state. Errors: see `read`.
+
+    If the run keeps a moving average of what it trains, the average is read.
+    """
     run_dir = runs.run_of(directory)
     fields = runs.read_fields(run_dir)
     manifest = parts.read_manifest(directory)
-    abstract = {part: parts.abstract_part(manifest, part) for part in (PARAMS, LORA)}
-    parts.check_files(directory, manifest, (PARAMS, LORA))
+    abstract = {part: parts.abstract_part(manifest, part) for part in (PARAMS, LORA, TRAINER)}
+    averaged = any(name.startswith(AVERAGE) for name in abstract[TRAINER])
+    parts.check_files(directory, manifest, (PARAMS, LORA, TRAINER) if averaged else (PARAMS, LORA))
     directory = directory.resolve()
 
     def read_one(name: str, part: str = PARAMS) -> np.ndarray:
+        if AVERAGE + name in abstract[TRAINER]:  # the moving average, if the run keeps one
+            part, name = TRAINER, AVERAGE + name
         leaf = abstract[part][name]
         return orbax_arrays.read(directory / part, name.replace("/", "."), leaf.dtype, leaf.shape)
 

@@ -40,7 +40,7 @@ MARK, VERSION = "gpt2_jax_run", 1
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 LATER = (  # fields that earlier versions do not know: written if they are set
-    *("attention", "objective", "classification", "instruction", "monitor.keep", "lora.full"),
+    *("attention", "objective", "classification", "instruction", "monitor.keep", "lora.full", "optimizer.ema"),
     *("data.test_fraction", "data.label_field", "data.pack", "data.encoding", "data.end_of_text", "data.skip_bad_rows"),
 )
 FREE = re.compile(

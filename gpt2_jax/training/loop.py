@@ -49,7 +49,7 @@ class Fitted:
     """How a run ended.
 
     Attributes:
-      params: the model's params after the last step, on the devices of the run's mesh.
+      params: the model's params after the last step, on the devices of the run's mesh; their average if there is one.
       step: optimizer steps done, including those before a resume.
       best_step: the step of the best validation loss; None if none was measured.
       best_loss: that loss in nats a token (for classification, a text); infinite if none was measured.
@@ -221,7 +221,7 @@ def _fitted(
         saved = "checkpoint saved" if step else "nothing to save"
         report.message(f"stopped after step {step:,} ({saved}): {why}")
     observer.sum_up()
-    params = model_params(state, plan.recipe)
+    params = model_params(state.averaged(), plan.recipe)
     return Fitted(params, step, observer.best_step, observer.best_loss, why, signal, steps.failed)
 
 
@@ -265,6 +265,8 @@ class _Steps:
             what, choice = "its batch has no target that counts in the loss", "skip"
         elif math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             what, choice = f"the loss, {values['loss']:.4g}, is a spike", self._monitor.on_spike
+        elif values.get("loss_scale", 1) > 1:
+            what, choice = f"a float16 number overflowed; the loss scale was {values['loss_scale']:,.0f}", "skip"
         else:
             what, choice = "the loss or its gradient is not a finite number", self._monitor.on_nan
         self._report.message(f"step {step:,} changed nothing: {what}")

@@ -40,7 +40,7 @@ def memory_needed(plan: Plan) -> dict[str, int]:
     parts = {
         "parameters": _local_bytes((state.params, state.lora)),
         "gradients": gradients * (2 if plan.recipe.accumulate > 1 else 1),
-        "optimizer": _local_bytes(state.opt_state),
+        "optimizer": _local_bytes((state.opt_state, state.average)),
         "gathered": 0 if plan.mesh.shape[DATA] == 1 else _local_bytes(state.params, plan.gathered),
         "activations": _on_cpu(plan, gradients) if plan.on_cpu else _on_accelerator(plan),
     }

@@ -70,6 +70,7 @@ class Observer:
     def look(self, step: int, state: TrainState) -> None:
         """Do what is due at a step, unless a signal came."""
         if self.is_due(step):
+            state = state.averaged()
             params = model_params(state, self.recipe)
             if self.data.val is not None and self._evaluation_is_due(step):
                 self._evaluate(step, state, params, self.data.val)

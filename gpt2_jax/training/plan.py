@@ -115,7 +115,9 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
     bare = jax.eval_shape(functools.partial(bare_state, recipe), abstract_params(config))
     trained = _trained_names(bare, recipe)
     optimizer = make_optimizer(recipe.optimizer, trained)
-    state = dataclasses.replace(bare, opt_state=jax.eval_shape(optimizer.init, bare.trained(trained)))
+    opt_state = jax.eval_shape(optimizer.init, bare.trained(trained))
+    average = bare.trained(trained) if recipe.optimizer.ema else None
+    state = dataclasses.replace(bare, opt_state=opt_state, average=average)
     return Plan(
         config=config,
         recipe=recipe,

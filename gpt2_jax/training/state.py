@@ -15,6 +15,21 @@ from gpt2_jax.lora import init_lora, merge_lora, pairs_of
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.recipe import Lora, Recipe
 
+FIRST_SCALE = 2.0**16
+
+
+@struct.dataclass
+class LossScale:
+    """The factor of a float16 loss.
+
+    Attributes:
+      value: float32 scalar, the factor of the next step.
+      n_good: int32 scalar, steps since it last changed.
+    """
+
+    value: jax.Array
+    n_good: jax.Array
+
 
 @struct.dataclass
 class TrainState:
@@ -27,6 +42,8 @@ class TrainState:
         `lora.full`; None without LoRA.
       opt_state: the Optax state of the trained arrays only.
       mean_loss: float32 scalar, running mean of the loss, used to detect spikes; 0 before the first step.
+      average: {name: moving average of a trained array}; None without `optimizer.ema`.
+      loss_scale: the factor of the loss with compute_dtype float16; else None.
     """
 
     step: jax.Array
@@ -34,6 +51,12 @@ class TrainState:
     lora: dict[str, dict[str, jax.Array]] | None
     opt_state: Any
     mean_loss: jax.Array
+    average: dict[str, jax.Array] | None = None
+    loss_scale: LossScale | None = None
+
+    def averaged(self) -> TrainState:
+        """Return the state with the moving average in place of what is trained, if there is one."""
+        return self if self.average is None else self.with_trained(self.average)
 
     def by_name(self) -> dict[str, jax.Array]:
         """Return {name: array} of LoRA's small tree and of the params. Their names differ: pairs end in /a and /b."""
@@ -63,7 +86,8 @@ def bare_state(recipe: Recipe, params: Params) -> TrainState:
     if recipe.lora.rank:
         key = jax.random.fold_in(seed_key(recipe), 2**31)  # not the key of any step
         lora = init_lora(params, recipe.lora.rank, recipe.lora.targets, key)
-    return TrainState(jnp.int32(0), params, lora, None, jnp.float32(0))
+    scale = LossScale(jnp.float32(FIRST_SCALE), jnp.int32(0)) if recipe.compute_dtype == "float16" else None
+    return TrainState(jnp.int32(0), params, lora, None, jnp.float32(0), loss_scale=scale)
 
 
 def candidates(state: TrainState, recipe: Recipe) -> tuple[str, ...]:

@@ -24,11 +24,12 @@ from gpt2_jax.params import Params
 from gpt2_jax.tensor_parallel import by_heads
 from gpt2_jax.training.objective import abstract_batch, batch_loss, label_counts, label_logits, label_loss
 from gpt2_jax.training.plan import Plan
-from gpt2_jax.training.state import TrainState, bare_state, model_params, seed_key
+from gpt2_jax.training.state import LossScale, TrainState, bare_state, model_params, seed_key
 
 # By default, XLA for CPUs removes barriers before it looks for duplicate work and fuses operations. So it would undo
 # rematerialization, and the order of updates in `_updated`. The results are the same, but take more time and memory.
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+GOOD_STEPS, MOST_SCALE = 2000, 2.0**24  # steps until a loss scale doubles, and its limit
 MEAN_DECAY = 0.98  # decay of the running mean loss that spikes are compared with
 
 
@@ -57,7 +58,9 @@ def init_state(plan: Plan, params: Params, donate: bool = False) -> TrainState:
 
     def make(params: Params) -> TrainState:
         state = bare_state(plan.recipe, params)
-        return dataclasses.replace(state, opt_state=plan.optimizer.init(state.trained(plan.trained)))
+        trained = state.trained(plan.trained)
+        average = jax.tree.map(jnp.copy, trained) if plan.recipe.optimizer.ema else None
+        return dataclasses.replace(state, opt_state=plan.optimizer.init(trained), average=average)
 
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
@@ -108,6 +111,12 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
         new = state.with_trained(changed)
         new = dataclasses.replace(new, step=state.step + 1, opt_state=opt_state, mean_loss=mean_loss)
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "n_tokens": n_tokens, "skipped": skip}
+        if state.average is not None:
+            new = dataclasses.replace(new, average=_averaged(plan, state, changed, skip))
+        if state.loss_scale is not None:
+            overflowed = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+            new = dataclasses.replace(new, loss_scale=_next_scale(state.loss_scale, overflowed))
+            metrics["loss_scale"] = state.loss_scale.value
         return new, metrics
 
     shardings = _shardings(plan.state)
@@ -146,6 +155,22 @@ def _updated(plan: Plan, changing: dict, opt_state: Any, grads: dict, rate: Any,
     return changed, unless_skipped(new_opt_state, opt_state)
 
 
+def _averaged(plan: Plan, state: TrainState, changed: dict, skip: jax.Array) -> dict:
+    """Return the moving average after a step. A skipped step does not change it."""
+    step = state.step.astype(float)
+    decay = jnp.minimum(plan.recipe.optimizer.ema, (1 + step) / (10 + step))
+    share = jnp.where(skip, 0, 1 - decay)
+    return jax.tree.map(lambda mean, leaf: mean + (share * (leaf - mean)).astype(mean.dtype), state.average, changed)
+
+
+def _next_scale(scale: LossScale, overflowed: jax.Array) -> LossScale:
+    """Return the factor of the next loss, by the rules of Micikevicius et al. 2018 (arXiv:1710.03740, section 3.2)."""
+    n_good = jnp.where(overflowed, 0, scale.n_good + 1)
+    grows = n_good >= GOOD_STEPS
+    value = jnp.where(overflowed, jnp.maximum(scale.value / 2, 1), jnp.where(grows, 2 * scale.value, scale.value))
+    return LossScale(jnp.minimum(value, MOST_SCALE), jnp.where(grows, 0, n_good))
+
+
 def _mean_loss(mean: jax.Array, loss: jax.Array, n_tokens: jax.Array, spike: float) -> jax.Array:
     """Return the running mean with one more loss. A spike counts only as `spike * mean`, so it hides no later spike."""
     first, counts = mean == 0, jnp.isfinite(loss) & (n_tokens > 0)
@@ -169,6 +194,8 @@ def _make_gradients(plan: Plan) -> Callable:
 
     def gradients(state, changing, batch, n_tokens):
         weights = batch.weights.astype(wide) / jnp.where(n_tokens > 0, n_tokens, 1).astype(wide)
+        if state.loss_scale is not None:  # before the backward pass, in which small float16 numbers would become 0
+            weights = weights * state.loss_scale.value
         batch = dataclasses.replace(batch, weights=weights)
         key = jax.random.fold_in(seed_key(recipe), state.step)
 
@@ -177,9 +204,13 @@ def _make_gradients(plan: Plan) -> Callable:
             return jax.value_and_grad(loss_of)(changing, state, one, jax.random.fold_in(key, a))
 
         if recipe.accumulate == 1:
-            return part(0)
-        start = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, changing))
-        return lax.fori_loop(0, recipe.accumulate, lambda a, total: jax.tree.map(jnp.add, total, part(a)), start)
+            found = part(0)
+        else:
+            start = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, changing))
+            found = lax.fori_loop(0, recipe.accumulate, lambda a, total: jax.tree.map(jnp.add, total, part(a)), start)
+        if state.loss_scale is None:
+            return found
+        return jax.tree.map(lambda array: array / state.loss_scale.value, found)
 
     return gradients
 
