@@ -31,6 +31,7 @@ from gpt2_jax.recipe import Optimizer, Recipe, from_dict, to_dict
 from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, TOKENIZER_CONFIG, Tokenizer, fingerprint
 
 RUN, CHECKPOINTS, BASE, BEST, DATA = "run.json", "checkpoints", "base", "best", "data"
+RATES = "learning_rate.png"  # of a learning rate range test, before the run
 LOCK = ".lock"  # in the folder of checkpoints
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
 MARK, VERSION = "gpt2_jax_run", 1
@@ -193,7 +194,8 @@ def check_free(directory: Path) -> None:
       FileExistsError: the folder holds something else.
     """
     # The second alternative matches temporary files of a run that was killed while it started or prepared its text.
-    begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
+    before = rf"{DATA}|{re.escape(RATES)}"
+    begun = re.compile(rf"{before}|\.({before}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
 
     def others(names: set[str]) -> set[str]:
         found = {name for name in names if not begun.fullmatch(name)}

@@ -36,6 +36,9 @@ class Args:
         int | None, tyro.conf.arg(metavar="STEP", help_behavior_hint="(default: the newest whole checkpoint)")
     ] = None
     """Resume from the checkpoint of this step. What came after it is kept in RUN/aside."""
+    find_learning_rate: bool = False
+    """Instead of training, take 100 steps with rising learning rates, from 1e-7 to 1. Print the one at which the loss
+    falls fastest, and draw all losses into RUN/learning_rate.png. Use it, or a somewhat smaller one, as the peak."""
     processes: _processes.Processes = dataclasses.field(default_factory=_processes.Processes)
 
 
@@ -74,6 +77,20 @@ def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
         print(note, file=sys.stderr)
 
 
+def _find_learning_rate(plan: Any, params: Any, data: Any, folder: Path) -> int:
+    """Print the suggested learning rate, and draw the losses."""
+    from gpt2_jax.checkpoints import runs
+    from gpt2_jax.training.rate_finder import find_learning_rate, plot_rates
+
+    if params is None:
+        raise ValueError(f"{folder} has a run that has begun: choose another folder to try learning rates")
+    test, picture = find_learning_rate(plan, params, data, donate=True), folder / runs.RATES
+    plot_rates(test, picture)
+    print(f"the losses are in {picture}; the loss falls fastest at this learning rate:", file=sys.stderr)
+    print(f"{test.suggested:.2g}")
+    return 0
+
+
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
@@ -91,6 +108,8 @@ def run(args: Args) -> int:
     if recipe.objective == "language_modeling" and data.manifest is not None:
         _tell_about(data.manifest, recipe, began=params is not None)
     print("\n".join(described(plan, data)), file=sys.stderr)
+    if args.find_learning_rate:
+        return _find_learning_rate(plan, params, data, folder)
     fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step)
     if recipe.objective == "instruction" and not fitted.signal and not fitted.failed:
         on_first(lambda: _responses.after_training(folder))

@@ -131,7 +131,7 @@ def fit(
         observer.base = checkpoints.base
         step = saved = first_step
         _observe(observer, steps, step, state)  # a signal may have come before the work of this step was done
-        with contextlib.closing(_batches(plan, data, step)) as stream:
+        with contextlib.closing(placed_batches(plan, data, step)) as stream:
             while train_step and step < n_steps and not stop and not steps.why:
                 batch, started = next(stream), time.monotonic()
                 state, metrics = train_step(state, batch)
@@ -188,7 +188,7 @@ def _compiled(plan: Plan, report: Report) -> Any:
     return train_step
 
 
-def _batches(plan: Plan, data: Prepared | PreparedExamples, first_step: int) -> Generator[Batch, None, None]:
+def placed_batches(plan: Plan, data: Prepared | PreparedExamples, first_step: int) -> Generator[Batch, None, None]:
     """Yield the batch of each step on the devices, divided into the parts of a step."""
     recipe, sharding = plan.recipe, plan.over_rows(None)
     put = hosts.put if processes.count() > 1 else jax.device_put
