@@ -44,7 +44,7 @@ def resize_vocabulary(
     n_vocab = max([config.n_vocab, *(larger.tokens[token] + 1 for token in tokens)])
     flat = flatten(params)
     rows = {larger.tokens[token]: ids for token, ids in pieces.items()}
-    flat |= {name: _with_rows(flat[name], n_vocab, rows) for name in HEADS if name in flat}
+    flat |= {name: with_rows(flat[name], n_vocab, rows) for name in HEADS if name in flat}
     return config.replace(n_vocab=n_vocab), unflatten(flat), larger
 
 
@@ -100,7 +100,7 @@ def _check(tokens: Sequence[str]) -> None:
 
 @under_jax_defaults
 @whole_on_auto_axes
-def _with_rows(table_VD: Any, n_vocab: int, rows: Mapping[int, Sequence[int]]) -> Any:
+def with_rows(table_VD: Any, n_vocab: int, rows: Mapping[int, Sequence[int]]) -> Any:
     """Return a table with `n_vocab` rows; `rows` says which old rows each new one is the mean of."""
     module = jnp if isinstance(table_VD, jax.Array) else np
     wide_VD = table_VD.astype(jnp.promote_types(table_VD.dtype, jnp.float32), copy=False)

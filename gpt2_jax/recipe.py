@@ -79,6 +79,8 @@ class Data:
       label_field: name of the field or column that contains the label (objective classification).
       pack: put several documents or examples into a window, each as if it stood alone: its positions count from 0, and
         it attends only to itself. Not for classification.
+      add_tokens: texts that become tokens of their own, such as "<|user|>". Their rows in the embedding start as the
+        means of the rows of their pieces. LoRA trains them only if `lora.full` matches wte.
     """
 
     path: str = ""
@@ -92,6 +94,7 @@ class Data:
     test_fraction: float = 0.0
     label_field: str = "label"
     pack: bool = False
+    add_tokens: tuple[str, ...] = ()
 
     def __post_init__(self):
         _real(self, "val_fraction", 0, 1, open_high=True)

@@ -42,7 +42,15 @@ MARK, VERSION = "gpt2_jax_run", 1
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 LATER = (  # fields that earlier versions do not know: written if they are set
     *("attention", "objective", "classification", "instruction", "monitor.keep", "lora.full", "optimizer.ema"),
-    *("data.test_fraction", "data.label_field", "data.pack", "data.encoding", "data.end_of_text", "data.skip_bad_rows"),
+    *(
+        "data.test_fraction",
+        "data.label_field",
+        "data.pack",
+        "data.add_tokens",
+        "data.encoding",
+        "data.end_of_text",
+        "data.skip_bad_rows",
+    ),
 )
 FREE = re.compile(
     r"recipe\.(steps|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"

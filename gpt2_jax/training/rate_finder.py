@@ -77,7 +77,7 @@ def find_learning_rate(
     factor = (highest / lowest) ** (1 / (n_steps - 1))
     rising = dataclasses.replace(plan, schedule=lambda step: lowest * factor ** jnp.asarray(step, float))
     state, train_step = init_state(rising, params, donate), make_train_step(rising)
-    rates, losses = [], []
+    rates, losses, means = [], [], np.zeros(0)
     stream = placed_batches(rising, data, 0)
     with contextlib.closing(stream), progress.bars("percent", "text") as bars:
         for step in range(n_steps):

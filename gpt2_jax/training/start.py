@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from gpt2_jax import processes
+from gpt2_jax.added_tokens import HEADS, pieces_of, with_rows, with_tokens
 from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
 from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
@@ -49,13 +50,17 @@ EARLIER = (".txt", ".jsonl", ".csv", ".bin")  # earlier versions read only these
 def start_tokenizer(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> Tokenizer:
     """Return the tokenizer of a run: that of `run_dir` if it contains a run with a checkpoint, else the recipe's.
 
+    The recipe's gets the tokens of `data.add_tokens`.
+
     Raises:
       ValueError: new weights have no vocabulary. Errors of `load_tokenizer` are passed on.
     """
     model = recipe.model
     if not (model.source or model.tokenizer):
         raise ValueError("model.tokenizer must name a vocabulary if model.source is empty: new weights have none")
-    return load_tokenizer(_begun(run_dir) or model.tokenizer or model.source)
+    begun = _begun(run_dir)
+    tokenizer = load_tokenizer(begun or model.tokenizer or model.source)
+    return tokenizer if begun is not None else with_tokens(tokenizer, recipe.data.add_tokens)
 
 
 def start_plan(
@@ -97,7 +102,8 @@ def _plan_of(
         longest = data.longest - (recipe.objective != "classification")  # the last token is only a target
         n_tokens = recipe.data.n_tokens or min(max(longest, 1), config.n_ctx)
     if begun is None:
-        config = config.replace(labels=(), pooling="last")
+        last = max((tokenizer.tokens[token] for token in recipe.data.add_tokens), default=0)
+        config = config.replace(labels=(), pooling="last", n_vocab=max(config.n_vocab, last + 1))
     if recipe.objective == "classification" and begun is None:
         if not isinstance(data, PreparedExamples) or not data.labels:
             raise ValueError('objective = "classification" needs the data, whose labels the model gets: pass data')
@@ -141,15 +147,17 @@ def start_model(
     if not source:
         return plan, _placed(flatten(_new_on_host(plan.config, recipe.seed)), shardings), tokenizer
     config = plan.config
-    if (there.labels, there.pooling) == (config.labels, config.pooling):
-        params = load(source, dtype="float32", sharding=shardings)[1]
-        return with_source(plan, params), params, tokenizer
-    head = shardings.pop(SCORE, None)
-    if there.labels:
+    added = recipe.data.add_tokens
+    pieces = pieces_of(there, load_tokenizer(recipe.model.tokenizer or source), added) if added else {}
+    new_head = (there.labels, there.pooling) != (config.labels, config.pooling)
+    head = shardings.pop(SCORE, None) if new_head else None
+    if new_head and there.labels:
         shardings |= {SCORE: {"w": plan.whole()}}
     params = load(source, dtype="float32", sharding=shardings)[1]
-    params.pop(SCORE, None)
+    if new_head:
+        params.pop(SCORE, None)
     plan = with_source(plan, params)
+    params = _with_added_rows(plan, params, pieces, tokenizer)
     if head is not None:
         new = _new_on_host(config.replace(n_layer=1, n_vocab=1, n_ctx=1), recipe.seed)
         params[SCORE] = _placed(flatten(new[SCORE]), head)
@@ -172,6 +180,16 @@ def _new_on_host(config: GPT2Config, seed: int) -> Params:
 def _placed(flat: dict[str, Any], shardings: Any) -> Params:
     put = (lambda leaf, sharding: hosts.put(np.asarray(leaf), sharding)) if processes.count() > 1 else jax.device_put
     return unflatten({name: put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()})
+
+
+def _with_added_rows(plan: Plan, params: Params, pieces: Mapping[str, Sequence[int]], tokenizer: Tokenizer) -> Params:
+    """Return params with rows for the added tokens, whose pieces are given."""
+    rows = {tokenizer.tokens[token]: ids for token, ids in pieces.items()}
+    for name in HEADS if rows else ():
+        if name in params:
+            grow = functools.partial(with_rows, n_vocab=plan.config.n_vocab, rows=rows)
+            params[name] = jax.jit(grow, out_shardings=plan.state.params[name].sharding)(params[name])
+    return params
 
 
 def with_source(plan: Plan, params: Params) -> Plan:
