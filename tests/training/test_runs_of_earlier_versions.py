@@ -118,5 +118,6 @@ def test_a_recipe_with_every_field_means_the_same():
     recipe = training.Recipe.from_toml(BEFORE / "every_field.toml")
     expected, later = EXPECTED["every_field"], {"activation_function": "gelu_new", "tie_word_embeddings": True}
     expected["model"] |= later | {"scale_attn_by_inverse_layer_idx": False}
+    expected["data"] |= {"encoding": "utf-8", "end_of_text": "text", "skip_bad_rows": False}
     expected["attention"] = "auto"
     assert json.loads(json.dumps(dataclasses.asdict(recipe))) == expected
