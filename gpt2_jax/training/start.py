@@ -177,7 +177,8 @@ def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     settings: dict[str, Any] = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
     settings |= {name: getattr(data, name) for name in READING}
     origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
-    earlier = _origin(folder)
+    defaults = {field.name: field.default for field in dataclasses.fields(Data) if field.name in READING}
+    earlier = (found := _origin(folder)) and defaults | found  # earlier versions recorded fewer settings
     if folder.exists() and runs.is_run(run_dir):
         if earlier is not None and STDIN != origin["text"] != earlier["text"] != _digest(recipe, tokenizer, EARLIER):
             raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
@@ -213,5 +214,4 @@ def _digest(recipe: Recipe, tokenizer: Tokenizer, suffixes: Container[str] = ())
 def _origin(folder: Path) -> dict[str, Any] | None:
     """Return what is recorded about the text that a token folder was made from; None if nothing is."""
     path = folder / ORIGIN
-    defaults = {field.name: field.default for field in dataclasses.fields(Data) if field.name in READING}
-    return defaults | json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
