@@ -57,7 +57,8 @@ def expanded(path: str | os.PathLike) -> Path:
 def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a new folder to fill. At the end of the block it replaces `directory` in one step.
 
-    After a kill at any moment, or an error, `directory` has its old contents or its complete new ones. If the system
+    After a kill at any moment, or an error, `directory` has its old contents or its complete new ones. After an error,
+    folders above it that were made for it are removed too. If the system
     cannot exchange two names at once (Windows, some network file systems), there is a moment when the old contents are
     only under a hidden name in the same folder.
 
@@ -66,9 +67,10 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
       check: called just before an existing folder is replaced. If it raises, the folder is not replaced.
     """
     directory = directory.resolve()
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    new = [parent for parent in directory.parents if not parent.exists()]
     temporary = beside(directory)
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()  # in the block, since Ctrl-C may come while the folder is made
         yield temporary
         if directory.exists():
@@ -79,6 +81,15 @@ def replacing(directory: Path, check: Callable[[], None] = lambda: None) -> Iter
         if temporary.exists():  # threads of a failed library call may still write to it
             time.sleep(0.5)
             shutil.rmtree(temporary, ignore_errors=True)
+        if not directory.exists():
+            _remove_empty(new)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove these folders, the innermost first, up to the first that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -6,13 +6,13 @@ import collections
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from gpt2_jax.data.reading import FORMS, ZIPPED, form_of
+from gpt2_jax.data.reading import FORMS, form_of
 from gpt2_jax.data.token_files import MANIFEST
 from gpt2_jax.files import expanded
 
 STDIN = "-"
-ZIPPABLE = [suffix for suffix, form in FORMS.items() if form in ZIPPED]
-TYPES = f"{', '.join(FORMS)}, or one of {', '.join(ZIPPABLE)} with .gz after it"
+TYPES = f"{', '.join(FORMS)} (all but the last two also with .gz)"
+COMPRESSED = (".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".7z", ".lz4", ".rar")
 BROKEN = "broken link"
 
 
@@ -87,11 +87,7 @@ def counted(files: Mapping[str, int]) -> str:
 
 def _unknown(path: Path) -> str:
     """Return what is wrong with a file of an unknown type, and what to do."""
-    suffix = form_of(path).suffix
-    if suffix in (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz", ".tar.gz", ".7z") or suffix.endswith(".gz"):
-        return f"is not read, because it is compressed: decompress it first. {_these()}"
-    return f"is not a file of a known type: rename it, or pass its text on standard input (-). {_these()}"
-
-
-def _these() -> str:
-    return f"The types are {TYPES}"
+    form = form_of(path)
+    if form.zipped or form.suffix in COMPRESSED:
+        return f"is compressed: decompress it to a file of type {TYPES}"
+    return f"is not a file of type {TYPES}: rename it, or pass its text on standard input (-)"

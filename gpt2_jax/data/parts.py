@@ -130,7 +130,7 @@ def divided(sizes: Sequence[int], whole: Container[int] = ()) -> list[Range]:
     ranges, unit, room = [], 0, most
     for file, size in enumerate(sizes):
         start = 0
-        if file in whole and room < min(size, most):
+        if room < 0 or (file in whole and room < min(size, most)):  # room < 0: after a file larger than a unit
             unit, room = unit + 1, most
         while start < END:
             stop = END if file in whole or size - start <= room else start + room // block * block

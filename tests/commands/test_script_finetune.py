@@ -184,7 +184,7 @@ def test_back_to_an_earlier_step(run, tmp_path):
 REFUSED = {
     "no text named": ([], "data.path must name text"),
     "no such text": (["--data.path", "no.txt"], "no such file or folder: no.txt"),
-    "a text of another kind": (["--data.path", "text.pdf"], "text.pdf is not a file of type .txt, .jsonl"),
+    "a text of another kind": (["--data.path", "text.pdf"], "text.pdf is not a file of type .txt, .md, .jsonl"),
     "no recipe": (["--config", "no.toml"], "no.toml"),
     "--config of nothing": (["--config"], "gpt2-finetune: error: argument --config"),
     "a field that is none": (["--config", "field.toml"], "field.toml: optimizer.learning_rat is not a recipe field"),

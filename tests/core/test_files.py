@@ -139,6 +139,25 @@ def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_name(tmp_path, monke
     assert last == (tmp_path.stat().st_ino, path.stat().st_ino)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_folders_made_for_one_that_is_not_written_are_removed(tmp_path, error):
+    """As after SIGTERM, when a command writes to runs/verdict/data."""
+    (tmp_path / "there").mkdir()
+    for name in ("there/new/deep/model", "other/model", "model"):
+        with pytest.raises(error), files.replacing(tmp_path / name):
+            raise error
+        assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+    def stopped_beside_other_work():
+        with files.replacing(tmp_path / "new" / "deep" / "model"):
+            (tmp_path / "new" / "mine.txt").write_text("kept")
+            raise error
+
+    with pytest.raises(error):
+        stopped_beside_other_work()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "new", "there"]
+
+
 def test_what_cannot_be_flushed_takes_no_name(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("old")
     (tmp_path / "model").mkdir()

@@ -1,6 +1,7 @@
 """Token files of other programs: llm.c's are read, others are refused with a sentence, and ours never are."""
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ from token_folders import expected_ids, held
 
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.bare import layout_of
-from gpt2_jax.data.encoding import encode_documents
+from gpt2_jax.data.encoding import encode_documents, encode_group
+from gpt2_jax.data.reading import END
 from gpt2_jax.data.records import Fields
-from gpt2_jax.data.sources import Sources
+from gpt2_jax.data.sources import Range, Sources
 from gpt2_jax.data.token_files import open_prepared
 
 TEXT = Path(__file__).parents[2] / "examples" / "the-verdict.txt"
@@ -64,6 +66,9 @@ def test_their_documents_are_prepared(tmp_path, tokenizer, monkeypatch, block):
     assert prepared.manifest["empty_documents"] == 1
     found = Sources([tmp_path / "a.bin"], Fields(), tokenizer.n_vocab, tokenizer.eot)
     assert sum(map(len, encode_documents(found.pieces(), tokenizer))) == len(expected) - 3
+    edges = [0, *range(block, 1024 + 2 * len(expected), block), END]
+    pieces = [piece for _, some in found.read([Range(0, *pair) for pair in pairwise(edges)]) for piece in some]
+    assert encode_group(tokenizer, pieces).ids.tolist() == expected
 
 
 @pytest.mark.parametrize(

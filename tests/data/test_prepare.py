@@ -413,11 +413,9 @@ BAD = {
     "l.csv": (b"", r'l\.csv has no column "text"; its first line names: none'),
     "m.bin": (b"\1\0\2", r"m\.bin has 3 bytes, which is not a whole number of 2-byte ids"),
     "n.bin": (b"\1\0\1\5", r"n\.bin: token 1 is the id 1281, outside the vocabulary of 1,281 ids"),
-    "o.docx": (
-        b"text",
-        r"o\.docx is not a file of a known type: rename it, or pass its text on .* The types are \.txt",
-    ),
-    "q.zst": (b"text", r"q\.zst is not read, because it is compressed: decompress it first"),
+    "o.docx": (b"text", r"o\.docx is not a file of type \.txt, .*, \.bin .*: rename it, or pass its text on standard"),
+    "q.zst": (b"text", r"q\.zst is compressed: decompress it to a file of type \.txt"),
+    "r.parquet.gz": (b"text", r"r\.parquet\.gz is compressed: decompress it to"),
     "p.txt": (b"", r"there is no text in 1 files with 0 bytes in total"),
 }
 

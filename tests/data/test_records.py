@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -188,3 +189,20 @@ def test_another_encoding_is_suggested(tmp_path):
 def test_fields_go_together():
     with pytest.raises(ValueError, match="go together"):
         Fields(prompt="a")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz"])
+def test_a_large_file_takes_little_memory(tmp_path, name):
+    rows = [{"n": i, "text": "What is in memory does not grow with the file.\n" * 20} for i in range(13_000)]
+    text = json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_bytes(gzip.compress(text.encode(), 1) if name.endswith(".gz") else text.encode())
+    count, n_bytes = len(rows), len(text)
+    del rows, text
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in records(tmp_path / name)) == count
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert n_bytes > 12e6
+    assert peak < 8e6, peak  # measured 4.7e6

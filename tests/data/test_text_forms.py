@@ -129,9 +129,42 @@ def test_a_table_that_would_be_misread(tmp_path, tokenizer, text, field, culprit
 def test_the_delimiter_is_told(made, tmp_path, tokenizer):
     (tmp_path / "a.csv").write_text("label;text\n1;hello, world\n")
     (tmp_path / "b.csv").write_text("text,label\na;b,1\n")
-    prepared = made(tmp_path / "a.csv", tmp_path / "b.csv")
-    assert held(prepared.train) == expected_ids(tokenizer, ["hello, world", "a;b"])
-    assert prepared.manifest["delimiters"] == {";": 1}
+    (tmp_path / "c.csv").write_text("text;one, two, or three\na,b;1\n")  # where the name is found, not the most columns
+    prepared = made(*(tmp_path / f"{name}.csv" for name in "abc"))
+    assert held(prepared.train) == expected_ids(tokenizer, ["hello, world", "a;b", "a,b"])
+    assert prepared.manifest["delimiters"] == {";": 2}
+
+
+def test_which_files_are_divided(tmp_path):
+    names = ["a.csv", "a.jsonl", "a.jsonl.gz", "a.txt", "b.json", "b.parquet", "c.bin"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    for name_of_encoding, divided in (("utf-8", ["a.csv", "a.jsonl", "a.txt", "c.bin"]), ("cp1252", ["c.bin"])):
+        found = Sources([tmp_path], Fields(), 1281, 1280, encoding=name_of_encoding)
+        assert [file.name for file in found.files] == names
+        assert [name for i, name in enumerate(names) if not found.is_whole(i)] == divided
+
+
+@given(sizes=st.lists(st.sampled_from([0, 1, 3, 2**20, 9 * 2**20, 50 * 2**20]), min_size=1, max_size=9), data=st.data())
+def test_units_of_files_that_are_not_divided(sizes, data):
+    """Units follow one another, and only a file that is not divided makes one larger than 8 MiB."""
+    whole = data.draw(st.sets(st.integers(0, len(sizes) - 1)))
+    ranges = parts.divided(sizes, whole)
+    assert sorted(ranges) == ranges
+    assert [it.unit for it in ranges] == sorted(it.unit for it in ranges)
+    assert {it.unit for it in ranges} == set(range(ranges[-1].unit + 1))
+    for file, size in enumerate(sizes):
+        own = [it for it in ranges if it.file == file]
+        assert [it.start for it in own] == [0, *(it.stop for it in own[:-1])]
+        assert own[-1].stop == END
+        assert file not in whole or len(own) == 1
+        assert file in whole or all(min(it.stop, size) - it.start <= 8 * 2**20 for it in own)
+    for unit in range(ranges[-1].unit + 1):
+        own = [it for it in ranges if it.unit == unit]
+        n_bytes = sum(min(it.stop, sizes[it.file]) - it.start for it in own)
+        large = [it for it in own if it.file in whole and sizes[it.file] > 8 * 2**20]
+        assert n_bytes <= 8 * 2**20 or large
+        assert not large or [it for it in own if sizes[it.file] > 0] == large
 
 
 # ---- folders

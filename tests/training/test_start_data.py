@@ -47,6 +47,9 @@ def test_a_run_of_an_earlier_version_keeps_its_text(tmp_path, tokenizer):
     }  # fmt: skip
     assert json.loads((folder / "origin.json").read_text()).items() >= origin.items()
     (folder / "origin.json").write_text(json.dumps(origin))
+    before = (folder / "train.bin").stat().st_mtime_ns
+    training.start_data(recipe, tokenizer, folder)  # a run that was stopped before its first step
+    assert (folder / "train.bin").stat().st_mtime_ns == before
     runs.write_run(tmp_path / "run", ts.config_of(recipe), recipe, {"sha256": data.digests()}, tokenizer)
     (tmp_path / "corpus" / "README.md").write_text("That was left out.")
     assert held(training.start_data(recipe, tokenizer, folder).train) == tokenizer.encode("Some words.")
