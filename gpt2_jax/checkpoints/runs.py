@@ -18,9 +18,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpt2_jax.checkpoints import parts
 from gpt2_jax.checkpoints.vocabulary_files import own_files
@@ -33,6 +33,8 @@ RUN, CHECKPOINTS, BEST, DATA = "run.json", "checkpoints", "best", "data"
 LOCK = ".lock"  # in the folder of checkpoints
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
 MARK, VERSION = "gpt2_jax_run", 1
+MOST_READS = 50  # a model is read so often, if it is replaced during each of them
+T = TypeVar("T")
 
 # The settings that may change when a run is resumed. They affect the steps still to come, the monitoring, or how the
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
@@ -241,6 +243,34 @@ def model_folder(run_dir: Path) -> Path:
     if there := steps(run_dir):
         return run_dir / CHECKPOINTS / str(there[-1])
     raise FileNotFoundError(f"{run_dir} is a training run that has saved no model yet")
+
+
+def read_steadily(source: object, read: Callable[[], T]) -> T:
+    """Return read(), which reads the model of a source. Call it again if it failed because the model was replaced.
+
+    A run that trains replaces RUN/best, and removes old checkpoints. What is read is checked against sha256 sums, so a
+    mixture of two models is an error, and not a result.
+    """
+    for _ in range(MOST_READS - 1):
+        before = _version(source)
+        try:
+            return read()
+        except (OSError, ValueError):
+            if before is None or _version(source) == before:
+                raise
+    return read()
+
+
+def _version(source: object) -> tuple | None:
+    """Return what changes if the folder of a model is replaced. None if the source is no local folder."""
+    if not isinstance(source, str | os.PathLike) or not (path := expanded(source)).is_dir():
+        return None
+    try:
+        path = model_folder(path) if is_run(path) else path
+        status = path.stat()
+    except FileNotFoundError:
+        return ()
+    return str(path), status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def run_of(directory: Path) -> Path:

@@ -239,6 +239,8 @@ class _Steps:
             return
         (step, metrics, started), self._pending = self._pending, None
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if not values["n_tokens"]:
+            values["loss"] = math.nan  # a gap in the files and the picture: the sum over no target is 0
         now = time.monotonic()
         seconds, self._last_end = now - max(started, self._last_end), now
         self._report.step(step, values, self._n_tokens, seconds)

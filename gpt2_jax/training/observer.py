@@ -26,6 +26,7 @@ from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import make_eval_step
 from gpt2_jax.training.verbatim import verbatim_shares
 
+NO_TARGET = -1.0  # in place of a validation loss, which is never negative
 SEARCHED = 10**8  # maximum tokens of the training text that samples are compared with
 
 
@@ -39,6 +40,7 @@ class Observer:
       best_loss: that loss in nats a token; infinite if none was measured.
       n_worse: evaluations since the best one.
       missed: whether a signal prevented work that was due.
+      without_targets: whether the validation text has no target that counts, so that it is measured once only.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Observer:
         self.plan, self.data, self.run_dir, self.tokenizer = plan, data, run_dir, tokenizer
         self.recipe, self.report, self.stop = plan.recipe, report, stop
         self.eval_step = make_eval_step(plan)
-        self.missed = False
+        self.missed = self.without_targets = False
         self.best_step, self.best_loss, self.n_worse, self.evaluated = processes.on_first(self._evaluated_so_far)
         self.sampled = processes.on_first(self._sampled_so_far)
 
@@ -84,7 +86,8 @@ class Observer:
 
     def _evaluation_is_due(self, step: int) -> bool:
         every = self.recipe.monitor.evaluate_every
-        return self.data.val is not None and due(step, every, self.recipe.steps) and self.evaluated != step
+        measured = self.data.val is not None and not self.without_targets
+        return measured and due(step, every, self.recipe.steps) and self.evaluated != step
 
     def _samples_are_due(self, step: int) -> bool:
         monitor = self.recipe.monitor
@@ -96,6 +99,11 @@ class Observer:
         loss = self._validation_loss(params, val)
         if loss is None:
             self.missed = True
+            return
+        if loss == NO_TARGET:
+            self.without_targets = True
+            ends = "; monitor.patience does not end the run" if self.recipe.monitor.patience else ""
+            self.report.message(f"no validation loss: the windows of {val.path} have no target that counts{ends}")
             return
         best = loss < self.best_loss  # False for NaN
         if best:
@@ -111,7 +119,7 @@ class Observer:
         self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
 
     def _validation_loss(self, params: Params, val: Tokens) -> float | None:
-        """Return nats a token over the fixed windows: NaN if no target counts, None if a signal came meanwhile."""
+        """Return nats a token over the fixed windows: NO_TARGET if none counts, None if a signal came meanwhile."""
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         nats, weights = jnp.float32(0), jnp.float32(0)
         for batch in windows(val, self.plan.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
@@ -122,7 +130,7 @@ class Observer:
                 batch = jax.tree.map(lambda array: hosts.put(array, self.plan.over_rows()), batch)
             part_nats, part_weights = self.eval_step(params, batch)
             nats, weights = nats + part_nats, weights + part_weights
-        return float(nats) / float(weights) if weights else math.nan
+        return float(nats) / float(weights) if weights else NO_TARGET
 
     def _sample(self, step: int, params: Params, tokenizer: Tokenizer) -> None:
         """Continue the prompts, always with the same seed. Report how much of each sample is in the training text."""
