@@ -106,7 +106,7 @@ def bars(
     """
     if shown is None:
         shown = sys.stderr is not None and sys.stderr.isatty()
-    if not shown:
+    if not shown or sys.stderr is None:
         yield Bars(None)
         return
     from rich.console import Console

@@ -40,7 +40,9 @@ T = TypeVar("T")
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
-LATER = ("attention", "monitor.keep")  # fields that earlier versions do not know: written if they are set
+# Fields of a recipe that earlier versions do not know: they are written only if they are set.
+LATER = ("attention", "objective", "classification", "instruction", "monitor.keep")
+LATER += ("data.test_fraction", "data.label_field", "data.pack")
 FREE = re.compile(
     r"recipe\.(steps|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
@@ -215,6 +217,17 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def replacing_data(run_dir: Path) -> Iterator[None]:
+    """Replace RUN/data in the block. No other process may be training the run: it would read a mixture.
+
+    Raises:
+      OSError: another process has the run open.
+    """
+    with locked(run_dir) if is_run(run_dir) else contextlib.nullcontext():
+        yield
+
+
 def clear_leftovers(run_dir: Path) -> None:
     """Remove what killed processes left in a run's folder, a whole model each. The caller has the lock of the run.
 
@@ -282,6 +295,8 @@ def _to_json(run: Run) -> dict[str, Any]:
     config = {field.name: getattr(run.config, field.name) for field in dataclasses.fields(run.config)}
     dtypes = {name: config[name].name for name in ("param_dtype", "compute_dtype")}
     del config["attention"]  # it is the recipe's
+    if not config["labels"]:  # earlier versions do not know these fields
+        del config["labels"], config["pooling"]
     recipe, defaults = to_dict(run.recipe), to_dict(Recipe())
     for name in LATER:
         *part, field = name.split(".")

@@ -61,14 +61,17 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
-    from gpt2_jax.training import fit, start_data, start_model
+    from gpt2_jax.training import fit, start_data, start_model, start_plan, start_tokenizer
 
     _model.keep_compiled()
     folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
     recipe = args.recipe
-    plan, params, tokenizer = start_model(recipe, folder)
+    tokenizer = start_tokenizer(recipe, folder)
+    if recipe.objective == "language_modeling":
+        start_plan(recipe, tokenizer, folder)  # refuses a model that does not fit into memory before text is read
     data = start_data(recipe, tokenizer, folder / "data")
-    if data.manifest is not None:
+    plan, params, tokenizer = start_model(recipe, folder, data)
+    if recipe.objective == "language_modeling" and data.manifest is not None:
         split, share = data.manifest["split"], data.manifest["val_fraction"]
         if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
             print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)

@@ -6,6 +6,7 @@ the thread dies, the queue fills, and the run waits for ever; and a kill loses w
 
 from __future__ import annotations
 
+import importlib
 import socket
 import struct
 import time
@@ -40,29 +41,27 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, first_step: int):
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
         folder.mkdir(parents=True, exist_ok=True)
         # The name has the time in seconds. A run resumed within the same second must not overwrite its first file.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.from-{first_step}"
         self._path = folder / name
         self._file = self._path.open("ab", buffering=0)
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=first_step + 1 if first_step else 0, session_log=SessionLog(status=SessionLog.START)))
+        messages: Any = importlib.import_module("tensorboardX.proto.event_pb2")  # which has no types
+        self._event, start = messages.Event, messages.SessionLog(status=messages.SessionLog.START)
+        self._write(self._event(file_version="brain.Event:2"))
+        self._write(self._event(step=first_step + 1 if first_step else 0, session_log=start))
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Add a point to a curve."""
         from tensorboardX import summary
-        from tensorboardX.proto.event_pb2 import Event
 
-        self._write(Event(step=step, summary=summary.scalar(name, value)))
+        self._write(self._event(step=step, summary=summary.scalar(name, value)))
 
     def add_text(self, name: str, text: str, step: int) -> None:
         """Add a text."""
         from tensorboardX import summary
-        from tensorboardX.proto.event_pb2 import Event
 
-        self._write(Event(step=step, summary=summary.text(name, text)))
+        self._write(self._event(step=step, summary=summary.text(name, text)))
 
     def close(self) -> None:
         """Close the file."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import check_replaceable
+from gpt2_jax.data.examples import PreparedExamples
 from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
@@ -48,7 +49,7 @@ def has_begun(run_dir: Path) -> bool:
 def open_run(
     plan: Plan,
     params: Params | None,
-    data: Prepared,
+    data: Prepared | PreparedExamples,
     checkpoints: Checkpoints,
     tokenizer: Tokenizer | None,
     donate: bool,
