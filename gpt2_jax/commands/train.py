@@ -61,11 +61,14 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
+    from gpt2_jax import processes
     from gpt2_jax.training import fit, start_data, start_model, start_plan, start_tokenizer
+    from gpt2_jax.training.early import check_early
 
     _model.keep_compiled()
     folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
     recipe = args.recipe
+    processes.on_first(lambda: check_early(recipe, folder))
     tokenizer = start_tokenizer(recipe, folder)
     if recipe.objective == "language_modeling":
         start_plan(recipe, tokenizer, folder)  # refuses a model that does not fit into memory before text is read
