@@ -41,10 +41,10 @@ T = TypeVar("T")
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 # Fields of a recipe that earlier versions do not know: they are written only if they are set.
-LATER = ("attention", "objective", "classification", "instruction", "monitor.keep")
+LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "epochs")
 LATER += ("data.test_fraction", "data.label_field", "data.pack")
 FREE = re.compile(
-    r"recipe\.(steps|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
+    r"recipe\.(steps|epochs|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
 
 

@@ -54,8 +54,15 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
     """Return the arguments with the recipe of --config. The other options change them."""
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    path = first.parse_known_args(argv)[0].config
-    return Args(Recipe.from_toml(path) if path else Recipe())
+    for name in ("--epochs", "--steps"):
+        first.add_argument(name)
+    given = first.parse_known_args(argv)[0]
+    recipe = Recipe.from_toml(given.config) if given.config else Recipe()
+    if given.epochs is not None and given.steps is None:  # an option replaces the steps of the recipe, and the reverse
+        recipe = dataclasses.replace(recipe, steps=0)
+    elif given.steps is not None and given.epochs is None:
+        recipe = dataclasses.replace(recipe, epochs=0.0)
+    return Args(recipe)
 
 
 def run(args: Args) -> int:

@@ -14,13 +14,13 @@ from gpt2_jax.recipe import Classification, Data, Instruction, Lora, Mesh, Model
 DATA = {"name": "plays", "sha256": {"train.bin": "0a1b"}, "n_tokens": 1009}
 RECIPE = Recipe(optimizer=Optimizer(learning_rates=(("wte", 0.5), (".*", 1.0))), monitor=Monitor(prompts=("Ünï\n", "")))
 CHANGES = {  # another valid value for each field of a recipe
-    "steps": 7, "batch_size": 16, "accumulate": 2, "seed": 5, "compute_dtype": "bfloat16", "remat": True,
+    "steps": 7, "epochs": 2.5, "batch_size": 16, "accumulate": 2, "seed": 5, "compute_dtype": "bfloat16", "remat": True,
     "attention": "plain", "model": Model(dropout=0.2), "data": Data(n_tokens=17),
     "objective": "classification", "classification": Classification(pooling="mean"),
     "instruction": Instruction(loss_on="all"), "optimizer": Optimizer(weight_decay=0.0), "lora": Lora(rank=3),
     "mesh": Mesh(data=3), "monitor": Monitor(save_every=3),
 }  # fmt: skip
-MAY = {"steps", "accumulate", "remat", "attention", "mesh", "monitor"}
+MAY = {"steps", "epochs", "accumulate", "remat", "attention", "mesh", "monitor"}
 
 
 def test_what_is_written_is_read(tmp_path, tokenizer):
