@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
@@ -63,6 +63,25 @@ class Bars:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class _Unread:
+    """A stream that discards what it does not accept, as after its terminal was closed: a bar must not end the work."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 @contextlib.contextmanager
 def bars(
     *columns: Unit,
@@ -87,13 +106,13 @@ def bars(
     """
     if shown is None:
         shown = sys.stderr is not None and sys.stderr.isatty()
-    if not shown:
+    if not shown or sys.stderr is None:
         yield Bars(None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
+    console = Console(file=cast("IO[str]", _Unread(sys.stderr)))
     width = min(width, console.width - room)
     parts: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)] if titled else []
     parts += [BarColumn(bar_width=width)] if width >= NARROWEST else []

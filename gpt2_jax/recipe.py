@@ -306,8 +306,10 @@ class Recipe:
     Attributes:
       objective: what is learned: "language_modeling", the next token of a text; "classification", the label of a text;
         or "instruction", the answers to instructions.
-      steps: optimizer steps of the whole run, which the learning rate schedule spans. If you resume a run with more
-        steps, the learning rate follows the schedule of the longer run.
+      steps: optimizer steps of the whole run, which the learning rate schedule spans. 0 means as many as `epochs` are,
+        or 1000 if that is 0 too. If you resume a run with more steps, the learning rate follows the schedule of the
+        longer run.
+      epochs: how often the training data are read, in place of steps; fractions are possible. Steps are rounded up.
       batch_size: windows per optimizer step.
       accumulate: gradient accumulation: number of micro-batches that a step computes one after another, to save memory;
         must divide batch_size.
@@ -331,7 +333,8 @@ class Recipe:
     classification: Classification = dataclasses.field(default_factory=Classification)
     instruction: Instruction = dataclasses.field(default_factory=Instruction)
     objective: Literal["language_modeling", "classification", "instruction"] = "language_modeling"
-    steps: int = 1000
+    steps: int = 0
+    epochs: float = 0.0
     batch_size: int = 8
     accumulate: int = 1
     seed: int = 0
@@ -340,7 +343,9 @@ class Recipe:
     attention: Literal["auto", "plain", "fused"] = "auto"
 
     def __post_init__(self):
-        _whole(self, "steps", 1)
+        _whole(self, "steps", 0)
+        _real(self, "epochs", 0)
+        _check(not (self.steps and self.epochs), self, "epochs", "0 if steps is set (or set steps to 0)")
         _whole(self, "batch_size", 1)
         _whole(self, "accumulate", 1)
         _check(

@@ -19,6 +19,7 @@ from gpt2_jax.checkpoints import (
     orbax,
     placing,
     run_weights,
+    runs,
     tensorflow,
 )
 from gpt2_jax.checkpoints.forms import FormName
@@ -76,7 +77,9 @@ def load(
         return _place(*read(path, keep_copy, dtype), dtype, sharding)
 
     size = size_meant(source)
-    return open_and_place(locate(source)) if size is None else use_release(size, None, open_and_place)
+    if size is not None:
+        return use_release(size, None, open_and_place)
+    return runs.read_steadily(source, lambda: open_and_place(locate(source)))
 
 
 def read(
@@ -165,7 +168,10 @@ def load_config(source: str | os.PathLike) -> GPT2Config:
     """
     if size := size_meant(source):
         return SIZES[size]
-    found = find(locate(source))
+    return runs.read_steadily(source, lambda: _config(find(locate(source))))
+
+
+def _config(found: Found) -> GPT2Config:
     if found.form == "tensorflow":
         return _tensorflow_config(found)
     quick = {"orbax": orbax.read_config, "checkpoint": run_weights.read_config, "llmc": llmc.read_config}

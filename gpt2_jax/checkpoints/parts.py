@@ -24,6 +24,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,11 @@ def clear_errors(saving: bool = False) -> Iterator[None]:
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     """Say whether a log record of asyncio is not about a task or future of Orbax that another error stopped."""
     text = str(record.msg)
-    return not (re.match(r"\w+ exception was never retrieved", text) and re.search("orbax|tensorstore", text))
+    if not re.match(r"\w+ exception was never retrieved", text):
+        return True
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    frames = [] if error is None else traceback.walk_tb(error.__traceback__)
+    return not re.search("orbax|tensorstore", " ".join([text, *(frame.f_code.co_filename for frame, _ in frames)]))
 
 
 class _LateErrors:

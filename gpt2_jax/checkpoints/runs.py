@@ -19,9 +19,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpt2_jax.checkpoints import parts
 from gpt2_jax.checkpoints.vocabulary_files import own_files
@@ -35,25 +35,19 @@ RATES = "learning_rate.png"  # of a learning rate range test, before the run
 LOCK = ".lock"  # in the folder of checkpoints
 PARAMS, LORA, TRAINER = "params", "lora", "trainer"
 MARK, VERSION = "gpt2_jax_run", 1
+MOST_READS = 50  # a model is read so often, if it is replaced during each of them
+T = TypeVar("T")
 
 # The settings that may change when a run is resumed. They affect the steps still to come, the monitoring, or how the
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
-LATER = (  # fields that earlier versions do not know: written if they are set
-    *("attention", "objective", "classification", "instruction", "monitor.keep", "lora.full", "optimizer.ema"),
-    *(
-        "data.test_fraction",
-        "data.label_field",
-        "data.pack",
-        "data.add_tokens",
-        "data.encoding",
-        "data.end_of_text",
-        "data.skip_bad_rows",
-    ),
-)
+# Fields of a recipe that earlier versions do not know: they are written only if they are set.
+LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "lora.full", "optimizer.ema")
+LATER += ("epochs", "data.test_fraction", "data.label_field", "data.pack", "data.add_tokens", "data.encoding")
+LATER += ("data.end_of_text", "data.skip_bad_rows")
 FREE = re.compile(
-    r"recipe\.(steps|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
+    r"recipe\.(steps|epochs|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
 
 
@@ -229,6 +223,17 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def replacing_data(run_dir: Path) -> Iterator[None]:
+    """Replace RUN/data in the block. No other process may be training the run: it would read a mixture.
+
+    Raises:
+      OSError: another process has the run open.
+    """
+    with locked(run_dir) if is_run(run_dir) else contextlib.nullcontext():
+        yield
+
+
 def clear_leftovers(run_dir: Path) -> None:
     """Remove what killed processes left in a run's folder, a whole model each. The caller has the lock of the run.
 
@@ -257,6 +262,34 @@ def model_folder(run_dir: Path) -> Path:
     if there := steps(run_dir):
         return run_dir / CHECKPOINTS / str(there[-1])
     raise FileNotFoundError(f"{run_dir} is a training run that has saved no model yet")
+
+
+def read_steadily(source: object, read: Callable[[], T]) -> T:
+    """Return read(), which reads the model of a source. Call it again if it failed because the model was replaced.
+
+    A run that trains replaces RUN/best, and removes old checkpoints. What is read is checked against sha256 sums, so a
+    mixture of two models is an error, and not a result.
+    """
+    for _ in range(MOST_READS - 1):
+        before = _version(source)
+        try:
+            return read()
+        except (OSError, ValueError):
+            if before is None or _version(source) == before:
+                raise
+    return read()
+
+
+def _version(source: object) -> tuple | None:
+    """Return what changes if the folder of a model is replaced. None if the source is no local folder."""
+    if not isinstance(source, str | os.PathLike) or not (path := expanded(source)).is_dir():
+        return None
+    try:
+        path = model_folder(path) if is_run(path) else path
+        status = path.stat()
+    except FileNotFoundError:
+        return ()
+    return str(path), status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def run_of(directory: Path) -> Path:

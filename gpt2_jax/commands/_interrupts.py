@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a command. The first ends it cleanly, at any moment; a second Ctrl-C kills it.
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 in a command. The first ends it cleanly, at any moment; a second Ctrl-C kills it.
 
 The first signal raises `Interrupted`, so reads that wait and long loops end, and temporary files are removed. It is
 also remembered, because the exception can be lost: Python discards it in a callback of the garbage collector, where
@@ -21,6 +21,7 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
+HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 SAME = 0.1  # seconds; wrappers such as `npm run` send Ctrl-C a second time at once, which is not a second Ctrl-C
 AGAIN = 0.05  # seconds until a discarded or postponed exception is raised
 FORGOTTEN = 0  # the byte that `forget` sends to the watching thread; no signal has this number
@@ -50,7 +51,7 @@ class _State:
 
 
 def install() -> None:
-    """Handle Ctrl-C and SIGTERM from now on. A signal that is ignored stays ignored, as in a shell's background job."""
+    """Handle these signals from now on. A signal that is ignored stays ignored, as in a shell's background job."""
     if threading.current_thread() is not threading.main_thread():
         return  # Python delivers signals to the main thread only
     if "IPython" in sys.modules or hasattr(sys, "ps1"):
@@ -66,7 +67,7 @@ def install() -> None:
     sys.unraisablehook = unraisable
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, lambda number, frame: _raise(frame))
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in HANDLED:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
     if hasattr(os, "register_at_fork"):  # not on Windows
@@ -87,7 +88,7 @@ def remove() -> None:
     if threading.current_thread() is threading.main_thread():
         if hasattr(signal, "SIGALRM"):
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in HANDLED:
             if signal.getsignal(number) is _handle:
                 signal.signal(number, signal.SIG_DFL)
 

@@ -33,7 +33,7 @@ class _Child:
 
     def run(self) -> int:
         """Run it to its end. Return its exit status, or minus the signal that ended it."""
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._forward)
         signal.signal(signal.SIGALRM, self._kill)
@@ -92,8 +92,9 @@ class _Child:
 def supervise(prog: str, processes: _processes.Processes, again: str) -> int:
     """Run this command again as a child, and return its exit status.
 
-    SIGTERM, SIGINT and SIGHUP are forwarded. A child that does not end is killed 60 seconds after SIGTERM or SIGHUP, or
-    3 seconds after any of them if the processes are not connected yet. A child whose parent is killed is killed, too.
+    SIGTERM, SIGHUP, SIGUSR1 and SIGINT are forwarded. A child that does not end is killed 60 seconds after one of the
+    first three, or 3 seconds after any of them if the processes are not connected yet. A child whose parent is
+    killed is killed, too.
 
     Args:
       prog: the command's name.

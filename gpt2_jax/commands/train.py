@@ -57,8 +57,15 @@ def _start(argv: Sequence[str] | None, prog: str) -> Args:
     """Return the arguments with the recipe of --config. The other options change them."""
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    path = first.parse_known_args(argv)[0].config
-    return Args(Recipe.from_toml(path) if path else Recipe())
+    for name in ("--epochs", "--steps"):
+        first.add_argument(name)
+    given = first.parse_known_args(argv)[0]
+    recipe = Recipe.from_toml(given.config) if given.config else Recipe()
+    if given.epochs is not None and given.steps is None:  # an option replaces the steps of the recipe, and the reverse
+        recipe = dataclasses.replace(recipe, steps=0)
+    elif given.steps is not None and given.epochs is None:
+        recipe = dataclasses.replace(recipe, epochs=0.0)
+    return Args(recipe)
 
 
 def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
@@ -96,10 +103,12 @@ def run(args: Args) -> int:
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
     from gpt2_jax.processes import on_first
     from gpt2_jax.training import described, fit, start_data, start_model, start_plan, start_tokenizer
+    from gpt2_jax.training.early import check_early
 
     _model.keep_compiled()
     folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
     recipe = args.recipe
+    on_first(lambda: check_early(recipe, folder))
     tokenizer = start_tokenizer(recipe, folder)
     if recipe.objective == "language_modeling":
         start_plan(recipe, tokenizer, folder)  # refuses a model that does not fit into memory before text is read

@@ -119,12 +119,17 @@ def read_ahead(
         yield from iterator
 
 
+def windows_per_epoch(n_text: int, n_tokens: int) -> int:
+    """Return how many windows of T = `n_tokens` tokens an epoch of a text of `n_text` tokens has, in `batches`."""
+    return max(-(-(n_text - 1) // n_tokens), 1)
+
+
 class _Epochs:
     """Where windows begin in each epoch: an offset and an order per epoch, drawn only from (seed, epoch)."""
 
     def __init__(self, n_text: int, n_tokens: int, seed: int):
         self.n_starts = max(n_text - n_tokens, 1)
-        self.n_windows = max(-(-(n_text - 1) // n_tokens), 1)
+        self.n_windows = windows_per_epoch(n_text, n_tokens)
         self.seed = seed
         self._lock = threading.Lock()  # reading threads reach a new epoch at the same time
         self._drawn = functools.lru_cache(maxsize=2)(self._draw)

@@ -77,4 +77,4 @@ class CommonStop(Stop):
     def _note(self, number: int, _frame: object) -> None:
         if self._own and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._own = number
+        self._own = self._own or number

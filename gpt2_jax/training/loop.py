@@ -27,6 +27,7 @@ from gpt2_jax.training import hosts
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.classifying import measure_splits
 from gpt2_jax.training.curve import plot_curve
+from gpt2_jax.training.epochs import n_per_epoch, with_steps
 from gpt2_jax.training.frozen import settle_base
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
 from gpt2_jax.training.objective import account, train_batches
@@ -110,10 +111,12 @@ def fit(
     """
     if not isinstance(plan, Plan):
         raise ValueError(f"plan must be a Plan from make_plan(config, recipe), not a {type(plan).__name__}")
-    run_dir, n_steps, save_every = expanded(run_dir), plan.recipe.steps, plan.recipe.monitor.save_every
+    run_dir, save_every = expanded(run_dir), plan.recipe.monitor.save_every
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
     data = check_data(plan, whole_pairs(data, run_dir), tokenizer)
+    plan = with_steps(plan, epoch := n_per_epoch(plan, data))
+    n_steps = plan.recipe.steps
     processes.on_first(lambda: runs.check_free(run_dir))
     with contextlib.ExitStack() as resources:
         checkpoints = resources.enter_context(Checkpoints(run_dir, plan.recipe.monitor.keep))
@@ -126,7 +129,7 @@ def fit(
         for sentence in account(plan, data):
             report.message(sentence)
         train_step = _compiled(plan, report) if first_step < n_steps else None
-        steps = _Steps(plan, report)
+        steps = _Steps(plan, report, epoch)
         observer = Observer(plan, data, run_dir, tokenizer, report, stop)
         observer.base = checkpoints.base
         step = saved = first_step
@@ -220,6 +223,9 @@ def _fitted(
     if why:
         saved = "checkpoint saved" if step else "nothing to save"
         report.message(f"stopped after step {step:,} ({saved}): {why}")
+    if step:
+        n_rows = round(plan.recipe.batch_size / steps.epochs_of_step)
+        report.message(f"{step:,} steps are {step * steps.epochs_of_step:.4g} epochs of {n_rows:,} rows")
     observer.sum_up()
     params = model_params(state.averaged(), plan.recipe)
     return Fitted(params, step, observer.best_step, observer.best_loss, why, signal, steps.failed)
@@ -229,11 +235,13 @@ class _Steps:
     """The steps that were dispatched. The metrics of a step are fetched after the next one is dispatched.
 
     Attributes:
+      epochs_of_step: the share of an epoch that a step reads.
       why: why the run should end; "" if it should not.
       failed: whether skipped steps are the reason.
     """
 
-    def __init__(self, plan: Plan, report: Report):
+    def __init__(self, plan: Plan, report: Report, n_per_epoch: int):
+        self.epochs_of_step = plan.recipe.batch_size / n_per_epoch
         self.why, self.failed = "", False
         self._report, self._monitor = report, plan.recipe.monitor
         self._n_tokens = plan.recipe.batch_size * plan.n_tokens
@@ -252,8 +260,11 @@ class _Steps:
             return
         (step, metrics, started), self._pending = self._pending, None
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if not values["n_tokens"]:
+            values["loss"] = math.nan  # a gap in the files and the picture: the sum over no target is 0
         now = time.monotonic()
         seconds, self._last_end = now - max(started, self._last_end), now
+        values["epoch"] = step * self.epochs_of_step
         self._report.step(step, values, self._n_tokens, seconds)
         self._n_skipped = self._n_skipped + 1 if values["skipped"] else 0
         if values["skipped"]:

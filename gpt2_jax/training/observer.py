@@ -30,6 +30,7 @@ from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import make_eval_step
 from gpt2_jax.training.verbatim import verbatim_shares
 
+NO_TARGET = -1.0  # in place of a validation loss, which is never negative
 SEARCHED = 10**8  # maximum tokens of the training text that samples are compared with
 
 
@@ -44,6 +45,7 @@ class Observer:
       n_worse: evaluations since the best one.
       missed: whether a signal prevented work that was due.
       base: where the frozen params are that the best model leaves out: see `frozen`. None if it has all params.
+      without_targets: whether the validation text has no target that counts, so that it is measured once only.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Observer:
         self.plan, self.data, self.run_dir, self.tokenizer = plan, data, run_dir, tokenizer
         self.recipe, self.report, self.stop = plan.recipe, report, stop
         self.eval_step = make_eval_step(plan)
-        self.missed = False
+        self.missed = self.without_targets = False
         self.base: Base | None = None
         self.best_step, self.best_loss, self.n_worse, self.evaluated = processes.on_first(self._evaluated_so_far)
         self.sampled = processes.on_first(self._sampled_so_far)
@@ -97,7 +99,8 @@ class Observer:
 
     def _evaluation_is_due(self, step: int) -> bool:
         every = self.recipe.monitor.evaluate_every
-        return self.data.val is not None and due(step, every, self.recipe.steps) and self.evaluated != step
+        measured = self.data.val is not None and not self.without_targets
+        return measured and due(step, every, self.recipe.steps) and self.evaluated != step
 
     def _samples_are_due(self, step: int) -> bool:
         monitor = self.recipe.monitor
@@ -110,6 +113,11 @@ class Observer:
         if measured is None:
             return
         loss, confusion_LL = measured
+        if loss == NO_TARGET:
+            self.without_targets = True
+            ends = "; monitor.patience does not end the run" if self.recipe.monitor.patience else ""
+            self.report.message(f"no validation loss: the windows of {val.path} have no target that counts{ends}")
+            return
         best = loss < self.best_loss  # False for NaN
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
@@ -127,7 +135,8 @@ class Observer:
     ) -> tuple[float, np.ndarray | None] | None:
         """Return the loss of a split, in nats a token or text, and a classifier's confusion matrix.
 
-        The loss is NaN if no target counts. None means that a signal came meanwhile. `at_most` is as in `val_batches`.
+        The loss is NO_TARGET if no target counts. None means that a signal came meanwhile. `at_most` is as in
+        `val_batches`.
         """
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         n_labels = len(self.plan.config.labels) if self.recipe.objective == "classification" else 0
@@ -143,7 +152,7 @@ class Observer:
             parts = self.eval_step(params, batch)
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
         nats, weights, *confusions = totals
-        loss = float(nats) / float(weights) if weights else math.nan
+        loss = float(nats) / float(weights) if weights else NO_TARGET
         return loss, np.asarray(confusions[0]) if confusions else None
 
     def _sample(self, step: int, params: Params, tokenizer: Tokenizer) -> None:
@@ -189,7 +198,7 @@ class Observer:
                 step, loss, n_worse = last, value, 0
             else:
                 n_worse += 1
-        if step is not None and not (self.run_dir / runs.BEST).is_dir():  # the run went back to a step before its best
+        if step is not None and not (self.run_dir / runs.BEST).is_dir():  # it went back to a step before
             return None, math.inf, 0, last
         return step, loss, n_worse, last
 

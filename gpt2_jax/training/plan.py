@@ -24,6 +24,8 @@ from gpt2_jax.sharding import DATA, MODEL, make_mesh, param_shardings
 from gpt2_jax.training.optimizer import make_optimizer, make_schedule
 from gpt2_jax.training.state import TrainState, bare_state, candidates
 
+DEFAULT_STEPS = 1000  # of a recipe with neither steps nor epochs
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -31,7 +33,7 @@ class Plan:
 
     Attributes:
       config: the model's config in training, with the recipe's dropout rates and dtypes.
-      recipe: the recipe of the run.
+      recipe: the recipe of the run; `steps` is not 0, unless it has `epochs`, which `fit` turns into steps.
       mesh: the devices.
       n_tokens: T, the tokens of a window.
       n_rows: rows of one part of a step on one device along `data`.
@@ -97,6 +99,8 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
     Raises:
       ValueError: recipe, model and devices do not fit together, or the recipe's rules do not cover a parameter.
     """
+    if not (recipe.steps or recipe.epochs):
+        recipe = dataclasses.replace(recipe, steps=DEFAULT_STEPS)
     if mesh is None:
         mesh = make_mesh(recipe.mesh.data, recipe.mesh.model)
     _check_processes(mesh)
@@ -126,10 +130,14 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
         n_rows=recipe.batch_size // recipe.accumulate // mesh.shape[DATA],
         trained=trained,
         optimizer=optimizer,
-        schedule=make_schedule(recipe.optimizer, recipe.steps),
+        schedule=make_schedule(recipe.optimizer, recipe.steps) if recipe.steps else _no_schedule,
         state=jax.tree.map(lambda leaf, at: leaf.update(sharding=at), state, _shardings(state, mesh)),
         gathered=_shardings(state.params, mesh, gathered=(DATA,)),
     )
+
+
+def _no_schedule(step: Any) -> Any:
+    raise ValueError("recipe.epochs must be turned into steps before a step is made: fit does it, or set recipe.steps")
 
 
 def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -33,13 +34,27 @@ class Records:
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line. NaN and infinities become null, because JSON does not have them."""
         plain = {name: _plain(value) for name, value in record.items()}
-        line = memoryview((json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        while line:  # a call may write only a part, as on a full disk; the next call then raises the error
-            line = line[self._file.write(line) :]
+        append(self._file, (json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode(), self.path)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def append(file: io.FileIO, data: bytes, path: Path) -> None:
+    """Write all of the data to a file without a buffer.
+
+    Raises:
+      OSError: the disk is full, or the file cannot be written; the message names it.
+    """
+    left = memoryview(data)
+    try:
+        while left:  # a call may write only a part, as on a full disk; the next call then raises the error
+            left = left[file.write(left) :]
+    except OSError as error:
+        clear = OSError(f"{path} cannot be written: {error.strerror or error}")
+        clear.errno = error.errno
+        raise clear from error
 
 
 def read_records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:

@@ -9,12 +9,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax import progress
 from gpt2_jax.evaluate.label_metrics import summary
+from gpt2_jax.training.boards import Board, TensorBoard
 from gpt2_jax.training.hardware import mfu
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, Records
@@ -61,9 +62,7 @@ class Report:
                 stack.enter_context(contextlib.closing(Records(self._folder / name, self._first_step)))
                 for name in (METRICS, SAMPLES)
             )
-            self._board = _tensorboard(self._folder, self._first_step) if self._wants_board else None
-            if self._board is not None:
-                stack.enter_context(contextlib.closing(self._board))
+            self._boards = [stack.enter_context(contextlib.closing(board)) for board in self._opened_boards()]
             self._bar = stack.enter_context(progress.bars("text", titled=False, room=ROOM, stay=True))
             self._bar.update("training", self._first_step, self._n_steps, "compiling the step")
             self._open = stack.pop_all()
@@ -98,7 +97,7 @@ class Report:
             self._started = step, now
         else:
             self._recent.append((tokens, seconds))
-        self._shown["loss"] = f"loss {float(metrics['loss']):.3f}"
+        self._shown["loss"] = f"loss {float(metrics['loss']):.3f}" if metrics.get("n_tokens", 1) else "no target"
         self._shown |= self._speed() | {"left": f"{_duration(self._seconds_left(step, now))} left"}
         if self._bar.shown:
             self._bar.update("training", step, self._n_steps, self._place(step) + self._sentence())
@@ -126,15 +125,16 @@ class Report:
     def sample(self, step: int, prompt: str, text: str, verbatim: float | None = None) -> None:
         """Report the text that a model wrote after a prompt, and the share of it that is in the training text."""
         self._samples.write({"step": step, "prompt": prompt, "text": text, "verbatim": verbatim})
-        if self._board is not None:
-            self._board.add_text(f"sample/{prompt or 'from nothing'}", text, step)
+        for board in self._boards:
+            board.add_text(f"sample/{prompt or 'from nothing'}", text, step)
         self._line(step, f"a sample\n{_printable(prompt + text)}\n")
 
     def message(self, text: str) -> None:
-        """Print a message, above the bar if there is one."""
+        """Print a message, above the bar if there is one. If nobody reads standard error, the run goes on silently."""
         if self._bar.shown:
             self._bar.say(text)
-        else:
+            return
+        with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
     def _line(self, step: int, text: str) -> None:
@@ -168,12 +168,15 @@ class Report:
         return (now - then) / (step - first) * (self._n_steps - step)
 
     def _plot(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Write numbers to TensorBoard. Non-finite numbers are left out: they would only cause warnings."""
-        if self._board is None:
-            return
+        """Write numbers to the boards. Non-finite numbers are left out: they would only cause warnings."""
         for name, value in values.items():
             if value is not None and math.isfinite(value):
-                self._board.add_scalar(name, float(value), step)
+                for board in self._boards:
+                    board.add_scalar(name, float(value), step)
+
+    def _opened_boards(self) -> Iterator[Board]:
+        if self._wants_board:
+            yield TensorBoard(self._folder / "tensorboard", self._first_step)
 
 
 class Silence(Report):
@@ -196,16 +199,6 @@ class Silence(Report):
 
     def message(self, text: str) -> None:
         """Do nothing."""
-
-
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    """Return a writer of TensorBoard event files, which makes TensorBoard discard the steps after `first_step`."""
-    from tensorboardX import SummaryWriter
-
-    purge = first_step + 1 if first_step else 0
-    # File names have the time in seconds. A run resumed within the same second must not overwrite its first file.
-    name = f".from-{first_step}"
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10, filename_suffix=name)
 
 
 def _short(speed: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -347,9 +346,7 @@ def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
         return open_prepared(folder, tokenizer)
     if folder.exists() and earlier == origin and origin["text"] != STDIN:
         return open_prepared(folder, tokenizer)
-    with (
-        runs.locked(run_dir) if runs.is_run(run_dir) else contextlib.nullcontext()
-    ):  # another start may read the tokens
+    with runs.replacing_data(run_dir):
         (folder / ORIGIN).unlink(missing_ok=True)
         prepared = prepare([data.path], folder, tokenizer, field=data.field, overwrite=folder.exists(), **settings)
         with replacing_file(folder / ORIGIN) as temporary:

@@ -48,11 +48,12 @@ def _written_examples(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Pre
         return open_examples(folder, tokenizer)
     if folder.exists() and earlier == origin:
         return open_examples(folder, tokenizer)
-    (folder / ORIGIN).unlink(missing_ok=True)
-    found = _examples(recipe, tokenizer, path)
-    prepared = write_examples(folder, found, tokenizer, overwrite=folder.exists(), more=reading, **settings)
-    with replacing_file(folder / ORIGIN) as temporary:
-        temporary.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    with runs.replacing_data(run_dir):
+        (folder / ORIGIN).unlink(missing_ok=True)
+        found = _examples(recipe, tokenizer, path)
+        prepared = write_examples(folder, found, tokenizer, overwrite=folder.exists(), more=reading, **settings)
+        with replacing_file(folder / ORIGIN) as temporary:
+            temporary.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     return prepared
 
 

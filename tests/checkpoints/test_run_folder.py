@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from tiny_models import CONFIG
 
 from gpt2_jax.checkpoints.runs import FREE, Run, check_resumable, read_run, write_run
-from gpt2_jax.recipe import Data, Lora, Mesh, Model, Monitor, Optimizer, Recipe
+from gpt2_jax.recipe import Classification, Data, Instruction, Lora, Mesh, Model, Monitor, Optimizer, Recipe
 
 DATA = {"name": "plays", "sha256": {"train.bin": "0a1b"}, "n_tokens": 1009}
 RECIPE = Recipe(optimizer=Optimizer(learning_rates=(("wte", 0.5), (".*", 1.0))), monitor=Monitor(prompts=("Ünï\n", "")))
 CHANGES = {  # another valid value for each field of a recipe
-    "steps": 7, "batch_size": 16, "accumulate": 2, "seed": 5, "compute_dtype": "bfloat16", "remat": True,
+    "steps": 7, "epochs": 2.5, "batch_size": 16, "accumulate": 2, "seed": 5, "compute_dtype": "bfloat16", "remat": True,
     "attention": "plain", "model": Model(dropout=0.2), "data": Data(n_tokens=17),
-    "optimizer": Optimizer(weight_decay=0.0), "lora": Lora(rank=3),
+    "objective": "classification", "classification": Classification(pooling="mean"),
+    "instruction": Instruction(loss_on="all"), "optimizer": Optimizer(weight_decay=0.0), "lora": Lora(rank=3),
     "mesh": Mesh(data=3), "monitor": Monitor(save_every=3),
 }  # fmt: skip
-MAY = {"steps", "accumulate", "remat", "attention", "mesh", "monitor"}
+MAY = {"steps", "epochs", "accumulate", "remat", "attention", "mesh", "monitor"}
 
 
 def test_what_is_written_is_read(tmp_path, tokenizer):
@@ -31,7 +32,8 @@ def test_what_is_written_is_read(tmp_path, tokenizer):
     told = json.loads((tmp_path / "a b" / "r[1]" / "run.json").read_text(encoding="utf-8"))
     assert told["gpt2_jax_run"] == 1
     assert told["config"]["n_embd"] == CONFIG.n_embd
-    assert set(told["config"]) == {field.name for field in dataclasses.fields(CONFIG)} - {"attention"}
+    unset = {"attention", "labels", "pooling"}
+    assert set(told["config"]) == {field.name for field in dataclasses.fields(CONFIG)} - unset
 
 
 def test_attention_is_written_with_the_recipe_alone_and_only_if_it_is_set(tmp_path):

@@ -125,7 +125,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path):
     assert gpt2_jax.load(tmp_path / "a b")[0].n_embd == 8
 
 
-def test_another_text_is_never_taken_for_the_one_that_was_begun_with(run, tmp_path):
+def test_another_text_is_never_taken_for_the_one_that_was_begun_with(run, tmp_path, monkeypatch):
     options = ["--steps", 1, *TINY, *QUIET]
     run("--data.path", "text.txt", "--run", "begun", *options)
     (tmp_path / "other.txt").write_text(TEXT.replace("spoke", "wept"))
@@ -139,10 +139,11 @@ def test_another_text_is_never_taken_for_the_one_that_was_begun_with(run, tmp_pa
     # A run that was killed before its first step: its tokens are made again.
     (tmp_path / "killed").mkdir()
     shutil.copytree(tmp_path / "begun" / "data", tmp_path / "killed" / "data")
+    monkeypatch.setattr(loop, "check_memory", lambda plan: 1 / 0)  # after the text was read
     for changes in (["--data.path", "other.txt"], ["--data.path", "other.txt", "--data.val-fraction", 0.3]):
         before = (tmp_path / "killed" / "data" / "train.bin").read_bytes()
-        refused = run(*changes, "--run", "killed", *options, "--monitor.patience", 2, "--monitor.evaluate-every", 0)
-        assert_refused(refused, "monitor.patience needs validation losses")
+        with pytest.raises(ZeroDivisionError):
+            run(*changes, "--run", "killed", *options)
         assert (tmp_path / "killed" / "data" / "train.bin").read_bytes() != before
     assert not (tmp_path / "killed" / "run.json").exists()
 
@@ -206,6 +207,41 @@ REFUSED = {
     ),
     "a file": (["--data.path", "text.txt", "--run", "text.txt"], "text.txt is a file"),
 }
+EARLY = {  # refused before the model is looked for, which does not exist
+    "no text named": ([], "data.path must name text"),
+    "no such text": (["--data.path", "no.txt"], "no such file or folder: no.txt"),
+    "a folder of other things": (["--data.path", "text.txt", "--run", "other"], "files that are not part of a run"),
+    "a folder in a file": (
+        ["--data.path", "text.txt", "--run", "text.txt/run"],
+        "text.txt/run cannot be written: .* is a",
+    ),
+    "a folder of others": (
+        ["--data.path", "text.txt", "--run", "closed/run"],
+        "closed/run cannot be written: there is no",
+    ),
+    "patience without evaluations": (
+        ["--data.path", "text.txt", "--monitor.patience", 2, "--monitor.evaluate-every", 0],
+        "monitor.patience needs validation losses",
+    ),
+    "patience without validation text": (
+        ["--data.path", "text.txt", "--monitor.patience", 2, "--data.val-fraction", 0],
+        "monitor.patience needs validation losses",
+    ),
+    "open in another process": (["--data.path", "text.txt", "--run", "open"], "is open in another process"),
+}
+
+
+@pytest.mark.parametrize("mistake", EARLY)
+def test_what_must_fail_fails_before_weights_are_read(run, tmp_path, mistake, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("three weeks of work")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, *how: access(path, *how) and "closed" not in str(path))
+    (tmp_path / "closed").mkdir()
+    options, message = EARLY[mistake]
+    with Checkpoints(tmp_path / "open"):
+        assert_refused(run(*options, "--model.source", "no/such/model"), message)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
@@ -236,7 +272,7 @@ def test_help_says_units_and_defaults(run):
         "--config FILE", "--run FOLDER", "(default: runs/NAME of the recipe)",
         "optimizer steps of the whole run, which the learning rate schedule spans.",
         "peak learning rate, 0 or more. (default: 0.0001)",
-        "tokens per window, which is one training sequence; 0 means the model's n_ctx. (default: 0)",
+        "tokens per window, which is one training sequence; 0 means the model's n_ctx.",
         "fraction of the tokens that is kept for validation; 0 or more, less than 1. (default: 0.1)",
     ):  # fmt: skip
         assert text in plain, plain

@@ -115,7 +115,7 @@ OPTIONS = {
     "--validation_split_percentage 5": {"data.val_fraction": 0.05},
     "--block_size 128": {"data.n_tokens": 128},
     "--per_device_train_batch_size 8": {"batch_size": 8},
-    "--num_train_epochs 3": {"steps": 1000},
+    "--num_train_epochs 3": {"epochs": 3.0},
     "--learning_rate 5e-5 --warmup_steps 100": {"optimizer.learning_rate": 5e-5, "optimizer.warmup_steps": 100},
     "--weight_decay 0.01": {"optimizer.weight_decay": 0.01},
     "--adam_beta1 0.9 --adam_beta2 0.999": {"optimizer.betas": (0.9, 0.999)},

@@ -19,7 +19,7 @@ from gpt2_jax.recipe import to_dict
 BEFORE = Path(__file__).resolve().parents[1] / "fixtures" / "before"
 EXPECTED = json.loads((BEFORE / "expected.json").read_text(encoding="utf-8"))
 RUNS = {"plain": "tokens", "lora": "pairs"}  # {run: the text that it trains on}
-TIMES = ("seconds", "tokens_per_second", "mfu")
+TIMES = ("seconds", "tokens_per_second", "mfu", "epoch")  # earlier versions did not write the last one
 
 
 def digest(leaf) -> str:
