@@ -5,6 +5,8 @@ Each format has a module: `tensorflow`, `huggingface`, `orbax`, and `parts` for 
 (`gpt2_jax.files`), and decide when a run saves its params and its optimizer's state (`gpt2_jax.training`).
 """
 
+from gpt2_jax.checkpoints.adapter import Adapter
+from gpt2_jax.checkpoints.adapters import load_adapter, save_adapter
 from gpt2_jax.checkpoints.book import download_and_load_gpt2, from_blocks, to_blocks
 from gpt2_jax.checkpoints.loading import load, load_config
 from gpt2_jax.checkpoints.saving import check_replaceable, save
@@ -12,6 +14,7 @@ from gpt2_jax.checkpoints.sources import embedded_model, folder_of, form_of, loc
 from gpt2_jax.checkpoints.vocabulary import has_vocabulary, load_tokenizer
 
 __all__ = [
+    "Adapter",
     "check_replaceable",
     "download_and_load_gpt2",
     "embedded_model",
@@ -20,9 +23,11 @@ __all__ = [
     "from_blocks",
     "has_vocabulary",
     "load",
+    "load_adapter",
     "load_config",
     "load_tokenizer",
     "locate",
     "save",
+    "save_adapter",
     "to_blocks",
 ]

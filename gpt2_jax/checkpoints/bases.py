@@ -61,6 +61,8 @@ def abstract(base: Base | None) -> dict[str, jax.ShapeDtypeStruct]:
 def write(run_dir: Path, base: Base, flat: Mapping[str, jax.Array]) -> None:
     """Write RUN/base, unless it holds these tensors. With several processes, all of them call this.
 
+    It is a model: `load` takes it too. `flat` has all params, also those that are not frozen.
+
     Raises:
       OSError: the folder cannot be written.
     """
@@ -78,7 +80,7 @@ def write(run_dir: Path, base: Base, flat: Mapping[str, jax.Array]) -> None:
         clear()  # the one that was replaced
 
     processes.on_first(clear)
-    parts.start_writing(temporary, 0, {runs.PARAMS: flat}, base)()
+    parts.start_writing(temporary, 0, {runs.PARAMS: flat}, tensors=base["leaves"])()
     processes.on_first(put)
 
 
@@ -147,4 +149,4 @@ def _holds(path: Path, base: Base) -> bool:
         parts.check_files(path, manifest, (runs.PARAMS,))
     except DamagedError:
         return False
-    return manifest.get("base") == base
+    return manifest.get("tensors") == base["leaves"]

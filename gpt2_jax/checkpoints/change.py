@@ -25,6 +25,7 @@ class Change:
     Attributes:
       pairs: LoRA's pairs on the host, {"h0/attn/c_attn/w": {"a", "b"}}; empty without LoRA.
       alpha: LoRA's scale.
+      dropout: LoRA's dropout rate.
       own: the shapes and dtypes of the stored params: those that are trained themselves, or all without a base.
       read_own: reads a stored param by its name.
       base: the frozen params, which are elsewhere; None if all params are stored.
@@ -33,6 +34,7 @@ class Change:
 
     pairs: Mapping[str, Mapping[str, np.ndarray]]
     alpha: float
+    dropout: float
     own: Mapping[str, jax.ShapeDtypeStruct]
     read_own: Callable[[str], np.ndarray]
     base: bases.Base | None

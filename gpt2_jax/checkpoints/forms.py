@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-FormName = Literal["tensorflow", "huggingface", "flax", "llmc", "orbax", "orbax_tree", "checkpoint"]
+FormName = Literal["tensorflow", "huggingface", "flax", "llmc", "orbax", "orbax_tree", "checkpoint", "peft"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,11 @@ FORMS: dict[FormName, Form] = {
         "Orbax's checkpointers and CheckpointManager",
         "config.json or hparams.json, and a folder that Orbax wrote",
         rank=1,
+    ),
+    "peft": Form(
+        "an adapter of PEFT",
+        "PEFT's LoRA, `save_adapter`",
+        "adapter_config.json, which names the base model, and adapter_model.safetensors",
     ),
 }
 assert FORMS.keys() == set(get_args(FormName))

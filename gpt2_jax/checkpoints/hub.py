@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gpt2_jax.checkpoints import pickles
+from gpt2_jax.checkpoints import peft, pickles
 from gpt2_jax.checkpoints.integrity import one_line
 from gpt2_jax.tokenizer import ADDED_TOKENS, HUGGING_FACE_FILES, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
-TOKENIZER_FILES = ("config.json", *HUGGING_FACE_FILES, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
+TOKENIZER_FILES = ("config.json", peft.CONFIG, *HUGGING_FACE_FILES, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
 MODEL_FILES = (*TOKENIZER_FILES, "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 FLAX_FILES = ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*-of-*.msgpack")
 WEIGHTS = (".bin", ".pt", ".h5", ".msgpack", ".gguf", ".safetensors", ".onnx")
@@ -49,9 +49,11 @@ def fetch(repository: str, tokenizer_only: bool = False, revision: str | None = 
     if not names or any(name in FLAX_FILES for name in names):
         return _snapshot(repository, revision, (*TOKENIZER_FILES, *FLAX_FILES))
     weights = [name for name in names if name.endswith(WEIGHTS)]
+    if peft.WEIGHTS in names:
+        return _snapshot(repository, revision, (*TOKENIZER_FILES, peft.WEIGHTS))
     adapters = [name for name in weights if name in pickles.ADAPTERS]
     if adapters and not any(name.startswith("pytorch_model") for name in weights):
-        raise ValueError(f"{repository} holds {adapters[0]}, but no weights that can be read: {pickles.MERGE}")
+        raise ValueError(f"{repository} holds {adapters[0]}: {pickles.PICKLED_ADAPTER}")
     listed = ", ".join(weights) or "no weights"
     arguments = f'"{repository}"' + (f', revision="{revision}"' if revision else "")
     raise ValueError(

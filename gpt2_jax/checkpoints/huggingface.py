@@ -126,7 +126,10 @@ def read(directory: Path, dtype: np.dtype | None = None) -> tuple[GPT2Config, Le
         _warn_of_guessed_gelu(directory / "config.json", config.activation_function)
     for adapter in pickles.ADAPTERS:
         if (directory / adapter).is_file():
-            warn(f"{directory / adapter} is left out: {pickles.MERGE}")
+            warn(
+                f"{directory / adapter} is left out, because its folder holds a model too: to load an adapter, give it "
+                "a folder of its own, with adapter_config.json"
+            )
     return matched.config, matched.leaves(safetensors.read(matched.tensors, hashes))
 
 

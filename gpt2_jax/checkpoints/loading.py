@@ -17,6 +17,7 @@ from gpt2_jax.checkpoints import (
     huggingface,
     llmc,
     orbax,
+    peft,
     placing,
     run_weights,
     runs,
@@ -44,7 +45,8 @@ def load(
       source: a directory, a file, a size, or an id on the Hugging Face hub.
         A directory holds a TensorFlow checkpoint in OpenAI's layout, Hugging Face's config.json and safetensors, a
         model that `save` wrote, a training run (its best model is loaded, or its newest checkpoint if there is no best
-        model) or one checkpoint of a run ("RUN/checkpoints/1600"); LoRA is merged. It may also hold the weights of
+        model) or one checkpoint of a run ("RUN/checkpoints/1600"); LoRA is merged. It may hold a LoRA adapter that
+        PEFT wrote: it is merged into its base model, which it names. It may also hold the weights of
         Flax, nanoGPT, the build-an-LLM book or Orbax (`checkpoints.forms.FORMS` lists all).
         A file is a model of llm.c. "run1/model-1000" is one of several TensorFlow checkpoints.
         A size is "124M", "355M", "774M" or "1558M" (or "117M", "gpt2", "gpt2-xl", ...); it is fetched if it is not
@@ -106,7 +108,16 @@ def open_leaves(source: str, dtype: np.dtype) -> Leaves:
     Raises:
       FileNotFoundError, ValueError, OSError: as `load`.
     """
-    return read(locate(source), dtype=np.dtype(dtype))[1]
+    return open_model(source, np.dtype(dtype))[1]
+
+
+def open_model(source: str, dtype: np.dtype | None) -> tuple[GPT2Config, Leaves]:
+    """Read a model onto the host, to be cast to a dtype if that is not None: the base model of an adapter.
+
+    Raises:
+      FileNotFoundError, ValueError, OSError: as `load`.
+    """
+    return read(locate(source), dtype=dtype)
 
 
 READERS: Mapping[FormName, Callable[[Path, np.dtype | None], tuple[GPT2Config, Leaves]]] = {
@@ -114,6 +125,7 @@ READERS: Mapping[FormName, Callable[[Path, np.dtype | None], tuple[GPT2Config, L
     "huggingface": huggingface.read,
     "flax": flax_msgpack.read,
     "orbax_tree": foreign_orbax.read,
+    "peft": lambda path, dtype: peft.read(path, dtype, open_model),
     # The others have one dtype, which can always be loaded.
     "llmc": lambda path, _: llmc.read(path),
     "orbax": lambda path, _: orbax.read(path, open_leaves),

@@ -62,12 +62,17 @@ def read(directory: Path, open_model: bases.Open) -> tuple[GPT2Config, Leaves]:
     """
     config, manifest = _read_manifest(directory)
     shapes = flatten(abstract_params(config))
-    if "base" not in manifest:
+    if not has_base(directory):
         return config, read_ahead(shapes, _reader(directory, manifest, shapes))
     change = read_change(directory)
     if wrong := differences(change.shapes, shapes, dtypes=False):
         raise DamagedError(f"{directory} is damaged: it does not match its config: {wrong[0]}")
     return config, change.merged(open_model)
+
+
+def has_base(directory: Path) -> bool:
+    """Return whether a folder holds only what LoRA has trained."""
+    return "base" in _read_manifest(directory)[1]
 
 
 def read_change(directory: Path) -> Change:
@@ -82,7 +87,8 @@ def read_change(directory: Path) -> Change:
     run_dir = directory.resolve().parent
     return Change(
         pairs=pairs_of(pairs),
-        alpha=manifest["alpha"],
+        alpha=manifest["lora"]["alpha"],
+        dropout=manifest["lora"].get("dropout", 0.0),
         own={name: leaf for name, leaf in stored.items() if name not in pairs},
         read_own=read_one,
         base=manifest["base"],

@@ -45,7 +45,7 @@ Parts = Mapping[str, Mapping[str, Any]]
 """{"params": {"h0/attn/c_attn/w": array}, ...}: the arrays (or jax.ShapeDtypeStruct) of each part by flat name."""
 
 
-def start_writing(path: Path, step: int, parts: Parts, base: Mapping[str, Any] | None = None) -> Callable[[], None]:
+def start_writing(path: Path, step: int, parts: Parts, **more: Any) -> Callable[[], None]:
     """Copy the arrays and start to write them.
 
     Args:
@@ -53,7 +53,7 @@ def start_writing(path: Path, step: int, parts: Parts, base: Mapping[str, Any] |
         a second name in the same folder (`leftovers` returns both).
       step: the step of the checkpoint.
       parts: jax arrays. They may be donated or deleted as soon as this function returns.
-      base: the frozen weights, which are elsewhere: see `bases`.
+      more: written into checkpoint.json too, without values that are None.
 
     Returns:
       finish(), which waits until everything is written and then writes checkpoint.json. Call it once, in any thread.
@@ -80,7 +80,7 @@ def start_writing(path: Path, step: int, parts: Parts, base: Mapping[str, Any] |
             response.result()
         if jax.process_index() == 0:
             manifest = {"gpt2_jax_checkpoint": VERSION, "step": step, "leaves": leaves, "files": hash_files(path)}
-            manifest |= {} if base is None else {"base": base}
+            manifest |= {name: value for name, value in more.items() if value is not None}
             (path / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
 
     return finish

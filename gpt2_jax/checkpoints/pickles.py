@@ -30,9 +30,9 @@ _CONVERT = (  # GPTConfig is the class in the checkpoints of build-nanogpt; only
 _BESIDE = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state\w*|\w*optim_states)\.\w+")
 # PEFT's names of weights that are added to those of a model: its own, and an old one.
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-MERGE = (
-    "this is an adapter of PEFT, which needs its model: merge the two with peft's model.merge_and_unload(), and save "
-    "the result with save_pretrained"
+PICKLED_ADAPTER = (
+    "this is an adapter of PEFT in a pickle, which is not read, because opening it can run code: open it with peft, "
+    "and save it with model.save_pretrained, which writes adapter_model.safetensors"
 )
 
 
@@ -90,7 +90,8 @@ def other_weights(directory: Path) -> str | None:
 
 _COMPILED = "this is a compiled program; use the model from which it was exported"
 _ADVICE = {  # by the name of a file, or its end; what `_CODE` has is appended as a command
-    **dict.fromkeys(ADAPTERS, MERGE),
+    ADAPTERS[0]: "this is an adapter of PEFT: adapter_config.json, which belongs to it, is missing",
+    ADAPTERS[1]: PICKLED_ADAPTER,
     ".safetensors": (
         "rename the file to model.safetensors, or, if it is one of several parts, add model.safetensors.index.json, "
         "which lists the parts"

@@ -71,6 +71,7 @@ def read_change(directory: Path) -> Change:
     fields = runs.read_fields(run_dir)
     manifest = parts.read_manifest(directory)
     abstract = {part: parts.abstract_part(manifest, part) for part in (PARAMS, LORA, TRAINER)}
+    lora = fields["recipe"].get("lora", {})
     averaged = any(name.startswith(AVERAGE) for name in abstract[TRAINER])
     parts.check_files(directory, manifest, (PARAMS, LORA, TRAINER) if averaged else (PARAMS, LORA))
     directory = directory.resolve()
@@ -83,7 +84,8 @@ def read_change(directory: Path) -> Change:
 
     return Change(
         pairs=pairs_of({name: read_one(name, LORA) for name in abstract[LORA]}),
-        alpha=fields["recipe"].get("lora", {}).get("alpha", Lora().alpha),
+        alpha=lora.get("alpha", Lora().alpha),
+        dropout=lora.get("dropout", 0.0),
         own=abstract[PARAMS],
         read_own=read_one,
         base=manifest.get("base"),
@@ -93,5 +95,6 @@ def read_change(directory: Path) -> Change:
 
 def _dtype(manifest: Mapping[str, Any]) -> np.dtype:
     """Return the dtype of the loaded params: the stored one, but float32 for the float64 of exact training."""
-    stored = jnp.dtype(next(iter([*manifest["leaves"][PARAMS].values(), *manifest["leaves"][LORA].values()]))[0])
+    leaves = [*manifest["leaves"][PARAMS].values(), *manifest["leaves"].get(LORA, {}).values()]
+    stored = jnp.dtype(leaves[0][0])
     return jnp.dtype("float32") if stored.name == "float64" else stored

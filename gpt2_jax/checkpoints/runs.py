@@ -4,7 +4,7 @@ RUN/run.json              the config, the recipe and a description of the data
 RUN/encoder.json, RUN/vocab.bpe, or Hugging Face's tokenizer files
 RUN/data/                 the text as tokens, if the run prepared it
 RUN/checkpoints/1600/     written by `parts`: params and trainer; with LoRA lora, trainer and the trained params
-RUN/base/                 with LoRA, the frozen params, written by `bases`, unless the model of model.source has them
+RUN/base/                 with LoRA, the model before it, written by `bases`, unless it is that of model.source
 RUN/best/                 a model written by `save`, or with LoRA by `save_change`
 
 `run_weights` reads the weights. `save` and `gpt2_jax.training` write them.
@@ -293,8 +293,11 @@ def _version(source: object) -> tuple | None:
 
 
 def run_of(directory: Path) -> Path:
-    """Return the folder that holds the vocabulary: the run of a checkpoint, or any other folder itself."""
-    return directory.resolve().parents[1] if is_checkpoint(directory) else directory
+    """Return the folder that holds the vocabulary: the run of a checkpoint or RUN/base, or any other folder itself."""
+    if not is_checkpoint(directory):
+        return directory
+    directory = directory.resolve()
+    return directory.parent if directory.name == BASE else directory.parents[1]
 
 
 def _to_json(run: Run) -> dict[str, Any]:

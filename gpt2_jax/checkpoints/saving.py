@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gpt2_jax import files
-from gpt2_jax.checkpoints import bases, huggingface, huggingface_labels, orbax, tensorflow, vocabulary_files
+from gpt2_jax.checkpoints import bases, huggingface, huggingface_labels, orbax, peft, tensorflow, vocabulary_files
 from gpt2_jax.checkpoints.integrity import STORED_DTYPES
 from gpt2_jax.checkpoints.vocabulary import warn_of_another_model
 from gpt2_jax.checks import choice
@@ -30,6 +30,7 @@ MODELS = (  # the file names of a saved model, without its vocabulary
     {"hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt.data-00000-of-00001"},
     {"config.json", huggingface.WEIGHTS},
     {orbax.MANIFEST, orbax.TREE},
+    {peft.CONFIG, peft.WEIGHTS},
 )
 
 
@@ -70,7 +71,12 @@ def save(
     """
     choice("format", format, WRITERS)
     check_params(config, params)
-    _save(directory, config, params, format, tokenizer, functools.partial(WRITERS[format], config=config))
+    _check_dtype(config)
+
+    def write(temporary: Path) -> None:
+        WRITERS[format](temporary, config, _on_host(config, params))
+
+    save_with(directory, config, format, tokenizer, write)
 
 
 def save_change(
@@ -78,7 +84,7 @@ def save_change(
     config: GPT2Config,
     own: Params,
     pairs: Params,
-    alpha: float,
+    settings: Mapping[str, float],
     base: bases.Base,
     tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -91,7 +97,7 @@ def save_change(
       config: the config of the model, with the dtype of the arrays.
       own: the params that are trained themselves; {} for none.
       pairs: the LoRA tree.
-      alpha: LoRA's scale.
+      settings: LoRA's alpha and dropout.
       base: the frozen params.
       tokenizer: written too.
 
@@ -101,25 +107,26 @@ def save_change(
     kept = {**flatten(own), **flatten(pairs)}
     more = {
         "base": base,
-        "alpha": alpha,
+        "lora": dict(settings),
         "pairs": list(flatten(pairs)),
         "leaves": {name: [config.param_dtype.name, list(leaf.shape)] for name, leaf in kept.items()},
     }
-    write = functools.partial(orbax.write, config=config, **more)
-    _save(directory, config, unflatten(kept), "orbax", tokenizer, write)
+    _check_dtype(config)
+
+    def write(temporary: Path) -> None:
+        orbax.write(temporary, config, _on_host(config, unflatten(kept)), **more)
+
+    save_with(directory, config, "orbax", tokenizer, write)
 
 
-def _save(
+def save_with(
     directory: str | os.PathLike,
     config: GPT2Config,
-    params: Params,
-    format: Format,
+    format: Format | Literal["peft"],
     tokenizer: Tokenizer | None,
-    write: Callable[..., None],
+    write: Callable[[Path], None],
 ) -> None:
-    """Save arrays with `write(directory, flat=arrays)`. Errors: see `save`."""
-    if config.param_dtype.name not in STORED_DTYPES:
-        raise ValueError(f"params must be {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
+    """Save with `write(temporary folder)`, and the vocabulary in the files of the format. Errors: see `save`."""
     if tokenizer is not None:
         warn_of_another_model(tokenizer, config.n_vocab, "the tokenizer")
     directory = files.expanded(directory)
@@ -130,11 +137,10 @@ def _save(
         huggingface_labels.check_config(config)
     check = functools.partial(check_replaceable, directory, with_vocabulary=tokenizer is not None)
     check()
-    flat = _on_host(config, params)
     _import_library(format)
     try:
         with files.replacing(directory, check) as temporary:
-            write(temporary, flat=flat)
+            write(temporary)
             if tokenizer is not None:
                 _write_vocabulary(temporary, config, tokenizer, format)
     except FileExistsError:
@@ -145,7 +151,12 @@ def _save(
         raise clear from error
 
 
-def _import_library(format: Format) -> None:
+def _check_dtype(config: GPT2Config) -> None:
+    if config.param_dtype.name not in STORED_DTYPES:
+        raise ValueError(f"params must be {', '.join(STORED_DTYPES)}, not {config.param_dtype}: cast them first")
+
+
+def _import_library(format: str) -> None:
     """Import the library that writes a format. A Ctrl-C during the import must not leave a temporary folder."""
     if format == "tensorflow":
         tensorflow.import_tensorflow()
@@ -153,7 +164,10 @@ def _import_library(format: Format) -> None:
         importlib.import_module("orbax.checkpoint")
 
 
-def _write_vocabulary(directory: Path, config: GPT2Config, tokenizer: Tokenizer, format: Format) -> None:
+def _write_vocabulary(directory: Path, config: GPT2Config, tokenizer: Tokenizer, format: str) -> None:
+    if format == "peft":
+        vocabulary_files.write(directory, vocabulary_files.huggingface_files(tokenizer, config.n_ctx))
+        return
     if format != "huggingface":
         vocabulary_files.write(directory, vocabulary_files.own_files(tokenizer, config.n_ctx))
         return

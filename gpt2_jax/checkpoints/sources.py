@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from gpt2_jax.checkpoints import foreign_orbax, hub, llmc, pickles, runs, tensorflow
+from gpt2_jax.checkpoints import foreign_orbax, hub, llmc, peft, pickles, runs, tensorflow
 from gpt2_jax.checkpoints.forms import FORMS, UNDERSTOOD, FormName
 from gpt2_jax.config import SIZES
 from gpt2_jax.files import expanded
@@ -136,6 +136,8 @@ def find(path: Path) -> Found:
         raise ValueError(f"{path} holds several models ({listed}): keep each in its own folder{_or_name(weights)}")
     if weights:
         return next(iter(weights.values()))
+    if peft.is_adapter(path):
+        return Found("peft", path)
     if found := pickles.found_in(path):
         raise ValueError(pickles.refusal(path / found[0]))
     if advice := pickles.other_weights(path):
@@ -174,7 +176,9 @@ def _or_name(weights: dict[str, Found]) -> str:
 def _holds_model(directory: Path) -> bool:
     ours = runs.is_run(directory) or runs.is_checkpoint(directory)
     configs = any((directory / name).is_file() for name in CONFIGS)
-    return ours or configs or bool(_weights(directory, rank=0) or _other_weights(directory))
+    return (
+        ours or configs or peft.is_adapter(directory) or bool(_weights(directory, rank=0) or _other_weights(directory))
+    )
 
 
 def embedded_model() -> Path:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, run_weights, runs, tensorflow
+from gpt2_jax.checkpoints import huggingface, huggingface_tokenizer, orbax, peft, run_weights, runs, tensorflow
 from gpt2_jax.checkpoints.integrity import warn
 from gpt2_jax.checkpoints.sources import locate
 from gpt2_jax.tokenizer import HUGGING_FACE_FILES, OPENAI_FILES, Tokenizer
@@ -30,7 +30,7 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
       FileNotFoundError: there is no such source, or it has no vocabulary.
       ValueError: a file is malformed, or files do not belong together.
     """
-    directory = runs.run_of(locate(source, "tokenizer"))
+    directory = _directory(source)
     if _any_of(directory, OPENAI_FILES):
         encoder, merges = (directory / name for name in OPENAI_FILES)
         tokenizer = Tokenizer.from_files(encoder, merges)
@@ -96,7 +96,14 @@ def has_vocabulary(source: str | os.PathLike) -> bool:
     Raises:
       FileNotFoundError, ValueError, OSError: the source cannot be found or fetched.
     """
-    return _any_of(runs.run_of(locate(source, "tokenizer")), (*OPENAI_FILES, *HUGGING_FACE_FILES))
+    return _any_of(_directory(source), (*OPENAI_FILES, *HUGGING_FACE_FILES))
+
+
+def _directory(source: str | os.PathLike) -> Path:
+    """Return the folder that has the vocabulary of a source. An adapter without a vocabulary has that of its base."""
+    directory = runs.run_of(locate(source, "tokenizer"))
+    own = _any_of(directory, (*OPENAI_FILES, *HUGGING_FACE_FILES))
+    return directory if own or not (directory / peft.CONFIG).is_file() else _directory(peft.base_name(directory))
 
 
 def _any_of(directory: Path, names: Sequence[str]) -> bool:

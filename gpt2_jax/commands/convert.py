@@ -22,8 +22,9 @@ class Args:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=_model.SOURCES)]
     dest: Annotated[Path, tyro.conf.Positional]
     """The folder to write."""
-    format: Annotated[Literal["tensorflow", "huggingface", "orbax"], tyro.conf.arg(aliases=["-f"])]
-    """The format to write: OpenAI's files, files for GPT2LMHeadModel.from_pretrained, or an Orbax checkpoint."""
+    format: Annotated[Literal["tensorflow", "huggingface", "orbax", "peft"], tyro.conf.arg(aliases=["-f"])]
+    """The format to write: OpenAI's files, files for GPT2LMHeadModel.from_pretrained, or an Orbax checkpoint. Or, of a
+    run with LoRA, the adapter for PEFT, without the base model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Cast the weights to this dtype; by default they keep the dtype in which they are stored."""
     tokenizer: bool = True
@@ -45,6 +46,9 @@ def run(args: Args) -> None:
     check_replaceable(dest, with_vocabulary=True, overwrite=args.overwrite)  # before downloads
     tokenizer = _tokenizer(args.source) if args.tokenizer else None
     check_replaceable(dest, with_vocabulary=tokenizer is not None)  # before weights are loaded: that can take long
+    if args.format == "peft":
+        _save_adapter(args, dest, tokenizer)
+        return
     config, params = gpt2_jax.load(args.source, dtype=args.dtype)
     gpt2_jax.save(dest, config, params, args.format, tokenizer)
     print(
@@ -52,6 +56,19 @@ def run(args: Args) -> None:
         f"{'' if tokenizer else ', no vocabulary'}, written as {args.format}",
         file=sys.stderr,
     )
+    print(dest)
+
+
+def _save_adapter(args: Args, dest: Path, tokenizer) -> None:
+    """Save the adapter of the source."""
+    from gpt2_jax.checkpoints import load_adapter, save_adapter
+
+    if args.dtype is not None:
+        raise ValueError("--dtype works for models: an adapter keeps its dtype")
+    adapter = load_adapter(args.source)
+    save_adapter(dest, gpt2_jax.load_config(args.source), adapter, tokenizer)
+    base = f", of the base model {adapter.base}" if adapter.base else ""
+    print(f"{args.source}: an adapter of {adapter.n_params:,} parameters{base}, written as peft", file=sys.stderr)
     print(dest)
 
 

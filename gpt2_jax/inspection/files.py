@@ -53,6 +53,10 @@ WEIGHTS = {
         "params/": "the weights, as Orbax writes them",
         "lora/": "LoRA's low-rank matrices, whose product is added to the weights",
     },
+    "peft": {
+        "adapter_config.json": "the settings of LoRA and the name of the base model; text",
+        "adapter_model.safetensors": "LoRA's low-rank matrices, whose product is added to the weights",
+    },
 }
 SHARDED = ("model.safetensors.index.json", "model-*-of-*.safetensors")
 IN_TWO = ("the vocabulary: token to id; text", "the merges of byte-pair encoding, in order; text")

@@ -141,7 +141,7 @@ class Checkpoints:
         processes.on_first(check_folder)
         with self._clear_errors(step):
             kept = _without(_in_parts(state, jnp.asarray), self.base)
-            finish = parts.start_writing(self._hidden(step, "saving"), step, kept, self.base)
+            finish = parts.start_writing(self._hidden(step, "saving"), step, kept, base=self.base)
         name = f"save/{next(_saves)}"
         self._saving = step, name, self._thread.submit(self._complete_or_tell, name, step, finish)
         if wait:

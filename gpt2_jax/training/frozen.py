@@ -34,7 +34,7 @@ def settle_base(plan: Plan, state: TrainState, run_dir: Path) -> bases.Base | No
     """Return what the checkpoints of a run name as their base; None without LoRA. Write RUN/base if that is needed.
 
     If the frozen params are those of the recipe's model.source, the checkpoints name it. Params that it does not have,
-    such as a new head, are in the checkpoints. Otherwise RUN/base holds all frozen params.
+    such as a new head, are in the checkpoints. Otherwise RUN/base holds the model, also the params that are trained.
 
     Raises:
       OSError: RUN/base cannot be written.
@@ -48,7 +48,7 @@ def settle_base(plan: Plan, state: TrainState, run_dir: Path) -> bases.Base | No
     if source and all(found[name] == leaf for name, leaf in source.items()):
         return bases.of_source(plan.recipe.model.source, source)
     base = bases.of_run(found)
-    bases.write(run_dir, base, frozen)
+    bases.write(run_dir, base, flatten(state.params))
     return base
 
 
@@ -69,8 +69,9 @@ def save_best(
         processes.on_first(lambda: save(best, config, params, "orbax", tokenizer))
         return
     own = unflatten({name: leaf for name, leaf in flatten(state.params).items() if name not in base["leaves"]})
-    own, pairs, alpha = _on_host(own), _on_host(dict(state.lora or {})), plan.recipe.lora.alpha
-    processes.on_first(lambda: save_change(best, config, own, pairs, alpha, base, tokenizer))
+    own, pairs = _on_host(own), _on_host(dict(state.lora or {}))
+    settings = {"alpha": plan.recipe.lora.alpha}
+    processes.on_first(lambda: save_change(best, config, own, pairs, settings, base, tokenizer))
 
 
 def _on_host(params: Params) -> Params:

@@ -103,12 +103,17 @@ def test_a_repository_of_pickles_is_refused_with_the_line_that_converts_it(hub, 
     assert not any("pytorch_model.bin" in request for request in hub.requests[asked:])
 
 
-@pytest.mark.parametrize("name", pickles.ADAPTERS)
-def test_a_repository_of_an_adapter_is_refused_with_what_to_do(call, name):
-    answer = call(f"owner/{name}", "load")
+def test_a_repository_of_a_pickled_adapter_is_refused_with_what_to_do(call):
+    answer = call("owner/adapter_model.bin", "load")
     assert "ValueError" in answer["kinds"]
-    assert f"holds {name}, but no weights that can be read: this is an adapter of PEFT" in answer["error"]
-    assert "pickled" not in answer["error"]
+    assert "owner/adapter_model.bin holds adapter_model.bin: this is an adapter of PEFT in a pickle" in answer["error"]
+
+
+def test_a_repository_of_an_adapter_is_fetched(call):
+    """This one is malformed: its config says nothing."""
+    answer = call("owner/adapter_model.safetensors", "load")
+    assert "ValueError" in answer["kinds"]
+    assert "adapter_config.json is malformed: it names no peft_type" in answer["error"]
 
 
 @pytest.mark.parametrize("function", ["load", "load_config", "load_tokenizer"])

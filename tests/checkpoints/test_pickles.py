@@ -173,15 +173,14 @@ def test_a_training_state_by_its_path_is_not_called_weights(tmp_path, name):
     assert "python -c" not in said
 
 
-@pytest.mark.parametrize("adapter", ["adapter_model.safetensors", "adapter_model.bin"])
-def test_a_trainers_checkpoint_of_an_adapter_gets_the_adapters_advice(tmp_path, adapter):
+def test_a_trainers_checkpoint_of_an_adapter_gets_the_adapters_advice(tmp_path):
     """PEFT's Trainer saves the adapter beside its training state, and no weights of the model."""
-    for name in (adapter, *STATES):
+    for name in ("adapter_model.bin", *STATES):
         (tmp_path / name).write_bytes(b"\x80\x04.")
     (tmp_path / "adapter_config.json").write_text("{}")
     said = forms.refusal(tmp_path, ValueError)
-    assert f"holds {adapter}, but no weights that can be read: this is an adapter of PEFT" in said
-    assert "merge_and_unload" in said
+    assert "holds adapter_model.bin, but no weights that can be read: this is an adapter of PEFT in a pickle" in said
+    assert "save_pretrained, which writes adapter_model.safetensors" in said
     assert "pickled weights" not in said
 
 
@@ -189,7 +188,7 @@ def test_a_pickled_adapter_is_not_converted(tmp_path):
     """Nobody would read the result. Pickled weights of a model beside it are."""
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
     said = forms.refusal(tmp_path / "adapter_model.bin", ValueError)
-    assert re.search(r"adapter_model\.bin .*adapter of PEFT.*merge_and_unload", said)
+    assert re.search(r"adapter_model\.bin .*adapter of PEFT.*save_pretrained", said)
     assert "python -c" not in said
     (tmp_path / "model.pt").write_bytes(b"\x80\x04.")
     assert "model.pt holds pickled weights" in forms.refusal(tmp_path, ValueError)
@@ -201,8 +200,8 @@ def test_a_pickled_adapter_is_not_converted(tmp_path):
         ("tf_model.h5", "from_tf=True"),
         ("gpt2.Q8_0.gguf", "gguf_file="),
         ("model-00001-of-00002.safetensors", r"model.safetensors.index.json"),
-        ("adapter_model.safetensors", "merge_and_unload"),
-        ("adapter_model.bin", "merge_and_unload"),
+        ("adapter_model.safetensors", r"adapter_config\.json, which belongs to it, is missing"),
+        ("adapter_model.bin", "save_pretrained"),
         ("weights.npz", r"save_file\(dict\(numpy.load"),
         ("rust_model.ot", "another program"),
         ("saved_model.pb", "compiled program"),
@@ -266,7 +265,7 @@ def test_an_adapter_beside_a_whole_model_is_left_out_with_a_warning(tmp_path, fl
     """transformers opens the base model of such a folder with the adapter."""
     forms.write_huggingface(tmp_path, CONFIG, forms.hf_tensors(flat))
     (tmp_path / name).write_bytes(b"\x80\x04.")
-    with pytest.warns(UserWarning, match=rf"{name} is left out: this is an adapter of PEFT") as caught:
+    with pytest.warns(UserWarning, match=rf"{name} is left out, because its folder holds a model too") as caught:
         gpt2_jax.load(tmp_path)
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -274,7 +273,7 @@ def test_an_adapter_beside_a_whole_model_is_left_out_with_a_warning(tmp_path, fl
 
 def test_an_adapter_by_its_path(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    assert "merge_and_unload" in forms.refusal(tmp_path / "adapter_model.bin", ValueError)
+    assert "save_pretrained" in forms.refusal(tmp_path / "adapter_model.bin", ValueError)
 
 
 @pytest.mark.parametrize(

@@ -207,21 +207,40 @@ def quantized(folder):
     write(folder, source().flat, hf_tensors(tensors), quantization_config=quantization)
 
 
+def write_adapter(folder, **changed):
+    """Write an adapter of rank 2 whose b is 0, of a base model in a folder beside."""
+    import safetensors.numpy
+
+    (folder / "base").mkdir()
+    write(folder / "base", source().flat, hf_tensors(source().flat))
+    name = "base_model.model.transformer.h.0.attn.c_attn"
+    factors = {f"{name}.lora_A.weight": np.ones((2, 24), "f4"), f"{name}.lora_B.weight": np.zeros((72, 2), "f4")}
+    safetensors.numpy.save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
+    fields = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "base"), "r": 2, "fan_in_fan_out": True}
+    fields |= {"task_type": "CAUSAL_LM", "target_modules": ["h.0.attn.c_attn"]} | changed
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+
+
 @weights(
     "peft-adapter",
     "peft, `save_pretrained` of an adapter that is not merged",
-    transformers=False,
-    refused=r"adapter_model\.safetensors",
-    names="`adapter_model.safetensors`",
+    transformers=True,
+    needs=("peft",),
 )
 def peft_adapter(folder):
-    import safetensors.numpy
+    write_adapter(folder)
+    return source()
 
-    name = "base_model.model.transformer.h.0.attn.c_attn"
-    factors = {f"{name}.lora_A.weight": np.ones((2, 24), "f4"), f"{name}.lora_B.weight": np.ones((72, 2), "f4")}
-    safetensors.numpy.save_file(factors, folder / "adapter_model.safetensors")
-    fields = {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "r": 2, "fan_in_fan_out": True}
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
+
+@weights(
+    "peft-DoRA",
+    "peft, an adapter of another method than LoRA",
+    transformers=False,
+    refused=r"adapter_config\.json has use_dora",
+    names="`use_dora`",
+)
+def peft_dora(folder):
+    write_adapter(folder, use_dora=True)
 
 
 @weights(
