@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         to_blocks,
     )
     from gpt2_jax.config import SIZES, GPT2Config
-    from gpt2_jax.generation import generate, score, stream
+    from gpt2_jax.generation import classify, generate, score, stream
     from gpt2_jax.kv_cache import KVCache, init_cache
     from gpt2_jax.model import GPT2, Output, abstract_params, init_params
     from gpt2_jax.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ __all__ = [
     "Output",
     "Tokenizer",
     "abstract_params",
+    "classify",
     "download_and_load_gpt2",
     "embedded_model",
     "from_blocks",
@@ -50,6 +51,6 @@ __all__ = [
 _MODULES = dict.fromkeys(__all__, "checkpoints")
 _MODULES |= dict.fromkeys(("GPT2", "Output", "abstract_params", "init_params"), "model")
 _MODULES |= {"SIZES": "config", "GPT2Config": "config", "KVCache": "kv_cache", "init_cache": "kv_cache"}
-_MODULES |= {"Tokenizer": "tokenizer", "generate": "generation", "score": "generation", "stream": "generation"}
+_MODULES |= dict.fromkeys(("classify", "generate", "score", "stream"), "generation") | {"Tokenizer": "tokenizer"}
 
 __getattr__, __dir__ = _lazy.attach(__name__, _MODULES)

@@ -147,7 +147,7 @@ def test_importing_the_package_imports_nothing_of_it():
 
 
 def test_the_public_names_are_few_and_there():
-    assert len(gpt2_jax.__all__) <= 20
+    assert len(gpt2_jax.__all__) <= 21  # one for each thing that is done with a model
     assert set(gpt2_jax.__all__) <= set(dir(gpt2_jax))
     with pytest.raises(AttributeError, match="module 'gpt2_jax' has no attribute 'nothing'"):
         _ = gpt2_jax.nothing

@@ -12,6 +12,7 @@ from gpt2_jax.commands import _interrupts, _streams
 
 MAINS = {
     "activations": "activations.main",
+    "classify": "classify.main",
     "convert": "convert.main",
     "doctor": "doctor.main",
     "download": "download.main",
@@ -53,6 +54,11 @@ def activations() -> None:
 def convert() -> None:
     """Run `gpt2-convert`."""
     _run("convert")
+
+
+def classify() -> None:
+    """Run `gpt2-classify`."""
+    _run("classify")
 
 
 def doctor() -> None:

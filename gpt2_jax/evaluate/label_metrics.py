@@ -12,8 +12,9 @@ import numpy as np
 
 from gpt2_jax import figures
 
-CELL = 0.55  # inches of a cell of the picture
-LARGEST = 11.0  # inches of a matrix with many labels
+CELL = 0.55, 0.38  # inches of a cell of the picture, with shares and without
+WITH_SHARES = 8  # most labels with which a cell also has its share of the row
+LARGEST = 9.0  # inches of a matrix with many labels
 
 
 def confusion(labels: Any, predicted: Any, n_labels: int) -> np.ndarray:
@@ -70,7 +71,7 @@ def draw_confusions(found: Mapping[str, Any], names: Sequence[str]) -> Any:
       names: the names of the labels.
     """
     n = len(names)
-    side = min(max(CELL * n, 2.4), LARGEST)
+    side = min(max(CELL[n > WITH_SHARES] * n, 2.4), LARGEST)
     longest = max(map(len, names))
     width = side + 0.8 + 0.07 * min(longest, 30)
     size = (width * len(found), side + 1.2 + 0.07 * min(longest, 30))
@@ -84,7 +85,8 @@ def _draw(axes: Any, title: str, confusion_LL: np.ndarray, names: Sequence[str])
     share_LL = confusion_LL / np.maximum(confusion_LL.sum(1, keepdims=True), 1)
     axes.imshow(share_LL, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     shown = [name if len(name) <= 30 else f"{name[:29]}…" for name in names]
-    places, small = range(len(names)), 9 if len(names) <= 8 else 6.5
+    with_shares = len(names) <= WITH_SHARES
+    places, small = range(len(names)), 9 if with_shares else 6.5
     axes.set_xticks(places, shown, rotation=90 if len(names) > 3 else 0, fontsize=small, parse_math=False)
     axes.set_yticks(places, shown, fontsize=small, parse_math=False)
     axes.set(xlabel="label found", ylabel="true label")
@@ -93,6 +95,6 @@ def _draw(axes: Any, title: str, confusion_LL: np.ndarray, names: Sequence[str])
         for got in places:
             colour = "white" if share_LL[true, got] > 0.5 else "black"
             count = f"{confusion_LL[true, got]:,}"
-            text = f"{count}\n{share_LL[true, got]:.1%}" if len(names) <= 8 else count
-            if confusion_LL[true, got] or len(names) <= 8:
+            text = f"{count}\n{share_LL[true, got]:.1%}" if with_shares else count
+            if confusion_LL[true, got] or with_shares:
                 axes.text(got, true, text, ha="center", va="center", fontsize=small, color=colour)

@@ -17,7 +17,7 @@ SCRIPTS = {
     "generate": "gpt2-generate", "download": "gpt2-download", "convert": "gpt2-convert", "train": "gpt2-train",
     "finetune": "gpt2-finetune", "inspect_checkpoint": "gpt2-inspect", "prepare_data": "gpt2-prepare",
     "train_tokenizer": "gpt2-train-tokenizer", "evaluate": "gpt2-evaluate", "doctor": "gpt2-doctor",
-    "activations": "gpt2-activations",
+    "activations": "gpt2-activations", "classify": "gpt2-classify",
 }  # fmt: skip
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "torch", "transformers", "safetensors", "matplotlib"}
 HEAVY |= {"huggingface_hub", "tokenizers", "tiktoken", "grain"}
