@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 
 N_RECORDS, SEED = 3000, 0
-WORDS = """
-    king queen lord lady prince duke father mother brother daughter son wife husband child friend master heart hand eyes
-    head face tongue blood death life soul love honour grace crown house home world heaven earth day night hour time
-    word news power peace war joy hope fear law light name people
-""".split()
+WORDS = (
+    *("king", "queen", "lord", "lady", "prince", "duke", "father", "mother", "brother", "daughter", "son", "wife"),
+    *("husband", "child", "friend", "master", "heart", "hand", "eyes", "head", "face", "tongue", "blood", "death"),
+    *("life", "soul", "love", "honour", "grace", "crown", "house", "home", "world", "heaven", "earth", "day"),
+    *("night", "hour", "time", "word", "news", "power", "peace", "war", "joy", "hope", "fear", "law", "light"),
+    *("name", "people"),
+)
 
 
 def record(draw: random.Random) -> dict[str, str]:

@@ -67,7 +67,9 @@ def conversation_of(record: Mapping[str, Any], answered: bool = True) -> Convers
 
 
 def _from_messages(messages: Any, names: tuple[str, str], field: str, answered: bool) -> Conversation:
-    if not isinstance(messages, list) or not all(isinstance(one, Mapping) and set(names) <= set(one) for one in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(one, Mapping) and set(names) <= set(one) for one in messages
+    ):
         raise ValueError(f': the field "{field}" must be a list of objects, each with "{names[0]}" and "{names[1]}"')
     found = [(ROLES.get(str(one[names[0]]), str(one[names[0]])), _text(one, names[1])) for one in messages]
     system = found.pop(0)[1] if found and found[0][0] == "system" else ""
@@ -76,7 +78,9 @@ def _from_messages(messages: Any, names: tuple[str, str], field: str, answered: 
     roles = [role for role, _ in found]
     n_turns = -(-len(found) // 2)
     if not found or roles != (["user", "assistant"] * n_turns)[: len(found)]:
-        raise ValueError(f': the roles in "{field}" must be user and assistant in turn, not {", ".join(roles) or "none"}')
+        raise ValueError(
+            f': the roles in "{field}" must be user and assistant in turn, not {", ".join(roles) or "none"}'
+        )
     if answered and roles[-1] != "assistant":
         raise ValueError(f': "{field}" ends without an answer')
     texts: Sequence[str | None] = [text for _, text in found] + [None] * (len(found) % 2)

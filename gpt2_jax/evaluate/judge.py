@@ -75,7 +75,9 @@ class Judge:
                 error.close()
                 if error.code not in BUSY or attempt == TRIES - 1:
                     advice = f"; is {KEY} set?" if error.code in (401, 403) else ""
-                    raise OSError(f"the judge at {self.url} refused: HTTP {error.code} {error.reason}{advice}") from None
+                    raise OSError(
+                        f"the judge at {self.url} refused: HTTP {error.code} {error.reason}{advice}"
+                    ) from None
             except (ValueError, KeyError, IndexError, TypeError):  # JSON of another form
                 return ""
             except (OSError, http.client.HTTPException) as error:  # also timeouts and refused connections
