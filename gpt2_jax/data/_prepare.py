@@ -74,8 +74,8 @@ def prepare(
       val_fraction: share of the text for validation, in [0, 1).
       split: "documents" puts each document into validation with probability val_fraction, drawn from (seed, document
         number). "tail" trains on the first `int(n * (1 - val_fraction))` of all n tokens, computed exactly, and
-        validates on the rest. "auto" is "documents", unless that leaves one side without a document, or with less than
-        half or more than twice its share of the tokens. Then it is "tail".
+        validates on the rest; pairs are not cut. "auto" is "documents", unless that leaves one side without a document,
+        or with less than half or more than twice its share of the tokens. Then it is "tail".
       seed: the seed of the draws.
       encoding: the encoding of the text, as Python names it, for example "cp1252". It is not used for .parquet and .bin
         files. A file that is not in UTF-8 is not divided over several processes.
@@ -149,7 +149,7 @@ def _write(
       shown: as in `prepare`.
     """
     written = _write_all(folder, found, encoded, id_dtype(tokenizer.n_vocab).itemsize, title, shown)
-    division = divide(np.frombuffer(written.ends, np.int64), **settings)
+    division = divide(np.frombuffer(written.ends, np.int64), **settings, whole=written.masked)
     sizes = {".bin": id_dtype(tokenizer.n_vocab).itemsize} | ({".mask.bin": 1} if written.masked else {})
     separate(folder, division, sizes)
     manifest = {

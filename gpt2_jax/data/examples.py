@@ -2,8 +2,8 @@
 
 A folder of examples holds, for each split, train.bin (the ids of all examples, one after another), train.ends.bin (the
 end of each example in tokens, int64), train.mask.bin (a byte for each token, 1 if it counts in the loss) or
-train.labels.bin (int32), and the manifest examples.json. Numbers are little-endian. test.records.jsonl holds the records
-that the test examples were made from, if there are records.
+train.labels.bin (int32), and the manifest examples.json. Numbers are little-endian. test.records.jsonl holds what the
+test examples were made from, if they were made from records.
 """
 
 from __future__ import annotations

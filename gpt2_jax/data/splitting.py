@@ -29,7 +29,7 @@ class Division(NamedTuple):
     for_val: np.ndarray
 
 
-def divide(ends: np.ndarray, val_fraction: float, split: str, seed: int) -> Division:
+def divide(ends: np.ndarray, val_fraction: float, split: str, seed: int, whole: bool = False) -> Division:
     """Decide what is for validation, as described in `prepare`.
 
     Args:
@@ -37,6 +37,7 @@ def divide(ends: np.ndarray, val_fraction: float, split: str, seed: int) -> Divi
       val_fraction: share of the text for validation, in [0, 1).
       split: "auto", "documents" or "tail".
       seed: the seed of the draws.
+      whole: let the tail begin where a document does: the nearest beginning.
 
     Raises:
       ValueError: one side would be empty.
@@ -56,6 +57,8 @@ def divide(ends: np.ndarray, val_fraction: float, split: str, seed: int) -> Divi
             return _by_documents(ends, drawn)
     if val_fraction and min(n - n_train, n_train) < 2:
         raise ValueError(f"{n:,} tokens are too few to keep {val_fraction:g} for validation: set val_fraction to 0")
+    if whole and val_fraction and len(ends) > 1:
+        n_train = int(ends[:-1][np.argmin(np.abs(ends[:-1] - n_train))])
     n_begin = int((np.concatenate([[0], ends[:-1]]) < n_train).sum())
     documents = {"train": n_begin, "val": len(ends) - n_begin}
     return Division("tail", documents, np.array([n_train, n]), np.array([False, True]))

@@ -152,8 +152,8 @@ TEMPLATES = {
         ),
     )
 }
-"""The templates by name. "alpaca" is that of Stanford Alpaca in the shorter form of the build-an-LLM book. "phi3" is the
-book's form of Phi-3's: its markers are ordinary text. The names are those of `gpt2_jax.recipe.Instruction`."""
+"""The templates by name: "alpaca" in the shorter form of the build-an-LLM book, "phi3" with markers that are ordinary
+text, as in the book's exercise, and "plain". The names are those of `gpt2_jax.recipe.Instruction`."""
 
 
 def template_of(recipe: Instruction) -> Template:

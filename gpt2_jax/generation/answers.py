@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -44,7 +45,7 @@ def answer(
       ValueError: as `complete`, or the vocabulary has no end-of-text token.
     """
     stops = {*settings.stop_ids, end_of_text(tokenizer, "an answer")}
-    settings = Settings(**vars(settings) | {"stop_ids": tuple(stops)})
+    settings = dataclasses.replace(settings, stop_ids=tuple(stops))
     prompts = [template.prompt_ids(tokenizer, one) for one in asked]
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")  # prompts of similar length run together
     found: dict[int, Completion] = {}

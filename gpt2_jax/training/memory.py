@@ -11,10 +11,9 @@ import jax
 
 from gpt2_jax.attention import SMALLEST_BLOCK
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.fused_attention import kernels
 from gpt2_jax.sharding import DATA, MODEL
 from gpt2_jax.training.loss import CHUNK
-from gpt2_jax.training.plan import Plan
+from gpt2_jax.training.plan import Plan, attention_kernels
 
 ESTIMATED = ("gathered", "activations")
 UNSURE = 0.25  # the estimates may be too high by this share: a run that may fit is not refused
@@ -68,7 +67,7 @@ def _on_accelerator(plan: Plan) -> int:
         itemsize = 2
     stream = n_rows * n_tokens * config.n_embd * itemsize
     dropped = config.attn_pdrop > 0
-    fused = kernels(config, plan.mesh, n_tokens, padding=None, dropped=dropped)
+    fused = attention_kernels(config, plan.recipe, plan.mesh, n_tokens)
     # Of each attention weight: its value, the float32 score and the mask of dropout. For a TPU this was measured.
     weight = (5 if on_tpu else itemsize + 4) + dropped
     weights = 0 if fused else n_rows * config.n_head * _n_seen(n_tokens) * weight

@@ -87,9 +87,9 @@ def account(plan: Plan, data: Prepared | PreparedExamples) -> list[str]:
         return []
     counted = f"{len(data.train):,} training examples" if isinstance(data.train, Examples) else "packed documents"
     said = f"{counted} make {len(rows):,} rows of {n_tokens:,} tokens"
-    said += f"; {rows.n_cut:,} are longer than a row and lose their end" if rows.n_cut else ""
-    said += f"; {rows.n_skipped:,} have no target left and are skipped" if rows.n_skipped else ""
-    if isinstance(rows, LabelledRows):
+    said += f"; longer than a row, cut at the end: {rows.n_cut:,}" if rows.n_cut else ""
+    said += f"; without a target in a row, left out: {rows.n_skipped:,}" if rows.n_skipped else ""
+    if not isinstance(rows, PaddedRows | PackedRows):
         return [said, f"padding: {padding_share(rows, n_tokens):.1%} of the rows"]
     alone, packed = padding_shares(rows)
     how = f"{alone:.1%} with one in a row, {packed:.1%} with several (data.pack)"

@@ -14,6 +14,7 @@ from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.bases import Base
 from gpt2_jax.data.examples import Examples, PreparedExamples
+from gpt2_jax.data.templates import template_of
 from gpt2_jax.data.token_files import Prepared, Tokens
 from gpt2_jax.evaluate.label_metrics import label_metrics
 from gpt2_jax.generation import generate
@@ -170,7 +171,11 @@ class Observer:
         if processes.count() > 1:
             params = hosts.on_own_devices(params, self.plan.mesh)
         monitor = self.recipe.monitor
-        prompts = [tokenizer.prompt(prompt) for prompt in monitor.prompts]
+        if self.recipe.objective == "instruction":
+            template = template_of(self.recipe.instruction)
+            prompts = [template.prompt_ids(tokenizer, prompt) for prompt in monitor.prompts]
+        else:
+            prompts = [tokenizer.prompt(prompt) for prompt in monitor.prompts]
         stop_ids = [] if tokenizer.eot is None else [tokenizer.eot]
         settings = {"temperature": 1.0, "top_k": 40, "seed": self.recipe.seed, "stop_ids": stop_ids}
         config = self.plan.config.replace(attention="auto")  # "fused" is what the recipe demands of a training step

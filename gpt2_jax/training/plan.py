@@ -113,9 +113,7 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
         )
     _check_rows(recipe, mesh)
     n_tokens = n_tokens or recipe.data.n_tokens or config.n_ctx
-    ones: Any = jax.ShapeDtypeStruct((1, n_tokens), jnp.int32)
-    padding = Padding(ones, None, ones) if recipe.data.pack else None
-    kernels(config, mesh, n_tokens, padding, dropped=config.attn_pdrop > 0)  # an error if "fused" is impossible
+    attention_kernels(config, recipe, mesh, n_tokens)  # an error if "fused" is impossible
     bare = jax.eval_shape(functools.partial(bare_state, recipe), abstract_params(config))
     trained = _trained_names(bare, recipe)
     optimizer = make_optimizer(recipe.optimizer, trained)
@@ -138,6 +136,13 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
 
 def _no_schedule(step: Any) -> Any:
     raise ValueError("recipe.epochs must be turned into steps before a step is made: fit does it, or set recipe.steps")
+
+
+def attention_kernels(config: GPT2Config, recipe: Recipe, mesh: Mesh, n_tokens: int) -> tuple[str, ...]:
+    """Return the platforms on which a training step takes a fused kernel: see `gpt2_jax.fused_attention.kernels`."""
+    ones: Any = jax.ShapeDtypeStruct((1, n_tokens), jnp.int32)
+    padding = Padding(ones, None, ones) if recipe.data.pack else None
+    return kernels(config, mesh, n_tokens, padding, dropped=config.attn_pdrop > 0)
 
 
 def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:
