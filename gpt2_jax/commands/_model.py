@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -104,7 +106,22 @@ def keep_compiled() -> None:
             return
         if not os.access(directory, os.W_OK):
             return
+        _remove_incomplete(directory)
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _remove_incomplete(directory: Path, age: float = 60) -> None:
+    """Remove programs that a killed process did not write to the end: `NAME-cache` without `NAME-atime`.
+
+    Because of one such file, JAX would keep no more programs, and warn about each. Files younger than `age` seconds may
+    be those of a process that still writes.
+    """
+    complete = {path.name.removesuffix("-atime") for path in directory.glob("*-atime")}
+    for path in directory.glob("*-cache"):
+        if path.name.removesuffix("-cache") not in complete:
+            with contextlib.suppress(OSError):  # another process may have removed it
+                if time.time() - path.stat().st_mtime > age:
+                    path.unlink()

@@ -138,6 +138,24 @@ def test_it_does_without_a_folder(tmp_path, monkeypatch):
     assert getattr(jax.config, FOLDER) is None
 
 
+@pytest.mark.usefixtures("_none_yet")
+def test_a_program_that_a_killed_process_left_incomplete_is_removed(tmp_path, monkeypatch, recwarn):
+    """With it, JAX would keep nothing, and warn about each program. A new file may be that of a running process."""
+    monkeypatch.setenv("GPT2_JAX_CACHE", str(tmp_path))
+    folder = tmp_path / "compiled"
+    folder.mkdir()
+    for name in ("old-cache", "whole-cache", "whole-atime", "new-cache"):
+        (folder / name).write_bytes(bytes(8))
+        if not name.startswith("new"):
+            os.utime(folder / name, (1e9, 1e9))
+    keep_compiled()
+    assert sorted(path.name for path in folder.iterdir()) == ["new-cache", "whole-atime", "whole-cache"]
+    (folder / "new-cache").unlink()
+    jax.jit(lambda x: x * 5)(np.float32(7))
+    assert len(list(folder.glob("*-cache"))) == 2
+    assert not [one for one in recwarn if "compilation cache" in str(one.message)]
+
+
 def test_calling_the_script_here_changes_nothing_for_others():
     """This is the purpose of `config_of_jax_kept`."""
     before = {name: value for name, value in jax.config.values.items() if "cache" in name}
