@@ -252,7 +252,7 @@ def write_examples(
     labels = _in_order({example.label for example in found if example.label is not None})
     order = _order(len(found), seed)
     if undersample:
-        order = _undersampled(order, [example.label for example in found])
+        order = _undersampled(order, [example.label for example in found], seed)
         more = {"dropped": len(found) - len(order), **(more or {})}
     sizes = _sizes(len(order), val_fraction, test_fraction)
     fields: dict[str, Any] = {"n_vocab": tokenizer.n_vocab, "tokenizer_sha256": fingerprint(tokenizer), "seed": seed}
@@ -306,13 +306,13 @@ def _counts(examples: Sequence[Example], labels: Sequence[str]) -> dict[str, Any
     return counts
 
 
-def _order(n: int, seed: int) -> np.ndarray:
-    """Return the numbers of n examples in random order."""
-    return np.argsort(np.random.Philox(key=[seed, 2**32]).random_raw(n), kind="stable")
+def _order(n: int, seed: int, stream: int = 2**32) -> np.ndarray:
+    """Return the numbers of n examples in random order. Each stream of a seed has another one."""
+    return np.argsort(np.random.Philox(key=[seed, stream]).random_raw(n), kind="stable")
 
 
-def _undersampled(order: np.ndarray, labels: Sequence[str | None]) -> np.ndarray:
-    """Return the order without the last examples of each label that has more than the rarest one."""
+def _undersampled(order: np.ndarray, labels: Sequence[str | None], seed: int) -> np.ndarray:
+    """Return as many examples of each label as of the rarest one, drawn at random, in random order."""
     n_rarest = min(labels.count(label) for label in set(labels))
     seen: dict[str | None, int] = {}
     kept = []
@@ -320,7 +320,8 @@ def _undersampled(order: np.ndarray, labels: Sequence[str | None]) -> np.ndarray
         seen[labels[i]] = seen.get(labels[i], 0) + 1
         if seen[labels[i]] <= n_rarest:
             kept.append(i)
-    return np.asarray(kept)
+    # The frequent labels came first: they had reached their number before the rarest one was seen as often.
+    return np.asarray(kept)[_order(len(kept), seed, 2**32 + 1)]
 
 
 def _sizes(n: int, val_fraction: float, test_fraction: float) -> dict[str, int]:

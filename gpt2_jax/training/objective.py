@@ -158,7 +158,7 @@ def label_loss(logits_BL: jax.Array, batch: Batch) -> jax.Array:
     """Return the sum of `weight * -log p(label)`, in nats."""
     log_p_BL = jax.nn.log_softmax(logits_BL)
     log_p_B1 = jnp.take_along_axis(log_p_BL, jnp.asarray(batch.targets)[:, None], axis=1)
-    return -(batch.weights * log_p_B1[:, 0]).sum()
+    return (batch.weights * -log_p_B1[:, 0]).sum()
 
 
 def label_counts(logits_BL: jax.Array, batch: Batch) -> jax.Array:

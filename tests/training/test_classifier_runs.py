@@ -392,3 +392,13 @@ def test_a_step_reads_only_real_tokens(tmp_path):
         batch = Batch(padded, np.array([[0, 1, 1, 0, 1, 0]], np.int32), np.ones((1, 6), np.float32), lengths)
         states.append(make_train_step(plan)(init_state(plan, ts.params_of(config)), batch)[0])
     assert ts.bits(states[0].params) == ts.bits(states[1].params)
+
+
+def test_after_undersampling_each_split_has_the_labels_alike(tmp_path):
+    """1,000 ham and 100 spam: 100 of each are kept, and no split has mostly one of them."""
+    rows = [("spam" if i % 11 == 0 else "ham", HAM.format(i)) for i in range(1100)]
+    recipe = small(seed=0, classification={"balance": "undersample"})
+    data, *_ = started(recipe, write(tmp_path / "texts.csv", rows), tmp_path / "run")
+    shares = [data.manifest[split]["by_label"]["ham"] / len(part) for split, part in data.by_split().items()]
+    assert data.manifest["dropped"] == 900
+    assert max(shares) - min(shares) < 0.2  # measured: 0.06

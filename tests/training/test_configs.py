@@ -10,15 +10,16 @@ from strength import campaign
 import gpt2_jax
 from gpt2_jax.commands import train
 from gpt2_jax.recipe import Recipe, from_dict
-from gpt2_jax.training import Batch, make_plan, make_train_step
+from gpt2_jax.training import make_plan, make_train_step
+from gpt2_jax.training.objective import abstract_batch
 
 CONFIGS = sorted((commands.ROOT / "configs").glob("*.toml"))
-LORA, NEW = (
-    next(path for path in CONFIGS if path.stem == stem) for stem in ("finetune_1558M_lora", "train_shakespeare")
-)
+QUICK = ("finetune_1558M_lora", "train_shakespeare", "classify_spam")
+LORA, NEW, LABELS = (next(path for path in CONFIGS if path.stem == stem) for stem in QUICK)
 N_VOCAB = {"shakespeare": 1281}  # else GPT-2's own
 SHRUNK = ["--steps", 1, "--batch-size", 2, "--accumulate", 1, "--data.n-tokens", 7, "--optimizer.warmup-steps", 0]
 SHRUNK += ["--monitor.sample-every", 0, "--monitor.evaluate-windows", 1]
+MESSAGES = "text,label\n" + "".join(f"It was the {i}th time,{'spam' if i % 3 else 'ham'}\n" for i in range(60))
 TEXT = "".join(f"It was the {i}th time that he spoke of it.\n" for i in range(997))  # 1/2000 of it is for validation
 
 
@@ -48,13 +49,14 @@ def test_its_head_says_the_command(path):
     assert any(line.removeprefix("#").strip().startswith(command) for line in head), head
 
 
-@pytest.mark.parametrize("path", campaign([LORA, NEW], CONFIGS), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", campaign([LORA, NEW, LABELS], CONFIGS), ids=lambda path: path.stem)
 def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypatch):
     """The embedded model replaces OpenAI's weights and vocabulary."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT)
     recipe = Recipe.from_toml(path)
-    options = ["--config", path, "--data.path", "text.txt", "--run", "run", *SHRUNK]
+    text = tmp_path / f"text.{'csv' if recipe.objective == 'classification' else 'txt'}"
+    text.write_text(MESSAGES if text.suffix == ".csv" else TEXT)
+    options = ["--config", path, "--data.path", text.name, "--run", "run", *SHRUNK]
     if recipe.model.source:
         options += ["--model.source", "shakespeare"]
     else:
@@ -78,11 +80,11 @@ def test_its_full_shape_fits_together(path):
     written = tomllib.loads(path.read_text(encoding="utf-8"))
     recipe = from_dict(Recipe, written | {"mesh": {"data": 1}})
     config = full_config(recipe)
+    if recipe.objective == "classification":
+        config = config.replace(labels=("ham", "spam"))
     plan = make_plan(config, recipe)
     state = plan.state
-    shape = recipe.accumulate, recipe.batch_size // recipe.accumulate, plan.n_tokens
-    ids, weights = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "float32")
-    new, metrics = jax.eval_shape(make_train_step(plan), state, Batch(ids, ids, weights))
+    new, metrics = jax.eval_shape(make_train_step(plan), state, abstract_batch(plan))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
@@ -91,7 +93,11 @@ def test_its_full_shape_fits_together(path):
     )
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert n_params == config.n_params
-    if "124M" in path.stem:
+    if recipe.objective == "classification" and recipe.model.source == "124M":
+        assert n_params == 124_439_808 + 2 * 768
+        trained = sum(leaf.size for leaf in state.trained(plan.trained).values())
+        assert trained == 12 * 768**2 + 13 * 768 + 2 * 768 + 2 * 768  # the last block, ln_f and the head
+    elif "124M" in path.stem:
         assert n_params == 124_439_808
     elif "1558M" in path.stem:
         assert n_params == 1_557_611_200
