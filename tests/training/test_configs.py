@@ -3,6 +3,7 @@
 import tomllib
 
 import commands
+import instructions
 import jax
 import pytest
 from strength import campaign
@@ -10,7 +11,8 @@ from strength import campaign
 import gpt2_jax
 from gpt2_jax.commands import train
 from gpt2_jax.recipe import Recipe, from_dict
-from gpt2_jax.training import Batch, make_plan, make_train_step
+from gpt2_jax.training import make_plan, make_train_step
+from gpt2_jax.training.objective import abstract_batch
 
 CONFIGS = sorted((commands.ROOT / "configs").glob("*.toml"))
 LORA, NEW = (
@@ -60,6 +62,9 @@ def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypat
     else:
         options += ["--model.tokenizer", "shakespeare", "--model.n-ctx", 7, "--model.n-embd", 6, "--model.n-head", 3]
         options += ["--model.n-layer", 1]
+    if recipe.objective == "instruction":
+        instructions.written(tmp_path / "pairs.json")
+        options += ["--data.path", "pairs.json", "--data.n-tokens", 0, "--data.test-fraction", 0]
     if recipe.data.val_fraction < 0.01:
         options += ["--data.val-fraction", 0.01]
     with commands.config_of_jax_kept():
@@ -80,9 +85,7 @@ def test_its_full_shape_fits_together(path):
     config = full_config(recipe)
     plan = make_plan(config, recipe)
     state = plan.state
-    shape = recipe.accumulate, recipe.batch_size // recipe.accumulate, plan.n_tokens
-    ids, weights = jax.ShapeDtypeStruct(shape, "int32"), jax.ShapeDtypeStruct(shape, "float32")
-    new, metrics = jax.eval_shape(make_train_step(plan), state, Batch(ids, ids, weights))
+    new, metrics = jax.eval_shape(make_train_step(plan), state, abstract_batch(plan))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), new) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
