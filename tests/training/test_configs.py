@@ -3,6 +3,7 @@
 import tomllib
 
 import commands
+import instructions
 import jax
 import pytest
 from strength import campaign
@@ -62,6 +63,9 @@ def test_it_takes_a_step_when_shrunk_by_options(path, capfd, tmp_path, monkeypat
     else:
         options += ["--model.tokenizer", "shakespeare", "--model.n-ctx", 7, "--model.n-embd", 6, "--model.n-head", 3]
         options += ["--model.n-layer", 1]
+    if recipe.objective == "instruction":
+        instructions.written(tmp_path / "pairs.json")
+        options += ["--data.path", "pairs.json", "--data.n-tokens", 0, "--data.test-fraction", 0]
     if recipe.data.val_fraction < 0.01:
         options += ["--data.val-fraction", 0.01]
     with commands.config_of_jax_kept():
