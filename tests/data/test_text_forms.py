@@ -135,6 +135,15 @@ def test_the_delimiter_is_told(made, tmp_path, tokenizer):
     assert prepared.manifest["delimiters"] == {";": 2}
 
 
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.gz", "a.json.gz"])
+def test_a_damaged_archive_is_a_sentence(tmp_path, tokenizer, name):
+    data = gzip.compress(as_csv([["text"], *([str(i)] for i in range(9999))]).encode())
+    for bad in (data[:-9], data[:200] + b"\0" * 99 + data[299:], b"text"):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(ValueError, match=r"\.gz is not a complete gzip file: |is not JSON"):
+            prepare([tmp_path / name], tmp_path / "t", tokenizer)
+
+
 def test_which_files_are_divided(tmp_path):
     names = ["a.csv", "a.jsonl", "a.jsonl.gz", "a.txt", "b.json", "b.parquet", "c.bin"]
     for name in names:
