@@ -20,8 +20,8 @@ from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.encoding import PREPARED
+from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.finding import STDIN
-from gpt2_jax.data.records import Fields
 from gpt2_jax.data.sources import Sources
 from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
 from gpt2_jax.files import expanded, replacing_file, sha256_of

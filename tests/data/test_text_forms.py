@@ -20,7 +20,7 @@ from gpt2_jax import processes
 from gpt2_jax.data import encoding, parts, reading
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.encoding import encode_documents
-from gpt2_jax.data.records import Fields
+from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.sources import END, Range, Sources
 
 EOT = "<|endoftext|>"
