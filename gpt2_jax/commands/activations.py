@@ -125,8 +125,8 @@ def _documents(args: Args, tokenizer: Tokenizer) -> tuple[list[np.ndarray], list
     import numpy as np
 
     from gpt2_jax.data.encoding import encode_documents
+    from gpt2_jax.data.fields import Fields
     from gpt2_jax.data.finding import counted
-    from gpt2_jax.data.records import Fields
     from gpt2_jax.data.sources import Sources
     from gpt2_jax.tokenizer import end_of_text
 

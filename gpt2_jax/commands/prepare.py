@@ -120,7 +120,6 @@ def _report(prepared: Prepared, tokenizer: str | None) -> str:
 
 
 def _notes(manifest: dict[str, Any], tokenizer: str | None) -> list[str]:
-    from gpt2_jax.data.finding import counted
     from gpt2_jax.data.notes import notes_on
 
     how = {
@@ -129,9 +128,13 @@ def _notes(manifest: dict[str, Any], tokenizer: str | None) -> list[str]:
     }
     n_tokens = sum(manifest[split]["tokens"] for split in ("train", "val"))
     notes = [
-        f"text: {manifest['characters']:,} characters, {manifest['characters'] / n_tokens:.2f} per token",
-        f"files: {counted(manifest['file_types'])}",
+        f"text: {manifest['characters']:,} characters in {_several(manifest['files'], 'file')}, "
+        f"{manifest['characters'] / n_tokens:.2f} per token",
         f"vocabulary: {manifest['n_vocab']:,} ids, of {_model.title(tokenizer)}",
         f"validation: {how[manifest['split']]}" if manifest["val_fraction"] else "validation: none",
     ]
     return notes + notes_on(manifest, "pass --end-of-text split")
+
+
+def _several(count: int, name: str) -> str:
+    return f"{count:,} {name}{'' if count == 1 else 's'}"

@@ -19,7 +19,7 @@ from gpt2_jax import files, progress
 from gpt2_jax.checks import choice, real_number, whole_number
 from gpt2_jax.data import parts
 from gpt2_jax.data.encoding import PREPARED, Encoded, encode_all, workers_for
-from gpt2_jax.data.records import Fields
+from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.sources import Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
 from gpt2_jax.data.token_files import FILES, MANIFEST, SPLITS, VERSION, Prepared, id_dtype, open_prepared

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gpt2_jax import files
 from gpt2_jax.checks import whole_number
-from gpt2_jax.data.records import Fields
+from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.sources import Sources
 from gpt2_jax.tokenizer import END_OF_TEXT, OPENAI_FILES, Tokenizer
 

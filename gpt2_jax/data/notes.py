@@ -16,6 +16,8 @@ def notes_on(manifest: Mapping[str, Any], option: str) -> list[str]:
       option: what to do so that `<|endoftext|>` in a text ends a document.
     """
     notes = []
+    if len(types := manifest.get("file_types", ())) > 1:  # such as README.md beside the files that were meant
+        notes.append(f"files: {counted(types)}")
     if manifest.get("delimiters"):
         notes += [f"{_several(n, '.csv file')}: fields are divided by {name}" for name, n in _delimiters(manifest)]
     if left_out := manifest.get("left_out"):

@@ -105,6 +105,16 @@ class _Counted(io.RawIOBase):
         super().close()
 
 
+class _Unzipped(gzip.GzipFile):
+    """A file of gzip that says in one sentence that it is damaged."""
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return super().readinto(buffer)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{self.name} is not a complete gzip file: {error}") from error
+
+
 @contextlib.contextmanager
 def opened(path: Path | None, count: Callable[[int], None] = lambda n_bytes: None) -> Iterator[BinaryIO]:
     """Open a file, decompressed if its name ends in .gz, or standard input.
@@ -124,11 +134,8 @@ def opened(path: Path | None, count: Callable[[int], None] = lambda n_bytes: Non
         if path is None or not form_of(path).zipped:
             yield file
             return
-        unzipped: Any = stack.enter_context(gzip.GzipFile(fileobj=file, mode="rb"))
-        try:
-            yield stack.enter_context(io.BufferedReader(unzipped, BLOCK))
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+        unzipped: Any = stack.enter_context(_Unzipped(str(path), "rb", fileobj=file))
+        yield stack.enter_context(io.BufferedReader(unzipped, BUFFER))
 
 
 # ---- text

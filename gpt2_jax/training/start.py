@@ -23,8 +23,8 @@ from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.encoding import PREPARED
 from gpt2_jax.data.example_batches import pairs_of
 from gpt2_jax.data.examples import PreparedExamples, is_prepared_examples
+from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.finding import STDIN
-from gpt2_jax.data.records import Fields
 from gpt2_jax.data.sources import Sources
 from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
 from gpt2_jax.files import expanded, replacing_file, sha256_of

@@ -40,7 +40,6 @@ def test_text_to_a_folder(run, tmp_path, tokenizer):
     assert "1,281 ids, of the embedded Shakespeare model" in done.err
     assert "note: the text has the characters <|endoftext|> 40 times" in done.err
     assert "if they separate documents, pass --end-of-text split" in done.err
-    assert "files: 1 .jsonl\n" in done.err
     n_tokens = prepared.train.n_tokens + prepared.val.n_tokens
     assert n_tokens == len(expected_ids(tokenizer, documents))
     assert (prepared.manifest["seed"], prepared.manifest["val_fraction"]) == (3, 0.25)
@@ -51,11 +50,12 @@ def test_what_is_left_out_is_told(run, tmp_path, tokenizer):
     folder.mkdir()
     for name in ("a.zst", "b.zst", "c.zst", "d.pdf"):
         (folder / name).write_bytes(b"")
+    (folder / "README.md").write_bytes(b"")
     (folder / "e.csv").write_bytes("label;text\n1;caf\xe9<|endoftext|>bar\n2\n".encode("cp1252"))
     options = ("--encoding", "cp1252", "--end-of-text", "split", "--skip-bad-rows", "--val-fraction", 0)
     done = run(folder, "-o", tmp_path / "t", *options)
     assert done.code == 0, done.err
-    assert "files: 1 .csv\n" in done.err
+    assert "files: 1 .csv, 1 .md\n" in done.err
     assert "left out: 3 .zst, 1 .pdf\n" in done.err
     assert "1 .csv file: fields are divided by ;\n" in done.err
     place = f"{folder / 'e.csv'}, line 3: the row has 1 columns, too few"

@@ -11,8 +11,8 @@ from token_folders import expected_ids, held
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.bare import layout_of
 from gpt2_jax.data.encoding import encode_documents, encode_group
+from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.reading import END
-from gpt2_jax.data.records import Fields
 from gpt2_jax.data.sources import Range, Sources
 from gpt2_jax.data.token_files import open_prepared
 

@@ -22,8 +22,8 @@ import gpt2_jax
 from gpt2_jax import processes
 from gpt2_jax.data import encoding, parts, reading
 from gpt2_jax.data._prepare import prepare
+from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.reading import END
-from gpt2_jax.data.records import Fields
 from gpt2_jax.data.sources import Range, Sources
 
 TEXT = ["a", " ", "\n", "\u3000", "caf\xe9", "\U0001f98a", "bc" * 5, '"', ","]

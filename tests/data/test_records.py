@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_jax.data import reading
-from gpt2_jax.data.records import Fields, records
+from gpt2_jax.data.fields import Fields
+from gpt2_jax.data.records import records
 
 ROWS = [
     {"text": "First, line\nand another", "label": "a"},

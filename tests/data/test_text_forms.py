@@ -20,7 +20,7 @@ from gpt2_jax import processes
 from gpt2_jax.data import encoding, parts, reading
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.encoding import encode_documents
-from gpt2_jax.data.records import Fields
+from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.sources import END, Range, Sources
 
 EOT = "<|endoftext|>"
@@ -133,6 +133,15 @@ def test_the_delimiter_is_told(made, tmp_path, tokenizer):
     prepared = made(*(tmp_path / f"{name}.csv" for name in "abc"))
     assert held(prepared.train) == expected_ids(tokenizer, ["hello, world", "a;b", "a,b"])
     assert prepared.manifest["delimiters"] == {";": 2}
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.gz", "a.json.gz"])
+def test_a_damaged_archive_is_a_sentence(tmp_path, tokenizer, name):
+    data = gzip.compress(as_csv([["text"], *([str(i)] for i in range(9999))]).encode())
+    for bad in (data[:-9], data[:200] + b"\0" * 99 + data[299:], b"text"):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(ValueError, match=r"\.gz is not a complete gzip file: |is not JSON"):
+            prepare([tmp_path / name], tmp_path / "t", tokenizer)
 
 
 def test_which_files_are_divided(tmp_path):
