@@ -3,6 +3,7 @@
 RUN/run.json              the config, the recipe and a description of the data
 RUN/encoder.json, RUN/vocab.bpe, or Hugging Face's tokenizer files
 RUN/data/                 the text as tokens, if the run prepared it
+RUN/data-NAME/            a validation text of one's own as tokens, likewise
 RUN/checkpoints/1600/     written by `parts`: params, lora (if LoRA is trained) and trainer
 RUN/best/                 a model written by `save`
 
@@ -42,9 +43,9 @@ T = TypeVar("T")
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 # Fields of a recipe that earlier versions do not know: they are written only if they are set.
 LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "epochs")
-LATER += ("data.test_fraction", "data.label_field", "data.pack")
+LATER += ("data.test_fraction", "data.label_field", "data.pack", "data.val_path", "data.validation")
 FREE = re.compile(
-    r"recipe\.(steps|epochs|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
+    r"recipe\.(steps|epochs|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field|val_path|validation))|config\.compute_dtype|data\.(name|path)"
 )
 
 
@@ -191,7 +192,7 @@ def check_free(directory: Path) -> None:
       FileExistsError: the folder holds something else.
     """
     # The second alternative matches temporary files of a run that was killed while it started or prepared its text.
-    begun = re.compile(rf"{DATA}|\.({DATA}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
+    begun = re.compile(rf"{DATA}(-[\w-]+)?|\.({DATA}(-[\w-]+)?|{re.escape(RUN)})\.[0-9a-f]{{32}}")
 
     def others(names: set[str]) -> set[str]:
         found = {name for name in names if not begun.fullmatch(name)}

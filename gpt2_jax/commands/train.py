@@ -69,7 +69,7 @@ def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
     from gpt2_jax import processes
-    from gpt2_jax.training import fit, start_data, start_model, start_plan, start_tokenizer
+    from gpt2_jax.training import fit, start_data, start_model, start_plan, start_tokenizer, start_validation
     from gpt2_jax.training.early import check_early
 
     _model.keep_compiled()
@@ -80,17 +80,19 @@ def run(args: Args) -> int:
     if recipe.objective == "language_modeling":
         start_plan(recipe, tokenizer, folder)  # refuses a model that does not fit into memory before text is read
     data = start_data(recipe, tokenizer, folder / "data")
+    validation = start_validation(recipe, tokenizer, folder)
     plan, params, tokenizer = start_model(recipe, folder, data)
-    if recipe.objective == "language_modeling" and data.manifest is not None:
+    if not validation and recipe.objective == "language_modeling" and data.manifest is not None:
         split, share = data.manifest["split"], data.manifest["val_fraction"]
         if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
             print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)
-    n_val = data.val.n_tokens if data.val else 0
+    parts = [text.val or text.train for text in validation.values()] or [data.val]
+    n_val = sum(part.n_tokens for part in parts if part)
     print(
         f"{plan.config.n_params:,} parameters; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens",
         file=sys.stderr,
     )
-    fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step)
+    fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step, validation=validation)
     print(f"to generate text: gpt2-generate --model {shlex.quote(str(folder))}", file=sys.stderr)
     print(folder)
     if fitted.signal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.token_files import Prepared, Tokens
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
+from gpt2_jax.recipe import OWN
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
 from gpt2_jax.training.objective import val_batches
@@ -36,6 +38,16 @@ class Observer:
 
     Earlier results are read from the run's files, so that a resumed run repeats none and skips none.
 
+    Args:
+      plan: the plan of the run.
+      data: the data of the run; the loss of its validation part decides which model is the best one.
+      run_dir: the run's folder.
+      tokenizer: the tokenizer, for samples; None writes none.
+      report: what the results are reported to.
+      stop: a signal.
+      name: the name of the validation part, "" if it has none.
+      others: the data with other validation parts, by name. They are measured, too.
+
     Attributes:
       best_step: the step of the best validation loss so far; None if none was measured.
       best_loss: that loss in nats a token; infinite if none was measured.
@@ -52,7 +64,10 @@ class Observer:
         tokenizer: Tokenizer | None,
         report: Report,
         stop: Stop,
+        name: str = "",
+        others: Mapping[str, Prepared | PreparedExamples] | None = None,
     ):
+        self.name, self.others = name, others or {}
         self.plan, self.data, self.run_dir, self.tokenizer = plan, data, run_dir, tokenizer
         self.recipe, self.report, self.stop = plan.recipe, report, stop
         self.eval_step = make_eval_step(plan)
@@ -103,8 +118,11 @@ class Observer:
 
     def _evaluate(self, step: int, params: Params, val: Tokens | Examples) -> None:
         """Measure the validation loss, and keep the model if it is the best so far."""
-        loss = self._validation_loss(params, val)
-        if loss is None:
+        by_name = {self.name: self._validation_loss(params, self.data)}
+        for name, other in self.others.items():
+            by_name[name] = self._validation_loss(params, other)
+        loss = by_name[self.name]
+        if loss is None or None in by_name.values():
             self.missed = True
             return
         if loss == NO_TARGET:
@@ -123,13 +141,16 @@ class Observer:
         else:
             self.n_worse += 1
         self.evaluated = step
-        self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
+        named = {name: math.nan if one in (None, NO_TARGET) else one for name, one in by_name.items()}
+        named = {name: one for name, one in named.items() if name not in ("", OWN)}
+        self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best, named)
 
-    def _validation_loss(self, params: Params, val: Tokens | Examples) -> float | None:
+    def _validation_loss(self, params: Params, data: Prepared | PreparedExamples) -> float | None:
         """Return nats a token over the fixed windows: NO_TARGET if none counts, None if a signal came meanwhile."""
+        assert data.val is not None
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         nats, weights = jnp.float32(0), jnp.float32(0)
-        for batch in val_batches(self.plan, self.data, val, n_rows):
+        for batch in val_batches(self.plan, data, data.val, n_rows):
             self.stop.agree()
             if self.stop:
                 return None
