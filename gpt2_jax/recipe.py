@@ -16,6 +16,7 @@ from gpt2_jax.checks import choice, real_number, whole_number
 
 Rules = tuple[tuple[str, float], ...]
 """(regular expression, value) pairs in order. A parameter gets the value of the first pair that matches its name."""
+OWN = "own"  # the name of the text of data.val_path
 KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
 
 
@@ -73,6 +74,10 @@ class Data:
       val_fraction: fraction of the tokens that is kept for validation; 0 or more, less than 1.
       split: how the validation part is chosen: "documents" draws whole documents with the seed, "tail" takes the last
         tokens, "auto" uses documents, or the tail if there are too few documents.
+      val_path: text or tokens for validation, in place of a part of the training text, which is then trained on in
+        full. Text is used whole; so are prepared tokens, unless they have a validation part.
+      validation: several such texts: pairs of a name and a path, in TOML a table [data.validation]. Each is measured.
+        The first decides which model is the best one, and patience.
       n_tokens: tokens per window, which is one training sequence; 0 means the model's n_ctx. For examples (objectives
         classification and instruction) 0 means the longest example, if that is shorter.
       test_fraction: fraction of the examples that is kept for the test at the end; 0 or more, less than 1.
@@ -90,6 +95,8 @@ class Data:
     skip_bad_rows: bool = False
     val_fraction: float = 0.1
     split: Literal["auto", "documents", "tail"] = "auto"
+    val_path: str = ""
+    validation: tuple[tuple[str, str], ...] = ()
     n_tokens: int = 0
     test_fraction: float = 0.0
     label_field: str = "label"
@@ -103,6 +110,14 @@ class Data:
         _choice(self, "split")
         _choice(self, "end_of_text")
         _whole(self, "n_tokens", 0)
+        _check(not (self.val_path and self.validation), self, "val_path", "empty if validation is set")
+        for name, _ in self.validation:
+            _check(re.fullmatch(r"\w[\w-]*", name) is not None, self, "validation", "by names of letters and digits")
+        _check(len(dict(self.validation)) == len(self.validation), self, "validation", "by different names")
+
+    def own_validation(self) -> tuple[tuple[str, str], ...]:
+        """Return (name, path) of each validation text of one's own."""
+        return ((OWN, self.val_path),) if self.val_path else self.validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,6 +429,8 @@ def _plain(value: Any) -> Any:
 def _typed(value: Any, wanted: Any, name: str) -> Any:
     """Return a TOML or JSON value as the type of a field. Lists become tuples; a float field accepts an int."""
     if typing.get_origin(wanted) is tuple:
+        if isinstance(value, Mapping) and typing.get_args(wanted)[0] == tuple[str, str]:
+            value = list(value.items())
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name} must be a list, not {value!r}")
         parts = typing.get_args(wanted)

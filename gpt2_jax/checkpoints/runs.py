@@ -3,6 +3,7 @@
 RUN/run.json              the config, the recipe and a description of the data
 RUN/encoder.json, RUN/vocab.bpe, or Hugging Face's tokenizer files
 RUN/data/                 the text as tokens, if the run prepared it
+RUN/data-NAME/            a validation text of one's own as tokens, likewise
 RUN/checkpoints/1600/     written by `parts`: params and trainer; with LoRA lora, trainer and the trained params
 RUN/base/                 with LoRA, the model before it, written by `bases`, unless it is that of model.source
 RUN/best/                 a model written by `save`, or with LoRA by `save_change`
@@ -45,9 +46,9 @@ EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before
 # Fields of a recipe that earlier versions do not know: they are written only if they are set.
 LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "lora.full", "optimizer.ema")
 LATER += ("epochs", "data.test_fraction", "data.label_field", "data.pack", "data.add_tokens", "data.encoding")
-LATER += ("data.end_of_text", "data.skip_bad_rows")
+LATER += ("data.end_of_text", "data.skip_bad_rows", "data.val_path", "data.validation")
 FREE = re.compile(
-    r"recipe\.(steps|epochs|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
+    r"recipe\.(steps|epochs|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field|val_path|validation))|config\.compute_dtype|data\.(name|path)"
 )
 
 
@@ -196,7 +197,7 @@ def check_free(directory: Path) -> None:
       FileExistsError: the folder holds something else.
     """
     # The second alternative matches temporary files of a run that was killed while it started or prepared its text.
-    before = rf"{DATA}|{re.escape(RATES)}"
+    before = rf"{DATA}(-[\w-]+)?|{re.escape(RATES)}"
     begun = re.compile(rf"{before}|\.({before}|{re.escape(RUN)})\.[0-9a-f]{{32}}")
 
     def others(names: set[str]) -> set[str]:

@@ -102,7 +102,7 @@ def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
     from gpt2_jax.processes import on_first
-    from gpt2_jax.training import described, fit, start_data, start_model, start_plan, start_tokenizer
+    from gpt2_jax.training import described, fit, start_data, start_model, start_plan, start_tokenizer, start_validation
     from gpt2_jax.training.early import check_early
 
     _model.keep_compiled()
@@ -113,13 +113,14 @@ def run(args: Args) -> int:
     if recipe.objective == "language_modeling":
         start_plan(recipe, tokenizer, folder)  # refuses a model that does not fit into memory before text is read
     data = start_data(recipe, tokenizer, folder / "data")
+    validation = start_validation(recipe, tokenizer, folder)
     plan, params, tokenizer = start_model(recipe, folder, data)
-    if recipe.objective == "language_modeling" and data.manifest is not None:
+    if not validation and recipe.objective == "language_modeling" and data.manifest is not None:
         _tell_about(data.manifest, recipe, began=params is not None)
     print("\n".join(described(plan, data)), file=sys.stderr)
     if args.find_learning_rate:
         return _find_learning_rate(plan, params, data, folder)
-    fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step)
+    fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step, validation=validation)
     if recipe.objective == "instruction" and not fitted.signal and not fitted.failed:
         on_first(lambda: _responses.after_training(folder))
     use = "classify texts: gpt2-classify" if plan.config.labels else "generate text: gpt2-generate"

@@ -10,6 +10,7 @@ from gpt2_jax.training.plan import Plan, make_plan
 from gpt2_jax.training.start import described, new_params, start_data, start_model, start_plan, start_tokenizer
 from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step
+from gpt2_jax.training.validation import start_validation
 
 __all__ = [
     "Batch",
@@ -33,5 +34,6 @@ __all__ = [
     "start_model",
     "start_plan",
     "start_tokenizer",
+    "start_validation",
     "windows",
 ]

@@ -25,9 +25,15 @@ def check_early(recipe: Recipe, run_dir: Path) -> None:
     data, monitor = recipe.data, recipe.monitor
     if not data.path:
         raise ValueError("data.path must name text or a folder that gpt2-prepare wrote: pass --data.path")
-    if data.path != STDIN and not expanded(data.path).exists():
-        raise FileNotFoundError(f"no such file or folder: {data.path}")
-    without = not data.val_fraction and not is_prepared(data.path) and not is_prepared_examples(data.path)
+    for path in (data.path, *dict(data.own_validation()).values()):
+        if path != STDIN and not expanded(path).exists():
+            raise FileNotFoundError(f"no such file or folder: {path}")
+    without = (
+        not data.own_validation()
+        and not data.val_fraction
+        and not is_prepared(data.path)
+        and not is_prepared_examples(data.path)
+    )
     if monitor.patience and (without or not monitor.evaluate_every):
         raise ValueError("monitor.patience needs validation losses: set monitor.evaluate_every, and validation text")
     _check_folder(run_dir)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from gpt2_jax.training.signals import Stop, stopping
 from gpt2_jax.training.start import check_data, check_tokenizer, whole_pairs
 from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import lower_train_step
+from gpt2_jax.training.validation import with_validation
 
 MOST_SKIPPED = 100  # skipped steps in a row that end a run, because it may never recover
 CURVE = "loss.png"
@@ -77,6 +79,7 @@ def fit(
     tokenizer: Tokenizer | None = None,
     donate: bool = False,
     from_step: int | None = None,
+    validation: Mapping[str, Prepared | PreparedExamples] | None = None,
 ) -> Fitted:
     """Train a model, or resume the run in `run_dir`.
 
@@ -103,6 +106,8 @@ def fit(
         as long as you keep them.
       from_step: go back to the checkpoint of this step. What came after it is moved to `run_dir/aside/1` (2, ...),
         which is a run of its own. None resumes from the newest whole checkpoint.
+      validation: texts to validate on in place of `data.val`, by name, from `start_validation` or `open_prepared`. The
+        first decides which model is the best one, and patience.
 
     Raises:
       ValueError: recipe, model, data and devices do not fit together, `run_dir` contains a different run that took a
@@ -114,13 +119,18 @@ def fit(
     run_dir, save_every = expanded(run_dir), plan.recipe.monitor.save_every
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
-    data = check_data(plan, whole_pairs(data, run_dir), tokenizer)
+    data = whole_pairs(data, run_dir)
+    validation = {name: whole_pairs(text, run_dir) for name, text in (validation or {}).items()}
+    describe = functools.partial(_description, data, validation)
+    texts = with_validation(plan, data, validation, tokenizer)
+    name = next(iter(texts), "")
+    data = texts.pop(name) if texts else check_data(plan, data, tokenizer)
     plan = with_steps(plan, epoch := n_per_epoch(plan, data))
     n_steps = plan.recipe.steps
     processes.on_first(lambda: runs.check_free(run_dir))
     with contextlib.ExitStack() as resources:
         checkpoints = resources.enter_context(Checkpoints(run_dir, plan.recipe.monitor.keep))
-        opened = open_run(plan, params, data, checkpoints, tokenizer, donate, from_step)
+        opened = open_run(plan, params, describe, checkpoints, tokenizer, donate, from_step)
         state, first_step = opened.state, opened.step
         checkpoints.base = checkpoints.base or settle_base(plan, state, run_dir)
         report = _opened_report(plan, run_dir, first_step, resources)
@@ -130,7 +140,7 @@ def fit(
             report.message(sentence)
         train_step = _compiled(plan, report) if first_step < n_steps else None
         steps = _Steps(plan, report, epoch)
-        observer = Observer(plan, data, run_dir, tokenizer, report, stop)
+        observer = Observer(plan, data, run_dir, tokenizer, report, stop, name, texts)
         observer.base = checkpoints.base
         step = saved = first_step
         _observe(observer, steps, step, state)  # a signal may have come before the work of this step was done
@@ -155,6 +165,17 @@ def fit(
             measure_splits(plan, data, run_dir, observer, step, fitted.params)
     processes.on_first(lambda: plot_curve(run_dir / METRICS, run_dir / CURVE))
     return fitted
+
+
+def _description(
+    data: Prepared | PreparedExamples, validation: Mapping[str, Prepared | PreparedExamples]
+) -> dict[str, Any]:
+    """Return the hashes of the text, which are compared when the run resumes."""
+    texts = {name: text.digests() for name, text in validation.items()}
+    described: dict[str, Any] = {"sha256": data.digests()} | ({"validation": texts} if texts else {})
+    if isinstance(data, PreparedExamples) and "gpt2_jax_tokens" in data.manifest:  # earlier versions read windows
+        described["pairs"] = True
+    return described
 
 
 def _opened_report(plan: Plan, run_dir: Path, first_step: int, resources: contextlib.ExitStack) -> Report:

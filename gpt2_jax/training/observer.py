@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gpt2_jax.data.token_files import Prepared, Tokens
 from gpt2_jax.evaluate.label_metrics import label_metrics
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
+from gpt2_jax.recipe import OWN
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
 from gpt2_jax.training.frozen import save_best
@@ -40,6 +42,16 @@ class Observer:
 
     Earlier results are read from the run's files, so that a resumed run repeats none and skips none.
 
+    Args:
+      plan: the plan of the run.
+      data: the data of the run; the loss of its validation part decides which model is the best one.
+      run_dir: the run's folder.
+      tokenizer: the tokenizer, for samples; None writes none.
+      report: what the results are reported to.
+      stop: a signal.
+      name: the name of the validation part, "" if it has none.
+      others: the data with other validation parts, by name. They are measured, too.
+
     Attributes:
       best_step: the step of the best validation loss so far; None if none was measured.
       best_loss: that loss in nats a token (for classification, a text); infinite if none was measured.
@@ -57,7 +69,10 @@ class Observer:
         tokenizer: Tokenizer | None,
         report: Report,
         stop: Stop,
+        name: str = "",
+        others: Mapping[str, Prepared | PreparedExamples] | None = None,
     ):
+        self.name, self.others = name, others or {}
         self.plan, self.data, self.run_dir, self.tokenizer = plan, data, run_dir, tokenizer
         self.recipe, self.report, self.stop = plan.recipe, report, stop
         self.eval_step = make_eval_step(plan)
@@ -110,8 +125,12 @@ class Observer:
 
     def _evaluate(self, step: int, state: TrainState, params: Params, val: Tokens | Examples) -> None:
         """Measure the validation loss, and keep the model if it is the best so far."""
-        measured = self.measure(params, val)
-        if measured is None:
+        by_name = {self.name: self.measure(params, val)}
+        for name, other in self.others.items():
+            assert other.val is not None
+            by_name[name] = self.measure(params, other.val, data=other)
+        measured = by_name[self.name]
+        if measured is None or None in by_name.values():
             return
         loss, confusion_LL = measured
         if loss == NO_TARGET:
@@ -126,24 +145,30 @@ class Observer:
         else:
             self.n_worse += 1
         self.evaluated = step
+        named = {name: math.nan if one is None or one[0] == NO_TARGET else one[0] for name, one in by_name.items()}
+        named = {name: one for name, one in named.items() if name not in ("", OWN)}
         if confusion_LL is None:
-            self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
+            self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best, named)
         else:
             self.report.classification(step, loss, label_metrics(confusion_LL, self.plan.config.labels), best)
 
     def measure(
-        self, params: Params, split: Tokens | Examples, at_most: int | None = None
+        self,
+        params: Params,
+        split: Tokens | Examples,
+        at_most: int | None = None,
+        data: Prepared | PreparedExamples | None = None,
     ) -> tuple[float, np.ndarray | None] | None:
         """Return the loss of a split, in nats a token or text, and a classifier's confusion matrix.
 
         The loss is NO_TARGET if no target counts. None means that a signal came meanwhile. `at_most` is as in
-        `val_batches`.
+        `val_batches`. `data` holds the split; None is the data of the run.
         """
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         n_labels = len(self.plan.config.labels) if self.recipe.objective == "classification" else 0
         totals: list[Any] = [jnp.float32(0), jnp.float32(0)]
         totals += [np.zeros((n_labels, n_labels), np.int32)] if n_labels else []
-        for batch in val_batches(self.plan, self.data, split, n_rows, at_most):
+        for batch in val_batches(self.plan, data or self.data, split, n_rows, at_most):
             self.stop.agree()
             if self.stop:
                 self.missed = True

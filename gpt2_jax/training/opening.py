@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import check_replaceable
-from gpt2_jax.data.examples import PreparedExamples
 from gpt2_jax.data.templates import save_template, template_of
-from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
 from gpt2_jax.training.checkpoints import Checkpoints
@@ -51,7 +50,7 @@ def has_begun(run_dir: Path) -> bool:
 def open_run(
     plan: Plan,
     params: Params | None,
-    data: Prepared | PreparedExamples,
+    describe: Callable[[], dict[str, Any]],
     checkpoints: Checkpoints,
     tokenizer: Tokenizer | None,
     donate: bool,
@@ -62,7 +61,7 @@ def open_run(
     Args:
       plan: the plan of the run.
       params: the initial params; None only resumes.
-      data: the text.
+      describe: returns the `data` of `runs.write_run`: hashes of the text.
       checkpoints: those of the run, open.
       tokenizer: the tokenizer; None if there is none.
       donate: as in `fit`.
@@ -74,16 +73,14 @@ def open_run(
       DamagedError: no checkpoint is whole, or that of `from_step` is not.
     """
     run_dir, n_steps = checkpoints.run_dir, plan.recipe.steps
-    about: dict[str, Any] = {}
+    data: dict[str, Any] = {}
 
     def check() -> list:
-        about["sha256"] = data.digests()
-        if isinstance(data, PreparedExamples) and "gpt2_jax_tokens" in data.manifest:  # earlier versions read windows
-            about["pairs"] = True
+        data.update(describe())
         if not has_begun(run_dir):
             return [False, n_steps]
         before, identity = runs.read_run(run_dir), tokenizer and fingerprint(tokenizer)
-        runs.check_resumable(run_dir, before, runs.Run(plan.config, plan.recipe, about, identity))
+        runs.check_resumable(run_dir, before, runs.Run(plan.config, plan.recipe, data, identity))
         done = from_step or max(runs.steps(run_dir), default=0)
         if done > n_steps:
             raise ValueError(
@@ -106,7 +103,7 @@ def open_run(
         if not begun and (run_dir / runs.BEST).is_dir():  # of a start that failed before its first step
             check_replaceable(run_dir / runs.BEST, with_vocabulary=True)
             shutil.rmtree(run_dir / runs.BEST)
-        runs.write_run(run_dir, plan.config, plan.recipe, about, tokenizer, anew=not begun)
+        runs.write_run(run_dir, plan.config, plan.recipe, data, tokenizer, anew=not begun)
         if plan.recipe.objective == "instruction":
             save_template(template_of(plan.recipe.instruction), run_dir)
 

@@ -105,13 +105,16 @@ class Report:
             self._line(step, self._sentence())
             self._last_line = now
 
-    def evaluation(self, step: int, loss: float, perplexity: float, best: bool) -> None:
-        """Report a validation loss in nats a token, and whether it is the best so far."""
-        self._metrics.write({"step": step, "val_loss": loss, "perplexity": perplexity, "best": best})
-        self._plot(step, {"val/loss": loss, "val/perplexity": perplexity})
+    def evaluation(
+        self, step: int, loss: float, perplexity: float, best: bool, by_name: Mapping[str, float] | None = None
+    ) -> None:
+        """Report a validation loss in nats a token, whether it is the best so far, and those of named texts."""
+        named = {f"val/{name}": one for name, one in (by_name or {}).items()}
+        self._metrics.write({"step": step, "val_loss": loss, "perplexity": perplexity, "best": best} | named)
+        self._plot(step, {"val/loss": loss, "val/perplexity": perplexity} | named)
         self._shown["val"] = f"val {loss:.3f}"
         said = f"validation loss {loss:.4f} nats a token, perplexity {perplexity:.2f}{', the best so far' * bool(best)}"
-        self._line(step, said)
+        self._line(step, said + "".join(f"; {name} {one:.4f}" for name, one in named.items()))
 
     def classification(self, step: int, loss: float, metrics: Mapping[str, Any], best: bool) -> None:
         """Report a classifier's validation loss in nats a text, and its `label_metrics`."""
@@ -188,7 +191,9 @@ class Silence(Report):
     def step(self, step: int, metrics: Mapping[str, float], tokens: int, seconds: float) -> None:
         """Do nothing."""
 
-    def evaluation(self, step: int, loss: float, perplexity: float, best: bool) -> None:
+    def evaluation(
+        self, step: int, loss: float, perplexity: float, best: bool, by_name: Mapping[str, float] | None = None
+    ) -> None:
         """Do nothing."""
 
     def classification(self, step: int, loss: float, metrics: Mapping[str, Any], best: bool) -> None:

@@ -308,6 +308,8 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared |
     """
     if not recipe.data.path:
         raise ValueError("data.path must name text or a folder that gpt2-prepare wrote: pass --data.path")
+    if recipe.data.own_validation():  # all of the text is for training
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, val_fraction=0.0))
     if recipe.objective != "language_modeling":
         return start_examples(recipe, tokenizer, folder)
     if is_prepared_examples(recipe.data.path):
