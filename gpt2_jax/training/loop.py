@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import time
@@ -119,18 +118,18 @@ def fit(
     run_dir, save_every = expanded(run_dir), plan.recipe.monitor.save_every
     memory = check_memory(plan)
     check_tokenizer(plan, tokenizer)
-    data = whole_pairs(data, run_dir)
+    data = given = whole_pairs(data, run_dir)
     validation = {name: whole_pairs(text, run_dir) for name, text in (validation or {}).items()}
-    describe = functools.partial(_description, data, validation)
     texts = with_validation(plan, data, validation, tokenizer)
     name = next(iter(texts), "")
     data = texts.pop(name) if texts else check_data(plan, data, tokenizer)
     plan = with_steps(plan, epoch := n_per_epoch(plan, data))
     n_steps = plan.recipe.steps
     processes.on_first(lambda: runs.check_free(run_dir))
+    described = processes.on_first(lambda: _description(given, validation))  # this reads, and checks, every id
     with contextlib.ExitStack() as resources:
         checkpoints = resources.enter_context(Checkpoints(run_dir, plan.recipe.monitor.keep))
-        opened = open_run(plan, params, describe, checkpoints, tokenizer, donate, from_step)
+        opened = open_run(plan, params, described, checkpoints, tokenizer, donate, from_step)
         state, first_step = opened.state, opened.step
         checkpoints.base = checkpoints.base or settle_base(plan, state, run_dir)
         report = _opened_report(plan, run_dir, first_step, resources)

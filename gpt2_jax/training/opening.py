@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def has_begun(run_dir: Path) -> bool:
 def open_run(
     plan: Plan,
     params: Params | None,
-    describe: Callable[[], dict[str, Any]],
+    data: Mapping[str, Any],
     checkpoints: Checkpoints,
     tokenizer: Tokenizer | None,
     donate: bool,
@@ -61,7 +61,7 @@ def open_run(
     Args:
       plan: the plan of the run.
       params: the initial params; None only resumes.
-      describe: returns the `data` of `runs.write_run`: hashes of the text.
+      data: as in `runs.write_run`: hashes of the text.
       checkpoints: those of the run, open.
       tokenizer: the tokenizer; None if there is none.
       donate: as in `fit`.
@@ -73,14 +73,12 @@ def open_run(
       DamagedError: no checkpoint is whole, or that of `from_step` is not.
     """
     run_dir, n_steps = checkpoints.run_dir, plan.recipe.steps
-    data: dict[str, Any] = {}
 
     def check() -> list:
-        data.update(describe())
         if not has_begun(run_dir):
             return [False, n_steps]
         before, identity = runs.read_run(run_dir), tokenizer and fingerprint(tokenizer)
-        runs.check_resumable(run_dir, before, runs.Run(plan.config, plan.recipe, data, identity))
+        runs.check_resumable(run_dir, before, runs.Run(plan.config, plan.recipe, dict(data), identity))
         done = from_step or max(runs.steps(run_dir), default=0)
         if done > n_steps:
             raise ValueError(
