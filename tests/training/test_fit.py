@@ -361,14 +361,14 @@ def test_stopped_by_a_signal_anywhere_it_goes_on_as_if_it_never_was(tmp_path, ru
     straight = run(wanted, tokenizer=tokenizer, name="straight")
     moments = [
         ("jax", "device_get", 2, jax),  # in a step
-        ("the evaluation after step 3", "windows", 1, observer),
+        ("the evaluation after step 3", "val_batches", 1, observer),
         ("the sample after step 3", "generate", 1, observer),
-        ("the last evaluation", "windows", 2, observer),
+        ("the last evaluation", "val_batches", 2, observer),
         ("the last sample", "generate", 2, observer),
     ]
     ended = []
     for number, (_, name, at, owner) in enumerate(moments):
-        at += name == "windows" and not number  # the one at step 0
+        at += name == "val_batches" and not number  # the one at step 0
         with monkeypatch.context() as patch:
             Noticing(patch, name, interrupt, at, owner)
             ended.append(run(wanted, tokenizer=tokenizer))
