@@ -35,7 +35,11 @@ MARK, VERSION = "gpt2_jax_run", 1
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
-LATER_OF_LORA = ("full",)  # earlier versions do not know these fields: they are written only if they are set
+LATER_OF_LORA = (
+    "dropout",
+    "ranks",
+    "full",
+)  # earlier versions do not know these fields: they are written only if they are set
 # Fields of a recipe that earlier versions do not know, with their defaults: they are written only if they are set.
 LATER = {"attention": "auto", "objective": "language_modeling"} | {
     name: to_dict(getattr(Recipe(), name)) for name in ("classification", "instruction")
@@ -168,7 +172,7 @@ def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
     """
     before, now = dict(_fields(_comparable(old))), dict(_fields(_comparable(new)))
     names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
-    if old.recipe.lora.rank and steps(run_dir):  # its checkpoints name the model by the hash of its tensors
+    if old.recipe.lora.is_used and steps(run_dir):  # its checkpoints name the model by the hash of its tensors
         names = [name for name in names if name != "recipe.model.source"]
     if names:
         listed = ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in names)

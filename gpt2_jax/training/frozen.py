@@ -70,7 +70,7 @@ def save_best(
         return
     own = unflatten({name: leaf for name, leaf in flatten(state.params).items() if name not in base["leaves"]})
     own, pairs = _on_host(own), _on_host(dict(state.lora or {}))
-    settings = {"alpha": plan.recipe.lora.alpha}
+    settings = {"alpha": plan.recipe.lora.alpha, "dropout": plan.recipe.lora.dropout}
     processes.on_first(lambda: save_change(best, config, own, pairs, settings, base, tokenizer))
 
 

@@ -5,6 +5,7 @@ Shape letters: A parts of a step, B rows of a part, T tokens, D n_embd, L labels
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from gpt2_jax.data.example_batches import (
 )
 from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.token_files import Prepared, Tokens
+from gpt2_jax.lora import Branches
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params, output_head
 from gpt2_jax.sharding import DATA
@@ -96,7 +98,14 @@ def abstract_batch(plan: Plan) -> Batch:
 # ---- the loss
 
 
-def batch_loss(plan: Plan, model: GPT2, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+def batch_loss(
+    plan: Plan,
+    model: GPT2,
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+    branches: Branches | None = None,
+) -> jax.Array:
     """Return the sum of `weight * -log p(target)` over a batch of B rows, in nats.
 
     Args:
@@ -105,14 +114,19 @@ def batch_loss(plan: Plan, model: GPT2, params: Params, batch: Batch, key: jax.A
       params: its params.
       batch: [B, T] arrays; for classification [B] targets, weights and lengths.
       key: the key of dropout; None means no dropout.
+      branches: LoRA's pairs, if they are not merged into `params`.
     """
     rngs = None if key is None else {"dropout": key}
     how = {"deterministic": key is None, "segments_BT": batch.segments, "method": "hidden", "rngs": rngs}
-    h_BTD, _ = model.apply({"params": params}, batch.tokens, None, None, **how)
-    if plan.recipe.objective == "classification":
-        return label_loss(label_logits(model, params, h_BTD, batch), batch)
+    with contextlib.nullcontext() if branches is None else branches.in_modules():
+        h_BTD, _ = model.apply({"params": params}, batch.tokens, None, None, **how)
+        if plan.recipe.objective == "classification":
+            return label_loss(label_logits(model, params, h_BTD, batch), batch)
+    head_VD = output_head(params)
+    if branches is not None:
+        h_BTD, head_VD = branches.at_head(h_BTD, head_VD)
     chunk = CHUNK * plan.mesh.shape[DATA]  # CHUNK on each device
-    return token_loss(h_BTD, output_head(params), batch.targets, batch.weights, chunk, plan.mesh)
+    return token_loss(h_BTD, head_VD, batch.targets, batch.weights, chunk, plan.mesh)
 
 
 def label_logits(model: GPT2, params: Params, h_BTD: jax.Array, batch: Batch) -> jax.Array:

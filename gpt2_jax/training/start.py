@@ -151,7 +151,7 @@ def _anywhere(plan: Plan) -> Any:
 
 def with_source(plan: Plan, params: Params) -> Plan:
     """Return the plan with the hashes of the params that were read from model.source, if LoRA trains beside them."""
-    if not plan.recipe.lora.rank:
+    if not plan.recipe.lora.is_used:
         return plan
     dtype = plan.config.param_dtype
     return dataclasses.replace(
