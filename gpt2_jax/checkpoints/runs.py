@@ -35,12 +35,8 @@ MARK, VERSION = "gpt2_jax_run", 1
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
-LATER_OF_LORA = (
-    "dropout",
-    "ranks",
-    "full",
-)  # earlier versions do not know these fields: they are written only if they are set
 # Fields of a recipe that earlier versions do not know, with their defaults: they are written only if they are set.
+LATER_OF_LORA = ("dropout", "ranks", "full")
 LATER = {"attention": "auto", "objective": "language_modeling"} | {
     name: to_dict(getattr(Recipe(), name)) for name in ("classification", "instruction")
 }

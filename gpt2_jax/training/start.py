@@ -153,10 +153,7 @@ def with_source(plan: Plan, params: Params) -> Plan:
     """Return the plan with the hashes of the params that were read from model.source, if LoRA trains beside them."""
     if not plan.recipe.lora.is_used:
         return plan
-    dtype = plan.config.param_dtype
-    return dataclasses.replace(
-        plan, source=describe({name: leaf.astype(dtype) for name, leaf in flatten(params).items()})
-    )
+    return dataclasses.replace(plan, source=describe(flatten(params), plan.config.param_dtype))
 
 
 def _has_checkpoint(run_dir: Path) -> bool:
