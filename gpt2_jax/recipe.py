@@ -17,6 +17,7 @@ from gpt2_jax.checks import choice, real_number, whole_number
 Rules = tuple[tuple[str, float], ...]
 """(regular expression, value) pairs in order. A parameter gets the value of the first pair that matches its name."""
 OWN = "own"  # the name of the text of data.val_path
+Ranks = tuple[tuple[str, int], ...]
 KINDS = {int: "a whole number", float: "a number", str: "a string in quotes", bool: "true or false"}
 
 
@@ -230,23 +231,39 @@ class Lora:
     h0/attn/c_attn/w/b. By default these have no weight decay.
 
     Attributes:
-      rank: rank of the matrices; 0 trains the weights themselves. A rank above the shorter side of a matrix is allowed.
+      rank: rank of the matrices of `targets`; 0 gives them no pairs. Without any pairs, the weights themselves are
+        trained. A rank above the shorter side of a matrix is allowed.
       alpha: scale of the change, which is alpha / rank * a @ b with the rank of each matrix.
+      dropout: dropout rate on the input of the pairs, 0 or more, less than 1. A layer then gives
+        x @ w + alpha / rank * dropout(x) @ a @ b. Pairs of wte and wpe have none, since their input is an id.
       targets: regular expression; every matrix whose name matches gets a pair a, b.
+      ranks: rules (regular expression, rank). The first that matches a matrix's name decides its rank, and 0 means that
+        it has no pair. A matrix that none matches has `rank`, if it is one of the `targets`.
       full: regular expression; params whose names match are trained themselves, besides the pairs. `targets` decide
         first. By default it is the head of a classifier, if the model has one. "" is none.
     """
 
     rank: int = 0
     alpha: float = 16.0
+    dropout: float = 0.0
     targets: str = r"attn/(c_attn|c_proj)/w$"
+    ranks: Ranks = ()
     full: str = "^score/"
 
     def __post_init__(self):
         _whole(self, "rank", 0)
         _real(self, "alpha", 0)
+        _real(self, "dropout", 0, 1, open_high=True)
         _pattern(self, "targets", self.targets)
         _pattern(self, "full", self.full)
+        _rules(self, "ranks", "rank")
+        for _, rank in self.ranks:
+            whole_number("a rank in ranks", rank, 0)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether pairs are trained."""
+        return self.rank > 0 or any(rank for _, rank in self.ranks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -475,8 +492,8 @@ def _pattern(part: Any, name: str, pattern: Any) -> None:
         raise ValueError(f"{name} holds {pattern!r}, which is not a regular expression: {error}") from error
 
 
-def _rules(part: Any, name: str) -> None:
+def _rules(part: Any, name: str, value: str = "factor") -> None:
     for rule in getattr(part, name):
-        _check(isinstance(rule, tuple) and len(rule) == 2, part, name, "(regular expression, factor) pairs")
+        _check(isinstance(rule, tuple) and len(rule) == 2, part, name, f"(regular expression, {value}) pairs")
         _pattern(part, name, rule[0])
-        real_number(f"a factor in {name}", rule[1], 0)
+        real_number(f"a {value} in {name}", rule[1], 0)

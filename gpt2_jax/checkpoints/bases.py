@@ -29,11 +29,11 @@ Open = Callable[[str, np.dtype], Leaves]
 """Opens the model of a source, to be cast to a dtype: `gpt2_jax.checkpoints.loading.open_leaves`."""
 
 
-def describe(leaves: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
-    """Return {name: [dtype, shape, sha256]} of arrays. 500 MB take about 0.5 s on two cores."""
+def describe(leaves: Iterable[tuple[str, Any]], dtype: Any = None) -> dict[str, list[Any]]:
+    """Return {name: [dtype, shape, sha256]} of arrays, cast to a dtype if one is given. 500 MB take about 0.5 s."""
 
     def one(pair: tuple[str, Any]) -> list[Any]:
-        array = np.asarray(pair[1])
+        array = np.asarray(pair[1], dtype)
         return [array.dtype.name, list(array.shape), sha256(array)]
 
     pairs = list(leaves)

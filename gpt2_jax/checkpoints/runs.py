@@ -44,8 +44,9 @@ T = TypeVar("T")
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 # Fields of a recipe that earlier versions do not know: they are written only if they are set.
-LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "lora.full", "optimizer.ema")
-LATER += ("epochs", "data.test_fraction", "data.label_field", "data.pack", "data.add_tokens", "data.encoding")
+LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "optimizer.ema", "epochs")
+LATER += ("lora.dropout", "lora.ranks", "lora.full")
+LATER += ("data.test_fraction", "data.label_field", "data.pack", "data.add_tokens", "data.encoding")
 LATER += ("data.end_of_text", "data.skip_bad_rows", "data.val_path", "data.validation")
 FREE = re.compile(
     r"recipe\.(steps|epochs|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field|val_path|validation))|config\.compute_dtype|data\.(name|path)"
@@ -180,7 +181,7 @@ def check_resumable(run_dir: Path, old: Run, new: Run) -> None:
     """
     before, now = dict(_fields(_comparable(old))), dict(_fields(_comparable(new)))
     names = [name for name in before | now if before.get(name) != now.get(name) and not FREE.fullmatch(name)]
-    if old.recipe.lora.rank and steps(run_dir):  # its checkpoints name the model by the hash of its tensors
+    if old.recipe.lora.is_used and steps(run_dir):  # its checkpoints name the model by the hash of its tensors
         names = [name for name in names if name != "recipe.model.source"]
     if names:
         listed = ", ".join(f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}" for name in names)

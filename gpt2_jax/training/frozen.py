@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import bases, runs
 from gpt2_jax.checkpoints.saving import save, save_change
+from gpt2_jax.lora import merge_lora
 from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
@@ -19,14 +20,17 @@ from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.state import TrainState, candidates, model_params
 
 
-def describe(params: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return {name: [dtype, shape, sha256]} of flat params on any devices, in every process. All must call this."""
+def describe(params: Mapping[str, Any], dtype: Any = None) -> dict[str, list[Any]]:
+    """Return {name: [dtype, shape, sha256]} of flat params, cast to a dtype if one is given.
+
+    The params may be on any devices. All processes must call this, and get the result.
+    """
     if processes.count() == 1:
-        return bases.describe(params.items())
+        return bases.describe(params.items(), dtype)
     found: dict[str, list[Any]] = {}
     for name, leaf in params.items():
         whole = flatten(hosts.gathered({name: leaf}))  # one tensor at a time
-        found |= bases.describe(whole.items())
+        found |= bases.describe(whole.items(), dtype)
     return processes.on_first(lambda: found)
 
 
@@ -68,9 +72,11 @@ def save_best(
         params = _on_host(model_params(state, plan.recipe))
         processes.on_first(lambda: save(best, config, params, "orbax", tokenizer))
         return
-    own = unflatten({name: leaf for name, leaf in flatten(state.params).items() if name not in base["leaves"]})
-    own, pairs = _on_host(own), _on_host(dict(state.lora or {}))
-    settings = {"alpha": plan.recipe.lora.alpha}
+    own = {name: leaf for name, leaf in flatten(state.params).items() if name not in base["leaves"]}
+    lora, new = state.lora or {}, {name: pair for name, pair in (state.lora or {}).items() if name in own}
+    own = _on_host(merge_lora(unflatten(own), new, plan.recipe.lora.alpha))  # a new head is stored with its pair merged
+    pairs = _on_host({name: pair for name, pair in lora.items() if name not in new})
+    settings = {"alpha": plan.recipe.lora.alpha, "dropout": plan.recipe.lora.dropout}
     processes.on_first(lambda: save_change(best, config, own, pairs, settings, base, tokenizer))
 
 

@@ -201,7 +201,7 @@ def _advice(plan: Plan) -> list[str]:
         advice.append("remat = true")
     if recipe.compute_dtype != "bfloat16" and not plan.on_cpu:
         advice.append('compute_dtype = "bfloat16"')
-    if not recipe.lora.rank:
+    if not recipe.lora.is_used:
         if recipe.optimizer.name == "adamw":
             advice.append('optimizer.name = "adafactor"')
         advice.append("frozen parameters (optimizer.learning_rates of 0)")

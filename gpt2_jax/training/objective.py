@@ -5,6 +5,7 @@ Shape letters: A parts of a step, B rows of a part, T tokens, D n_embd, L labels
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -27,6 +28,7 @@ from gpt2_jax.data.example_batches import (
 )
 from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.token_files import Prepared, Tokens
+from gpt2_jax.lora import Branches
 from gpt2_jax.model import GPT2
 from gpt2_jax.params import Params, output_head
 from gpt2_jax.sharding import DATA
@@ -123,7 +125,14 @@ def abstract_batch(plan: Plan) -> Batch:
 # ---- the loss
 
 
-def batch_loss(plan: Plan, model: GPT2, params: Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+def batch_loss(
+    plan: Plan,
+    model: GPT2,
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+    branches: Branches | None = None,
+) -> jax.Array:
     """Return the sum of `weight * -log p(target)` over a batch of B rows, in nats.
 
     Args:
@@ -132,12 +141,17 @@ def batch_loss(plan: Plan, model: GPT2, params: Params, batch: Batch, key: jax.A
       params: its params.
       batch: [B, T] arrays; for classification [B] targets, weights and lengths.
       key: the key of dropout; None means no dropout.
+      branches: LoRA's pairs, if they are not merged into `params`.
     """
-    if plan.recipe.objective == "classification":
-        return label_loss(label_logits(model, params, batch, key), batch)
-    h_BTD = _hidden(model, params, batch, key)
+    with contextlib.nullcontext() if branches is None else branches.in_modules():
+        if plan.recipe.objective == "classification":
+            return label_loss(label_logits(model, params, batch, key), batch)
+        h_BTD = _hidden(model, params, batch, key)
+    head_VD = output_head(params)
+    if branches is not None:
+        h_BTD, head_VD = branches.at_head(h_BTD, head_VD)
     chunk = CHUNK * plan.mesh.shape[DATA]  # CHUNK on each device
-    return token_loss(h_BTD, output_head(params), batch.targets, batch.weights, chunk, plan.mesh)
+    return token_loss(h_BTD, head_VD, batch.targets, batch.weights, chunk, plan.mesh)
 
 
 def _hidden(model: GPT2, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:

@@ -156,7 +156,7 @@ def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:
 def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
     """Return the names of the arrays that the rules do not freeze."""
     rates = by_rules(recipe.optimizer.learning_rates, candidates(state, recipe), "optimizer.learning_rates")
-    if recipe.objective == "classification" and recipe.classification.train == "last_block" and not recipe.lora.rank:
+    if recipe.objective == "classification" and recipe.classification.train == "last_block" and not recipe.lora.is_used:
         n_layer = len({name.split("/")[0] for name in rates if re.match(r"h\d+/", name)})
         last = re.compile(rf"(h{n_layer - 1}|ln_f|score)/")
         rates = {name: rate if last.match(name) else 0 for name, rate in rates.items()}

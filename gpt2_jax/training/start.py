@@ -193,10 +193,9 @@ def _with_added_rows(plan: Plan, params: Params, pieces: Mapping[str, Sequence[i
 
 def with_source(plan: Plan, params: Params) -> Plan:
     """Return the plan with the hashes of the params that were read from model.source, if LoRA trains beside them."""
-    if not plan.recipe.lora.rank:
+    if not plan.recipe.lora.is_used:
         return plan
-    cast = {name: leaf.astype(plan.config.param_dtype) for name, leaf in flatten(params).items()}
-    return dataclasses.replace(plan, source=describe(cast))
+    return dataclasses.replace(plan, source=describe(flatten(params), plan.config.param_dtype))
 
 
 def _has_checkpoint(run_dir: Path) -> bool:

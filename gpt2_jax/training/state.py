@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -75,17 +75,26 @@ class TrainState:
         return dataclasses.replace(self, params=unflatten(params), lora=None if self.lora is None else pairs_of(pairs))
 
 
-def model_params(state: TrainState, recipe: Recipe) -> Params:
-    """Return plain GPT-2 params: the state's params, with LoRA's small tree merged into them."""
-    return state.params if state.lora is None else merge_lora(state.params, state.lora, recipe.lora.alpha)
+def model_params(state: TrainState, recipe: Recipe, without: Container[str] = ()) -> Params:
+    """Return plain GPT-2 params: the state's params, with LoRA's small tree merged into them.
+
+    Args:
+      state: the state.
+      recipe: the recipe of the run.
+      without: names of matrices whose pair is not merged.
+    """
+    if state.lora is None:
+        return state.params
+    lora = {name: pair for name, pair in state.lora.items() if name not in without}
+    return merge_lora(state.params, lora, recipe.lora.alpha)
 
 
 def bare_state(recipe: Recipe, params: Params) -> TrainState:
     """Return the state before the first step, without the optimizer state."""
     lora = None
-    if recipe.lora.rank:
+    if recipe.lora.is_used:
         key = jax.random.fold_in(seed_key(recipe), 2**31)  # not the key of any step
-        lora = init_lora(params, recipe.lora.rank, recipe.lora.targets, key)
+        lora = init_lora(params, recipe.lora.rank, recipe.lora.targets, key, recipe.lora.ranks)
     scale = LossScale(jnp.float32(FIRST_SCALE), jnp.int32(0)) if recipe.compute_dtype == "float16" else None
     return TrainState(jnp.int32(0), params, lora, None, jnp.float32(0), loss_scale=scale)
 

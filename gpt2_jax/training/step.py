@@ -6,6 +6,7 @@ Shape letters: A parts of a step, B rows of a part, T tokens, D n_embd.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,9 @@ from jax.sharding import NamedSharding, Sharding
 from gpt2_jax.checkpoints.placing import place
 from gpt2_jax.data.batching import Batch
 from gpt2_jax.jax_defaults import under_jax_defaults
+from gpt2_jax.lora import OUTPUT_HEAD, TABLES, Branches
 from gpt2_jax.model import GPT2, check_params
-from gpt2_jax.params import Params
+from gpt2_jax.params import Params, flatten, unflatten
 from gpt2_jax.tensor_parallel import by_heads
 from gpt2_jax.training.objective import abstract_batch, batch_loss, label_counts, label_logits, label_loss
 from gpt2_jax.training.plan import Plan
@@ -30,6 +32,7 @@ from gpt2_jax.training.state import LossScale, TrainState, bare_state, model_par
 # rematerialization, and the order of updates in `_updated`. The results are the same, but take more time and memory.
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 GOOD_STEPS, MOST_SCALE = 2000, 2.0**24  # steps until a loss scale doubles, and its limit
+BRANCHES = 2**31  # folded into a step's key for the dropout of LoRA's branches
 MEAN_DECAY = 0.98  # decay of the running mean loss that spikes are compared with
 
 
@@ -189,8 +192,10 @@ def _make_gradients(plan: Plan) -> Callable:
     wide = jnp.promote_types(plan.config.compute_dtype, jnp.float32)
 
     def loss_of(changing, state, part, key):
-        params = _gathered(plan, model_params(state.with_trained(changing), recipe))
-        return batch_loss(plan, model, params, part, None if deterministic else key)
+        state = state.with_trained(changing)
+        branches = _branches(plan, state, key)
+        params = _gathered(plan, model_params(state, recipe, without=() if branches is None else branches.pairs))
+        return batch_loss(plan, model, params, part, None if deterministic else key, branches)
 
     def gradients(state, changing, batch, n_tokens):
         weights = batch.weights.astype(wide) / jnp.where(n_tokens > 0, n_tokens, 1).astype(wide)
@@ -213,6 +218,25 @@ def _make_gradients(plan: Plan) -> Callable:
         return jax.tree.map(lambda array: array / state.loss_scale.value, found)
 
     return gradients
+
+
+def _branches(plan: Plan, state: TrainState, key: jax.Array) -> Branches | None:
+    """Return LoRA's pairs as branches beside the weights, if they have dropout. Those of tables are merged."""
+    lora = plan.recipe.lora
+    if state.lora is None or not lora.dropout:
+        return None
+    flat = {name: pair for name, pair in state.lora.items() if name not in TABLES}
+    whole = jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, plan.whole()), flat)
+    a, b = ({name: pair[side] for name, pair in whole.items()} for side in "ab")
+    n_in = {name: a[name].shape[0] if name != OUTPUT_HEAD else b[name].shape[1] for name in flat}
+    if plan.by_heads:  # b has the columns of a matrix, and a its rows
+        columns, rows = (r"attn/c_attn/w$", b), (r"attn/c_proj/w$", a)
+        for pattern, side in (columns, rows):
+            names = [name for name in side if re.search(pattern, name)]
+            ordered = by_heads(plan.config, unflatten({name: side[name] for name in names}), plan.mesh)
+            side |= flatten(ordered)
+    pairs = {name: {"a": a[name], "b": b[name]} for name in flat}
+    return Branches(pairs, lora.alpha, lora.dropout, jax.random.fold_in(key, BRANCHES), n_in)
 
 
 def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, ...]]:

@@ -16,7 +16,7 @@ from train_states import assert_same
 from training_steps import bits
 
 import gpt2_jax
-from gpt2_jax import training
+from gpt2_jax import checkpoints, training
 from gpt2_jax.checkpoints import bases, loading
 from gpt2_jax.checkpoints.integrity import DamagedError
 from gpt2_jax.commands import convert, generate
@@ -265,6 +265,54 @@ def test_targets_decide_before_full():
     wanted = recipe("shakespeare", lora={**LORA, "full": "attn/c_attn/|^wpe$"})
     trained = training.make_plan(tiny_runs.CONFIG, wanted).trained
     assert {name.replace("/", ".") for name in trained} == PAIRS | {"h0.attn.c_attn.b", "wpe"}
+
+
+@pytest.mark.parametrize("targets", ["c_attn/w$", "c_attn/w$|^score/"])
+def test_a_classifier_with_lora_names_a_base_without_its_head(tmp_path, model, tokenizer, targets):
+    """The new head is in the checkpoint, trained itself or as a pair, and PEFT's folder has it as a whole."""
+    rows = [{"text": f"{'thee' if i % 2 else 'thou'} {i % 5}", "label": ["no", "yes"][i % 2]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = recipe(
+        model,
+        objective="classification",
+        lora={"rank": 4, "targets": targets},
+        data={"path": str(tmp_path / "rows.jsonl"), "n_tokens": 0},
+    )
+    data = training.start_data(wanted, tokenizer, tmp_path / "run" / "data")
+    plan, params, tokenizer = training.start_model(wanted, tmp_path / "run", data)
+    start = np.array(params["score"]["w"])
+    fitted = training.fit(plan, params, data, tmp_path / "run", tokenizer)
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    assert stored(newest / "params") == {"score.w"}
+    assert ("score.w.a" in stored(newest / "lora")) == ("score" in targets)
+    assert json.loads((newest / "checkpoint.json").read_text())["base"]["source"] == str(model)
+    assert not (tmp_path / "run" / "base").exists()
+    config, loaded = gpt2_jax.load(newest)
+    assert config.labels == ("no", "yes")
+    assert_same(loaded, fitted.params)
+    assert not np.array_equal(loaded["score"]["w"], start)
+    again = training.start_model(wanted, tmp_path / "run", data)
+    assert again[1] is None
+    state = Checkpoints(tmp_path / "run").restore(again[0].state)
+    assert_same(training.model_params(state, wanted), fitted.params)
+    adapter = checkpoints.load_adapter(newest)
+    assert set(adapter.own) == {"score/w"}
+    np.testing.assert_array_equal(adapter.own["score/w"], loaded["score"]["w"])
+    checkpoints.save_adapter(tmp_path / "peft", config, adapter, tokenizer)
+    assert_same(gpt2_jax.load(tmp_path / "peft")[1], loaded)
+
+
+def test_an_adapter_of_a_run_with_its_own_base(tmp_path, data, capfd):
+    """The base that the adapter names is RUN/base, which every command takes."""
+    fitted = fit(recipe("shakespeare"), data, tmp_path / "run", tiny_runs.params())
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    done = commands.caller(convert.main, capfd)(newest, tmp_path / "out", "--format", "peft")
+    assert done.code == 0, done.err
+    assert checkpoints.load_adapter(tmp_path / "out").base == str(tmp_path / "run" / "base")
+    assert_same(gpt2_jax.load(tmp_path / "out")[1], fitted.params)
+    done = commands.caller(convert.main, capfd)(tmp_path / "run" / "base", tmp_path / "base", "--format", "huggingface")
+    assert done.code == 0, done.err
+    assert_same(gpt2_jax.load(tmp_path / "base")[1], tiny_runs.params())
 
 
 def test_a_float64_run_keeps_float64(tmp_path, data):

@@ -72,6 +72,49 @@ BOOK = {  # the matrices of a block in the build-an-LLM book, whose queries, key
 }
 
 
+def test_the_first_rule_that_matches_decides_the_rank():
+    params = ts.params_of(ts.DEEP)
+    rules = (("^h1/.*c_attn/w$", 0), ("c_attn/w$", 5), ("c_fc/w$", 2))
+    lora = init_lora(params, 3, r"attn/(c_attn|c_proj)/w$", jax.random.key(0), rules)
+    ranks = {name: pair["a"].shape[1] for name, pair in lora.items()}
+    attn, fc = {f"h{i}/attn/c_proj/w": 3 for i in (0, 1)}, {f"h{i}/mlp/c_fc/w": 2 for i in (0, 1)}
+    assert ranks == {"h0/attn/c_attn/w": 5} | attn | fc
+    alone = init_lora(params, 0, r"attn/(c_attn|c_proj)/w$", jax.random.key(0), rules)
+    assert {name: pair["a"].shape[1] for name, pair in alone.items()} == {"h0/attn/c_attn/w": 5} | fc
+    with pytest.raises(ValueError, match=r"needs a matrix .*, but h0/attn/c_attn/b is \(36,\), rank 5"):
+        init_lora(params, 0, "x", jax.random.key(0), (("c_attn", 5),))
+    with pytest.raises(ValueError, match="matches the LoRA targets 'x' or ranks"):
+        init_lora(params, 3, "x", jax.random.key(0), (("y", 5),))
+
+
+def test_each_matrix_is_scaled_by_its_own_rank(x64):
+    """A step with ranks is that of NumPy, with alpha / rank of each matrix."""
+    rules = (("c_attn/w$", 5), ("c_fc/w$", 2))
+    recipe = ts.recipe(compute_dtype="float64", lora={"alpha": 7.0, "ranks": rules})
+    assert recipe.lora.is_used
+    assert not recipe.lora.rank
+    batch, base = ts.batch(recipe), ts.flat(ts.params_of(ts.config_of(recipe)))
+    begun = ts.begin(recipe)
+    pairs = {name: {side: np.array(pair[side]) for side in "ab"} for name, pair in begun.lora.items()}
+    assert {name: pair["a"].shape[1] for name, pair in pairs.items()} == {"h0/attn/c_attn/w": 5, "h0/mlp/c_fc/w": 2}
+    slow = ts.Slow(recipe.optimizer, ts.flat(begun.lora))
+    now = dict(base)
+    for name, pair in pairs.items():
+        now[name] = base[name] + 7.0 / pair["a"].shape[1] * pair["a"] @ pair["b"]
+    _, gradients = ts.plain_gradients(ts.config_of(recipe), ts.forms.nested(now), batch)
+    g = ts.flat(gradients)
+    scales = {name: 7.0 / pair["a"].shape[1] for name, pair in pairs.items()}
+    by_a = {f"{name}/a": scales[name] * g[name] @ pair["b"].T for name, pair in pairs.items()}
+    by_b = {f"{name}/b": scales[name] * pair["a"].T @ g[name] for name, pair in pairs.items()}
+    slow.step(by_a | by_b, recipe.optimizer.learning_rate)
+    state, _ = ts.run(recipe, [batch])
+    assert ts.furthest(ts.flat(state.lora), slow.weights) <= 1e-11  # 2.4e-16
+    merged = ts.flat(model_params(state, recipe))
+    for name, pair in state.lora.items():
+        expected = base[name] + scales[name] * np.asarray(pair["a"]) @ np.asarray(pair["b"])
+        np.testing.assert_allclose(merged[name], expected, rtol=0, atol=1e-14)
+
+
 def test_how_many_parameters_rank_16_has_everywhere_in_124m_with_two_classes():
     """The book's model has 2,666,528 as its text says. Our fused c_attn has fewer: in + out counts once, not thrice."""
 
