@@ -42,6 +42,7 @@ BOOK_WORDS = {  # names in the configs of the build-an-LLM books; they also have
 BOOK_RATES = {"drop_rate_emb": "embd_pdrop", "drop_rate_attn": "attn_pdrop", "drop_rate_shortcut": "resid_pdrop"}
 LARGEST = 2**31 - 1  # largest value of a hyperparameter: JAX uses int32
 ATTENTION = ("auto", "plain", "fused")
+POOLINGS = ("last", "mean", "first")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -74,6 +75,10 @@ class GPT2Config:
         takes it. "fused" raises a ValueError if there is none: on CPUs, in other dtypes, with dropout on the attention
         weights, or with taps on scores or pattern. Calls with earlier tokens or fewer than 128 tokens are always plain.
         It is not saved with a model: each program chooses its own.
+      labels: the names of the classes of a classifier, which has a head of its own, `score/w` [D, labels]. The other
+        params are those of GPT-2. Empty means that the model is no classifier.
+      pooling: what the classifier's head reads: the last hidden state of a text ("last", as in Hugging Face's
+        GPT2ForSequenceClassification), the mean over its tokens ("mean"), or the state of its first token ("first").
 
     Raises:
       ValueError: a value has the wrong type or is out of range.
@@ -95,6 +100,8 @@ class GPT2Config:
     reorder_and_upcast_attn: bool = False
     tie_word_embeddings: bool = True
     attention: str = "auto"
+    labels: tuple[str, ...] = ()
+    pooling: str = "last"
 
     def __post_init__(self):
         for name in HPARAMS:
@@ -109,6 +116,8 @@ class GPT2Config:
         activation = ACTIVATIONS[choice("activation_function", self.activation_function, ACTIVATIONS)]
         object.__setattr__(self, "activation_function", activation)
         choice("attention", self.attention, ATTENTION)
+        choice("pooling", self.pooling, POOLINGS)
+        object.__setattr__(self, "labels", _checked_labels(self.labels))
         for name in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, name, float_dtype(name, getattr(self, name)))
 
@@ -178,6 +187,7 @@ class GPT2Config:
             "mlp": n * (8 * d * d + 5 * d),
             "ln": (2 * n + 1) * 2 * d,
             **head,
+            **({"score": d * len(self.labels)} if self.labels else {}),
         }
 
     @property
@@ -198,6 +208,18 @@ class GPT2Config:
     def adam_bytes(self) -> int:
         """Bytes of float32 training state under Adam: parameters, gradients and two moments (no activations)."""
         return 4 * 4 * self.n_params
+
+
+def _checked_labels(labels: Any) -> tuple[str, ...]:
+    if (
+        isinstance(labels, str)
+        or not isinstance(labels, list | tuple)
+        or not all(isinstance(one, str) for one in labels)
+    ):
+        raise ValueError(f"labels must be a tuple of names, not {labels!r}")
+    if len(labels) == 1 or len(set(labels)) != len(labels):
+        raise ValueError(f"labels must be two or more different names, not {', '.join(labels)}")
+    return tuple(labels)
 
 
 def _check_names(values: Mapping[str, Any], names: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:

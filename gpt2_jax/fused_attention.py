@@ -34,10 +34,13 @@ class Padding(NamedTuple):
     Attributes:
       real_BT: bool, True for real tokens.
       length_B: int32, the number of real tokens of each row if all padding is on the right; None if it may be anywhere.
+      segment_BT: int32, the text to which each token belongs, if a row holds several: 1 or more, 0 for padding; else
+        None.
     """
 
     real_BT: jax.Array
     length_B: jax.Array | None = None
+    segment_BT: jax.Array | None = None
 
 
 # ---- which kernel
@@ -95,6 +98,8 @@ def _reasons(
         # JAX's function for cuDNN fails if it is batched by some of its arguments alone, as edits often are.
         if platform == "cuda" and tapped:
             found[platform] = "on a GPU, a fused kernel does not work with taps"
+        elif platform == "cuda" and padding is not None and padding.segment_BT is not None:
+            found[platform] = "on a GPU, a fused kernel takes one text in a row: set data.pack to false"
         elif platform == "cuda" and padding is not None and padding.length_B is None:
             found[platform] = "on a GPU, a fused kernel takes no mask: leave it out if all tokens are real"
         elif mesh is None and len(devices) > 1:
@@ -220,7 +225,8 @@ def splash(
     q_BNTH, k_BNTH, v_BNTH = (_lengthened(array).transpose(0, 2, 1, 3) for array in (q_BTNH, k_BTNH, v_BTNH))
     ids = None
     if padding is not None:
-        id_BT = _lengthened(padding.real_BT.astype(jnp.int32))
+        id_BT = padding.real_BT if padding.segment_BT is None else padding.segment_BT
+        id_BT = _lengthened(id_BT.astype(jnp.int32))
         ids = library.SegmentIds(q=id_BT, kv=id_BT)
     n_padded = q_BNTH.shape[2]
     block = next(size for size in BLOCKS if n_padded % size == 0)

@@ -256,6 +256,19 @@ class Block(nn.Module):
         return qkv_changes(self, taps, x_BTD, normalize, w_3DNH)
 
 
+class Score(nn.Module):
+    """The head of a classifier: a linear layer without bias."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """Return the logits [..., labels] of hidden states [..., D], at least float32."""
+        w = param(self, "w", normal(0.02), (self.config.n_embd, len(self.config.labels)))
+        dtype = self.config.compute_dtype
+        return product(h.astype(dtype), w.astype(dtype), dtype=jnp.promote_types(dtype, jnp.float32))
+
+
 class GPT2(nn.Module):
     """The whole model: `GPT2(config).apply({"params": params}, tokens_BT).logits`.
 
@@ -297,6 +310,8 @@ class GPT2(nn.Module):
         tied = config.tie_word_embeddings
         self.head = self.wte if tied else param(self, "lm_head", normal(0.02), (config.n_vocab, config.n_embd))
         self.embd_dropout = Dropout(config.embd_pdrop)
+        if config.labels:
+            self.score = Score(config)
 
     def __call__(
         self,
@@ -329,6 +344,8 @@ class GPT2(nn.Module):
             tap has an unknown name, or returns something else than an array of the value's shape.
         """
         h_BTD, cache = self.hidden(tokens_BT, mask_BT, cache, deterministic, taps)
+        if self.config.labels and self.is_initializing():
+            self.score(h_BTD)
         return Output(logits=self.unembed(h_BTD), cache=cache)
 
     def hidden(
@@ -339,9 +356,34 @@ class GPT2(nn.Module):
         deterministic: bool = True,
         taps: Mapping[str, Tap] | None = None,
         right_padded: bool = False,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the residual stream after ln_f [B, T, D], and the new cache. Arguments: see `__call__` and `run`."""
-        return self.run(tokens_BT, mask_BT, cache, deterministic, taps, right_padded)[:2]
+        how: dict[str, Any] = {"right_padded": right_padded, "segments_BT": segments_BT}
+        return self.run(tokens_BT, mask_BT, cache, deterministic, taps, **how)[:2]
+
+    def classify(
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        deterministic: bool = True,
+        taps: Mapping[str, Tap] | None = None,
+    ) -> jax.Array:
+        """Return the logits [B, labels] of a classifier, at least float32. Arguments: see `__call__`.
+
+        Raises:
+          ValueError: as `__call__`; or the config has no labels.
+        """
+        h_BTD, _ = self.hidden(tokens_BT, mask_BT, None, deterministic, taps)
+        return self.classify_hidden(h_BTD, jnp.ones(h_BTD.shape[:2], bool) if mask_BT is None else mask_BT)
+
+    @under_jax_defaults
+    @on_auto_axes
+    def classify_hidden(self, h_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        """Return the logits [B, labels] of hidden states, whose real tokens are those of the mask."""
+        if not self.config.labels:
+            raise ValueError("this model is no classifier: its config has no labels")
+        return self.score(pooled(h_BTD, mask_BT, self.config.pooling))
 
     @under_jax_defaults
     @on_auto_axes
@@ -355,6 +397,7 @@ class GPT2(nn.Module):
         right_padded: bool = False,
         capture: Sequence[str] = (),
         stop_at_layer: int | None = None,
+        segments_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
         """Return the residual stream after ln_f [B, T, D], the new cache, and captured activations by name.
 
@@ -365,11 +408,19 @@ class GPT2(nn.Module):
           capture: the names of activations to return, with their values after the taps.
           stop_at_layer: run only the blocks before this one, and return the residual stream after them, without ln_f.
             0 runs none. None runs all.
+          segments_BT: int, several texts in a row ("packing"): the number of the text to which a token belongs, 1 or
+            more; 0 is padding. The tokens of a text stand next to each other. They attend only to each other, and their
+            positions count from 0. Instead of a mask and a cache.
 
         Raises:
-          ValueError: as `__call__`; a captured activation is not computed; or there is a cache, which needs all layers.
+          ValueError: as `__call__`; a captured activation is not computed; there is a cache, which needs all layers; or
+            there are segments together with a mask or a cache.
         """
         stop = self._stop(stop_at_layer, capture, cache)
+        if segments_BT is not None:
+            if mask_BT is not None or cache is not None:
+                raise ValueError("segments_BT replaces mask_BT, and does not work with a cache")
+            mask_BT = jnp.asarray(segments_BT) > 0
         padded = mask_BT is not None
         tokens_BT, mask_BT = self._check(tokens_BT, mask_BT, cache, deterministic)
         start, n_tokens_B1 = (0, 0) if cache is None else (cache.length, cache.n_tokens_B[:, None])
@@ -381,9 +432,12 @@ class GPT2(nn.Module):
             full = start + tokens_BT.shape[1] > cache.n_slots
             position_BT = jnp.where(full, self.config.n_ctx, position_BT)
         mask_BTS = _causal_mask(tokens_BT.shape[1], mask_BS, start)
+        if segments_BT is not None:
+            position_BT = _positions_in_segments(segments_BT)
+            mask_BTS &= segments_BT[:, :, None] == segments_BT[:, None]
         length_B = mask_BT.sum(-1, dtype=jnp.int32) if right_padded else None
-        padding = Padding(mask_BT, length_B) if padded else None
-        seen = self._taps(taps, capture, position_BT, mask_BS, cache)
+        padding = Padding(mask_BT, length_B, segments_BT) if padded else None
+        seen = self._taps(taps, capture, position_BT, mask_BS, cache, segments_BT is not None)
 
         x_BTD = divided(self._embed(tokens_BT, mask_BT, position_BT, seen), self.mesh)
         x_BTD = self.embd_dropout(x_BTD, deterministic)
@@ -451,12 +505,14 @@ class GPT2(nn.Module):
         position_BT: jax.Array,
         mask_BS: jax.Array,
         cache: KVCache | None,
+        in_segments: bool,
     ) -> Taps:
         if not taps and not capture:
             return NO_TAPS
         masks = [mask_BS] if cache is None or cache.past is None else [cache.past.mask_BS, mask_BS]
         mask_BS = jnp.concatenate(masks, axis=1)
-        key_position_BS = jnp.where(mask_BS, jnp.cumsum(mask_BS, axis=-1) - 1, -1)
+        key_position_BS = position_BT if in_segments else jnp.cumsum(mask_BS, axis=-1) - 1
+        key_position_BS = jnp.where(mask_BS, key_position_BS, -1)
         by_name = taps_by_name(self.config, taps or {})
         return Taps(by_name, capture, (position_BT, key_position_BS), n_outer=len(self.path))
 
@@ -501,6 +557,26 @@ def _causal_mask(n_queries: int, mask_BS: jax.Array, start: jax.Array | int) -> 
     query_T = start + jnp.arange(n_queries)
     slot_S = jnp.arange(mask_BS.shape[1])
     return (slot_S <= query_T[:, None]) & mask_BS[:, None, :]
+
+
+def _positions_in_segments(segments_BT: jax.Array) -> jax.Array:
+    """Return the position of each token in its segment; 0 for padding."""
+    place_T = jnp.arange(segments_BT.shape[1])
+    begins_BT = jnp.diff(segments_BT, axis=1, prepend=-1) != 0
+    position_BT = place_T - jax.lax.cummax(jnp.where(begins_BT, place_T, 0), axis=1)
+    return jnp.where(segments_BT > 0, position_BT, 0)
+
+
+def pooled(h_BTD: jax.Array, mask_BT: jax.Array, pooling: str) -> jax.Array:
+    """Return what a classifier's head reads of each row [B, D]: see `GPT2Config.pooling`. Sums are at least float32."""
+    n_tokens = h_BTD.shape[1]
+    if pooling == "mean":
+        weight_BT = mask_BT / jnp.maximum(mask_BT.sum(-1, keepdims=True), 1)
+        wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
+        return jnp.einsum("BT,BTD->BD", weight_BT.astype(wide), h_BTD.astype(wide)).astype(h_BTD.dtype)
+    ends_B = n_tokens - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
+    index_B = jnp.argmax(mask_BT, axis=1) if pooling == "first" else ends_B
+    return jnp.take_along_axis(h_BTD, index_B[:, None, None], axis=1)[:, 0]
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:

@@ -73,7 +73,12 @@ class Data:
       val_fraction: fraction of the tokens that is kept for validation; 0 or more, less than 1.
       split: how the validation part is chosen: "documents" draws whole documents with the seed, "tail" takes the last
         tokens, "auto" uses documents, or the tail if there are too few documents.
-      n_tokens: tokens per window, which is one training sequence; 0 means the model's n_ctx.
+      n_tokens: tokens per window, which is one training sequence; 0 means the model's n_ctx. For examples (objectives
+        classification and instruction) 0 means the longest example, if that is shorter.
+      test_fraction: fraction of the examples that is kept for the test at the end; 0 or more, less than 1.
+      label_field: name of the field or column that contains the label (objective classification).
+      pack: put several documents or examples into a window, each as if it stood alone: its positions count from 0, and
+        it attends only to itself. Not for classification.
     """
 
     path: str = ""
@@ -84,12 +89,54 @@ class Data:
     val_fraction: float = 0.1
     split: Literal["auto", "documents", "tail"] = "auto"
     n_tokens: int = 0
+    test_fraction: float = 0.0
+    label_field: str = "label"
+    pack: bool = False
 
     def __post_init__(self):
         _real(self, "val_fraction", 0, 1, open_high=True)
+        _real(self, "test_fraction", 0, 1, open_high=True)
+        _check(self.val_fraction + self.test_fraction < 1, self, "test_fraction", "less than 1 - val_fraction")
         _choice(self, "split")
         _choice(self, "end_of_text")
         _whole(self, "n_tokens", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Training of a classifier, with objective = "classification". The model gets a linear head for the labels.
+
+    Attributes:
+      train: what is trained without LoRA: "last_block" (also ln_f and the head), or "all". The rules of
+        `optimizer.learning_rates` apply as well.
+      pooling: what the head reads: the hidden state of a text's "last" token or "first" token, or the "mean" over all.
+      balance: "undersample" drops examples at random, so that each label has as many as the rarest one. "weights" keeps
+        all, and weights each example's loss by the inverse of its label's frequency. "none" does neither.
+    """
+
+    train: Literal["last_block", "all"] = "last_block"
+    pooling: Literal["last", "mean", "first"] = "last"
+    balance: Literal["none", "undersample", "weights"] = "none"
+
+    def __post_init__(self):
+        for name in ("train", "pooling", "balance"):
+            _choice(self, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """Training on instructions and answers, with objective = "instruction".
+
+    Attributes:
+      template: the name of the template that makes a prompt of an instruction.
+      loss_on: the tokens that count in the loss: those of the "answers", or "all".
+    """
+
+    template: str = "alpaca"
+    loss_on: Literal["answers", "all"] = "answers"
+
+    def __post_init__(self):
+        _choice(self, "loss_on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +280,8 @@ class Recipe:
     """Every setting of a training run.
 
     Attributes:
+      objective: what is learned: "language_modeling", the next token of a text; "classification", the label of a text;
+        or "instruction", the answers to instructions.
       steps: optimizer steps of the whole run, which the learning rate schedule spans. If you resume a run with more
         steps, the learning rate follows the schedule of the longer run.
       batch_size: windows per optimizer step.
@@ -253,6 +302,9 @@ class Recipe:
     lora: Lora = dataclasses.field(default_factory=Lora)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     monitor: Monitor = dataclasses.field(default_factory=Monitor)
+    classification: Classification = dataclasses.field(default_factory=Classification)
+    instruction: Instruction = dataclasses.field(default_factory=Instruction)
+    objective: Literal["language_modeling", "classification", "instruction"] = "language_modeling"
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
@@ -269,8 +321,10 @@ class Recipe:
             self.batch_size % self.accumulate == 0, self, "accumulate", f"a divisor of batch_size, {self.batch_size}"
         )
         _whole(self, "seed", 0, 2**32 - 1)
-        _choice(self, "compute_dtype")
-        _choice(self, "attention")
+        for name in ("objective", "compute_dtype", "attention"):
+            _choice(self, name)
+        if self.objective == "classification" and self.data.pack:
+            raise ValueError("data.pack must be false for classification: a row is one text")
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike) -> Recipe:

@@ -46,6 +46,8 @@ def write_manifest(config: GPT2Config, hashes: Mapping[str, str], **more: Any) -
     a manifest of OpenAI's arithmetic is the same as before there were variants.
     """
     kept = {name: getattr(config, name) for name in KEPT} | config.variants | {"param_dtype": config.param_dtype.name}
+    if config.labels:
+        kept |= {"labels": config.labels, "pooling": config.pooling}
     manifest = {"config": kept, "sha256": dict(hashes), **more}
     return sealed(manifest)
 

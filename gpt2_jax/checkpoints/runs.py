@@ -34,6 +34,10 @@ MARK, VERSION = "gpt2_jax_run", 1
 # same numbers are computed (on other devices or in other parts, equal up to rounding). `data.path` may change, because
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
+# Fields of a recipe that earlier versions do not know, with their defaults: they are written only if they are set.
+LATER = {"attention": "auto", "objective": "language_modeling"} | {
+    name: to_dict(getattr(Recipe(), name)) for name in ("classification", "instruction")
+}
 FREE = re.compile(
     r"recipe\.(steps|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field))|config\.compute_dtype|data\.(name|path)"
 )
@@ -210,9 +214,12 @@ def _to_json(run: Run) -> dict[str, Any]:
     config = {field.name: getattr(run.config, field.name) for field in dataclasses.fields(run.config)}
     dtypes = {name: config[name].name for name in ("param_dtype", "compute_dtype")}
     del config["attention"]  # it is the recipe's
+    if not config["labels"]:  # earlier versions do not know these fields
+        del config["labels"], config["pooling"]
     recipe = to_dict(run.recipe)
-    if recipe["attention"] == "auto":  # earlier versions do not know the field
-        del recipe["attention"]
+    for name, default in LATER.items():
+        if recipe[name] == default:
+            del recipe[name]
     fields = {"config": config | dtypes, "recipe": recipe, "data": run.data, "tokenizer": run.tokenizer}
     return {MARK: VERSION} | fields
 

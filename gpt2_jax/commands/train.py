@@ -59,11 +59,12 @@ def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
     from gpt2_jax.data.notes import notes_on
     from gpt2_jax.data.token_files import is_prepared
 
-    split, share, marker = manifest["split"], manifest["val_fraction"], manifest.get("end_of_text", "text")
-    if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
-        print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)
-    if recipe.data.end_of_text != marker:
-        print(f"the prepared text is used as it is: it has end_of_text {marker}", file=sys.stderr)
+    if recipe.objective == "language_modeling":
+        split, share, marker = manifest["split"], manifest["val_fraction"], manifest.get("end_of_text", "text")
+        if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
+            print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)
+        if recipe.data.end_of_text != marker:
+            print(f"the prepared text is used as it is: it has end_of_text {marker}", file=sys.stderr)
     prepared = is_prepared(recipe.data.path)
     option = "prepare the text again with --end-of-text split" if prepared else "pass --data.end-of-text split"
     for note in notes_on(manifest, option) if began else ():
@@ -73,13 +74,16 @@ def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
 def run(args: Args) -> int:
     """Train, and print the run's folder. Return the exit status: 0, 1 if skipped steps ended it, or 128 + signal."""
     _command.check_text("--monitor.prompts", args.recipe.monitor.prompts)
-    from gpt2_jax.training import fit, start_data, start_model
+    from gpt2_jax.training import fit, start_data, start_model, start_plan, start_tokenizer
 
     _model.keep_compiled()
     folder = expanded(args.run or Path("runs") / (args.config.stem if args.config else "finetune"))
     recipe = args.recipe
-    plan, params, tokenizer = start_model(recipe, folder)
+    tokenizer = start_tokenizer(recipe, folder)
+    if recipe.objective == "language_modeling":
+        start_plan(recipe, tokenizer, folder)  # refuses a model that does not fit into memory before text is read
     data = start_data(recipe, tokenizer, folder / "data")
+    plan, params, tokenizer = start_model(recipe, folder, data)
     if data.manifest is not None:
         _tell_about(data.manifest, recipe, began=params is not None)
     n_val = data.val.n_tokens if data.val else 0

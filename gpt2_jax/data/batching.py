@@ -6,7 +6,8 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,13 +28,17 @@ class Batch:
 
     Attributes:
       tokens: int32 ids that the model reads.
-      targets: int32 ids to predict: the tokens shifted left by one.
-      weights: float32, 1 if a target counts in the loss, 0 if it is padding or masked.
+      targets: int32 ids to predict: the tokens shifted left by one. For classification [rows]: the labels' numbers.
+      weights: float32, 1 if a target counts in the loss, 0 if it is padding or masked. For classification [rows].
+      lengths: int32 [rows], for classification: the real tokens of each row; else None.
+      segments: int32, if a row holds several texts: the text of each token, 1 or more, 0 for padding; else None.
     """
 
     tokens: np.ndarray | jax.Array
     targets: np.ndarray | jax.Array
     weights: np.ndarray | jax.Array
+    lengths: np.ndarray | jax.Array | None = None
+    segments: np.ndarray | jax.Array | None = None
 
 
 def batches(
@@ -87,21 +92,27 @@ def batches(
             UserWarning,
             stacklevel=2,
         )
-    return _read_ahead(tokens, n_tokens, batch_size, seed, first_step, process_index, process_count)
-
-
-def _read_ahead(
-    tokens: Tokens, n_tokens: int, batch_size: int, seed: int, first_step: int, process_index: int, process_count: int
-) -> Generator[Batch, None, None]:
-    import grain
-
     epochs = _Epochs(tokens.n_tokens, n_tokens, seed)
 
     def read(number: int) -> Row:
         return _row(tokens, epochs.start(number), n_tokens)
 
+    return read_ahead(read, _batch, batch_size, first_step, process_index, process_count)
+
+
+def read_ahead(
+    read: Callable[[int], Any],
+    join: Callable[[Sequence[Any]], Batch],
+    batch_size: int,
+    first_step: int,
+    process_index: int,
+    process_count: int,
+) -> Generator[Batch, None, None]:
+    """Yield the batches of an endless sequence of rows: `read` returns a row by its number, `join` makes a batch."""
+    import grain
+
     # Grain's own shuffle takes milliseconds per index for short data, and seed 1 repeats the later epochs of seed 0.
-    rows = grain.MapDataset.range(ENDLESS).map(read).batch(batch_size // process_count, batch_fn=_batch)
+    rows = grain.MapDataset.range(ENDLESS).map(read).batch(batch_size // process_count, batch_fn=join)
     steps = rows[process_index::process_count][first_step:]
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
     with contextlib.closing(iter(steps.to_iter_dataset(options))) as iterator:

@@ -7,7 +7,7 @@ from gpt2_jax.data import Batch, Prepared, batches, open_prepared, prepare, wind
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.training.loop import Fitted, fit
 from gpt2_jax.training.plan import Plan, make_plan
-from gpt2_jax.training.start import new_params, start_data, start_model
+from gpt2_jax.training.start import new_params, start_data, start_model, start_plan, start_tokenizer
 from gpt2_jax.training.state import TrainState, model_params
 from gpt2_jax.training.step import init_state, make_eval_step, make_train_step
 
@@ -30,5 +30,7 @@ __all__ = [
     "prepare",
     "start_data",
     "start_model",
+    "start_plan",
+    "start_tokenizer",
     "windows",
 ]

@@ -16,7 +16,8 @@ import numpy as np
 
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
-from gpt2_jax.data.batching import Batch, batches
+from gpt2_jax.data.batching import Batch
+from gpt2_jax.data.examples import PreparedExamples
 from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.files import expanded
 from gpt2_jax.jax_defaults import under_jax_defaults
@@ -26,6 +27,7 @@ from gpt2_jax.training import hosts
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.curve import plot_curve
 from gpt2_jax.training.memory import check_compiled, check_memory, gigabytes
+from gpt2_jax.training.objective import train_batches
 from gpt2_jax.training.observer import Observer, due
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, read_records
@@ -66,7 +68,7 @@ class Fitted:
 def fit(
     plan: Plan,
     params: Params | None,
-    data: Prepared,
+    data: Prepared | PreparedExamples,
     run_dir: str | os.PathLike,
     tokenizer: Tokenizer | None = None,
     donate: bool = False,
@@ -88,7 +90,7 @@ def fit(
       plan: from `make_plan(config, recipe)` or `start_model`. The recipe's `model.source` and `data.path` are not read.
       params: the initial params, from `load(...)[1]` or `init_params(...)`; they are copied. With None, a run can only
         be resumed.
-      data: from `open_prepared(folder)`.
+      data: from `start_data` or `open_prepared(folder)`.
       run_dir: the run's folder, for checkpoints, the best model, metrics, samples and the loss curve. You can pass it
         to `load` and `load_tokenizer`.
       tokenizer: for the samples; it is also saved with the model. With None, no samples are written.
@@ -140,7 +142,7 @@ def fit(
     return fitted
 
 
-def _write_run(plan: Plan, data: Prepared, run_dir: Path, tokenizer: Tokenizer | None) -> int:
+def _write_run(plan: Plan, data: Prepared | PreparedExamples, run_dir: Path, tokenizer: Tokenizer | None) -> int:
     """Start the run, or check that it may be resumed. Return the recipe's steps before."""
     n_steps_before = runs.read_run(run_dir).recipe.steps if runs.is_run(run_dir) else plan.recipe.steps
     runs.write_run(run_dir, plan.config, plan.recipe, {"sha256": data.digests()}, tokenizer)
@@ -195,15 +197,15 @@ def _compiled(plan: Plan, report: Report) -> Any:
     return train_step
 
 
-def _batches(plan: Plan, data: Prepared, first_step: int) -> Generator[Batch, None, None]:
+def _batches(plan: Plan, data: Prepared | PreparedExamples, first_step: int) -> Generator[Batch, None, None]:
     """Yield the batch of each step on the devices, divided into the parts of a step."""
     recipe, sharding = plan.recipe, plan.over_rows(None)
     put = hosts.put if processes.count() > 1 else jax.device_put
 
     def place(array: np.ndarray) -> jax.Array:
-        return put(array.reshape(recipe.accumulate, -1, array.shape[-1]), sharding)
+        return put(array.reshape(recipe.accumulate, -1, *array.shape[1:]), sharding)
 
-    stream = batches(data.train, plan.n_tokens, recipe.batch_size, recipe.seed, first_step)
+    stream = train_batches(plan, data, first_step)
     with contextlib.closing(stream):
         for batch in stream:
             yield jax.tree.map(place, batch)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import save
-from gpt2_jax.data.batching import windows
+from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.token_files import Prepared, Tokens
 from gpt2_jax.generation import generate
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
+from gpt2_jax.training.objective import val_batches
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, read_records
 from gpt2_jax.training.report import Report
@@ -42,7 +43,13 @@ class Observer:
     """
 
     def __init__(
-        self, plan: Plan, data: Prepared, run_dir: Path, tokenizer: Tokenizer | None, report: Report, stop: Stop
+        self,
+        plan: Plan,
+        data: Prepared | PreparedExamples,
+        run_dir: Path,
+        tokenizer: Tokenizer | None,
+        report: Report,
+        stop: Stop,
     ):
         self.plan, self.data, self.run_dir, self.tokenizer = plan, data, run_dir, tokenizer
         self.recipe, self.report, self.stop = plan.recipe, report, stop
@@ -88,10 +95,10 @@ class Observer:
 
     def _samples_are_due(self, step: int) -> bool:
         monitor = self.recipe.monitor
-        wanted = step and self.tokenizer is not None and monitor.prompts
+        wanted = step and self.tokenizer is not None and monitor.prompts and not self.plan.config.labels
         return bool(wanted) and due(step, monitor.sample_every, self.recipe.steps) and self.sampled != step
 
-    def _evaluate(self, step: int, params: Params, val: Tokens) -> None:
+    def _evaluate(self, step: int, params: Params, val: Tokens | Examples) -> None:
         """Measure the validation loss, and keep the model if it is the best so far."""
         loss = self._validation_loss(params, val)
         if loss is None:
@@ -110,11 +117,11 @@ class Observer:
         self.evaluated = step
         self.report.evaluation(step, loss, math.exp(loss) if loss < 700 else math.inf, best)
 
-    def _validation_loss(self, params: Params, val: Tokens) -> float | None:
+    def _validation_loss(self, params: Params, val: Tokens | Examples) -> float | None:
         """Return nats a token over the fixed windows: NaN if no target counts, None if a signal came meanwhile."""
         n_rows = self.recipe.batch_size // self.recipe.accumulate
         nats, weights = jnp.float32(0), jnp.float32(0)
-        for batch in windows(val, self.plan.n_tokens, n_rows, self.recipe.monitor.evaluate_windows):
+        for batch in val_batches(self.plan, self.data, val, n_rows):
             self.stop.agree()
             if self.stop:
                 return None
@@ -146,7 +153,9 @@ class Observer:
         rows: Any = generate(
             config, params, prompts, monitor.sample_tokens, overflow="slide", tokenizer=tokenizer, **settings
         )
-        overlaps = verbatim_shares(rows, self.data.train, at_most=SEARCHED)
+        train = self.data.train
+        train = train.tokens if isinstance(train, Examples) else train
+        overlaps = verbatim_shares(rows, train, at_most=SEARCHED)
         for prompt, row, overlap in zip(monitor.prompts, rows, overlaps, strict=True):
             self.report.sample(step, prompt, tokenizer.decode(row), overlap.share)
             self.report.message(str(overlap))

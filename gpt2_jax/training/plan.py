@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax import processes
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.fused_attention import kernels
+from gpt2_jax.fused_attention import Padding, kernels
 from gpt2_jax.model import abstract_params
 from gpt2_jax.params import Params, by_rules
 from gpt2_jax.recipe import Recipe
@@ -85,13 +86,17 @@ def make_plan(config: GPT2Config, recipe: Recipe, mesh: Mesh | None = None, n_to
         mesh = make_mesh(recipe.mesh.data, recipe.mesh.model)
     _check_processes(mesh)
     config = training_config(config, recipe)
+    if recipe.objective == "classification" and not config.labels:
+        raise ValueError("a classifier needs labels: pass data to start_model, or config.replace(labels=...)")
     if recipe.data.n_tokens > config.n_ctx:
         raise ValueError(
             f"data.n_tokens, {recipe.data.n_tokens}, must not be more than the model's n_ctx, {config.n_ctx}"
         )
     _check_rows(recipe, mesh)
     n_tokens = n_tokens or recipe.data.n_tokens or config.n_ctx
-    kernels(config, mesh, n_tokens, padding=None, dropped=config.attn_pdrop > 0)  # an error if "fused" is impossible
+    ones: Any = jax.ShapeDtypeStruct((1, n_tokens), jnp.int32)
+    padding = Padding(ones, None, ones) if recipe.data.pack else None
+    kernels(config, mesh, n_tokens, padding, dropped=config.attn_pdrop > 0)  # an error if "fused" is impossible
     bare = jax.eval_shape(functools.partial(bare_state, recipe), abstract_params(config))
     trained = _trained_names(bare, recipe)
     optimizer = make_optimizer(recipe.optimizer, trained)
@@ -121,6 +126,10 @@ def training_config(config: GPT2Config, recipe: Recipe) -> GPT2Config:
 def _trained_names(state: TrainState, recipe: Recipe) -> tuple[str, ...]:
     """Return the names of the arrays that the rules do not freeze."""
     rates = by_rules(recipe.optimizer.learning_rates, state.by_name(), "optimizer.learning_rates")
+    if recipe.objective == "classification" and recipe.classification.train == "last_block" and not recipe.lora.rank:
+        n_layer = len({name.split("/")[0] for name in rates if re.match(r"h\d+/", name)})
+        last = re.compile(rf"(h{n_layer - 1}|ln_f|score)/")
+        rates = {name: rate if last.match(name) else 0 for name, rate in rates.items()}
     if not any(rates.values()):
         raise ValueError("optimizer.learning_rates freeze every parameter: nothing would be trained")
     return tuple(name for name, rate in rates.items() if rate)

@@ -20,6 +20,7 @@ from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
 from gpt2_jax.data._prepare import prepare
 from gpt2_jax.data.encoding import PREPARED
+from gpt2_jax.data.examples import PreparedExamples
 from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.finding import STDIN
 from gpt2_jax.data.sources import Sources
@@ -33,14 +34,70 @@ from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training import hosts
 from gpt2_jax.training.memory import check_memory
 from gpt2_jax.training.plan import Plan, make_plan
+from gpt2_jax.training.start_examples import ORIGIN, origin_of, start_examples
 
-ORIGIN = "origin.json"  # in the token folder: which text the tokens were made from, and how
+SCORE = "score"  # the head of a classifier in params
 READING = ("encoding", "end_of_text", "skip_bad_rows")  # fields of recipe.data that say how text is read
 EARLIER = (".txt", ".jsonl", ".csv", ".bin")  # earlier versions read only these files in a folder
 
 
-def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tuple[Plan, Params | None, Tokenizer]:
+def start_tokenizer(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> Tokenizer:
+    """Return the tokenizer of a run: that of `run_dir` if it contains a run with a checkpoint, else the recipe's.
+
+    Raises:
+      ValueError: new weights have no vocabulary. Errors of `load_tokenizer` are passed on.
+    """
+    model = recipe.model
+    if not (model.source or model.tokenizer):
+        raise ValueError("model.tokenizer must name a vocabulary if model.source is empty: new weights have none")
+    return load_tokenizer(_begun(run_dir) or model.tokenizer or model.source)
+
+
+def start_plan(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    run_dir: str | os.PathLike | None = None,
+    data: Prepared | PreparedExamples | None = None,
+) -> Plan:
+    """Return the plan of a run, and check that it fits into memory. No weights are read. Arguments: see `start_model`.
+
+    Raises:
+      ValueError: as `start_model`.
+    """
+    model, begun = recipe.model, _begun(run_dir)
+    if begun is not None:
+        config = runs.read_run(begun).config
+    elif model.source:
+        config = load_config(model.source)
+    else:
+        names = ("n_ctx", "n_embd", "n_head", "n_layer", "activation_function")
+        names += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+        config = GPT2Config(tokenizer.n_vocab, **{name: getattr(model, name) for name in names})
+    n_tokens = 0
+    if isinstance(data, PreparedExamples):
+        longest = data.longest - (recipe.objective != "classification")  # the last token is only a target
+        n_tokens = recipe.data.n_tokens or min(max(longest, 1), config.n_ctx)
+    if recipe.objective == "classification" and begun is None:
+        if not isinstance(data, PreparedExamples) or not data.labels:
+            raise ValueError('objective = "classification" needs the data, whose labels the model gets: pass data')
+        config = config.replace(labels=data.labels, pooling=recipe.classification.pooling)
+    plan = make_plan(config, recipe, n_tokens=n_tokens)
+    check_tokenizer(plan, tokenizer)
+    check_memory(plan)
+    return plan
+
+
+def start_model(
+    recipe: Recipe,
+    run_dir: str | os.PathLike | None = None,
+    data: Prepared | PreparedExamples | None = None,
+) -> tuple[Plan, Params | None, Tokenizer]:
     """Return the plan of a run, and the params and the tokenizer that it starts from.
+
+    Args:
+      recipe: the recipe.
+      run_dir: the run's folder.
+      data: from `start_data`. A classifier gets its labels from the data, and examples determine the length of rows.
 
     Params are float32, on the devices of the plan's mesh, where training keeps them. `fit(..., donate=True)` takes over
     their memory. Memory is checked before weights are read. If `run_dir` contains a run with a checkpoint, params are
@@ -50,34 +107,47 @@ def start_model(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> tup
     Raises:
       ValueError: new weights have no vocabulary, the plan cannot be made, or the devices have too little memory.
     """
-    model = recipe.model
-    if not (model.source or model.tokenizer):
-        raise ValueError("model.tokenizer must name a vocabulary if model.source is empty: new weights have none")
-    begun = None if run_dir is None else expanded(run_dir)
-    if begun is not None and not processes.on_first(functools.partial(_has_checkpoint, begun)):
-        begun = None
-    tokenizer = load_tokenizer(begun or model.tokenizer or model.source)
-    if begun is not None:
-        config = runs.read_run(begun).config
-    elif model.source:
-        config = load_config(model.source)
-    else:
-        names = ("n_ctx", "n_embd", "n_head", "n_layer", "activation_function")
-        names += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
-        config = GPT2Config(tokenizer.n_vocab, **{name: getattr(model, name) for name in names})
-    plan = make_plan(config, recipe)
-    check_tokenizer(plan, tokenizer)
-    check_memory(plan)
-    if begun is not None:
+    tokenizer = start_tokenizer(recipe, run_dir)
+    plan = start_plan(recipe, tokenizer, run_dir, data)
+    if _begun(run_dir) is not None:
         return plan, None, tokenizer
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.state.params)
-    if model.source:
-        return plan, load(model.source, dtype="float32", sharding=shardings)[1], tokenizer
+    source = recipe.model.source
+    if not source:
+        return plan, _placed(flatten(_new_on_host(plan.config, recipe.seed)), shardings), tokenizer
+    if not plan.config.labels:
+        return plan, load(source, dtype="float32", sharding=shardings)[1], tokenizer
+    head = shardings.pop(SCORE)
+    there = load_config(source)
+    if there.labels:
+        shardings |= {SCORE: {"w": _anywhere(plan)}}
+    params = load(source, dtype="float32", sharding=shardings)[1]
+    if (there.labels, there.pooling) != (plan.config.labels, plan.config.pooling):  # a head for other labels
+        new = _new_on_host(plan.config.replace(n_layer=1, n_vocab=1, n_ctx=1), recipe.seed)[SCORE]
+        params[SCORE] = _placed(flatten(new), head)
+    return plan, params, tokenizer
+
+
+def _begun(run_dir: str | os.PathLike | None) -> Path | None:
+    """Return the folder if it contains a run with a checkpoint."""
+    begun = None if run_dir is None else expanded(run_dir)
+    if begun is not None and processes.on_first(functools.partial(_has_checkpoint, begun)):
+        return begun
+    return None
+
+
+def _new_on_host(config: GPT2Config, seed: int) -> Params:
     with jax.default_device(_host()):  # the same numbers for all devices
-        flat = flatten(new_params(config, recipe.seed))
+        return new_params(config, seed)
+
+
+def _placed(flat: dict[str, Any], shardings: Any) -> Params:
     put = (lambda leaf, sharding: hosts.put(np.asarray(leaf), sharding)) if processes.count() > 1 else jax.device_put
-    placed = {name: put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()}
-    return plan, unflatten(placed), tokenizer
+    return unflatten({name: put(flat.pop(name), sharding) for name, sharding in flatten(shardings).items()})
+
+
+def _anywhere(plan: Plan) -> Any:
+    return plan.whole()
 
 
 def _has_checkpoint(run_dir: Path) -> bool:
@@ -119,7 +189,9 @@ def check_tokenizer(plan: Plan, tokenizer: Tokenizer | None) -> None:
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, but the model has {plan.config.n_vocab:,}")
 
 
-def check_data(plan: Plan, data: Prepared, tokenizer: Tokenizer | None = None) -> Prepared:
+def check_data(
+    plan: Plan, data: Prepared | PreparedExamples, tokenizer: Tokenizer | None = None
+) -> Prepared | PreparedExamples:
     """Check that the text fits the model and the recipe.
 
     Returns:
@@ -130,12 +202,19 @@ def check_data(plan: Plan, data: Prepared, tokenizer: Tokenizer | None = None) -
       ValueError: the text does not fit.
     """
     n_vocab, monitor = plan.config.n_vocab, plan.recipe.monitor
-    added = tokenizer is not None and tokenizer.n_vocab == data.train.n_vocab and fits(tokenizer, n_vocab)
-    if data.train.n_vocab > n_vocab and not added:
-        raise ValueError(f"the text may have up to {data.train.n_vocab:,} different ids, the model only {n_vocab:,}")
-    if data.train.n_tokens < 2:
+    if isinstance(data, PreparedExamples):
+        _check_examples(plan, data)
+    elif plan.recipe.objective != "language_modeling":
+        raise ValueError(f"objective {plan.recipe.objective} needs examples: get data from start_data")
+    elif plan.recipe.data.pack and not data.manifest:
+        raise ValueError("data.pack needs text, or a folder that gpt2-prepare wrote, which knows where documents end")
+    own = data.manifest["n_vocab"] if isinstance(data, PreparedExamples) else data.train.n_vocab
+    added = tokenizer is not None and tokenizer.n_vocab == own and fits(tokenizer, n_vocab)
+    if own > n_vocab and not added:
+        raise ValueError(f"the text may have up to {own:,} different ids, the model only {n_vocab:,}")
+    if isinstance(data, Prepared) and data.train.n_tokens < 2:
         raise ValueError(f"{data.train.path} has {data.train.n_tokens} tokens: there is nothing to predict")
-    if data.val is not None and data.val.n_tokens < 2:
+    if isinstance(data, Prepared) and data.val is not None and data.val.n_tokens < 2:
         raise ValueError(
             f"{data.val.path} has 1 token: there is nothing to predict; increase data.val_fraction, or set it to 0"
         )
@@ -146,7 +225,13 @@ def check_data(plan: Plan, data: Prepared, tokenizer: Tokenizer | None = None) -
     return data.within(n_vocab)
 
 
-def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
+def _check_examples(plan: Plan, data: PreparedExamples) -> None:
+    labels = plan.config.labels if plan.recipe.objective == "classification" else ()
+    if data.labels != labels:
+        raise ValueError(f"the examples have the labels {data.labels}, but the model has {labels}")
+
+
+def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared | PreparedExamples:
     """Return the tokens that a recipe names. Text is first tokenized into `folder`; the next start reads it there.
 
     Errors of `prepare` and `open_prepared` are passed on.
@@ -163,6 +248,8 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     """
     if not recipe.data.path:
         raise ValueError("data.path must name text or a folder that gpt2-prepare wrote: pass --data.path")
+    if recipe.objective != "language_modeling":
+        return start_examples(recipe, tokenizer, folder)
     if is_prepared(recipe.data.path):
         return open_prepared(recipe.data.path, tokenizer)
     opened: list[Prepared] = []
@@ -178,7 +265,7 @@ def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
     settings |= {name: getattr(data, name) for name in READING}
     origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
     defaults = {field.name: field.default for field in dataclasses.fields(Data) if field.name in READING}
-    earlier = (found := _origin(folder)) and defaults | found  # earlier versions recorded fewer settings
+    earlier = (found := origin_of(folder)) and defaults | found  # earlier versions recorded fewer settings
     if folder.exists() and runs.is_run(run_dir):
         if earlier is not None and STDIN != origin["text"] != earlier["text"] != _digest(recipe, tokenizer, EARLIER):
             raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
@@ -209,9 +296,3 @@ def _digest(recipe: Recipe, tokenizer: Tokenizer, suffixes: Container[str] = ())
             field = recipe.data.field if form.has_fields else ""
             digest.update(f"{form.suffix} {field} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _origin(folder: Path) -> dict[str, Any] | None:
-    """Return what is recorded about the text that a token folder was made from; None if nothing is."""
-    path = folder / ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -20,10 +20,9 @@ from gpt2_jax.checkpoints.placing import place
 from gpt2_jax.data.batching import Batch
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import GPT2, check_params
-from gpt2_jax.params import Params, output_head
-from gpt2_jax.sharding import DATA
+from gpt2_jax.params import Params
 from gpt2_jax.tensor_parallel import by_heads
-from gpt2_jax.training.loss import CHUNK, token_loss
+from gpt2_jax.training.objective import abstract_batch, batch_loss
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.state import TrainState, bare_state, model_params, seed_key
 
@@ -86,10 +85,10 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
     Returns:
       A jitted function of a TrainState and a Batch of [A, B, T] arrays, where A is recipe.accumulate. The metrics are
-      scalars: `loss` (nats a token, weighted mean), `grad_norm` (of all gradients, before clipping), `learning_rate`,
-      `n_tokens` (sum of the weights), and the bool `skipped`. A step is skipped if the loss or a gradient is not
-      finite, if there is a spike that the recipe does not ignore, or if no target counts. A skipped step changes
-      neither the trained arrays nor the optimizer state.
+      scalars: `loss` (the weighted mean, in nats a token, or for classification nats an example), `grad_norm` (of all
+      gradients, before clipping), `learning_rate`, `n_tokens` (sum of the weights), and the bool `skipped`. A step is
+      skipped if the loss or a gradient is not finite, if there is a spike that the recipe does not ignore, or if no
+      target counts. A skipped step changes neither the trained arrays nor the optimizer state.
     """
     gradients = _make_gradients(plan)
     monitor = plan.recipe.monitor
@@ -123,14 +122,8 @@ def make_train_step(plan: Plan) -> Callable[[TrainState, Batch], tuple[TrainStat
 
 def lower_train_step(plan: Plan) -> Any:
     """Return `make_train_step(plan)` as a jax.stages.Lowered, before there is a state or a batch."""
-    shape, at = (plan.recipe.accumulate, plan.recipe.batch_size // plan.recipe.accumulate), plan.over_rows(None)
-
-    def windows(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((*shape, plan.n_tokens), dtype, sharding=at)
-
-    batch = Batch(tokens=windows(jnp.int32), targets=windows(jnp.int32), weights=windows(jnp.float32))
     step: Any = make_train_step(plan)
-    return step.lower(plan.state, batch)
+    return step.lower(plan.state, abstract_batch(plan))
 
 
 def _updated(plan: Plan, changing: dict, opt_state: Any, grads: dict, rate: Any, skip: jax.Array) -> tuple:
@@ -169,21 +162,19 @@ def _make_gradients(plan: Plan) -> Callable:
     model = GPT2(plan.config, remat=remat, mesh=plan.mesh, by_heads=plan.by_heads)
     deterministic = recipe.model.dropout == 0
     wide = jnp.promote_types(plan.config.compute_dtype, jnp.float32)
-    chunk = CHUNK * plan.mesh.shape[DATA]  # CHUNK on each device
 
-    def loss_of(changing, state, tokens_BT, target_BT, weight_BT, key):
+    def loss_of(changing, state, part, key):
         params = _gathered(plan, model_params(state.with_trained(changing), recipe))
-        rngs = None if deterministic else {"dropout": key}
-        h_BTD, _ = model.apply({"params": params}, tokens_BT, None, None, deterministic, method="hidden", rngs=rngs)
-        return token_loss(h_BTD, output_head(params), target_BT, weight_BT, chunk, plan.mesh)
+        return batch_loss(plan, model, params, part, None if deterministic else key)
 
     def gradients(state, changing, batch, n_tokens):
         weights = batch.weights.astype(wide) / jnp.where(n_tokens > 0, n_tokens, 1).astype(wide)
+        batch = dataclasses.replace(batch, weights=weights)
         key = jax.random.fold_in(seed_key(recipe), state.step)
 
         def part(a):
-            arrays = (batch.tokens[a], batch.targets[a], weights[a])
-            return jax.value_and_grad(loss_of)(changing, state, *arrays, jax.random.fold_in(key, a))
+            one = jax.tree.map(lambda array: array[a], batch)
+            return jax.value_and_grad(loss_of)(changing, state, one, jax.random.fold_in(key, a))
 
         if recipe.accumulate == 1:
             return part(0)
@@ -196,14 +187,11 @@ def _make_gradients(plan: Plan) -> Callable:
 def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Return a jitted `eval_step(params, batch of [rows, T]) -> (sum of nats, sum of weights)`, without dropout."""
     model = GPT2(plan.config, mesh=plan.mesh, by_heads=plan.by_heads)
-    chunk = CHUNK * plan.mesh.shape[DATA]
 
     @under_jax_defaults
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         params = _gathered(plan, params)
-        h_BTD, _ = model.apply({"params": params}, batch.tokens, method="hidden")
-        head_VD = output_head(params)
-        return token_loss(h_BTD, head_VD, batch.targets, batch.weights, chunk, plan.mesh), batch.weights.sum()
+        return batch_loss(plan, model, params, batch), batch.weights.sum()
 
     return jax.jit(eval_step, in_shardings=(_shardings(plan.state.params), plan.over_rows()))
 

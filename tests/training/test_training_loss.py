@@ -68,7 +68,7 @@ def test_the_logits_never_exist_at_once(monkeypatch):
     """A program with the plain loss needs more memory, by at least the size of the logits. Compiled, not run."""
     recipe = ts.recipe(batch_size=7)
     ours = ts.temporary(ts.compiled(recipe, LONG))
-    monkeypatch.setattr("gpt2_jax.training.step.token_loss", plain)
+    monkeypatch.setattr("gpt2_jax.training.objective.token_loss", plain)
     theirs = ts.temporary(ts.compiled(recipe, LONG))
     logits = recipe.batch_size * LONG.n_ctx * LONG.n_vocab * 4
     assert theirs - ours >= logits
