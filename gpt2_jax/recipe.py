@@ -61,7 +61,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The data to train on. All fields except path and n_tokens apply to text, not to tokens that are prepared.
+    """The data to train on. How it is read and split does not apply to tokens that are already prepared.
 
     Attributes:
       path: text, which is tokenized first: a .txt, .md, .jsonl, .json, .csv, .tsv or .parquet file, a folder of these,

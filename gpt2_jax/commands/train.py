@@ -73,11 +73,12 @@ def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
     from gpt2_jax.data.notes import notes_on
     from gpt2_jax.data.token_files import is_prepared
 
-    split, share, marker = manifest["split"], manifest["val_fraction"], manifest.get("end_of_text", "text")
-    if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
-        print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)
-    if recipe.data.end_of_text != marker:
-        print(f"the prepared text is used as it is: it has end_of_text {marker}", file=sys.stderr)
+    if recipe.objective == "language_modeling":
+        split, share, marker = manifest["split"], manifest["val_fraction"], manifest.get("end_of_text", "text")
+        if recipe.data.split not in ("auto", split) or recipe.data.val_fraction != share:
+            print(f"the split of the prepared text is used: {split}, val_fraction {share:g}", file=sys.stderr)
+        if recipe.data.end_of_text != marker:
+            print(f"the prepared text is used as it is: it has end_of_text {marker}", file=sys.stderr)
     prepared = is_prepared(recipe.data.path)
     option = "prepare the text again with --end-of-text split" if prepared else "pass --data.end-of-text split"
     for note in notes_on(manifest, option) if began else ():

@@ -1,6 +1,6 @@
 """Turn text into documents, tokens and batches, and train vocabularies on text.
 
-`finding` finds files, `reading` opens and decodes them, and `records` reads the records of `json_files` and
+`finding` finds files, `reading` opens and decodes them, and `tables` reads the records of `json_files` and
 `table_files`. `sources` makes documents of them, `encoding` turns these into tokens, `splitting` divides them,
 `token_files` and `bare` know the files of tokens, and `batching` reads them one window at a time. `examples` are short
 texts that are trained on one by one, `templates` makes them from instructions, and `example_batches` puts them into

@@ -21,8 +21,8 @@ from gpt2_jax.data.bare import check_vocabulary, layout_of
 from gpt2_jax.data.fields import Fields, Places, texts_of
 from gpt2_jax.data.finding import STDIN, find
 from gpt2_jax.data.reading import END, UTF_8, Form, blocks, check_encoding, form_of, lines, opened
-from gpt2_jax.data.records import read_records, unit_of
 from gpt2_jax.data.table_files import Rows
+from gpt2_jax.data.tables import read_records, unit_of
 from gpt2_jax.data.token_files import id_dtype
 from gpt2_jax.tokenizer import END_OF_TEXT
 

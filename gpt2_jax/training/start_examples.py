@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def _written_examples(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Pre
         raise FileNotFoundError(f"no such file: {path}" if not path.exists() else f"{path} is a folder: name a file")
     settings: dict[str, Any] = {"val_fraction": data.val_fraction, "test_fraction": data.test_fraction}
     settings |= {"seed": recipe.seed, "undersample": recipe.classification.balance == "undersample"}
-    reading = _settings(recipe)
+    reading = _settings(recipe) | {"encoding": data.encoding, "skip_bad_rows": data.skip_bad_rows}
     origin = {"text": sha256_of(path), "tokenizer": fingerprint(tokenizer)} | settings | reading
     earlier = origin_of(folder)
     if folder.exists() and has_begun(run_dir):
@@ -66,10 +67,19 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _examples(recipe: Recipe, tokenizer: Tokenizer, path: Path) -> Iterator[Example]:
-    found = records(path, recipe.data.encoding, recipe.data.skip_bad_rows)
+    found = _records(recipe, path)
     if recipe.objective == "classification":
         return labelled_examples(found, tokenizer, recipe.data.field, recipe.data.label_field)
     return instruction_examples(found, tokenizer, template_of(recipe.instruction), recipe.instruction.loss_on)
+
+
+def _records(recipe: Recipe, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the records of a file, and warn at the end if some were left out."""
+    skipped: list[str] = []
+    yield from records(path, recipe.data.encoding, recipe.data.skip_bad_rows, skipped.append)
+    if skipped:
+        plural = "" if len(skipped) == 1 else "s"
+        warnings.warn(f"left out: {len(skipped):,} bad record{plural}, the first is {skipped[0]}", stacklevel=2)
 
 
 def origin_of(folder: Path) -> dict[str, Any] | None:

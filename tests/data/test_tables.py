@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpt2_jax.data import reading
 from gpt2_jax.data.fields import Fields
-from gpt2_jax.data.records import records
+from gpt2_jax.data.tables import records
 
 ROWS = [
     {"text": "First, line\nand another", "label": "a"},
