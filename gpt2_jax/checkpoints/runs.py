@@ -42,7 +42,7 @@ T = TypeVar("T")
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 # Fields of a recipe that earlier versions do not know: they are written only if they are set.
-LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "epochs")
+LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "monitor.wandb", "epochs")
 LATER += ("data.test_fraction", "data.label_field", "data.pack", "data.val_path", "data.validation")
 FREE = re.compile(
     r"recipe\.(steps|epochs|accumulate|remat|attention|mesh\..*|monitor\.(?!evaluate_windows).*|data\.(path|field|val_path|validation))|config\.compute_dtype|data\.(name|path)"

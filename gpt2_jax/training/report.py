@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from gpt2_jax import progress
-from gpt2_jax.training.boards import Board, TensorBoard
+from gpt2_jax.recipe import to_dict
+from gpt2_jax.training.boards import Board, TensorBoard, Wandb
 from gpt2_jax.training.hardware import mfu
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, Records
@@ -27,7 +28,7 @@ RECENT = 20  # the mean speed is over this many steps
 class Report:
     """Reports the progress of a run: use `with Report(...) as report:`, and one call for each event.
 
-    It writes RUN/metrics.jsonl and RUN/samples.jsonl, and RUN/tensorboard if recipe.monitor.tensorboard is set. On
+    It writes RUN/metrics.jsonl and RUN/samples.jsonl, and what recipe.monitor.tensorboard and .wandb ask for. On
     standard error it shows a progress bar on a terminal, else a line now and then. It never writes to standard output.
 
     Args:
@@ -44,7 +45,7 @@ class Report:
         self, plan: Plan, run_dir: str | os.PathLike, first_step: int = 0, clock: Callable[[], float] = time.monotonic
     ):
         self._folder, self._first_step, self._clock = Path(run_dir), first_step, clock
-        self._n_steps, self._wants_board = plan.recipe.steps, plan.recipe.monitor.tensorboard
+        self._recipe, self._n_steps = plan.recipe, plan.recipe.steps
         self._mfu = functools.partial(
             mfu, config=plan.config, n_tokens=plan.n_tokens, devices=list(plan.mesh.devices.flat)
         )
@@ -167,8 +168,10 @@ class Report:
                     board.add_scalar(name, float(value), step)
 
     def _opened_boards(self) -> Iterator[Board]:
-        if self._wants_board:
+        if self._recipe.monitor.tensorboard:
             yield TensorBoard(self._folder / "tensorboard", self._first_step)
+        if project := self._recipe.monitor.wandb:
+            yield Wandb(project, self._folder, to_dict(self._recipe))
 
 
 class Silence(Report):
