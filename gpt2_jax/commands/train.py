@@ -94,7 +94,7 @@ def run(args: Args) -> int:
     )
     fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step, validation=validation)
     print(f"to generate text: gpt2-generate --model {shlex.quote(str(folder))}", file=sys.stderr)
-    print(folder)
+    _command.print_result(folder)
     if fitted.signal:
         return 128 + signal.Signals[fitted.signal].value
     return int(fitted.failed)

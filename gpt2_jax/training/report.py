@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gpt2_jax import progress
@@ -99,7 +99,8 @@ class Report:
         self._shown["loss"] = f"loss {float(metrics['loss']):.3f}" if metrics.get("n_tokens", 1) else "no target"
         self._shown |= self._speed() | {"left": f"{_duration(self._seconds_left(step, now))} left"}
         if self._bar.shown:
-            self._bar.update("training", step, self._n_steps, self._place(step) + self._sentence())
+            columns = self._bar.width if self._bar.width < ROOM + progress.NARROWEST else ROOM
+            self._bar.update("training", step, self._n_steps, self._fitting(self._place(step), columns))
         elif self._is_due(step, now):
             self._line(step, self._sentence())
             self._last_line = now
@@ -136,8 +137,15 @@ class Report:
     def _place(self, step: int) -> str:
         return f"step {step:,}/{self._n_steps:,}: "
 
-    def _sentence(self) -> str:
-        return ", ".join(self._shown[name] for name in ("loss", "val", "speed", "mfu", "left") if name in self._shown)
+    def _sentence(self, left_out: Sequence[str] = ()) -> str:
+        names = [name for name in ("loss", "val", "speed", "mfu", "left") if name in self._shown]
+        return ", ".join(self._shown[name] for name in names if name not in left_out)
+
+    def _fitting(self, place: str, columns: int) -> str:
+        """Return the text beside the bar: without what matters less than the time left, if the terminal is narrow."""
+        less = ("mfu", "speed", "val")
+        texts = [place + self._sentence(less[:n]) for n in range(len(less) + 1)]
+        return next((text for text in texts if len(text) <= columns), texts[-1])
 
     def _is_due(self, step: int, now: float) -> bool:
         """Return whether a step has a line if there is no terminal."""
