@@ -42,6 +42,11 @@ class Bars:
         """Whether bars are shown."""
         return self._progress is not None
 
+    @property
+    def width(self) -> int:
+        """Terminal columns; 0 if nothing is shown."""
+        return 0 if self._progress is None else self._progress.console.width
+
     def update(self, title: str, done: int, total: int | None = None, text: str = "") -> None:
         """Show the progress of a task. The first call for a title adds its bar, which starts at `done`.
 

@@ -304,6 +304,7 @@ class Monitor:
         run.
       spike: the factor of on_spike, 1 or more.
       tensorboard: also write TensorBoard files.
+      wandb: also send the numbers and samples to this project of Weights & Biases, with the package wandb; "" does not.
     """
 
     evaluate_every: int = 100
@@ -318,6 +319,7 @@ class Monitor:
     on_spike: Literal["ignore", "skip", "stop"] = "ignore"
     spike: float = 2.0
     tensorboard: bool = True
+    wandb: str = ""
 
     def __post_init__(self):
         counts = ("evaluate_every", "evaluate_windows", "patience", "save_every", "sample_every", "sample_tokens")

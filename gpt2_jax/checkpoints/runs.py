@@ -44,8 +44,8 @@ T = TypeVar("T")
 # the hash of the data is compared.
 EARLIER_DECAY = [[r"(^|/)(w|wte|wpe)$", 1.0], [".*", 0.0]]  # the default before a head could have weights of its own
 # Fields of a recipe that earlier versions do not know: they are written only if they are set.
-LATER = ("attention", "objective", "classification", "instruction", "monitor.keep", "optimizer.ema", "epochs")
-LATER += ("lora.dropout", "lora.ranks", "lora.full")
+LATER = ("attention", "objective", "classification", "instruction", "optimizer.ema", "epochs")
+LATER += ("monitor.keep", "monitor.wandb", "lora.dropout", "lora.ranks", "lora.full")
 LATER += ("data.test_fraction", "data.label_field", "data.pack", "data.add_tokens", "data.encoding")
 LATER += ("data.end_of_text", "data.skip_bad_rows", "data.val_path", "data.validation")
 FREE = re.compile(

@@ -149,6 +149,14 @@ def report(prog: str, error: Exception | str) -> None:
     print(f"{prog}: {error}", file=sys.stderr)
 
 
+def print_result(text: object) -> None:
+    """Print a result whose work is done. If nobody reads standard output any more, nothing is lost."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_output()
+
+
 def _drop_output() -> None:
     """Discard output that standard output does not accept. The interpreter would fail on it again when it exits."""
     try:

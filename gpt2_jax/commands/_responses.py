@@ -47,7 +47,7 @@ def evaluate(args: Args) -> tuple[GPT2Config, Responses]:
     Raises:
       ValueError: the file has no records, or the model has no template.
     """
-    from gpt2_jax.data.records import records
+    from gpt2_jax.data.tables import records
     from gpt2_jax.evaluate import Judge, judged, responses
 
     judge = Judge(args.judge_url, args.judge_model) if args.judge_url else None
@@ -73,7 +73,7 @@ def evaluate(args: Args) -> tuple[GPT2Config, Responses]:
 
 def after_training(folder: Path) -> None:
     """Answer the test split of a run with its best model. Write RUN/responses.json, and print a line."""
-    from gpt2_jax.data.records import records
+    from gpt2_jax.data.tables import records
     from gpt2_jax.data.templates import load_template
     from gpt2_jax.evaluate import responses
 

@@ -100,7 +100,7 @@ def _texts(args: Args) -> Iterator[tuple[str, str | None]]:
         yield from ((line, None) for line in whole.splitlines())
         return
     from gpt2_jax.data.labelled import label_name
-    from gpt2_jax.data.records import records
+    from gpt2_jax.data.tables import records
 
     for record, place in records(expanded(args.input)):
         for name in filter(None, (args.field, args.label_field)):

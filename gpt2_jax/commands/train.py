@@ -126,7 +126,7 @@ def run(args: Args) -> int:
         on_first(lambda: _responses.after_training(folder))
     use = "classify texts: gpt2-classify" if plan.config.labels else "generate text: gpt2-generate"
     print(f"to {use} --model {shlex.quote(str(folder))}{' TEXT' * bool(plan.config.labels)}", file=sys.stderr)
-    print(folder)
+    _command.print_result(folder)
     if fitted.signal:
         return 128 + signal.Signals[fitted.signal].value
     return int(fitted.failed)

@@ -1,7 +1,7 @@
 """Where else a run shows its numbers: TensorBoard, and Weights & Biases.
 
-Both are written by the thread that trains. tensorboardX's own writer has a thread with a queue: if the disk is full,
-the thread dies, the queue fills, and the run waits for ever; and a kill loses what is in the queue.
+TensorBoard's file is written by the thread that trains. tensorboardX's own writer has a thread with a queue:
+if the disk is full, the thread dies, the queue fills, and the run waits for ever. A kill loses what is in the queue.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import importlib
 import socket
 import struct
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
+from gpt2_jax.checkpoints.integrity import one_line
 from gpt2_jax.training.records import append
 
 
@@ -76,3 +78,51 @@ class TensorBoard:
         length = struct.pack("<Q", len(message))
         record = length + struct.pack("<I", masked_crc32c(length)) + message + struct.pack("<I", masked_crc32c(message))
         append(self._file, record, self._path)
+
+
+class Wandb:
+    """A run of Weights & Biases. A resumed run goes on with the same one, whose id is in RUN/wandb-id.txt.
+
+    Args:
+      project: the name of the project.
+      run_dir: the run's folder.
+      settings: what the service shows as the config of the run.
+
+    Raises:
+      ValueError: the package wandb is not installed.
+      OSError: it cannot start, for example without a login.
+    """
+
+    def __init__(self, project: str, run_dir: Path, settings: dict[str, Any]):
+        wandb, path = import_wandb(), run_dir / "wandb-id.txt"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+        names = {"project": project, "name": run_dir.resolve().name, "id": path.read_text(encoding="utf-8")}
+        try:
+            self._run = wandb.init(**names, dir=str(run_dir), resume="allow", config=settings)
+        except Exception as error:  # of its own types
+            raise OSError(f"Weights & Biases cannot start: {one_line(error)}") from error
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point to a curve."""
+        self._run.log({name: value}, step=step)
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        """Add a text."""
+        self._run.log({name: text}, step=step)
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        self._run.finish()
+
+
+def import_wandb() -> Any:
+    """Return the module wandb.
+
+    Raises:
+      ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError("monitor.wandb needs the package wandb: pip install wandb") from error

@@ -11,6 +11,7 @@ from gpt2_jax.data.sources import STDIN
 from gpt2_jax.data.token_files import is_prepared
 from gpt2_jax.files import expanded
 from gpt2_jax.recipe import Recipe
+from gpt2_jax.training.boards import import_wandb
 
 
 def check_early(recipe: Recipe, run_dir: Path) -> None:
@@ -36,6 +37,8 @@ def check_early(recipe: Recipe, run_dir: Path) -> None:
     )
     if monitor.patience and (without or not monitor.evaluate_every):
         raise ValueError("monitor.patience needs validation losses: set monitor.evaluate_every, and validation text")
+    if monitor.wandb:
+        import_wandb()
     _check_folder(run_dir)
 
 

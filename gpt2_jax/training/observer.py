@@ -56,6 +56,8 @@ class Observer:
       best_step: the step of the best validation loss so far; None if none was measured.
       best_loss: that loss in nats a token (for classification, a text); infinite if none was measured.
       n_worse: evaluations since the best one.
+      evaluated: the step of the last evaluation; None if there was none.
+      last_is_finite: whether the loss of the last evaluation is a finite number.
       missed: whether a signal prevented work that was due.
       base: where the frozen params are that the best model leaves out: see `frozen`. None if it has all params.
       without_targets: whether the validation text has no target that counts, so that it is measured once only.
@@ -78,7 +80,8 @@ class Observer:
         self.eval_step = make_eval_step(plan)
         self.missed = self.without_targets = False
         self.base: Base | None = None
-        self.best_step, self.best_loss, self.n_worse, self.evaluated = processes.on_first(self._evaluated_so_far)
+        earlier = processes.on_first(self._evaluated_so_far)
+        self.best_step, self.best_loss, self.n_worse, self.evaluated, self.last_is_finite = earlier
         self.sampled = processes.on_first(self._sampled_so_far)
 
     def is_due(self, step: int) -> bool:
@@ -108,7 +111,9 @@ class Observer:
         if self.best_step is None:
             return
         said = f"the best validation loss is {self.best_loss:.4f}, after step {self.best_step:,}"
-        if self.n_worse:
+        if self.n_worse and not self.last_is_finite:
+            said += "; the validation losses since then are not finite: the model is broken, not overfitted"
+        elif self.n_worse:
             counted = "one evaluation" if self.n_worse == 1 else f"{self.n_worse} evaluations"
             said += f"; {counted} since then found no better one: if the training loss still fell, the model overfits"
         self.report.message(said)
@@ -138,7 +143,7 @@ class Observer:
             ends = "; monitor.patience does not end the run" if self.recipe.monitor.patience else ""
             self.report.message(f"no validation loss: the windows of {val.path} have no target that counts{ends}")
             return
-        best = loss < self.best_loss  # False for NaN
+        best, self.last_is_finite = loss < self.best_loss, math.isfinite(loss)  # False for NaN
         if best:
             self.best_step, self.best_loss, self.n_worse = step, loss, 0
             save_best(self.plan, state, self.base, self.run_dir, self.tokenizer)
@@ -217,20 +222,21 @@ class Observer:
     def _sampled_so_far(self) -> int:
         return max((record["step"] for record in read_records(self.run_dir / SAMPLES)), default=0)
 
-    def _evaluated_so_far(self) -> tuple[int | None, float, int, int | None]:
-        """Return the step and loss of the best evaluation, how many came after it, and the step of the last one."""
-        step, loss, n_worse, last = None, math.inf, 0, None
+    def _evaluated_so_far(self) -> tuple[int | None, float, int, int | None, bool]:
+        """Return what earlier evaluations found: `best_step`, `best_loss`, `n_worse`, `evaluated`, `last_is_finite`."""
+        step, loss, n_worse, last, finite = None, math.inf, 0, None, True
         for record in read_records(self.run_dir / METRICS):
             if "val_loss" not in record:
                 continue
             last, value = record["step"], record["val_loss"]
+            finite = value is not None
             if value is not None and value < loss:
                 step, loss, n_worse = last, value, 0
             else:
                 n_worse += 1
         if step is not None and not (self.run_dir / runs.BEST).is_dir():  # it went back to a step before
-            return None, math.inf, 0, last
-        return step, loss, n_worse, last
+            return None, math.inf, 0, last, finite
+        return step, loss, n_worse, last, finite
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -9,13 +9,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt2_jax import progress
 from gpt2_jax.evaluate.label_metrics import summary
-from gpt2_jax.training.boards import Board, TensorBoard
+from gpt2_jax.recipe import to_dict
+from gpt2_jax.training.boards import Board, TensorBoard, Wandb
 from gpt2_jax.training.hardware import mfu
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, Records
@@ -29,7 +30,7 @@ RECENT = 20  # the mean speed is over this many steps
 class Report:
     """Reports the progress of a run: use `with Report(...) as report:`, and one call for each event.
 
-    It writes RUN/metrics.jsonl and RUN/samples.jsonl, and RUN/tensorboard if recipe.monitor.tensorboard is set. On
+    It writes RUN/metrics.jsonl and RUN/samples.jsonl, and what recipe.monitor.tensorboard and .wandb ask for. On
     standard error it shows a progress bar on a terminal, else a line now and then. It never writes to standard output.
 
     Args:
@@ -46,7 +47,7 @@ class Report:
         self, plan: Plan, run_dir: str | os.PathLike, first_step: int = 0, clock: Callable[[], float] = time.monotonic
     ):
         self._folder, self._first_step, self._clock = Path(run_dir), first_step, clock
-        self._n_steps, self._wants_board = plan.recipe.steps, plan.recipe.monitor.tensorboard
+        self._recipe, self._n_steps = plan.recipe, plan.recipe.steps
         self._mfu = functools.partial(
             mfu, config=plan.config, n_tokens=plan.n_tokens, devices=list(plan.mesh.devices.flat)
         )
@@ -100,7 +101,8 @@ class Report:
         self._shown["loss"] = f"loss {float(metrics['loss']):.3f}" if metrics.get("n_tokens", 1) else "no target"
         self._shown |= self._speed() | {"left": f"{_duration(self._seconds_left(step, now))} left"}
         if self._bar.shown:
-            self._bar.update("training", step, self._n_steps, self._place(step) + self._sentence())
+            columns = self._bar.width if self._bar.width < ROOM + progress.NARROWEST else ROOM
+            self._bar.update("training", step, self._n_steps, self._fitting(self._place(step), columns))
         elif self._is_due(step, now):
             self._line(step, self._sentence())
             self._last_line = now
@@ -146,8 +148,15 @@ class Report:
     def _place(self, step: int) -> str:
         return f"step {step:,}/{self._n_steps:,}: "
 
-    def _sentence(self) -> str:
-        return ", ".join(self._shown[name] for name in ("loss", "val", "speed", "mfu", "left") if name in self._shown)
+    def _sentence(self, left_out: Sequence[str] = ()) -> str:
+        names = [name for name in ("loss", "val", "speed", "mfu", "left") if name in self._shown]
+        return ", ".join(self._shown[name] for name in names if name not in left_out)
+
+    def _fitting(self, place: str, columns: int) -> str:
+        """Return the text beside the bar: without what matters less than the time left, if the terminal is narrow."""
+        less = ("mfu", "speed", "val")
+        texts = [place + self._sentence(less[:n]) for n in range(len(less) + 1)]
+        return next((text for text in texts if len(text) <= columns), texts[-1])
 
     def _is_due(self, step: int, now: float) -> bool:
         """Return whether a step has a line if there is no terminal."""
@@ -178,8 +187,10 @@ class Report:
                     board.add_scalar(name, float(value), step)
 
     def _opened_boards(self) -> Iterator[Board]:
-        if self._wants_board:
+        if self._recipe.monitor.tensorboard:
             yield TensorBoard(self._folder / "tensorboard", self._first_step)
+        if project := self._recipe.monitor.wandb:
+            yield Wandb(project, self._folder, to_dict(self._recipe))
 
 
 class Silence(Report):

@@ -13,7 +13,7 @@ from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.data.examples import Example, PreparedExamples, is_prepared_examples, open_examples, write_examples
 from gpt2_jax.data.labelled import labelled_examples
-from gpt2_jax.data.records import records
+from gpt2_jax.data.tables import records
 from gpt2_jax.data.templates import instruction_examples, template_of
 from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.recipe import Recipe

@@ -289,6 +289,18 @@ def test_weights_that_overflow_are_stopped_at_and_what_is_saved_is_finite(tmp_pa
     assert_same_params(gpt2_jax.load(tmp_path / "run")[1], random_weights())
 
 
+def test_validation_losses_that_are_no_numbers_are_not_called_overfitting(tmp_path, run, monkeypatch, capfd):
+    """Also by the run that finds them in the file."""
+    losses = iter([5.0, math.nan, math.nan])
+    monkeypatch.setattr(observer.Observer, "_validation_loss", lambda *_: next(losses))
+    wanted = small(steps=4, monitor={"evaluate_every": 2})
+    for _ in range(2):
+        assert run(wanted).best_step == 0
+        err = capfd.readouterr().err
+        assert "after step 0; the validation losses since then are not finite: the model is broken" in err
+        assert "overfits" not in err
+
+
 @pytest.mark.parametrize("choice", ["ignore", "skip", "stop"])
 def test_a_spike(tmp_path, run, finished, choice, capfd):
     """The running mean is set to a tenth of its value, so that the next loss is a spike."""

@@ -165,6 +165,51 @@ def test_an_event_is_in_the_file_at_once(tmp_path):
     board.close()
 
 
+class FakeWandb:
+    """The module wandb as `Wandb` uses it."""
+
+    def __init__(self):
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **settings):
+        self.started.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_by_option_alone(tmp_path, run, monkeypatch):
+    """The second start continues the first one's run. Without the option, the package is not imported."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(small(steps=1, monitor=EVERY)).step == 1
+    with pytest.raises(ValueError, match=r"^monitor\.wandb needs the package wandb: pip install wandb$"):
+        run(small(steps=2, monitor=EVERY | {"wandb": "plays"}))
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for steps in (2, 3):
+        run(small(steps=steps, monitor=EVERY | {"wandb": "plays"}))
+    first, second = fake.started
+    assert (first["project"], first["name"], first["dir"]) == ("plays", "run", str(tmp_path / "run"))
+    assert first["config"]["batch_size"] == 3
+    assert first["id"] == second["id"] == (tmp_path / "run" / "wandb-id.txt").read_text()
+    assert fake.finished == 2
+    losses = {step: values["train/loss"] for step, values in fake.logged if "train/loss" in values}
+    assert losses == {step: loss for step, loss in records(tmp_path / "run", "loss").items() if step > 1}
+    assert [step for step, values in fake.logged if "val/loss" in values] == [2, 3]
+
+
+def test_weights_and_biases_that_cannot_start_are_one_sentence(run, monkeypatch):
+    fake = FakeWandb()
+    fake.init = lambda **settings: 1 / 0
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(OSError, match=r"^Weights & Biases cannot start: "):
+        run(small(steps=2, monitor=EVERY | {"wandb": "plays"}))
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 def test_a_full_disk_names_the_file(tmp_path):
     """In the thread that writes: nothing waits for another one."""

@@ -290,6 +290,25 @@ def on_a_terminal(width):
     os.close(ours)
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (70, "step 12/1,009: loss 3.250, val 3.125, 300 tokens/s, 0:33:14 left"),
+        (60, "step 12/1,009: loss 3.250, val 3.125, 0:33:14 left"),
+        (40, "step 12/1,009: loss 3.250, 0:33:14 left"),
+    ],
+)
+def test_the_time_left_is_on_a_narrow_terminal(tmp_path, width, shown):
+    clock = Clock()
+    with on_a_terminal(width) as written:
+        with Report(PLAN, tmp_path, 5, clock=clock) as report:
+            steps(report, clock, range(6, 12))
+            report.evaluation(11, 3.125, 22.76, True)
+            clock.now += 2
+            report.step(12, METRICS, 600, 2.0)
+        assert shown in written()
+
+
 def test_a_bar_on_a_terminal(tmp_path, capsys):
     """One line with everything in it, redrawn in place; messages are above it, and standard output is untouched."""
     clock = Clock()
