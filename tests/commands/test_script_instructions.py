@@ -222,7 +222,7 @@ def test_a_judge(run, trained, tmp_path, monkeypatch):
     path = made.written(tmp_path / "test.json", made.RECORDS[:2])
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):  # noqa: N802
+        def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             data = json.dumps({"choices": [{"message": {"content": "30"}}]}).encode()
             self.send_response(200)
@@ -263,5 +263,3 @@ def test_mistakes(run, options, culprit, tmp_path):
     done = run(evaluate, made.written(tmp_path / "a.json"), *options)
     assert done.code == 2
     assert culprit in done.err
-
-
