@@ -92,7 +92,7 @@ def main() -> None:
         trainers = {name: Trainer(config, one, args, name == "packed") for name, one in rows.items()}
         turns = [{name: one.turn() for name, one in trainers.items()} for _ in range(args.rounds)]
     speeds = {name: [turn[name][0] for turn in turns] for name in rows}
-    alone = list(speeds)[0]
+    alone = next(iter(speeds))
     ratios = {name: [turn[name][0] / turn[alone][0] for turn in turns] for name in rows}
     lines = [
         f"# Packed rows, documents of {args.mean:g} tokens on average, rows of {args.tokens}, float32",

@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -16,7 +16,6 @@ from gpt2_jax.commands._generate_options import IN_A_LINE, Options, ignored
 from gpt2_jax.commands._prompts import descriptor_of
 from gpt2_jax.commands._samples import as_json, tokens_as_json, tokens_of_prompt
 from gpt2_jax.commands._speaker import Model, Row
-from gpt2_jax.data.conversations import conversation_of, is_conversation
 from gpt2_jax.files import expanded
 
 if TYPE_CHECKING:
@@ -91,6 +90,13 @@ class _Lines:
         """Lines that are completed at the same time."""
         return max(1, self.args.batch_size // self.args.num_samples)
 
+    @property
+    def also(self) -> Callable[[dict[str, Any]], bool] | None:
+        """Returns whether an object without a prompt has an instruction; None without a template."""
+        from gpt2_jax.data.conversations import is_conversation
+
+        return is_conversation if self.template else None
+
     def lines_of_a_call(self) -> int:
         """Return how many lines of a file are completed by one call. All lines were checked before."""
         return self.batch_size * (SPREAD if self.with_settings else 1)
@@ -117,7 +123,7 @@ class _Lines:
             model=lambda: fingerprint(*model.weights),
             check=self.check,
             skip=self.skip if self.args.skip_bad_lines else None,
-            also=is_conversation if self.template else None,
+            also=self.also,
             data=data,
             share=self.share,
         )
@@ -129,7 +135,7 @@ class _Lines:
 
         def reader() -> Reader:
             skip = self.skip if self.args.skip_bad_lines else None
-            return Reader(source, self.fields, self.check, skip, also=is_conversation if self.template else None)
+            return Reader(source, self.fields, self.check, skip, also=self.also)
 
         with _opened(target) as output, contextlib.ExitStack() as stack:
             if descriptor is None and Path(source).is_file():
@@ -175,6 +181,8 @@ class _Lines:
         """Return the ids of a line's prompt, or of its instruction."""
         if "prompt" in line or self.template is None:
             return self.model.encode(line["prompt"], options)
+        from gpt2_jax.data.conversations import conversation_of
+
         try:
             return self.template.prompt_ids(self.model.tokenizer, conversation_of(line, answered=False))
         except ValueError as error:

@@ -203,9 +203,10 @@ def test_nobody_listens():
 
 
 def test_a_slow_judge_is_given_up():
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as one:  # it accepts, and never replies
-        with pytest.raises(OSError, match="does not answer .*timed out"):
-            Judge(f"http://127.0.0.1:{one.server_port}/v1", "m", timeout=0.05).score(*ASKED)
+    """The server listens, but never replies."""
+    timed_out = pytest.raises(OSError, match=r"does not answer .*timed out")
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as one, timed_out:
+        Judge(f"http://127.0.0.1:{one.server_port}/v1", "m", timeout=0.05).score(*ASKED)
 
 
 def test_an_address_and_a_name_are_needed():

@@ -152,7 +152,11 @@ def test_pairs_are_trained_whole(pairs, tmp_path, tokenizer):
         answer = expected[tuple(row.tokens[:n].tolist())]
         assert row.targets[:n][row.weights[:n] > 0].tolist() == answer
         assert row.weights.sum() == len(answer)
-    assert len(rows) + len(data.val) == len(PAIRS)  # the tail split cuts no pair
+    assert data.val is not None
+    for split in (data.train, data.val):  # the tail split cuts no pair
+        ids = [split.read(number)[0].tolist() for number in range(len(split))]
+        assert all(tuple(one[:-1]) in expected and one[-1] == tokenizer.eot for one in ids)
+    assert len(rows) + len(data.val) == len(PAIRS)
     fit(plan, made.params(), data, tmp_path / "run", tokenizer)
     assert runs.read_run(tmp_path / "run").data["pairs"] is True
     fit(plan, made.params(), pairs, tmp_path / "run", tokenizer)  # a Prepared is read in the same way
