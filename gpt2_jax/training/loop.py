@@ -162,6 +162,7 @@ def fit(
         fitted = _fitted(plan, state, step, steps, observer, stop, report)
         if plan.recipe.objective == "classification" and isinstance(data, PreparedExamples) and not fitted.signal:
             measure_splits(plan, data, run_dir, observer, step, fitted.params)
+            fitted = dataclasses.replace(fitted, signal=stop.signal)  # it may have come meanwhile
     processes.on_first(lambda: plot_curve(run_dir / METRICS, run_dir / CURVE))
     return fitted
 

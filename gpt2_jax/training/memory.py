@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,20 @@ def _on_accelerator(plan: Plan) -> int:
     weight = (5 if on_tpu else itemsize + 4) + dropped
     weights = 0 if fused else n_rows * config.n_head * _n_seen(n_tokens) * weight
     block = 4 * stream + ((12 if on_tpu else 16) * stream + weights) // n_parts
-    logits = _n_logits(config, n_rows, n_tokens) * (_wide(config) + itemsize) // n_parts  # and their gradient
+    logits = _logits_held(plan) * (_wide(config) + itemsize) // n_parts  # and their gradient
     if plan.recipe.remat:
-        return config.n_layer * stream + max(block, logits)
-    return config.n_layer * block + logits
+        return _n_kept(plan) * stream + max(block, logits)
+    return _n_kept(plan) * block + logits
+
+
+def _n_kept(plan: Plan) -> int:
+    """Return the number of blocks whose activations the backward pass reads: those from the lowest trained one on."""
+    n_layer, lowest = plan.config.n_layer, plan.config.n_layer
+    for name in plan.trained:
+        layer = re.match(r"h(\d+)/", name)
+        after = name.startswith(("ln_f/", "score/", "lm_head"))
+        lowest = min(lowest, int(layer[1]) if layer else n_layer if after else 0)
+    return n_layer - lowest
 
 
 def _on_cpu(plan: Plan, gradients: int = 0) -> int:
@@ -96,15 +107,15 @@ def _on_cpu(plan: Plan, gradients: int = 0) -> int:
     weights = n_rows * config.n_head * _n_seen(n_tokens) * itemsize
     block = 2 * stream + (8 * stream + weights) / n_parts
     backward = 4.5 * stream + (13 * stream + 1.85 * weights) / n_parts
-    logits = _n_logits(config, n_rows, n_tokens)
+    logits = _logits_held(plan)
     loss = 2 * itemsize * logits / n_parts + 6 * stream
-    if logits < n_rows * n_tokens * config.n_vocab:  # the gradient of the head is a sum over chunks
+    if 0 < logits < n_rows * n_tokens * config.n_vocab:  # the gradient of the head is a sum over chunks
         loss += itemsize * config.n_vocab * config.n_embd / n_parts
-    if plan.mesh.size > 1:  # copies of the head and of its gradient, divided as the loss needs them
+    if plan.mesh.size > 1 and logits:  # copies of the head and of its gradient, divided as the loss needs them
         loss += 2.5 * itemsize * config.n_vocab * config.n_embd / n_parts
-    kept = config.n_layer * block
+    kept = _n_kept(plan) * block
     if plan.recipe.remat:
-        kept, backward = config.n_layer * stream, 1.1 * (block + backward)
+        kept, backward = _n_kept(plan) * stream, 1.1 * (block + backward)
     return int(max(kept + max(loss, backward) - gradients, backward))
 
 
@@ -120,8 +131,15 @@ def _n_seen(n_tokens: int) -> int:
     return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
 
 
+def _logits_held(plan: Plan) -> int:
+    """Return how many logits a device with the whole vocabulary holds at once. A classifier's few do not count."""
+    if plan.recipe.objective == "classification":
+        return 0
+    return _n_logits(plan.config, plan.n_rows, plan.n_tokens)
+
+
 def _n_logits(config: GPT2Config, n_rows: int, n_tokens: int) -> int:
-    """Return how many logits a device holds at once, in the chunks of `token_loss`, if it has the whole vocabulary."""
+    """Return how many logits there are at once in the chunks of `token_loss`."""
     n_chunks = min(n_tokens, -(-n_rows * n_tokens * config.n_vocab // CHUNK))
     return n_rows * -(-n_tokens // n_chunks) * config.n_vocab
 
