@@ -94,8 +94,9 @@ def _on_cpu(plan: Plan, gradients: int = 0) -> int:
 
     A step keeps the results of products: each block keeps, in widths of the residual stream, its input, q, k and v, the
     attention output before and after its projection, and the MLP before its activation function; and the attention
-    scores. The peak is in the loss, or in the backward pass of the last block. Products are in float32 for any
-    compute_dtype. With `remat`, a block keeps its input only, until its backward pass.
+    scores. In the loss, the gradient of the logits exists beside the logits, or beside that of the head. The peak is in
+    the loss, or in the backward pass of the last block. Products are in float32 for any compute_dtype. With
+    `remat`, a block keeps its input only, until its backward pass. Adafactor's updates take as much as the gradients.
 
     Args:
       plan: the plan of the run.
@@ -108,7 +109,8 @@ def _on_cpu(plan: Plan, gradients: int = 0) -> int:
     block = 2 * stream + (8 * stream + weights) / n_parts
     backward = 4.5 * stream + (13 * stream + 1.85 * weights) / n_parts
     logits = _logits_held(plan)
-    loss = 2 * itemsize * logits / n_parts + 6 * stream
+    head = itemsize * config.n_vocab * config.n_embd / n_parts if logits and _trains_head(plan) else 0
+    loss = itemsize * logits / n_parts + max(itemsize * logits / n_parts, head) + 6 * stream
     if 0 < logits < n_rows * n_tokens * config.n_vocab:  # the gradient of the head is a sum over chunks
         loss += itemsize * config.n_vocab * config.n_embd / n_parts
     if plan.mesh.size > 1 and logits:  # copies of the head and of its gradient, divided as the loss needs them
@@ -116,7 +118,15 @@ def _on_cpu(plan: Plan, gradients: int = 0) -> int:
     kept = _n_kept(plan) * block
     if plan.recipe.remat:
         kept, backward = _n_kept(plan) * stream, 1.1 * (block + backward)
-    return int(max(kept + max(loss, backward) - gradients, backward))
+    most = max(kept + max(loss, backward) - gradients, backward)
+    if plan.recipe.optimizer.name == "adafactor":  # its updates are made of all gradients before one is applied
+        most = max(most, gradients)
+    return int(most)
+
+
+def _trains_head(plan: Plan) -> bool:
+    """Return whether the output head gets a gradient."""
+    return not {"wte", "lm_head"}.isdisjoint(plan.trained)
 
 
 def _wide(config: GPT2Config) -> int:
