@@ -94,7 +94,8 @@ def fit(
     run in all of them.
 
     Args:
-      plan: from `make_plan(config, recipe)` or `start_model`. The recipe's `model.source` and `data.path` are not read.
+      plan: from `make_plan(config, recipe)` or `start_model`. The recipe's `data.path` is not read, nor its
+        `model.source`, except to resume a run with LoRA whose frozen weights are there.
       params: the initial params, from `load(...)[1]` or `init_params(...)`; they are copied. With None, a run can only
         be resumed.
       data: from `start_data` or `open_prepared(folder)`.

@@ -47,6 +47,16 @@ def test_attention_is_written_with_the_recipe_alone_and_only_if_it_is_set(tmp_pa
         assert read_run(tmp_path / attention).recipe == recipe
 
 
+def test_later_fields_of_lora_are_written_only_if_they_are_set(tmp_path):
+    """Versions before these fields read the runs of those who leave them alone."""
+    later = {"dropout": 0.1, "ranks": (("c_fc", 3),), "full": "ln_f"}
+    for name, lora in (("plain", Lora(rank=3)), ("set", Lora(rank=3, **later))):
+        write_run(tmp_path / name, CONFIG, Recipe(lora=lora), DATA)
+        told = json.loads((tmp_path / name / "run.json").read_text(encoding="utf-8"))["recipe"]["lora"]
+        assert told.keys() - {"rank", "alpha", "targets"} == (later.keys() if name == "set" else set())
+        assert read_run(tmp_path / name).recipe == Recipe(lora=lora)
+
+
 def test_every_field_of_a_recipe_has_a_change_here():
     assert set(CHANGES) == {field.name for field in dataclasses.fields(Recipe)}
 
