@@ -85,14 +85,15 @@ def _tell_about(manifest: dict[str, Any], recipe: Recipe, began: bool) -> None:
         print(note, file=sys.stderr)
 
 
-def _find_learning_rate(plan: Any, params: Any, data: Any, folder: Path) -> int:
+def _find_learning_rate(plan: Any, params: Any, data: Any, tokenizer: Any, folder: Path) -> int:
     """Print the suggested learning rate, and draw the losses."""
     from gpt2_jax.checkpoints import runs
     from gpt2_jax.training.rate_finder import find_learning_rate, plot_rates
 
     if params is None:
         raise ValueError(f"{folder} has a run that has begun: choose another folder to try learning rates")
-    test, picture = find_learning_rate(plan, params, data, donate=True), folder / runs.RATES
+    test = find_learning_rate(plan, params, data, donate=True, tokenizer=tokenizer)
+    picture = folder / runs.RATES
     plot_rates(test, picture)
     print(f"the losses are in {picture}; the loss falls fastest at this learning rate:", file=sys.stderr)
     print(f"{test.suggested:.2g}")
@@ -120,7 +121,7 @@ def run(args: Args) -> int:
         _tell_about(data.manifest, recipe, began=params is not None)
     print("\n".join(described(plan, data)), file=sys.stderr)
     if args.find_learning_rate:
-        return _find_learning_rate(plan, params, data, folder)
+        return _find_learning_rate(plan, params, data, tokenizer, folder)
     fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step, validation=validation)
     if recipe.objective == "instruction" and not fitted.signal and not fitted.failed:
         on_first(lambda: _responses.after_training(folder))

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,6 +81,10 @@ class Examples:
         """int64 [n], tokens of each example."""
         return np.diff(self.ends, prepend=0)
 
+    def within(self, n_rows: int) -> Examples:
+        """Return the same examples for a model with this many rows: an id without a row is refused."""
+        return dataclasses.replace(self, tokens=self.tokens.within(n_rows))
+
     def read(self, number: int, start: int = 0, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return ids int32 and counts float32 of an example, or of `count` of its tokens from `start` on."""
         begin = int(self.ends[number - 1]) if number else 0
@@ -133,11 +137,8 @@ class PreparedExamples:
 
     def within(self, n_rows: int) -> PreparedExamples:
         """Return the same examples for a model with this many rows. An id without a row is refused when it is read."""
-
-        def limited(split: Examples | None) -> Any:
-            return split and dataclasses.replace(split, tokens=dataclasses.replace(split.tokens, n_rows=n_rows))
-
-        return PreparedExamples(limited(self.train), limited(self.val), limited(self.test), self.manifest)
+        train, val, test = (split and split.within(n_rows) for split in (self.train, self.val, self.test))
+        return PreparedExamples(cast("Examples", train), val, test, self.manifest)
 
     def digests(self) -> dict[str, str]:
         """Return {file name: sha256} of all files, read from the disk."""

@@ -52,6 +52,10 @@ class Tokens:
     n_rows: int | None = None
     offset: int = 0
 
+    def within(self, n_rows: int) -> Tokens:
+        """Return the same ids for a model with this many rows. An id without a row is refused when it is read."""
+        return dataclasses.replace(self, n_rows=n_rows)
+
     def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return ids int32 [count] from token `start` on, and counts float32 [count], 1 where a token is a target.
 
@@ -122,7 +126,7 @@ class Prepared:
 
     def within(self, n_rows: int) -> Prepared:
         """Return the same text for a model with this many rows. An id without a row is refused when it is read."""
-        train, val = (split and dataclasses.replace(split, n_rows=n_rows) for split in (self.train, self.val))
+        train, val = (split and split.within(n_rows) for split in (self.train, self.val))
         return Prepared(cast("Tokens", train), val, self.manifest)
 
     def digests(self) -> dict[str, str]:

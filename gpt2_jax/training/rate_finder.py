@@ -17,9 +17,10 @@ from gpt2_jax.data.examples import PreparedExamples
 from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params
+from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.loop import placed_batches
 from gpt2_jax.training.plan import Plan
-from gpt2_jax.training.start import check_data
+from gpt2_jax.training.start import check_data, whole_pairs
 from gpt2_jax.training.step import init_state, make_train_step
 
 MEMORY = 0.8  # decay of the running mean of the losses
@@ -52,11 +53,12 @@ def find_learning_rate(
     highest: float = 1.0,
     n_steps: int = 100,
     donate: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> RateTest:
     """Train for some steps with a learning rate that rises by the same factor at each step, and return the losses.
 
-    The test ends earlier if the loss diverges. Nothing is saved. The schedule and the learning rate of the recipe are
-    not used; all its other settings are.
+    The test ends earlier if the loss diverges. Nothing is saved, and nothing is validated. The schedule and the
+    learning rate of the recipe are not used; all its other settings of training are.
 
     Args:
       plan: from `start_model` or `make_plan`.
@@ -66,6 +68,7 @@ def find_learning_rate(
       highest: the last learning rate.
       n_steps: steps of the test, at least 10.
       donate: as in `fit`.
+      tokenizer: as in `fit`: added tokens that do not occur in the data need no row in the model.
 
     Raises:
       ValueError: a number is out of range, the data does not fit the plan, or the loss is not finite from the start.
@@ -73,7 +76,8 @@ def find_learning_rate(
     lowest = real_number("lowest", lowest, 0, open_low=True)
     highest = real_number("highest", highest, lowest, open_low=True)
     n_steps = whole_number("n_steps", n_steps, 10)
-    data = check_data(plan, data)
+    unwatched = dataclasses.replace(plan.recipe, monitor=dataclasses.replace(plan.recipe.monitor, patience=0))
+    data = check_data(dataclasses.replace(plan, recipe=unwatched), whole_pairs(data, None), tokenizer)
     factor = (highest / lowest) ** (1 / (n_steps - 1))
     rising = dataclasses.replace(plan, schedule=lambda step: lowest * factor ** jnp.asarray(step, float))
     state, train_step = init_state(rising, params, donate), make_train_step(rising)

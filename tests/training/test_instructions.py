@@ -17,7 +17,7 @@ from gpt2_jax.checkpoints import runs
 from gpt2_jax.data import load_template, prepare
 from gpt2_jax.data.examples import PreparedExamples
 from gpt2_jax.params import flatten
-from gpt2_jax.training import fit, make_plan, memory, objective, observer, start_data, start_model
+from gpt2_jax.training import fit, make_plan, memory, objective, observer, start_data, start_model, start_validation
 from gpt2_jax.training.memory import memory_needed
 from gpt2_jax.training.plan import attention_kernels
 
@@ -160,6 +160,27 @@ def test_pairs_are_trained_whole(pairs, tmp_path, tokenizer):
     fit(plan, made.params(), data, tmp_path / "run", tokenizer)
     assert runs.read_run(tmp_path / "run").data["pairs"] is True
     fit(plan, made.params(), pairs, tmp_path / "run", tokenizer)  # a Prepared is read in the same way
+
+
+@pytest.mark.parametrize("trained", ["pairs", "text"])
+def test_pairs_and_text_validate_each_other(pairs, tmp_path, tokenizer, trained):
+    """The validation text has another form than the training text. Its loss is that of a run that trains on it."""
+    (tmp_path / "a.txt").write_text("Thou and thee, and the lords of seven ladies. " * 4, encoding="utf-8")
+    named = {"pairs": tmp_path / "tokens", "text": tmp_path / "a.txt"}
+    other = named["text" if trained == "pairs" else "pairs"]
+    losses = []
+    for name, data in (
+        ("mixed", {"path": str(named[trained]), "val_path": str(other)}),
+        ("alone", {"path": str(other), "val_path": str(other)}),
+    ):
+        monitor = {**QUIET, "evaluate_every": 1}
+        recipe = ts.recipe(data={"n_tokens": 23} | data, batch_size=4, steps=1, monitor=monitor)
+        found = start_data(recipe, tokenizer, tmp_path / name / "data")
+        validation = start_validation(recipe, tokenizer, tmp_path / name)
+        fit(made.planned(recipe, found), made.params(), found, tmp_path / name, tokenizer, validation=validation)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append(next(line["val_loss"] for line in map(json.loads, lines) if "val_loss" in line))
+    assert losses[0] == losses[1]
 
 
 def test_a_run_of_an_earlier_version_goes_on_in_windows(pairs, tmp_path, tokenizer):

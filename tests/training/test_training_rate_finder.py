@@ -10,6 +10,7 @@ import training_steps as ts
 
 import gpt2_jax
 from gpt2_jax import training
+from gpt2_jax.added_tokens import with_tokens
 from gpt2_jax.commands import train
 from gpt2_jax.training.rate_finder import find_learning_rate, running_mean, steepest
 
@@ -68,11 +69,22 @@ def test_each_step_has_its_rate_and_the_test_ends_when_the_loss_diverges(data):
     stream.close()
 
 
+def test_an_added_token_without_a_row_does_not_matter_if_the_data_has_none(text, data):
+    tokenizer = with_tokens(gpt2_jax.load_tokenizer("shakespeare"), ["<|user|>"])
+    more = training.prepare([text], text.with_name("more"), tokenizer, split="tail")
+    plan = training.make_plan(CONFIG, ts.recipe(batch_size=2, data={"n_tokens": 16}))
+    params = training.new_params(CONFIG, 0)
+    test = find_learning_rate(plan, params, more, lowest=1e-3, n_steps=10, tokenizer=tokenizer)
+    expected = find_learning_rate(plan, params, data, lowest=1e-3, n_steps=10)
+    np.testing.assert_array_equal(test.losses, expected.losses)
+
+
 def test_the_command_prints_the_rate_and_draws_the_losses(tmp_path, text, capsys):
     run = tmp_path / "run"
     options = ["--data.path", str(text), "--run", str(run), "--model.source", "", "--model.tokenizer", "shakespeare"]
     options += ["--model.n-layer", "1", "--model.n-embd", "12", "--model.n-head", "3", "--model.n-ctx", "16"]
     options += ["--monitor.sample-every", "0", "--batch-size", "2", "--steps", "2"]
+    options += ["--data.val-path", str(text), "--monitor.patience", "3"]  # the test validates nothing
     train.main([*options, "--find-learning-rate"])
     printed = capsys.readouterr()
     assert 1e-6 < float(printed.out) < 1
