@@ -26,9 +26,17 @@ def steps_of(recipe: Recipe, n_per_epoch: int) -> int:
 
 
 def n_per_epoch(plan: Plan, data: Prepared | PreparedExamples) -> int:
-    """Return the windows of an epoch of text, or its rows of examples."""
+    """Return the windows of an epoch of text, or its rows of examples.
+
+    Raises:
+      ValueError: no example has a target in a row.
+    """
     rows = rows_of(plan, data, data.train)
     if rows is not None:
+        if not len(rows):
+            raise ValueError(
+                f"rows of {plan.n_tokens:,} tokens end before the first target of each example: increase data.n_tokens"
+            )
         return len(rows)
     assert isinstance(data.train, Tokens)
     return windows_per_epoch(data.train.n_tokens, plan.n_tokens)

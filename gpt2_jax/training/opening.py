@@ -135,6 +135,8 @@ def _set_later_aside(run_dir: Path, step: int) -> list[str]:
     for path in run_dir.iterdir():
         if path.is_file() and path.suffix in (".json", ".jsonl", ".bpe", ".txt"):  # also the vocabulary
             shutil.copy2(path, folder)
+    if (run_dir / runs.BASE).is_dir():  # the frozen weights of LoRA: both runs need them
+        shutil.copytree(run_dir / runs.BASE, folder / runs.BASE)
     best = max((record["step"] for record in _metrics(run_dir) if record.get("best")), default=0)
     if best > step and (run_dir / runs.BEST).is_dir():
         (run_dir / runs.BEST).rename(folder / runs.BEST)

@@ -18,6 +18,7 @@ from gpt2_jax.data.token_files import Prepared
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training.epochs import n_per_epoch
 from gpt2_jax.training.loop import placed_batches
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.start import check_data, whole_pairs
@@ -78,6 +79,7 @@ def find_learning_rate(
     n_steps = whole_number("n_steps", n_steps, 10)
     unwatched = dataclasses.replace(plan.recipe, monitor=dataclasses.replace(plan.recipe.monitor, patience=0))
     data = check_data(dataclasses.replace(plan, recipe=unwatched), whole_pairs(data, None), tokenizer)
+    n_per_epoch(plan, data)  # refuses examples that have no target in a row
     factor = (highest / lowest) ** (1 / (n_steps - 1))
     rising = dataclasses.replace(plan, schedule=lambda step: lowest * factor ** jnp.asarray(step, float))
     state, train_step = init_state(rising, params, donate), make_train_step(rising)

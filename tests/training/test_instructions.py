@@ -20,6 +20,7 @@ from gpt2_jax.params import flatten
 from gpt2_jax.training import fit, make_plan, memory, objective, observer, start_data, start_model, start_validation
 from gpt2_jax.training.memory import memory_needed
 from gpt2_jax.training.plan import attention_kernels
+from gpt2_jax.training.rate_finder import find_learning_rate
 
 QUIET = {"evaluate_every": 0, "sample_every": 0, "tensorboard": False, "save_every": 2}
 PAIRS = [{"q": f"What is {i} and {'so ' * (i % 5)}on?", "a": f" It is {i}{' indeed' * (i % 3)}."} for i in range(40)]
@@ -83,6 +84,17 @@ def test_cut_and_skipped_examples_are_counted_and_told(run, tokenizer, capsys):
     assert rows is not None
     assert rows is objective.rows_of(plan, data, data.train)  # found once
     assert all(rows.read(number).weights.sum() > 0 for number in range(len(rows)))
+
+
+def test_rows_that_end_before_every_answer_are_refused(run, tmp_path, tokenizer):
+    message = r"rows of 20 tokens end before the first target of each example: increase data\.n_tokens"
+    for packed in (False, True):
+        with pytest.raises(ValueError, match=message):
+            run(f"run {packed}", data={"n_tokens": 20, "pack": packed})
+    recipe = made.recipe(tmp_path / "pairs.json", data={"n_tokens": 20})
+    plan, data = made.plan_and_data(recipe, tokenizer, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        find_learning_rate(plan, made.params(), data)
 
 
 def test_rows_are_as_long_as_the_longest_example(run, tokenizer):

@@ -129,6 +129,18 @@ def test_a_run_from_elsewhere_keeps_its_base_once(tmp_path, data, monkeypatch):
     assert_same(state_of(tmp_path / "run", longer), state_of(tmp_path / "whole", longer))
 
 
+def test_what_is_set_aside_has_its_base(tmp_path, data):
+    six = recipe("shakespeare", steps=6, monitor={**MONITOR, "keep": 3})
+    fitted = fit(six, data, tmp_path / "run", tiny_runs.params())
+    plan = training.make_plan(tiny_runs.CONFIG, six)
+    again = training.fit(plan, None, data, tmp_path / "run", from_step=2)
+    aside = tmp_path / "run" / "aside" / "1"
+    for source in (aside, tmp_path / "run"):
+        assert_same(gpt2_jax.load(source / "checkpoints" / "6")[1], fitted.params)
+    assert_same(again.params, fitted.params)
+    assert_same(training.fit(plan, None, data, aside).params, fitted.params)
+
+
 def test_a_stopped_run_resumes_bit_for_bit_from_its_source(tmp_path, model, data):
     whole = fit(recipe(model, steps=6), data, tmp_path / "whole")
     fit(recipe(model, steps=3), data, tmp_path / "run")
