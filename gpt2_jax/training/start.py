@@ -274,12 +274,11 @@ def check_data(
 
 
 def described(plan: Plan, data: Prepared | PreparedExamples) -> list[str]:
-    """Return sentences on what a run trains and on which data, for its start."""
+    """Return sentences on the model and the data of a run, for its start."""
     said = f"{plan.config.n_params:,} parameters"
     if isinstance(data, PreparedExamples) and plan.recipe.objective == "classification":
-        trained = sum(leaf.size for leaf in plan.state.trained(plan.trained).values())
         texts = describe_texts(plan, data)
-        return [f"{said}, {trained:,} of them trained; {texts[0]}", *texts[1:]]
+        return [f"{said}; {texts[0]}", *texts[1:]]
     n_val = data.val.n_tokens if data.val else 0
     return [f"{said}; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens"]
 
