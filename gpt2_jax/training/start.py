@@ -104,8 +104,10 @@ def _plan_of(
         last = max((tokenizer.tokens[token] for token in recipe.data.add_tokens), default=0)
         config = config.replace(labels=(), pooling="last", n_vocab=max(config.n_vocab, last + 1))
     if recipe.objective == "classification" and begun is None:
-        if not isinstance(data, PreparedExamples) or not data.labels:
+        if data is None:
             raise ValueError('objective = "classification" needs the data, whose labels the model gets: pass data')
+        if not isinstance(data, PreparedExamples) or not data.labels:
+            raise ValueError(f'{data.train.path.parent} has no labels, which objective = "classification" needs')
         config = config.replace(labels=data.labels, pooling=recipe.classification.pooling)
     plan = make_plan(config, recipe, n_tokens=n_tokens)
     check_tokenizer(plan, tokenizer)

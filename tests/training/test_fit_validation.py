@@ -94,7 +94,7 @@ def test_the_names_and_the_texts_stay_when_a_run_resumes(run, tmp_path, texts):
     assert run(validation=[["wiki", str(moved)]]).step == 4
     with pytest.raises(ValueError, match="has a run on a different text from"):
         run(validation=[["wiki", books]])
-    with pytest.raises(ValueError, match=r"other settings: data\.validation\.wiki\..* was .* and is null"):
+    with pytest.raises(ValueError, match=r"other settings: data\.validation\.wiki was \S* and is null, data\.valid"):
         run(validation=[["other", wiki]])
 
 
