@@ -58,7 +58,8 @@ def save_adapter(
     Raises:
       FileExistsError: the directory holds other files.
       OSError: the directory cannot be written.
-      ValueError: PEFT's files cannot hold the adapter: a pair of wte with a tied head, or a part of a module.
+      ValueError: PEFT's files cannot hold the adapter: a pair of wte with a tied head, a part of a module, or a
+        classifier that does not read the last token.
     """
     write = functools.partial(peft.write, config=config, adapter=adapter)
     save_with(directory, config, "peft", tokenizer, write)

@@ -13,15 +13,15 @@ from gpt2_jax.files import read_object
 PROBLEM = "single_label_classification"
 
 
-def check_config(config: GPT2Config) -> None:
-    """Check that GPT2ForSequenceClassification can be this model.
+def check_config(config: GPT2Config, format: str) -> None:
+    """Check that GPT2ForSequenceClassification can be this model, which a format of Hugging Face shall hold.
 
     Raises:
       ValueError: the classifier reads something else than the last token.
     """
     if config.labels and config.pooling != "last":
         raise ValueError(
-            f"the huggingface format cannot hold a classifier with pooling {config.pooling!r}, since transformers "
+            f"the {format} format cannot hold a classifier with pooling {config.pooling!r}, since transformers "
             "reads the last token: save it in the format orbax"
         )
 

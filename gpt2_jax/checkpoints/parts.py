@@ -72,11 +72,13 @@ def start_writing(path: Path, step: int, parts: Parts, **more: Any) -> Callable[
             folder.rmdir()
 
     processes.on_first(probe)
-    with plain_files(), clear_errors(saving=True):
+    with contextlib.ExitStack() as stack, plain_files(), clear_errors(saving=True):
+        stack.enter_context(_without_noise())
         response = ocp.save_checkpointables_async(str(path), trees)
+        quiet = stack.pop_all()  # until all is written: Orbax's threads log at any time
 
     def finish() -> None:
-        with clear_errors(saving=True):
+        with quiet, clear_errors(saving=True):
             response.result()
         if jax.process_index() == 0:
             manifest = {"gpt2_jax_checkpoint": VERSION, "step": step, "leaves": leaves, "files": hash_files(path)}
@@ -182,6 +184,23 @@ def clear_errors(saving: bool = False) -> Iterator[None]:
       saving: the block writes. After an error, wait until the threads that still write have ended, 1 s or more.
     """
 
+    # Permanently, because a task is collected some time after its error.
+    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
+    try:
+        with _without_noise(), _late_errors.dropped(wait=saving):
+            yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a full disk gives different types of errors
+        if code := re.search("os_error_code='([0-9]+)'", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise OSError(f"Orbax says: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """Drop the warnings of Orbax that say nothing about a model."""
+
     def is_news(record: logging.LogRecord) -> bool:
         known = (
             "Skipping merge of OCDBT checkpoints",
@@ -194,19 +213,10 @@ def clear_errors(saving: bool = False) -> Iterator[None]:
         )
         return not any(text in str(record.msg) for text in known)
 
-    # Permanently, because a task is collected some time after its error.
-    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
     logger = logging.getLogger("absl")
     logger.addFilter(is_news)
     try:
-        with _late_errors.dropped(wait=saving):
-            yield
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a full disk gives different types of errors
-        if code := re.search("os_error_code='([0-9]+)'", str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-        raise OSError(f"Orbax says: {one_line(error)}") from error
+        yield
     finally:
         logger.removeFilter(is_news)
 

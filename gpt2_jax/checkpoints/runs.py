@@ -319,8 +319,14 @@ def _to_json(run: Run) -> dict[str, Any]:
 
 
 def _comparable(run: Run) -> dict[str, Any]:
-    """Return a run as JSON values in which equal settings are equal: two decay rules mean the same for a tied head."""
+    """Return a run as JSON values in which equal settings are equal: two decay rules mean the same for a tied head.
+
+    The hashes of the files of a validation text are one value.
+    """
     fields = _to_json(run)
+    if texts := run.data.get("validation"):
+        texts = {name: " ".join(digests.values()) for name, digests in texts.items()}
+        fields["data"] = {**run.data, "validation": texts}
     optimizer = fields["recipe"]["optimizer"]
     if run.config.tie_word_embeddings and optimizer["decay"] == EARLIER_DECAY:
         optimizer["decay"] = to_dict(Optimizer())["decay"]

@@ -133,8 +133,8 @@ def save_with(
     if format == "tensorflow":
         tensorflow.check_path(directory)
         tensorflow.check_config(config)
-    elif format == "huggingface":
-        huggingface_labels.check_config(config)
+    elif format != "orbax":
+        huggingface_labels.check_config(config, format)
     check = functools.partial(check_replaceable, directory, with_vocabulary=tokenizer is not None)
     check()
     _import_library(format)

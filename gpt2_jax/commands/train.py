@@ -119,7 +119,7 @@ def run(args: Args) -> int:
     plan, params, tokenizer = start_model(recipe, folder, data)
     if not validation and recipe.objective == "language_modeling" and data.manifest is not None:
         _tell_about(data.manifest, recipe, began=params is not None)
-    print("\n".join(described(plan, data)), file=sys.stderr)
+    print("\n".join(described(plan, data, validation)), file=sys.stderr)
     if args.find_learning_rate:
         return _find_learning_rate(plan, params, data, tokenizer, folder)
     fitted = fit(plan, params, data, folder, tokenizer, donate=True, from_step=args.from_step, validation=validation)

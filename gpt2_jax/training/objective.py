@@ -83,16 +83,19 @@ def _rows(split: Tokens | Examples, n_tokens: int, packed: bool, eot: int | None
 
 
 def account(plan: Plan, data: Prepared | PreparedExamples) -> list[str]:
-    """Return sentences about the training rows: which examples are cut or left out, and how much is padding."""
+    """Return sentences about the training rows: which examples are cut or left out, and how much is padding.
+
+    Which texts of a classifier are cut is in `described`, for each split.
+    """
     rows, n_tokens = rows_of(plan, data, data.train), plan.n_tokens
     if rows is None:
         return []
+    if not isinstance(rows, PaddedRows | PackedRows):
+        return [f"padding: {padding_share(rows, n_tokens):.1%} of the rows of {n_tokens:,} tokens"]
     counted = f"{len(data.train):,} training examples" if isinstance(data.train, Examples) else "packed documents"
     said = f"{counted} make {len(rows):,} rows of {n_tokens:,} tokens"
     said += f"; longer than a row, cut at the end: {rows.n_cut:,}" if rows.n_cut else ""
     said += f"; without a target in a row, left out: {rows.n_skipped:,}" if rows.n_skipped else ""
-    if not isinstance(rows, PaddedRows | PackedRows):
-        return [said, f"padding: {padding_share(rows, n_tokens):.1%} of the rows"]
     alone, packed = padding_shares(rows)
     how = f"{alone:.1%} with one in a row, {packed:.1%} with several (data.pack)"
     used = "several" if plan.recipe.data.pack else "one"

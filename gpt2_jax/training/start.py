@@ -31,7 +31,7 @@ from gpt2_jax.files import expanded, replacing_file, sha256_of
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.recipe import Data, Recipe
+from gpt2_jax.recipe import OWN, Data, Recipe
 from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
 from gpt2_jax.training import hosts
 from gpt2_jax.training.classifying import describe_texts
@@ -104,8 +104,10 @@ def _plan_of(
         last = max((tokenizer.tokens[token] for token in recipe.data.add_tokens), default=0)
         config = config.replace(labels=(), pooling="last", n_vocab=max(config.n_vocab, last + 1))
     if recipe.objective == "classification" and begun is None:
-        if not isinstance(data, PreparedExamples) or not data.labels:
+        if data is None:
             raise ValueError('objective = "classification" needs the data, whose labels the model gets: pass data')
+        if not isinstance(data, PreparedExamples) or not data.labels:
+            raise ValueError(f'{data.train.path.parent} has no labels, which objective = "classification" needs')
         config = config.replace(labels=data.labels, pooling=recipe.classification.pooling)
     plan = make_plan(config, recipe, n_tokens=n_tokens)
     check_tokenizer(plan, tokenizer)
@@ -273,15 +275,21 @@ def check_data(
     return data.within(n_vocab)
 
 
-def described(plan: Plan, data: Prepared | PreparedExamples) -> list[str]:
-    """Return sentences on what a run trains and on which data, for its start."""
+def described(
+    plan: Plan, data: Prepared | PreparedExamples, validation: Mapping[str, Prepared | PreparedExamples] | None = None
+) -> list[str]:
+    """Return sentences on the model and the data of a run, for its start; `validation` is as in `fit`."""
     said = f"{plan.config.n_params:,} parameters"
     if isinstance(data, PreparedExamples) and plan.recipe.objective == "classification":
-        trained = sum(leaf.size for leaf in plan.state.trained(plan.trained).values())
         texts = describe_texts(plan, data)
-        return [f"{said}, {trained:,} of them trained; {texts[0]}", *texts[1:]]
-    n_val = data.val.n_tokens if data.val else 0
-    return [f"{said}; {data.train.n_tokens:,} training tokens, {n_val:,} validation tokens"]
+        return [f"{said}; {texts[0]}", *texts[1:]]
+    splits = {OWN: data.val}
+    if validation:
+        splits = {name: text.train if text.val is None else text.val for name, text in validation.items()}
+    said += f"; {data.train.n_tokens:,} training tokens"
+    for name, split in splits.items():
+        said += f", {split.n_tokens if split else 0:,} validation tokens" + f" of {name}" * (name != OWN)
+    return [said]
 
 
 def _check_examples(plan: Plan, data: PreparedExamples) -> None:

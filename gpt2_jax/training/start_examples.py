@@ -12,6 +12,7 @@ from typing import Any
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.data.examples import Example, PreparedExamples, is_prepared_examples, open_examples, write_examples
+from gpt2_jax.data.finding import STDIN
 from gpt2_jax.data.labelled import labelled_examples
 from gpt2_jax.data.tables import records
 from gpt2_jax.data.templates import instruction_examples, template_of
@@ -36,6 +37,8 @@ def _written_examples(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Pre
     """Write the examples of a recipe, unless the folder has them."""
     data, run_dir, path = recipe.data, folder.parent, expanded(recipe.data.path)
     runs.check_free(run_dir)
+    if data.path == STDIN:
+        raise ValueError(f"objective {recipe.objective} needs a file of records, not standard input")
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}" if not path.exists() else f"{path} is a folder: name a file")
     settings: dict[str, Any] = {"val_fraction": data.val_fraction, "test_fraction": data.test_fraction}

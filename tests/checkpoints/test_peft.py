@@ -207,6 +207,9 @@ def test_what_peft_cannot_hold_is_refused(tmp_path):
         with pytest.raises(ValueError, match=said):
             save_adapter(tmp_path / "out", CONFIG, adapter)
         assert not (tmp_path / "out").exists()
+    classifier = CONFIG.replace(labels=("no", "yes"), pooling="mean")
+    with pytest.raises(ValueError, match="the peft format cannot hold a classifier with pooling 'mean'"):
+        save_adapter(tmp_path / "out", classifier, Adapter({}, {}, {"score/w": np.ones((D, 2), "f4")}))
 
 
 def test_a_model_is_no_adapter(base):

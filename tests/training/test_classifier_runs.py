@@ -17,7 +17,7 @@ import gpt2_jax
 from gpt2_jax.data.batching import Batch
 from gpt2_jax.evaluate.label_metrics import confusion, label_metrics
 from gpt2_jax.params import flatten
-from gpt2_jax.training import described, fit, init_state, make_plan, make_train_step, start_data, start_model
+from gpt2_jax.training import described, fit, init_state, make_plan, make_train_step, objective, start_data, start_model
 from gpt2_jax.training import loop as training_loop
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.memory import memory_needed
@@ -130,8 +130,8 @@ def test_the_start_says_what_is_read(tmp_path, texts):
     recipe = small(data={"n_tokens": 12}, classification={"balance": "undersample"})
     data, plan, *_ = started(recipe, texts, tmp_path / "run")
     said = described(plan, data)
-    assert said[0].startswith(f"{plan.config.n_params:,} parameters, ")
-    assert said[0].endswith(" of them trained; 8 training texts, 3 validation texts, 5 test texts")
+    texts_of = "8 training texts, 3 validation texts, 5 test texts"
+    assert said[0] == f"{plan.config.n_params:,} parameters; {texts_of}"
     counts = data.manifest["train"]["by_label"]
     assert f"ham {counts['ham']}" in said[1]
     assert f"spam {counts['spam']}" in said[1]
@@ -139,6 +139,8 @@ def test_the_start_says_what_is_read(tmp_path, texts):
     cut = {name: sum(split.lengths > 12) for name, split in data.by_split().items()}
     assert 0 < cut["train"] < 8
     assert said[3].startswith(f"{cut['train']} of 8 training texts are longer than the 12 tokens of a row")
+    padding = 1 - sum(np.minimum(data.train.lengths, 12)) / (8 * 12)
+    assert objective.account(plan, data) == [f"padding: {padding:.1%} of the rows of 12 tokens"]
     every = [data.manifest[split]["by_label"] for split in ("train", "val", "test")]
     assert {label: sum(one[label] for one in every) for label in ("ham", "spam")} == {"ham": 8, "spam": 8}
 

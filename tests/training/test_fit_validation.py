@@ -9,7 +9,7 @@ import tiny_runs
 from tiny_runs import CONFIG, mean_nats, params, small
 
 from gpt2_jax.recipe import Data, Monitor, Recipe
-from gpt2_jax.training import fit, make_plan, open_prepared, prepare, start_data, start_validation
+from gpt2_jax.training import described, fit, make_plan, open_prepared, prepare, start_data, start_validation
 
 EVERY = Monitor(evaluate_every=2, sample_every=0, tensorboard=False)
 
@@ -94,8 +94,27 @@ def test_the_names_and_the_texts_stay_when_a_run_resumes(run, tmp_path, texts):
     assert run(validation=[["wiki", str(moved)]]).step == 4
     with pytest.raises(ValueError, match="has a run on a different text from"):
         run(validation=[["wiki", books]])
-    with pytest.raises(ValueError, match=r"other settings: data\.validation\.wiki\..* was .* and is null"):
+    with pytest.raises(ValueError, match=r"other settings: data\.validation\.wiki was \S* and is null, data\.valid"):
         run(validation=[["other", wiki]])
+
+
+def test_the_start_counts_the_validation_texts(tmp_path, texts, tokenizer):
+    prepare([texts / "books.txt"], tmp_path / "books", tokenizer, val_fraction=0.3, split="tail", shown=False)
+    n_books = open_prepared(tmp_path / "books").val.n_tokens
+    n_wiki = len(tokenizer.encode((texts / "wiki.txt").read_text()))
+    for fields, said in (
+        ({"val_path": str(texts / "wiki.txt")}, f", {n_wiki} validation tokens"),
+        (
+            {"validation": [["wiki", str(texts / "wiki.txt")], ["books", str(tmp_path / "books")]]},
+            f", {n_wiki} validation tokens of wiki, {n_books} validation tokens of books",
+        ),
+        ({"val_fraction": 0.0}, " training tokens, 0 validation tokens"),
+    ):
+        recipe = small(data={"path": str(texts / "train.txt"), "n_tokens": 11} | fields)
+        folder = tmp_path / str(len(said))
+        data = start_data(recipe, tokenizer, folder / "data")
+        validation = start_validation(recipe, tokenizer, folder)
+        assert described(make_plan(CONFIG, recipe), data, validation)[0].endswith(said)
 
 
 def test_a_table_and_options(tmp_path):

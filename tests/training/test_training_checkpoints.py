@@ -1,5 +1,6 @@
 """Checkpoints of training: restored bit for bit on any devices, also after kills, damage and full disks."""
 
+import logging
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from strength import campaign
 from train_states import OPTIMIZERS, SHAPES, abstract, assert_same, random_state
 
+from gpt2_jax.checkpoints import parts
 from gpt2_jax.checkpoints.integrity import DamagedError
 from gpt2_jax.training.checkpoints import Checkpoints
 
@@ -34,6 +36,18 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, optimizer, capfd):
         checkpoints.save(7, state)
     assert_same(Checkpoints(tmp_path / "run").restore(abstract(state)), state)
     assert capfd.readouterr() == ("", "")
+
+
+def test_orbax_is_quiet_until_a_checkpoint_is_complete(tmp_path, caplog):
+    """Its threads warn at any moment, also between the calls that start and finish a save."""
+    logger, noise = logging.getLogger("absl"), "Skipping merge of OCDBT checkpoints: there are none"
+    (tmp_path / "run").mkdir()
+    finish = parts.start_writing(tmp_path / "run" / "7", 7, {"params": {"a": jnp.ones(3)}})
+    logger.warning(noise)
+    finish()
+    assert caplog.messages == []
+    logger.warning(noise)  # of another program
+    assert caplog.messages == [noise]
 
 
 def test_without_shardings_it_comes_to_the_default_device(tmp_path):
