@@ -24,7 +24,7 @@ HEADS = ("wte", "lm_head")  # the params with a row for each id
 def resize_vocabulary(
     config: GPT2Config, params: Params, tokenizer: Tokenizer, tokens: Sequence[str]
 ) -> tuple[GPT2Config, Params, Tokenizer]:
-    """Return a model and its tokenizer with more tokens, such as "<|user|>", which text then contains as one id.
+    """Return a model and its tokenizer with more tokens, such as `<|user|>`, which text then contains as one id.
 
     The row of a new token in `wte`, and in an untied `lm_head`, is the mean of the rows of the tokens that its text
     had before. Rows of padding, which the model has and no token uses, are used first.

@@ -68,7 +68,7 @@ class Data:
         or - for standard input. Or tokens: a folder that gpt2-prepare wrote, or a .bin file. Required by gpt2-train.
       field: name of the JSON field or table column that contains the text.
       encoding: encoding of the text, as Python names it, for example cp1252.
-      end_of_text: what the characters <|endoftext|> in a text are: "text", ordinary text, or "split", the end of a
+      end_of_text: what the characters `<|endoftext|>` in a text are: "text", ordinary text, or "split", the end of a
         document, as in corpora that separate documents so.
       skip_bad_rows: leave out and count malformed lines, records without the field, and rows with too few or too many
         columns; otherwise the first one is an error.
@@ -85,7 +85,7 @@ class Data:
       label_field: name of the field or column that contains the label (objective classification).
       pack: put several documents or examples into a window, each as if it stood alone: its positions count from 0, and
         it attends only to itself. Not for classification.
-      add_tokens: texts that become tokens of their own, such as "<|user|>". Their rows in the embedding start as the
+      add_tokens: texts that become tokens of their own, such as `<|user|>`. Their rows in the embedding start as the
         means of the rows of their pieces. LoRA trains them only if `lora.full` matches wte.
     """
 
