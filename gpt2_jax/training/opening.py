@@ -89,7 +89,7 @@ def open_run(
         return [True, before.recipe.steps]
 
     begun, n_steps_before = processes.on_first(check)
-    messages = []
+    messages, checkpoints.source = [], plan.recipe.model.source
     if from_step is None:
         step, damaged = checkpoints.newest_whole(plan.state)
         messages += [damaged] * bool(damaged)
