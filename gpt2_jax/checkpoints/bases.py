@@ -84,19 +84,20 @@ def write(run_dir: Path, base: Base, flat: Mapping[str, jax.Array]) -> None:
     processes.on_first(put)
 
 
-def read(base: Base, run_dir: Path | None, open_model: Open) -> Leaves:
+def read(base: Base, run_dir: Path | None, open_model: Open, source: str = "") -> Leaves:
     """Read the tensors of a base onto the host, one after the other. Each is compared with its hash.
 
     Args:
       base: the base that a checkpoint names.
       run_dir: the run's folder; None if it is unknown.
       open_model: opens a model that is not in the run's folder.
+      source: where that model is; "" means where run.json says.
 
     Raises:
       FileNotFoundError: the model is gone.
       DamagedError: it is another model now, or its files are damaged.
     """
-    where = (run_dir or Path()) / runs.BASE if base["source"] == "" else _where(base, run_dir)
+    where = (run_dir or Path()) / runs.BASE if base["source"] == "" else _where(base, run_dir, source)
     shapes, missing = abstract(base), set(base["leaves"])
     advice = f"restore it, or set model.source in {runs.RUN} of the run to where it is now" if base["source"] else ""
     if isinstance(where, Path):
@@ -120,10 +121,13 @@ def read(base: Base, run_dir: Path | None, open_model: Open) -> Leaves:
         raise DamagedError(f"{changed} ({min(missing)} is missing)")
 
 
-def _where(base: Base, run_dir: Path | None) -> str:
-    """Return the source of a base: as run.json says now, or the absolute path of the same source if that exists."""
-    said = base["source"]
-    if run_dir is not None and runs.is_run(run_dir):
+def _where(base: Base, run_dir: Path | None, source: str) -> str:
+    """Return where the model of a base is: the source, or what run.json says now.
+
+    If that is what it was at first, it is the absolute path at that time, if that exists.
+    """
+    said = source or base["source"]
+    if not source and run_dir is not None and runs.is_run(run_dir):
         said = runs.read_fields(run_dir)["recipe"].get("model", {}).get("source") or said
     path = base["path"] if said == base["source"] else None
     return path if path is not None and Path(path).exists() else said

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from gpt2_jax.checkpoints.integrity import one_line
 from gpt2_jax.training.records import append
 
+WANDB_ID = "wandb-id.txt"  # in the run's folder
+
 
 class Board(Protocol):
     """Something that shows numbers and texts by step."""
@@ -83,6 +85,8 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases. A resumed run goes on with the same one, whose id is in RUN/wandb-id.txt.
 
+    A run that went back to an earlier step begins a new one: the service drops what repeats a step.
+
     Args:
       project: the name of the project.
       run_dir: the run's folder.
@@ -94,7 +98,7 @@ class Wandb:
     """
 
     def __init__(self, project: str, run_dir: Path, settings: dict[str, Any]):
-        wandb, path = import_wandb(), run_dir / "wandb-id.txt"
+        wandb, path = import_wandb(), run_dir / WANDB_ID
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
         names = {"project": project, "name": run_dir.resolve().name, "id": path.read_text(encoding="utf-8")}

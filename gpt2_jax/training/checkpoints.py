@@ -46,6 +46,7 @@ class Checkpoints:
     Attributes:
       base: the frozen params of LoRA, which checkpoints name and do not hold; None if they hold all params. `restore`
         sets it to that of the checkpoint.
+      source: where the model is that has them, if run.json does not say it yet; "" otherwise.
     """
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 1):
@@ -64,6 +65,7 @@ class Checkpoints:
         self.directory = self.run_dir / runs.CHECKPOINTS
         self.keep = keep
         self.base: bases.Base | None = None
+        self.source = ""
         self._resources: contextlib.ExitStack | None = None
         self._saving: tuple[int, str, concurrent.futures.Future] | None = None
         self._is_lost = False  # whether another process has failed in a save, and a thread still waits for it here
@@ -221,7 +223,7 @@ class Checkpoints:
         self.base = processes.on_first(base_of)
         found = parts.read(path, _without(wanted, self.base))
         if self.base is not None:
-            for name, leaf in bases.read(self.base, self.run_dir, open_leaves):
+            for name, leaf in bases.read(self.base, self.run_dir, open_leaves, self.source):
                 to = wanted[runs.PARAMS][name]
                 sharding = to.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
                 found[runs.PARAMS][name] = copied(leaf, to.dtype, sharding)

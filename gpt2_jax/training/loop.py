@@ -38,8 +38,8 @@ from gpt2_jax.training.records import METRICS
 from gpt2_jax.training.report import Report, Silence
 from gpt2_jax.training.signals import Stop, stopping
 from gpt2_jax.training.start import check_data, check_tokenizer, whole_pairs
-from gpt2_jax.training.state import TrainState, model_params
-from gpt2_jax.training.step import lower_train_step
+from gpt2_jax.training.state import TrainState
+from gpt2_jax.training.step import averaged_params, lower_train_step
 from gpt2_jax.training.validation import with_validation
 
 MOST_SKIPPED = 100  # skipped steps in a row that end a run, because it may never recover
@@ -249,7 +249,7 @@ def _fitted(
         n_rows = round(plan.recipe.batch_size / steps.epochs_of_step)
         report.message(f"{step:,} steps are {step * steps.epochs_of_step:.4g} epochs of {n_rows:,} rows")
     observer.sum_up()
-    params = model_params(state.averaged(), plan.recipe)
+    params = averaged_params(plan, state)
     return Fitted(params, step, observer.best_step, observer.best_loss, why, signal, steps.failed)
 
 

@@ -29,8 +29,8 @@ from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, SAMPLES, read_records
 from gpt2_jax.training.report import Report
 from gpt2_jax.training.signals import Stop
-from gpt2_jax.training.state import TrainState, model_params
-from gpt2_jax.training.step import make_eval_step
+from gpt2_jax.training.state import TrainState
+from gpt2_jax.training.step import averaged_params, make_eval_step
 from gpt2_jax.training.verbatim import verbatim_shares
 
 NO_TARGET = -1.0  # in place of a validation loss, which is never negative
@@ -91,10 +91,9 @@ class Observer:
     def look(self, step: int, state: TrainState) -> None:
         """Do what is due at a step, unless a signal came."""
         if self.is_due(step):
-            state = state.averaged()
-            params = model_params(state, self.recipe)
+            params = averaged_params(self.plan, state)
             if self.data.val is not None and self._evaluation_is_due(step):
-                self._evaluate(step, state, params, self.data.val)
+                self._evaluate(step, state.averaged(), params, self.data.val)
             if self.tokenizer is not None and self._samples_are_due(step):
                 self._sample(step, params, self.tokenizer)
 

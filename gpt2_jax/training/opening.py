@@ -15,6 +15,7 @@ from gpt2_jax.checkpoints.saving import check_replaceable
 from gpt2_jax.data.templates import save_template, template_of
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
+from gpt2_jax.training.boards import WANDB_ID
 from gpt2_jax.training.checkpoints import Checkpoints
 from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS, read_records
@@ -88,7 +89,7 @@ def open_run(
         return [True, before.recipe.steps]
 
     begun, n_steps_before = processes.on_first(check)
-    messages = []
+    messages, checkpoints.source = [], plan.recipe.model.source
     if from_step is None:
         step, damaged = checkpoints.newest_whole(plan.state)
         messages += [damaged] * bool(damaged)
@@ -135,6 +136,7 @@ def _set_later_aside(run_dir: Path, step: int) -> list[str]:
     for path in run_dir.iterdir():
         if path.is_file() and path.suffix in (".json", ".jsonl", ".bpe", ".txt"):  # also the vocabulary
             shutil.copy2(path, folder)
+    (run_dir / WANDB_ID).unlink(missing_ok=True)  # it is that of the run that was set aside
     if (run_dir / runs.BASE).is_dir():  # the frozen weights of LoRA: both runs need them
         shutil.copytree(run_dir / runs.BASE, folder / runs.BASE)
     best = max((record["step"] for record in _metrics(run_dir) if record.get("best")), default=0)

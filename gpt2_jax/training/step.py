@@ -239,6 +239,20 @@ def _branches(plan: Plan, state: TrainState, key: jax.Array) -> Branches | None:
     return Branches(pairs, lora.alpha, lora.dropout, jax.random.fold_in(key, BRANCHES), n_in)
 
 
+def averaged_params(plan: Plan, state: TrainState) -> Params:
+    """Return what `model_params` does, of the moving average if there is one, divided over the devices as params are.
+
+    Without this, JAX would choose how the merged matrices of LoRA are divided. All processes must call this.
+    """
+    params = model_params(state.averaged(), plan.recipe)
+    if state.lora is None:
+        return params
+    flat, at = flatten(params), flatten(_shardings(plan.state.params))
+    merged = {name: flat[name] for name in state.lora}
+    placed = jax.jit(lambda leaves: leaves, out_shardings={name: at[name] for name in merged})
+    return unflatten(flat | placed(merged))
+
+
 def make_eval_step(plan: Plan) -> Callable[[Params, Batch], tuple[jax.Array, ...]]:
     """Return a jitted `eval_step(params, batch of [rows, T]) -> (sum of nats, sum of weights)`, without dropout.
 

@@ -182,7 +182,7 @@ class FakeWandb:
         self.finished += 1
 
 
-def test_weights_and_biases_by_option_alone(tmp_path, run, monkeypatch):
+def test_weights_and_biases_by_option_alone(tmp_path, run, data, monkeypatch):
     """The second start continues the first one's run. Without the option, the package is not imported."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert run(small(steps=1, monitor=EVERY)).step == 1
@@ -200,6 +200,11 @@ def test_weights_and_biases_by_option_alone(tmp_path, run, monkeypatch):
     losses = {step: values["train/loss"] for step, values in fake.logged if "train/loss" in values}
     assert losses == {step: loss for step, loss in records(tmp_path / "run", "loss").items() if step > 1}
     assert [step for step, values in fake.logged if "val/loss" in values] == [2, 3]
+    plan = make_plan(CONFIG, small(steps=3, monitor=EVERY | {"wandb": "plays"}))
+    fit(plan, None, data, tmp_path / "run", from_step=2)  # the service would drop a second step 3
+    kept, new = (folder / "wandb-id.txt" for folder in (tmp_path / "run" / "aside" / "1", tmp_path / "run"))
+    assert kept.read_text() == first["id"]
+    assert fake.started[2]["id"] == new.read_text() != first["id"]
 
 
 def test_weights_and_biases_that_cannot_start_are_one_sentence(run, monkeypatch):
