@@ -39,6 +39,7 @@ PARTS = {  # the test file test_coming_from_PART.py: the page, and the headings 
     "books": ("books", ("Download and load", "Config words", "Parameter names")),
     "books_runs": ("books", ("Text in, text out", "Train and evaluate")),
     "books_classify": ("books", ("Classify texts",)),
+    "books_instruct": ("books", ("Follow instructions",)),
 }
 MODULES = {"gpt2_jax": gpt2_jax, "research": research, "surgery": surgery, "training": training}
 NAMES = MODULES | {"jax": jax, "jnp": jnp, "np": np}
