@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -33,7 +35,7 @@ def call(
 
     ValueError, OSError and too little memory give status 2. Their message goes to standard error as "PROG: MESSAGE".
     Ctrl-C gives 130, and SIGTERM 143. Otherwise the status is what `run` returns; None means 0. What is written to a
-    closed standard output or error (`>&-`) is discarded.
+    closed standard output or error (`>&-`) is discarded. A UserWarning is one line, "PROG: warning: MESSAGE".
 
     If the arguments have a field `processes` that asks for several processes, `run` is called in a child that is
     connected to the others. Only the child of process 0 writes what `run` prints.
@@ -52,7 +54,7 @@ def call(
     def run_here(args: A) -> int | None:
         return _run(prog, run, args, again)
 
-    with _streams.present():
+    with _streams.present(), _warnings_in_a_line(prog):
         try:
             status = _status(prog, args_type, run_here, argv, start, text)
         except Exception:
@@ -64,6 +66,21 @@ def call(
             _processes.abandon(status or 0)
     if status:
         sys.exit(status)
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line(prog: str) -> Iterator[None]:
+    """Write warnings to users without the place in the code."""
+    before = warnings.formatwarning
+
+    def line(message: Any, category: type[Warning], *where: Any) -> str:
+        return f"{prog}: warning: {message}\n" if category is UserWarning else before(message, category, *where)
+
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _run(prog: str, run: Callable[[A], int | None], args: A, again: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,8 +46,9 @@ def evaluate(args: Args) -> tuple[GPT2Config, Responses]:
     """Return the model's config, and its responses to the records of a file. With --output, they are written there.
 
     Raises:
-      ValueError: the file has no records, or the model has no template.
+      ValueError: the file has no records, a record has another form, or the model has no template.
     """
+    from gpt2_jax.data.conversations import conversation_of
     from gpt2_jax.data.tables import records
     from gpt2_jax.evaluate import Judge, judged, responses
 
@@ -54,7 +56,13 @@ def evaluate(args: Args) -> tuple[GPT2Config, Responses]:
     template, path = template_for(args.template, args.model), expanded(args.file)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    found = [record for record, _ in records(path)][: args.limit]
+    found = []
+    for record, place in itertools.islice(records(path), args.limit):
+        try:
+            conversation_of(record)  # before weights are loaded: that can take long
+        except ValueError as error:
+            raise ValueError(f"{place}{error}") from error
+        found.append(record)
     if not found:
         raise ValueError(f"{path} is empty: there is nothing to evaluate")
     _model.keep_compiled()

@@ -60,10 +60,13 @@ def run(args: Args) -> None:
     _check(args)
     texts = list(_texts(args))  # before weights are loaded: that can take long
     _model.keep_compiled()
-    if not gpt2_jax.load_config(_model.source(args.model)).labels:
+    labels = gpt2_jax.load_config(_model.source(args.model)).labels
+    if not labels:
         raise ValueError(
             f"{args.model} is no classifier: it has no labels (train one with gpt2-train --objective classification)"
         )
+    if unknown := sorted({label for _, label in texts if label is not None} - set(labels)):
+        raise ValueError(f"the model has no label {unknown[0]!r}: its labels are {', '.join(labels)}")
     tokenizer = gpt2_jax.load_tokenizer(_model.source(args.model))
     config, params = _model.load(args.model, args.dtype, args.mesh)
     rows = _rows(args, config, tokenizer, [text for text, _ in texts])
@@ -102,7 +105,9 @@ def _texts(args: Args) -> Iterator[tuple[str, str | None]]:
     from gpt2_jax.data.labelled import label_name
     from gpt2_jax.data.tables import records
 
-    for record, place in records(expanded(args.input)):
+    if not expanded(args.input).is_file():
+        raise FileNotFoundError(f"no such file: {args.input}")
+    for record, place in records(args.input):
         for name in filter(None, (args.field, args.label_field)):
             if name not in record:
                 raise ValueError(f'{place} has no field "{name}"; it has: {", ".join(map(str, record)) or "none"}')
@@ -140,16 +145,10 @@ def _print(config: GPT2Config, probabilities: np.ndarray, as_json: bool) -> None
 
 
 def _compare(config: GPT2Config, true: Sequence[str | None], got: Sequence[int]) -> None:
-    """Write how many labels are right to standard error.
-
-    Raises:
-      ValueError: the file has a label that the model does not have.
-    """
+    """Write how many labels are right to standard error."""
     from gpt2_jax.evaluate.label_metrics import confusion, label_metrics, summary
 
     numbers = {label: i for i, label in enumerate(config.labels)}
-    if unknown := sorted({str(label) for label in true} - numbers.keys()):
-        raise ValueError(f"the model has no label {unknown[0]!r}: its labels are {', '.join(config.labels)}")
     metrics = label_metrics(confusion([numbers[str(label)] for label in true], got, len(numbers)), config.labels)
     print(f"{summary(metrics)} ({metrics['examples']:,} texts)", file=sys.stderr)
     for label, found in metrics["by_label"].items():

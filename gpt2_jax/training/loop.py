@@ -247,7 +247,8 @@ def _fitted(
         report.message(f"stopped after step {step:,} ({saved}): {why}")
     if step:
         n_rows = round(plan.recipe.batch_size / steps.epochs_of_step)
-        report.message(f"{step:,} steps are {step * steps.epochs_of_step:.4g} epochs of {n_rows:,} rows")
+        counted = f"{step:,} steps are" if step > 1 else "1 step is"
+        report.message(f"{counted} {step * steps.epochs_of_step:.4g} epochs of {n_rows:,} rows")
     observer.sum_up()
     params = averaged_params(plan, state)
     return Fitted(params, step, observer.best_step, observer.best_loss, why, signal, steps.failed)

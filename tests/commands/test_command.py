@@ -192,3 +192,25 @@ def test_a_full_disk_is_said_once():
             )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert done.stderr.startswith("gpt2-download: [Errno 28] ")
+
+
+def test_a_warning_is_one_line():
+    """Without the place in the code, and the line there, which Python adds. Other categories are for developers."""
+    code = """
+import dataclasses, warnings
+from gpt2_jax.commands import _command
+
+@dataclasses.dataclass
+class Args:
+    "Warn."
+
+def run(args):
+    warnings.warn("left out: 1 bad record")
+    warnings.warn("soon gone", FutureWarning)
+
+_command.call("gpt2-x", Args, run, [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, *others = done.stderr.splitlines()
+    assert first == "gpt2-x: warning: left out: 1 bad record"
+    assert "FutureWarning: soon gone" in others[0]

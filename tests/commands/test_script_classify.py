@@ -111,7 +111,7 @@ def test_texts_can_be_cut_shorter(run, model):
         (["--model", "MODEL", ""], "text 1 is empty"),
         (["--model", "MODEL", "a", "--field", "x"], "--field and --label-field are for --input"),
         (["--model", "MODEL", "--n-tokens", "0", "a"], "--n-tokens must be 1 or more"),
-        (["--model", "MODEL", "--input", "missing.csv"], "missing.csv"),
+        (["--model", "MODEL", "--input", "missing.csv"], "no such file: missing.csv"),
         (["--model", "MODEL", "--input", "texts.csv", "--field", "nothing"], 'has no field "nothing"; it has: text, y'),
         (["--model", "MODEL", "--input", "texts.csv", "--label-field", "y"], "the model has no label 'eggs'"),
     ],
@@ -122,3 +122,4 @@ def test_a_mistake_is_one_sentence(run, model, tmp_path, arguments, message):
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith("gpt2-classify: ")
     assert message in done.err
+    assert done.out == ""

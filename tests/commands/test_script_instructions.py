@@ -102,6 +102,17 @@ def test_a_template_by_name(run, trained, tokenizer):
     assert run(generate, "--template", "llama", "--instruction", "x").code == 2
 
 
+def test_a_record_of_another_form_is_named_before_weights_are_loaded(run, tmp_path):
+    path = made.written(tmp_path / "a.json", [*made.RECORDS[:2], {"instruction": "Be brief."}])
+    options = ["--task", "responses", "--template", "plain"]
+    done = run(evaluate, path, *options)
+    assert done.code == 2
+    assert done.err == (
+        f'gpt2-evaluate: {path}, line 1 has an "instruction" without its "output"; it has: instruction\n'
+    )
+    assert run(evaluate, path, *options, "--limit", "1").code == 0
+
+
 @pytest.mark.parametrize(
     ("options", "culprit"),
     [
