@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -102,7 +103,7 @@ def _texts(args: Args) -> Iterator[tuple[str, str | None]]:
                 f"--field and --label-field are for .csv, .tsv, .jsonl, .json and .parquet, not {args.input}"
             )
         (whole,) = _prompts.read_prompts((), [args.input])
-        yield from ((line, None) for line in whole.splitlines())
+        yield from ((line.removesuffix("\n"), None) for line in io.StringIO(whole, newline=None))
         return
     from gpt2_jax.data.labelled import label_name
     from gpt2_jax.data.tables import records
