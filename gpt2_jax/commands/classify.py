@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,8 +34,8 @@ class Args:
         str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(required)", help=_model.SOURCES)
     ] = None
     input: Annotated[Path | None, tyro.conf.arg(metavar="FILE", aliases=["-i"], help_behavior_hint="")] = None
-    """A file of texts: a .csv, .tsv, .jsonl or .parquet file with --field, or a text file with one text per line.
-    - reads lines of standard input."""
+    """A file of texts: a .csv, .tsv, .jsonl, .json or .parquet file with --field, or a text file with one text per
+    line. - reads lines of standard input."""
     field: str = "text"
     """The field or column of --input that contains the text."""
     label_field: Annotated[str | None, tyro.conf.arg(metavar="FIELD", help_behavior_hint="")] = None
@@ -98,9 +99,11 @@ def _texts(args: Args) -> Iterator[tuple[str, str | None]]:
         return
     if _prompts.descriptor_of(args.input) == 0 or args.input.suffix.lower() in ("", ".txt"):
         if args.label_field is not None or args.field != Args.field:
-            raise ValueError(f"--field and --label-field are for .csv, .tsv, .jsonl and .parquet, not {args.input}")
+            raise ValueError(
+                f"--field and --label-field are for .csv, .tsv, .jsonl, .json and .parquet, not {args.input}"
+            )
         (whole,) = _prompts.read_prompts((), [args.input])
-        yield from ((line, None) for line in whole.splitlines())
+        yield from ((line.removesuffix("\n"), None) for line in io.StringIO(whole, newline=None))
         return
     from gpt2_jax.data.labelled import label_name
     from gpt2_jax.data.tables import records

@@ -129,7 +129,7 @@ class PackedRows:
         return Batch(**row)
 
 
-@functools.lru_cache(maxsize=4)  # it reads the whole text
+@functools.lru_cache(maxsize=8)  # it reads the whole text
 def documents_of(tokens: Tokens, eot: int | None) -> Examples:
     """Return the documents of a text as examples. Each ends with the id `eot`; None is one document."""
     ends = []

@@ -75,7 +75,7 @@ def rows_of(plan: Plan, data: Prepared | PreparedExamples, split: Tokens | Examp
     return None
 
 
-@functools.lru_cache(maxsize=2)  # training and validation: documents are searched and packed once
+@functools.lru_cache(maxsize=8)  # training and validation texts: documents are searched and packed once
 def _rows(split: Tokens | Examples, n_tokens: int, packed: bool, eot: int | None) -> PaddedRows | PackedRows:
     if isinstance(split, Tokens):
         return PackedRows(documents_of(split, eot), n_tokens, split=True)

@@ -12,6 +12,7 @@ from typing import Any
 from gpt2_jax import processes
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.checkpoints.saving import check_replaceable
+from gpt2_jax.data.templates import FILE as TEMPLATE
 from gpt2_jax.data.templates import save_template, template_of
 from gpt2_jax.params import Params
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
@@ -105,6 +106,8 @@ def open_run(
         runs.write_run(run_dir, plan.config, plan.recipe, data, tokenizer, anew=not begun)
         if plan.recipe.objective == "instruction":
             save_template(template_of(plan.recipe.instruction), run_dir)
+        elif not begun:  # of a start that failed, on instructions
+            (run_dir / TEMPLATE).unlink(missing_ok=True)
 
     processes.on_first(write)
     if n_steps_before != n_steps:

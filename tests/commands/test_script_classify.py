@@ -93,6 +93,14 @@ def test_texts_of_a_file(run, model, expected, tmp_path, monkeypatch, kind):
     assert done.out.splitlines() == lines_of(expected)
 
 
+def test_a_line_ends_only_with_a_line_break(run, model, tmp_path):
+    """Not with the separators of Unicode, of which str.splitlines knows eight."""
+    (tmp_path / "lines.txt").write_bytes("my lord\u2028and lady\r\nthe king\x0c\x85\n".encode())
+    done = run("--model", model, "--input", tmp_path / "lines.txt")
+    assert done.out == run("--model", model, "my lord\u2028and lady", "the king\x0c\x85").out
+    assert len(done.out.splitlines()) == 2
+
+
 def test_texts_can_be_cut_shorter(run, model):
     tokenizer = gpt2_jax.load_tokenizer(model)
     start = tokenizer.decode(tokenizer.encode(TEXTS[0])[:3])

@@ -9,7 +9,7 @@ import tiny_runs
 from tiny_runs import CONFIG, mean_nats, params, small
 
 from gpt2_jax.recipe import Data, Monitor, Recipe
-from gpt2_jax.training import described, fit, make_plan, open_prepared, prepare, start_data, start_validation
+from gpt2_jax.training import described, fit, make_plan, objective, open_prepared, prepare, start_data, start_validation
 
 EVERY = Monitor(evaluate_every=2, sample_every=0, tensorboard=False)
 
@@ -84,6 +84,21 @@ def test_several_by_name_and_the_first_decides(run, tmp_path, texts, tokenizer, 
     assert f"; val/wiki {found[0]['val/wiki']:.4f}; val/books {found[0]['val/books']:.4f}; val/part " in (
         capfd.readouterr().err
     )
+
+
+def test_packed_texts_are_read_once_and_not_in_each_evaluation(run, texts, monkeypatch):
+    made = []
+
+    class Counted(objective.PackedRows):
+        def __init__(self, *args, **how):
+            made.append(args)
+            super().__init__(*args, **how)
+
+    monkeypatch.setattr(objective, "PackedRows", Counted)
+    objective._rows.cache_clear()
+    fitted = run(validation=[[name, str(texts / f"{name}.txt")] for name in ("wiki", "books", "train")], pack=True)
+    assert fitted.best_step is not None
+    assert len(made) == 4
 
 
 def test_the_names_and_the_texts_stay_when_a_run_resumes(run, tmp_path, texts):

@@ -16,6 +16,7 @@ import gpt2_jax
 from gpt2_jax.checkpoints import runs
 from gpt2_jax.data import load_template, prepare
 from gpt2_jax.data.examples import PreparedExamples
+from gpt2_jax.data.templates import save_template, template_of
 from gpt2_jax.params import flatten
 from gpt2_jax.training import fit, make_plan, memory, objective, observer, start_data, start_model, start_validation
 from gpt2_jax.training.memory import memory_needed
@@ -110,6 +111,16 @@ def test_the_records_of_the_test_split_are_kept(run, tmp_path):
     kept = [json.loads(line) for line in lines]
     assert all(record in made.RECORDS for record in kept)
     assert len(kept) == 2
+
+
+def test_the_template_of_a_start_that_failed_is_not_kept(pairs, tmp_path, tokenizer):
+    failed = made.recipe(tmp_path / "pairs.json")
+    runs.write_run(tmp_path / "run", made.CONFIG, failed, {}, tokenizer)
+    save_template(template_of(failed.instruction), tmp_path / "run")
+    recipe = ts.recipe(data={"path": str(tmp_path / "tokens")}, batch_size=4, steps=1, monitor=QUIET)
+    data = start_data(recipe, tokenizer, tmp_path / "run" / "data")
+    fit(made.planned(recipe, data), made.params(), data, tmp_path / "run", tokenizer)
+    assert load_template(tmp_path / "run") is None
 
 
 def test_a_folder_of_examples_needs_its_objective(run, tmp_path, tokenizer):
