@@ -1,5 +1,7 @@
 """Every recipe in configs/: its head has the command, a small version takes a step, and its full shape is valid."""
 
+import json
+import re
 import tomllib
 
 import commands
@@ -10,7 +12,7 @@ from strength import campaign
 
 import gpt2_jax
 from gpt2_jax.commands import train
-from gpt2_jax.recipe import Recipe, from_dict
+from gpt2_jax.recipe import Recipe, from_dict, to_dict
 from gpt2_jax.training import make_plan, make_train_step
 from gpt2_jax.training.objective import abstract_batch
 
@@ -106,3 +108,28 @@ def test_its_full_shape_fits_together(path):
     elif "1558M" in path.stem:
         assert n_params == 1_557_611_200
         assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < n_params / 100
+
+
+def test_the_guide_lists_every_field():
+    """In the table of its part, with its default."""
+    page = (commands.ROOT / "docs" / "guides" / "training.md").read_text(encoding="utf-8")
+    table = page.split("## Every setting", 1)[1].split("\n## ", 1)[0]
+    parts, part = {"": {}}, ""
+    for line in table.splitlines():
+        if heading := re.match(r"\| \*\*`\[(\w+)\]`\*\*", line):
+            part = heading[1]
+            parts[part] = {}
+        elif row := re.match(r"\| `(\w+)` \| (.*?[^\\]) \|", line):
+            parts[part][row[1]] = row[2]
+    defaults = to_dict(Recipe())
+    own = {name: value for name, value in defaults.items() if not isinstance(value, dict)}
+    assert {name: set(rows) for name, rows in parts.items()} == {
+        "": set(own),
+        **{name: set(value) for name, value in defaults.items() if isinstance(value, dict)},
+    }
+    for name, rows in parts.items():
+        for field, shown in rows.items():
+            default = (defaults[name] if name else own)[field]
+            if isinstance(default, bool | int | str) and default not in ("", []):
+                wanted = json.dumps(default)
+                assert shown.replace("\\|", "|").strip("`") == wanted, f"{name}.{field}"
