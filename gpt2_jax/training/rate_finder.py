@@ -109,17 +109,20 @@ def running_mean(losses: Any) -> np.ndarray:
 def steepest(rates: np.ndarray, means: np.ndarray) -> float:
     """Return the rate before the least mean at which the means fall most steeply, per factor of the rate.
 
+    The first tenth does not count: there, a mean is of few losses, and differs from the next one by chance.
+
     Raises:
       ValueError: there is no such rate, because the loss is not finite, or never falls.
     """
     finite = np.isfinite(means)
     rates, means = rates[finite], means[finite]
-    if not len(means) or not means.argmin():
+    first = len(means) // 10
+    if not len(means) or means.argmin() <= first:
         what = "is not a finite number at the start" if not len(means) else "never fell"
         raise ValueError(f"the loss {what}: a learning rate cannot be suggested")
     least = int(means.argmin())
     slopes = np.gradient(means[: least + 1], np.log(rates[: least + 1]))
-    return float(rates[slopes.argmin()])
+    return float(rates[first + slopes[first:].argmin()])
 
 
 def plot_rates(test: RateTest, path: str | os.PathLike) -> None:

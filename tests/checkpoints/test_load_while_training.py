@@ -44,7 +44,7 @@ def meanwhile(monkeypatch):
         calls = []
 
         def read(path):
-            config, leaves = module.read(path)
+            config, leaves = module.read(path, loading.open_leaves)
             calls.append(path)
 
             def some():

@@ -51,6 +51,7 @@ def test_a_run_of_an_earlier_version_keeps_its_text(tmp_path, tokenizer):
     training.start_data(recipe, tokenizer, folder)  # a run that was stopped before its first step
     assert (folder / "train.bin").stat().st_mtime_ns == before
     runs.write_run(tmp_path / "run", ts.config_of(recipe), recipe, {"sha256": data.digests()}, tokenizer)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 7.0}\n')  # it took a step
     (tmp_path / "corpus" / "README.md").write_text("That was left out.")
     assert held(training.start_data(recipe, tokenizer, folder).train) == tokenizer.encode("Some words.")
     (tmp_path / "corpus" / "a.txt").write_text("Other words.")

@@ -42,6 +42,8 @@ def test_the_suggested_rate_is_where_the_loss_falls_fastest():
     losses = 3 - np.tanh(2 * np.log10(rates / 1e-3)) + np.where(rates > 0.1, 50 * rates, 0)
     assert steepest(rates, losses) == pytest.approx(1e-3)
     assert steepest(rates, np.where(rates > 0.2, math.nan, losses)) == pytest.approx(1e-3)
+    by_chance = losses + np.array([3.0, 1.0, 2.0, 0.5] + [0.0] * 57)  # the first batches differ
+    assert steepest(rates, by_chance) == pytest.approx(1e-3)
     with pytest.raises(ValueError, match="the loss never fell: a learning rate cannot be suggested"):
         steepest(rates, np.linspace(1, 2, 61))
     with pytest.raises(ValueError, match="the loss is not a finite number at the start"):
