@@ -88,7 +88,7 @@ def test_muon_is_its_definition(x64, lora):
     recipe = ts.recipe(compute_dtype="float64", optimizer=settings, lora=lora)
     plan = make_plan(ts.config_of(recipe), recipe)
     rng = np.random.default_rng(0)
-    shapes = {name: leaf.shape for name, leaf in plan.state.by_name().items()}
+    shapes = {name: leaf.shape for name, leaf in plan.state.trained(plan.trained).items()}
     weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     blocks = {name for name in shapes if re.match(r"h\d+/(attn|mlp)/c_\w+/w", name)}
     state = plan.optimizer.init(weights)
