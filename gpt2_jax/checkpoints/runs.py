@@ -267,7 +267,7 @@ def model_folder(run_dir: Path) -> Path:
 
 
 def read_steadily(source: object, read: Callable[[], T]) -> T:
-    """Return read(), which reads the model of a source. Call it again if it failed because the model was replaced.
+    """Return read(), which reads the model of a source. Call it again if it failed because a run replaced the model.
 
     A run that trains replaces RUN/best, and removes old checkpoints. What is read is checked against sha256 sums, so a
     mixture of two models is an error, and not a result.
@@ -283,8 +283,11 @@ def read_steadily(source: object, read: Callable[[], T]) -> T:
 
 
 def _version(source: object) -> tuple | None:
-    """Return what changes if the folder of a model is replaced. None if the source is no local folder."""
-    if not isinstance(source, str | os.PathLike) or not (path := expanded(source)).is_dir():
+    """Return what changes if a run replaces the model of a source. None if the source is not in the folder of a run."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = expanded(source).absolute()
+    if not any(is_run(folder) for folder in (path, *path.parents[:2])):
         return None
     try:
         path = model_folder(path) if is_run(path) else path

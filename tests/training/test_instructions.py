@@ -210,6 +210,7 @@ def test_a_run_of_an_earlier_version_goes_on_in_windows(pairs, tmp_path, tokeniz
     recipe = ts.recipe(data={"path": str(tmp_path / "tokens"), "n_tokens": 13}, batch_size=4, steps=2, monitor=QUIET)
     plan = make_plan(ts.config_of(recipe, made.CONFIG), recipe)
     runs.write_run(tmp_path / "run", plan.config, recipe, {"sha256": pairs.digests()}, tokenizer)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 7.0}\n')  # it took a step
     data = start_data(recipe, tokenizer, tmp_path / "run" / "data")
     assert not isinstance(data, PreparedExamples)
     assert objective.rows_of(plan, data, data.train) is None
