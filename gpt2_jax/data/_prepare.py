@@ -18,7 +18,7 @@ import numpy as np
 from gpt2_jax import files, progress
 from gpt2_jax.checks import choice, real_number, whole_number
 from gpt2_jax.data import parts
-from gpt2_jax.data.encoding import PREPARED, Encoded, encode_all, workers_for
+from gpt2_jax.data.encoding import PREPARED, Encoded, check_is_started, encode_all, workers_for
 from gpt2_jax.data.fields import Fields
 from gpt2_jax.data.sources import Sources
 from gpt2_jax.data.splitting import BLOCK, divide, separate
@@ -121,6 +121,8 @@ def prepare(
                 _write(temporary, found, tokenizer, encoded, settings, title, shown)
 
         n_workers = n_workers or workers_for(found.n_bytes // share.count)
+        if n_workers > 1:
+            check_is_started()
         if share.count > 1 or parts.folder_of(target).exists():
             parts.prepare_share(target, found, tokenizer, share, n_workers, shown, write)
         else:

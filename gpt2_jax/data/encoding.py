@@ -24,6 +24,7 @@ from gpt2_jax.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
 WORTHWHILE = 32 * BLOCK  # bytes of text; with less, starting other processes takes longer than it saves
 MOST_WORKERS = 16  # one process reads for all of them
 DIED = "died, perhaps because memory ran out: use fewer workers"
+UNSTARTED = 'cannot be started: put the code of your program under `if __name__ == "__main__":`'
 PREPARED = "text that is prepared for training"  # what needs an end-of-text token
 Pipe = Any  # multiprocessing's Connection, on Windows its PipeConnection
 
@@ -56,6 +57,16 @@ def workers_for(n_bytes: int) -> int:
     return min(n_cores, MOST_WORKERS)
 
 
+def check_is_started() -> None:
+    """Check that this process may start others: not while it imports the program of the process that started it.
+
+    Raises:
+      OSError: it does. Then nothing should be written: the process that started it will end it at any moment.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+        raise OSError(f"a process that encodes text {UNSTARTED}")
+
+
 def encode_all(pieces: Iterable[Piece], tokenizer: Tokenizer, n_workers: int) -> Generator[Encoded, None, None]:
     """Yield the ids of all pieces, in order, some at a time. Memory does not grow with the number of pieces.
 
@@ -83,7 +94,7 @@ def encode_groups(
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker(context, tokenizer)) for _ in range(n_workers)]
         for worker in workers:
-            _receive(worker, 'cannot be started: put the code of your program under `if __name__ == "__main__":`')
+            _receive(worker, UNSTARTED)
         for worker, group in zip(itertools.cycle(workers), groups):
             if len(waiting) == n_workers:  # this worker has worked the longest
                 yield _receive(waiting.popleft())
