@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 from jax import tree
 
-from gpt2_jax import research
+from gpt2_jax import load_tokenizer, research
 from gpt2_jax.research import surgery
 
 SWITCHES = {
@@ -83,6 +83,7 @@ def calls(config, params):
         ],
         "fold_value_biases": [lambda: research.fold_value_biases(*model)],
         "process_weights": [lambda: research.process_weights(*model)[1]],
+        "resize_vocabulary": [lambda: surgery.resize_vocabulary(*model, load_tokenizer("shakespeare"), ["#%"])[1]],
         "untie_head": [lambda: research.untie_head(*model)[1]],
         "unembedding": [lambda: research.unembedding(*model)],
         "leace": [lambda: research.leace(STREAM, BYTES)(STREAM)],
