@@ -124,27 +124,40 @@ def windows_per_epoch(n_text: int, n_tokens: int) -> int:
     return max(-(-(n_text - 1) // n_tokens), 1)
 
 
+class Orders:
+    """The order of the rows in each epoch, and some numbers more per epoch, drawn only from (seed, epoch)."""
+
+    def __init__(self, n_rows: int, seed: int, n_more: int = 0):
+        """Take the rows of an epoch, the seed, and how many numbers more an epoch draws."""
+        self.n_rows, self.seed, self.n_more = n_rows, seed, n_more
+        self._lock = threading.Lock()  # reading threads reach a new epoch at the same time
+        self._drawn = functools.lru_cache(maxsize=2)(self._draw)
+
+    def row(self, number: int) -> tuple[int, list[int]]:
+        """Return the row that has a number in the sequence of epochs, and what its epoch has drawn more."""
+        epoch, place = divmod(number, self.n_rows)
+        with self._lock:
+            more, order = self._drawn(epoch)
+        return int(order[place]), more
+
+    def _draw(self, epoch: int) -> tuple[list[int], np.ndarray]:
+        # A bit generator gives the same raw numbers in all versions of NumPy; its distributions do not.
+        raw = np.random.Philox(key=[self.seed, epoch]).random_raw(self.n_more + self.n_rows)
+        return raw[: self.n_more].tolist(), np.argsort(raw[self.n_more :], kind="stable")
+
+
 class _Epochs:
-    """Where windows begin in each epoch: an offset and an order per epoch, drawn only from (seed, epoch)."""
+    """Where windows begin in each epoch: by an order and an offset per epoch."""
 
     def __init__(self, n_text: int, n_tokens: int, seed: int):
         self.n_starts = max(n_text - n_tokens, 1)
         self.n_windows = windows_per_epoch(n_text, n_tokens)
-        self.seed = seed
-        self._lock = threading.Lock()  # reading threads reach a new epoch at the same time
-        self._drawn = functools.lru_cache(maxsize=2)(self._draw)
+        self._orders = Orders(self.n_windows, seed, n_more=1)
 
     def start(self, number: int) -> int:
         """Return the index of the first token of window `number` in the sequence of epochs."""
-        epoch, place = divmod(number, self.n_windows)
-        with self._lock:
-            offset, order = self._drawn(epoch)
-        return (int(order[place]) * self.n_starts + offset) // self.n_windows
-
-    def _draw(self, epoch: int) -> tuple[int, np.ndarray]:
-        # A bit generator gives the same raw numbers in all versions of NumPy; its distributions do not.
-        raw = np.random.Philox(key=[self.seed, epoch]).random_raw(1 + self.n_windows)
-        return int(raw[0]) % self.n_starts, np.argsort(raw[1:], kind="stable")
+        window, (drawn,) = self._orders.row(number)
+        return (window * self.n_starts + drawn % self.n_starts) // self.n_windows
 
 
 def windows(tokens: Tokens, n_tokens: int, batch_size: int, at_most: int = 0) -> Iterator[Batch]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 
 from gpt2_jax.checks import whole_number
-from gpt2_jax.data.batching import Batch, read_ahead
+from gpt2_jax.data.batching import Batch, Orders, read_ahead
 from gpt2_jax.data.examples import Examples, PreparedExamples
 from gpt2_jax.data.packing import Part, pack, parts_of
 from gpt2_jax.data.token_files import Prepared, Tokens
@@ -186,10 +185,10 @@ def example_batches(
     """
     if not len(rows):
         raise ValueError("there are no examples to train on")
-    orders = _Orders(len(rows), whole_number("seed", seed, 0, 2**32 - 1))
+    orders = Orders(len(rows), whole_number("seed", seed, 0, 2**32 - 1))
 
     def read(number: int) -> Batch:
-        return rows.read(orders.row(number))
+        return rows.read(orders.row(number)[0])
 
     return read_ahead(read, _stacked, batch_size, whole_number("first_step", first_step), process_index, process_count)
 
@@ -206,25 +205,6 @@ def example_windows(rows: Rows, batch_size: int, at_most: int = 0) -> Iterator[B
         if nothing.lengths is not None:
             nothing = dataclasses.replace(nothing, lengths=np.array(1, np.int32))
         yield _stacked(found + [nothing] * (batch_size - len(found)))
-
-
-class _Orders:
-    """The order of the rows in each epoch, drawn only from (seed, epoch)."""
-
-    def __init__(self, n_rows: int, seed: int):
-        self.n_rows, self.seed = n_rows, seed
-        self._lock = threading.Lock()  # reading threads reach a new epoch at the same time
-        self._drawn = functools.lru_cache(maxsize=2)(self._draw)
-
-    def row(self, number: int) -> int:
-        """Return the row that has a number in the sequence of epochs."""
-        epoch, place = divmod(number, self.n_rows)
-        with self._lock:
-            order = self._drawn(epoch)
-        return int(order[place])
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        return np.argsort(np.random.Philox(key=[self.seed, epoch]).random_raw(self.n_rows), kind="stable")
 
 
 def _stacked(rows: Sequence[Batch]) -> Batch:
