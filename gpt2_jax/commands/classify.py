@@ -105,6 +105,7 @@ def _texts(args: Args) -> Iterator[tuple[str, str | None]]:
         (whole,) = _prompts.read_prompts((), [args.input])
         yield from ((line.removesuffix("\n"), None) for line in io.StringIO(whole, newline=None))
         return
+    from gpt2_jax.data.fields import check_has
     from gpt2_jax.data.labelled import label_name
     from gpt2_jax.data.tables import records
 
@@ -112,8 +113,7 @@ def _texts(args: Args) -> Iterator[tuple[str, str | None]]:
         raise FileNotFoundError(f"no such file: {args.input}")
     for record, place in records(args.input):
         for name in filter(None, (args.field, args.label_field)):
-            if name not in record:
-                raise ValueError(f'{place} has no field "{name}"; it has: {", ".join(map(str, record)) or "none"}')
+            check_has(record, name, place)
         label = None if args.label_field is None else label_name(record[args.label_field], place)
         yield record[args.field], label
 

@@ -116,7 +116,7 @@ def run(args: Args) -> int:
         start_plan(recipe, tokenizer, folder)  # refuses a model that does not fit into memory before text is read
     data = start_data(recipe, tokenizer, folder / "data")
     validation = start_validation(recipe, tokenizer, folder)
-    plan, params, tokenizer = start_model(recipe, folder, data)
+    plan, params, tokenizer = start_model(recipe, folder, data, tokenizer)
     if not validation and recipe.objective == "language_modeling" and data.manifest is not None:
         _tell_about(data.manifest, recipe, began=params is not None)
     print("\n".join(described(plan, data, validation)), file=sys.stderr)

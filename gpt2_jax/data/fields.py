@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -33,6 +33,16 @@ class Fields:
         return (self.prompt, self.completion) if self.pairs else (self.text,)
 
 
+def check_has(record: Mapping[str, Any], field: str, place: str = "") -> None:
+    """Check that a record has a field.
+
+    Raises:
+      ValueError: it does not; `place` begins the message.
+    """
+    if field not in record:
+        raise ValueError(f'{place} has no field "{field}"; it has: {", ".join(map(str, record)) or "none"}')
+
+
 def texts_of(record: Any, fields: Fields) -> list[str]:
     """Return the texts of a record. An error says what is wrong; its place is to be put before."""
     if isinstance(record, str) and not fields.pairs:
@@ -40,8 +50,7 @@ def texts_of(record: Any, fields: Fields) -> list[str]:
     if not isinstance(record, dict):
         raise ValueError(f" is not a JSON object with a text: {json.dumps(record)[:60]}")
     for field in fields.names:
-        if field not in record:
-            raise ValueError(f' has no field "{field}"; it has: {", ".join(record) or "none"}')
+        check_has(record, field)
         if not isinstance(record[field], str):
             raise ValueError(f': the field "{field}" is not a string: {str(record[field])[:60]!r}')
     return [record[field] for field in fields.names]

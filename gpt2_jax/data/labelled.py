@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpt2_jax.data.examples import Example
+from gpt2_jax.data.fields import check_has
 from gpt2_jax.data.token_files import id_dtype
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -28,9 +29,7 @@ def labelled_examples(
     """
     for record, place in records:
         for name in (field, label_field):
-            if name not in record:
-                has = ", ".join(map(str, record)) or "none"
-                raise ValueError(f'{place} has no field "{name}"; it has: {has}')
+            check_has(record, name, place)
         text, label = record[field], record[label_field]
         if not isinstance(text, str) or not text:
             raise ValueError(f'{place}: the field "{field}" is not a text: {text!r:.60}')

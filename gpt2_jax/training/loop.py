@@ -37,7 +37,8 @@ from gpt2_jax.training.plan import Plan
 from gpt2_jax.training.records import METRICS
 from gpt2_jax.training.report import Report, Silence
 from gpt2_jax.training.signals import Stop, stopping
-from gpt2_jax.training.start import check_data, check_tokenizer, whole_pairs
+from gpt2_jax.training.start import check_data, check_tokenizer
+from gpt2_jax.training.start_text import whole_pairs
 from gpt2_jax.training.state import TrainState
 from gpt2_jax.training.step import averaged_params, lower_train_step
 from gpt2_jax.training.validation import with_validation

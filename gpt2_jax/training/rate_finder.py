@@ -21,7 +21,8 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.epochs import n_per_epoch
 from gpt2_jax.training.loop import placed_batches
 from gpt2_jax.training.plan import Plan
-from gpt2_jax.training.start import check_data, whole_pairs
+from gpt2_jax.training.start import check_data
+from gpt2_jax.training.start_text import whole_pairs
 from gpt2_jax.training.step import init_state, make_train_step
 
 MEMORY = 0.8  # decay of the running mean of the losses

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +17,23 @@ from gpt2_jax.added_tokens import HEADS, pieces_of, with_rows, with_tokens
 from gpt2_jax.checkpoints import load, load_config, load_tokenizer, runs
 from gpt2_jax.checkpoints.vocabulary import fits
 from gpt2_jax.config import GPT2Config
-from gpt2_jax.data._prepare import prepare
-from gpt2_jax.data.encoding import PREPARED
-from gpt2_jax.data.example_batches import pairs_of
 from gpt2_jax.data.examples import PreparedExamples, is_prepared_examples
-from gpt2_jax.data.fields import Fields
-from gpt2_jax.data.finding import STDIN
-from gpt2_jax.data.sources import Sources
 from gpt2_jax.data.token_files import Prepared, is_prepared, open_prepared
-from gpt2_jax.files import expanded, replacing_file, sha256_of
+from gpt2_jax.files import expanded
 from gpt2_jax.jax_defaults import under_jax_defaults
 from gpt2_jax.model import init_params
 from gpt2_jax.params import Params, flatten, unflatten
-from gpt2_jax.recipe import OWN, Data, Recipe
-from gpt2_jax.tokenizer import Tokenizer, end_of_text, fingerprint
+from gpt2_jax.recipe import OWN, Recipe
+from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training import hosts
 from gpt2_jax.training.classifying import describe_texts
 from gpt2_jax.training.frozen import describe
 from gpt2_jax.training.memory import check_memory
-from gpt2_jax.training.opening import has_begun
 from gpt2_jax.training.plan import Plan, make_plan
-from gpt2_jax.training.start_examples import ORIGIN, origin_of, start_examples
+from gpt2_jax.training.start_examples import start_examples
+from gpt2_jax.training.start_text import tokenized, whole_pairs
 
 SCORE = "score"  # the head of a classifier in params
-READING = ("encoding", "end_of_text", "skip_bad_rows")  # fields of recipe.data that say how text is read
-EARLIER = (".txt", ".jsonl", ".csv", ".bin")  # earlier versions read only these files in a folder
 
 
 def start_tokenizer(recipe: Recipe, run_dir: str | os.PathLike | None = None) -> Tokenizer:
@@ -73,7 +63,8 @@ def start_plan(
     Raises:
       ValueError: as `start_model`.
     """
-    return _plan_of(recipe, tokenizer, _begun(run_dir), data, _first_config(recipe, tokenizer, _begun(run_dir)))
+    begun = _begun(run_dir)
+    return _plan_of(recipe, tokenizer, begun, data, _first_config(recipe, tokenizer, begun))
 
 
 def _first_config(recipe: Recipe, tokenizer: Tokenizer, begun: Path | None) -> GPT2Config:
@@ -119,6 +110,7 @@ def start_model(
     recipe: Recipe,
     run_dir: str | os.PathLike | None = None,
     data: Prepared | PreparedExamples | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[Plan, Params | None, Tokenizer]:
     """Return the plan of a run, and the params and the tokenizer that it starts from.
 
@@ -128,6 +120,7 @@ def start_model(
       data: from `start_data`. A classifier gets its labels from the data, and examples determine the length of rows.
         Its head is new, unless the source is a classifier with the same labels and pooling. For other objectives, the
         head of a source that is a classifier is left out.
+      tokenizer: from `start_tokenizer`; None loads it.
 
     Params are float32, on the devices of the plan's mesh, where training keeps them. `fit(..., donate=True)` takes over
     their memory. Memory is checked before weights are read. If `run_dir` contains a run with a checkpoint, params are
@@ -137,7 +130,7 @@ def start_model(
     Raises:
       ValueError: new weights have no vocabulary, the plan cannot be made, or the devices have too little memory.
     """
-    tokenizer = start_tokenizer(recipe, run_dir)
+    tokenizer = start_tokenizer(recipe, run_dir) if tokenizer is None else tokenizer
     begun = _begun(run_dir)
     there = _first_config(recipe, tokenizer, begun)
     plan = _plan_of(recipe, tokenizer, begun, data, there)
@@ -324,66 +317,5 @@ def start_data(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared |
     if is_prepared(recipe.data.path):
         return whole_pairs(open_prepared(recipe.data.path, tokenizer), folder.parent)
     opened: list[Prepared] = []
-    processes.on_first(lambda: opened.append(_tokenized(recipe, tokenizer, folder)))
+    processes.on_first(lambda: opened.append(tokenized(recipe, tokenizer, folder)))
     return opened[0] if opened else open_prepared(folder, tokenizer)
-
-
-def whole_pairs(data: Any, run_dir: str | os.PathLike | None) -> Any:
-    """Return pairs of prompt and completion as examples, which no window cuts. Other data is returned as it is.
-
-    A run of an earlier version, which read pairs in windows, goes on with windows.
-    """
-    if not isinstance(data, Prepared) or data.manifest is None or data.train.mask_path is None:
-        return data
-    run_dir = None if run_dir is None else expanded(run_dir)
-    if run_dir is not None and has_begun(run_dir) and not runs.read_run(run_dir).data.get("pairs"):
-        return data
-    return pairs_of(data)
-
-
-def _tokenized(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Prepared:
-    """Tokenize the text of a recipe, unless the folder has its tokens."""
-    data, run_dir = recipe.data, folder.parent
-    runs.check_free(run_dir)
-    settings: dict[str, Any] = {"val_fraction": data.val_fraction, "split": data.split, "seed": recipe.seed}
-    settings |= {name: getattr(data, name) for name in READING}
-    origin = {"text": _digest(recipe, tokenizer), "tokenizer": fingerprint(tokenizer)} | settings
-    earlier = _origin(folder)
-    if folder.exists() and has_begun(run_dir):
-        if earlier is not None and STDIN != origin["text"] != earlier["text"] != _digest(recipe, tokenizer, EARLIER):
-            raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
-        return open_prepared(folder, tokenizer)
-    if folder.exists() and earlier == origin and origin["text"] != STDIN:
-        return open_prepared(folder, tokenizer)
-    with runs.replacing_data(run_dir):
-        (folder / ORIGIN).unlink(missing_ok=True)
-        prepared = prepare([data.path], folder, tokenizer, field=data.field, overwrite=folder.exists(), **settings)
-        with replacing_file(folder / ORIGIN) as temporary:
-            temporary.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    return prepared
-
-
-def _digest(recipe: Recipe, tokenizer: Tokenizer, suffixes: Container[str] = ()) -> str:
-    """Return the sha256 of the text that a recipe names: its files in order, and the field that is read from them.
-
-    Args:
-      recipe: the recipe.
-      tokenizer: the tokenizer for the text.
-      suffixes: the ends of the names of the files that count; all if there are none.
-    """
-    if recipe.data.path == STDIN:
-        return STDIN
-    digest = hashlib.sha256()
-    found = Sources([recipe.data.path], Fields(recipe.data.field), tokenizer.n_vocab, end_of_text(tokenizer, PREPARED))
-    for file, form in zip(found.files, found.forms, strict=True):
-        if file and (not suffixes or form.suffix in suffixes):  # None is standard input
-            field = recipe.data.field if form.has_fields else ""
-            digest.update(f"{form.suffix} {field} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def _origin(folder: Path) -> dict[str, Any] | None:
-    """Return what is recorded about the text that a token folder was made from; None if nothing is."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Data) if field.name in READING}
-    earlier = origin_of(folder)
-    return earlier and defaults | earlier

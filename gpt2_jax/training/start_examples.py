@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import operator
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,10 @@ from gpt2_jax.data.finding import STDIN
 from gpt2_jax.data.labelled import labelled_examples
 from gpt2_jax.data.tables import records
 from gpt2_jax.data.templates import instruction_examples, template_of
-from gpt2_jax.files import expanded, replacing_file, sha256_of
+from gpt2_jax.files import expanded, sha256_of
 from gpt2_jax.recipe import Recipe
 from gpt2_jax.tokenizer import Tokenizer, fingerprint
-from gpt2_jax.training.opening import has_begun
-
-ORIGIN = "origin.json"  # in the token folder: which text the tokens were made from, and how
+from gpt2_jax.training.origin import made_once, origin_of
 
 
 def start_examples(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> PreparedExamples:
@@ -45,20 +44,14 @@ def _written_examples(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> Pre
     settings |= {"seed": recipe.seed, "undersample": recipe.classification.balance == "undersample"}
     reading = _settings(recipe) | {"encoding": data.encoding, "skip_bad_rows": data.skip_bad_rows}
     origin = {"text": sha256_of(path), "tokenizer": fingerprint(tokenizer)} | settings | reading
-    earlier = origin_of(folder)
-    if folder.exists() and has_begun(run_dir):
-        if earlier is not None and earlier["text"] != origin["text"]:
-            raise ValueError(f"{run_dir} has a run on a different text from {data.path}: choose another folder (--run)")
-        return open_examples(folder, tokenizer)
-    if folder.exists() and earlier == origin:
-        return open_examples(folder, tokenizer)
-    with runs.replacing_data(run_dir):
-        (folder / ORIGIN).unlink(missing_ok=True)
+
+    def make() -> PreparedExamples:
         found = _examples(recipe, tokenizer, path)
-        prepared = write_examples(folder, found, tokenizer, overwrite=folder.exists(), more=reading, **settings)
-        with replacing_file(folder / ORIGIN) as temporary:
-            temporary.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    return prepared
+        return write_examples(folder, found, tokenizer, overwrite=folder.exists(), more=reading, **settings)
+
+    is_other = functools.partial(operator.ne, origin["text"])
+    open_it = functools.partial(open_examples, folder, tokenizer)
+    return made_once(folder, data.path, origin, origin_of(folder), is_other, make, open_it)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -83,9 +76,3 @@ def _records(recipe: Recipe, path: Path) -> Iterator[tuple[dict[str, Any], str]]
     if skipped:
         plural = "" if len(skipped) == 1 else "s"
         warnings.warn(f"left out: {len(skipped):,} bad record{plural}, the first is {skipped[0]}", stacklevel=2)
-
-
-def origin_of(folder: Path) -> dict[str, Any] | None:
-    """Return what is recorded about the text that a token folder was made from; None if nothing is."""
-    path = folder / ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
