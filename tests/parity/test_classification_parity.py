@@ -27,13 +27,6 @@ def _x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def torch():
-    reason = "needs the `parity` extra: pip install -e '.[parity]'"
-    pytest.importorskip("transformers", reason=reason)
-    return pytest.importorskip("torch", reason=reason)
-
-
 def batch_of(label_weights=(1.0, 1.0, 1.0)) -> Batch:
     """Two parts of three texts. Padding is PAD, which transformers recognizes by its id."""
     rng = np.random.default_rng(3)

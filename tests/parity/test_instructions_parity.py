@@ -19,13 +19,6 @@ def _x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def torch():
-    reason = "needs the `parity` extra: pip install -e '.[parity]'"
-    pytest.importorskip("transformers", reason=reason)
-    return pytest.importorskip("torch", reason=reason)
-
-
 @pytest.fixture
 def start(tmp_path, tokenizer):
     """Give call(recipe changes) -> (plan, examples)."""

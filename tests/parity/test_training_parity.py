@@ -20,14 +20,6 @@ ADAMW = {"learning_rate": 1e-3, "betas": (0.8, 0.93), "weight_decay": 0.3, "epsi
 N_STEPS = 10
 
 
-@pytest.fixture(scope="module")
-def torch():
-    """Return torch, or skip: both packages come with the `parity` extra."""
-    reason = "needs the `parity` extra: pip install -e '.[parity]'"
-    pytest.importorskip("transformers", reason=reason)
-    return pytest.importorskip("torch", reason=reason)
-
-
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):

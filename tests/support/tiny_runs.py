@@ -13,7 +13,7 @@ import tiny_models
 from training_steps import recipe
 
 import gpt2_jax
-from gpt2_jax.training import loop
+from gpt2_jax.training import loop, prepare
 
 CONFIG = gpt2_jax.GPT2Config(n_vocab=1281, n_ctx=13, n_embd=6, n_head=3, n_layer=1)
 TEXT = "".join(f"The {i % 7} of {'thee' if i % 3 else 'thou'} and the {i * i % 11}.\n" for i in range(83))
@@ -30,6 +30,13 @@ def small(**changes):
 
 def params():
     return tiny_models.random_params(CONFIG, 7, scale=0.3)
+
+
+def prepared(folder, tokenizer, text=TEXT, **settings):
+    """TEXT as prepared tokens in a folder: a fifth, its end, is for validation."""
+    (folder / "text.txt").write_text(text)
+    settings = {"val_fraction": 0.2, "split": "tail", "shown": False} | settings
+    return prepare([folder / "text.txt"], folder / "tokens", tokenizer, **settings)
 
 
 def mean_nats(params, n_head, tokens, targets):

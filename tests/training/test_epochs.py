@@ -13,23 +13,19 @@ from hypothesis import strategies as st
 from tiny_runs import CONFIG, params, small
 
 from gpt2_jax.recipe import Recipe
-from gpt2_jax.training import fit, init_state, make_plan, make_train_step, prepare
+from gpt2_jax.training import fit, init_state, make_plan, make_train_step
 from gpt2_jax.training.epochs import n_per_epoch, steps_of, with_steps
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 NO_STEPS = {"steps": 0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_once(tmp_path_factory):
-    with tiny_runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text.txt").write_text(tiny_runs.TEXT[:400])
-    return prepare([folder / "text.txt"], folder / "tokens", tokenizer, val_fraction=0, shown=False)
+    return tiny_runs.prepared(
+        tmp_path_factory.mktemp("text"), tokenizer, tiny_runs.TEXT[:400], val_fraction=0, split="auto"
+    )
 
 
 @given(n=st.integers(1, 10**7), tenths=st.integers(1, 99), batch=st.integers(1, 64))

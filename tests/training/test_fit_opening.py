@@ -14,32 +14,24 @@ from tiny_runs import CONFIG, params, small
 from train_states import assert_same
 
 import gpt2_jax
-from gpt2_jax.training import fit, loop, make_plan, observer, prepare
+from gpt2_jax.training import fit, loop, make_plan, observer
 from gpt2_jax.training.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 EVERY = {"evaluate_every": 1, "save_every": 1, "sample_every": 0, "tensorboard": False}
 NEVER = EVERY | {"evaluate_every": 0}
 STEPS = small(steps=6, monitor=EVERY)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_once(tmp_path_factory):
-    with tiny_runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text.txt").write_text(tiny_runs.TEXT)
-    return prepare([folder / "text.txt"], folder / "tokens", tokenizer, val_fraction=0.2, split="tail", shown=False)
+    return tiny_runs.prepared(tmp_path_factory.mktemp("text"), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def other_data(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("other")
-    (folder / "text.txt").write_text(tiny_runs.TEXT.upper())
-    return prepare([folder / "text.txt"], folder / "tokens", tokenizer, val_fraction=0.2, split="tail", shown=False)
+    return tiny_runs.prepared(tmp_path_factory.mktemp("other"), tokenizer, tiny_runs.TEXT.upper())
 
 
 @pytest.fixture

@@ -16,26 +16,20 @@ import tiny_runs
 from tiny_runs import CONFIG, params, small
 
 from gpt2_jax.checkpoints import parts
-from gpt2_jax.training import fit, loop, make_plan, prepare
+from gpt2_jax.training import fit, loop, make_plan
 from gpt2_jax.training.boards import TensorBoard
 from gpt2_jax.training.curve import read_losses
 from gpt2_jax.training.records import append
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 FULL = Path("/dev/full")
 EVERY = {"evaluate_every": 1, "sample_every": 0, "tensorboard": False}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_once(tmp_path_factory):
-    with tiny_runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text.txt").write_text(tiny_runs.TEXT)
-    return prepare([folder / "text.txt"], folder / "tokens", tokenizer, val_fraction=0.2, split="tail", shown=False)
+    return tiny_runs.prepared(tmp_path_factory.mktemp("text"), tokenizer)
 
 
 @pytest.fixture

@@ -11,13 +11,9 @@ from tiny_runs import CONFIG, mean_nats, params, small
 from gpt2_jax.recipe import Data, Monitor, Recipe
 from gpt2_jax.training import described, fit, make_plan, objective, open_prepared, prepare, start_data, start_validation
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 EVERY = Monitor(evaluate_every=2, sample_every=0, tensorboard=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_once(tmp_path_factory):
-    with tiny_runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import instructions as made
 import jax
 import numpy as np
 import pytest
-import tiny_runs
 import training_steps as ts
 
 import gpt2_jax
@@ -23,14 +22,10 @@ from gpt2_jax.training.memory import memory_needed
 from gpt2_jax.training.plan import attention_kernels
 from gpt2_jax.training.rate_finder import find_learning_rate
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 QUIET = {"evaluate_every": 0, "sample_every": 0, "tensorboard": False, "save_every": 2}
 PAIRS = [{"q": f"What is {i} and {'so ' * (i % 5)}on?", "a": f" It is {i}{' indeed' * (i % 3)}."} for i in range(40)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_once(tmp_path_factory):
-    with tiny_runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture

@@ -24,22 +24,15 @@ from gpt2_jax.lora import merge_lora
 from gpt2_jax.params import flatten
 from gpt2_jax.training.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 LORA = {"rank": 2, "alpha": 3.0, "targets": r"c_attn/w$|c_fc/w$", "full": r"ln_f/"}
 MONITOR = {"evaluate_every": 2, "save_every": 2, "sample_every": 0, "tensorboard": False}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_once(tmp_path_factory):
-    with tiny_runs.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text.txt").write_text(tiny_runs.TEXT)
-    settings = {"val_fraction": 0.2, "split": "tail", "shown": False}
-    return training.prepare([folder / "text.txt"], folder / "tokens", tokenizer, **settings)
+    return tiny_runs.prepared(tmp_path_factory.mktemp("text"), tokenizer)
 
 
 @pytest.fixture
