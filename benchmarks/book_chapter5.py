@@ -7,8 +7,9 @@ on two CPU cores.
 
 The run of the book: the text "The Verdict", 90 % for training, windows of 256 tokens that do not overlap, batches of 2,
 10 epochs, AdamW with learning rate 4e-4 and decay 0.1 of all parameters, and a model of the 124M shape with an output
-head of its own and without query, key and value biases. Both programs start from the same weights and read the same
-batches in the same order. Without dropout all losses are equal up to rounding. With dropout, each draws its own masks.
+head of its own and without query, key and value biases. Both programs start from the book's weights, which torch draws
+with seed 123, and read the same batches in the same order. Without dropout all losses are equal up to rounding. With
+dropout, each draws its own masks.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def start_ours(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
 # ---- torch: the book's model
 
 
-def start_torch(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
-    """Return a training step and the loss of a batch of a model with the book's layers, in torch."""
+def book_model(config: Any, dropout: float) -> Any:
+    """Return a model with the book's layers. Torch draws its weights in the book's order, with seed 123."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -136,8 +137,44 @@ def start_torch(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
             return self.head(self.norm(x))
 
     torch.manual_seed(123)
-    model = Model()
-    _copy_weights(torch, model, config, params)
+    return Model()
+
+
+def book_params(config: Any) -> Any:
+    """Return the weights that the book's run starts from, as params. The biases of c_attn are 0."""
+    model = book_model(config, 0.0)
+
+    def array(parameter: Any, transposed: bool = False) -> np.ndarray:
+        found = parameter.detach().numpy()
+        return np.ascontiguousarray(found.T if transposed else found)
+
+    def dense(layer: Any) -> dict[str, np.ndarray]:
+        return {"w": array(layer.weight, transposed=True), "b": array(layer.bias)}
+
+    def norm(layer: Any) -> dict[str, np.ndarray]:
+        return {"g": array(layer.weight), "b": array(layer.bias)}
+
+    params: dict[str, Any] = {"wte": array(model.tokens.weight), "wpe": array(model.places.weight)}
+    params |= {"lm_head": array(model.head.weight), "ln_f": norm(model.norm)}
+    for i, block in enumerate(model.blocks):
+        w = np.concatenate([array(part.weight, True) for part in (block.query, block.key, block.value)], axis=1)
+        c_attn = {"w": w, "b": np.zeros(w.shape[1], np.float32)}
+        params[f"h{i}"] = {
+            "ln_1": norm(block.norm1),
+            "attn": {"c_attn": c_attn, "c_proj": dense(block.out)},
+            "ln_2": norm(block.norm2),
+            "mlp": {"c_fc": dense(block.fc), "c_proj": dense(block.proj)},
+        }
+    return params
+
+
+def start_torch(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
+    """Return a training step and the loss of a batch of a model with the book's layers, in torch."""
+    import torch
+    from torch.nn import functional
+
+    model = book_model(config, dropout)
+    _copy_weights(torch, model, params)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
 
     def of(ids: np.ndarray):
@@ -160,7 +197,7 @@ def start_torch(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
     return step, loss
 
 
-def _copy_weights(torch: Any, model: Any, config: Any, params: Any) -> None:
+def _copy_weights(torch: Any, model: Any, params: Any) -> None:
     """Give the torch model our params. Its matrices are transposed, and query, key and value are separate."""
     pairs = [(model.tokens.weight, params["wte"]), (model.places.weight, params["wpe"])]
     pairs += [(model.head.weight, params["lm_head"])]
@@ -220,9 +257,10 @@ def report(args: argparse.Namespace, config: Any, runs: dict[str, dict]) -> str:
         "",
         machine_line(),
         "",
-        f"The model has {config.n_params:,} parameters (query, key and value biases, which stay 0, included).",
-        f"The text gives {len(ours['steps'])} steps of {N_ROWS} windows of {N_TOKENS} tokens. The book's run ends",
-        f"at a training loss of {ENDS['train']} and a validation loss of {ENDS['validation']}, with dropout 0.1.",
+        f"The model has {config.n_params:,} parameters (query, key and value biases, which stay 0, included), and the",
+        f"book's initial weights. The text gives {len(ours['steps'])} steps of {N_ROWS} windows of {N_TOKENS} tokens.",
+        f"The book's run ends at a training loss of {ENDS['train']} and a validation loss of {ENDS['validation']},",
+        "with dropout 0.1. Its windows come in another order.",
         "",
     ]
     if not args.dropout:
@@ -238,18 +276,34 @@ def report(args: argparse.Namespace, config: Any, runs: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def picture(runs: dict[str, dict], path: Path) -> None:
+    """Draw the losses of both splits, beside the ends of the book's run."""
+    from gpt2_jax import figures
+
+    figure = figures.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for color, (split, end) in zip(("tab:blue", "tab:orange"), ENDS.items(), strict=True):
+        for style, (name, run) in zip(("-", "--"), runs.items(), strict=True):
+            steps = [one["step"] for one in run["evaluations"]]
+            axes.plot(steps, [one[split] for one in run["evaluations"]], style, color=color, label=f"{split}, {name}")
+        axes.axhline(end, color=color, linestyle=":", label=f"{split}, end of the book's run")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend()
+    figures.save(figure, path)
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=Path, required=True, help="folder with encoder.json and vocab.bpe")
     parser.add_argument("--layers", type=int, default=12, help="layers of the model")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout rate, in both")
-    parser.add_argument("--output", type=Path, help="file for the table; without it, standard output alone")
+    output = "file for the table, with a picture (.png) and the numbers (.json) beside it; none: standard output alone"
+    parser.add_argument("--output", type=Path, help=output)
     args = parser.parse_args()
 
-    import jax
-
-    from gpt2_jax import GPT2Config, init_params
+    from gpt2_jax import GPT2Config
     from gpt2_jax.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_files(args.vocabulary / "encoder.json", args.vocabulary / "vocab.bpe")
@@ -257,7 +311,7 @@ def main() -> None:
     cut = int(0.9 * len(text))  # characters, as in the book
     train, val = (windows(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
     config = GPT2Config(tokenizer.n_vocab, N_TOKENS, 768, 12, args.layers, tie_word_embeddings=False, qkv_bias=False)
-    params = jax.tree.map(np.asarray, init_params(config, jax.random.key(123)))
+    params = book_params(config)
     todo, runs = batches(train, seed=123), {}
     for name, start in (("gpt2-jax", start_ours), ("torch", start_torch)):
         runs[name] = run(*start(config, params, args.dropout), train, val, todo, name)
@@ -266,6 +320,7 @@ def main() -> None:
     if args.output:
         args.output.write_text(table, encoding="utf-8")
         args.output.with_suffix(".json").write_text(json.dumps(runs), encoding="utf-8")
+        picture(runs, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
