@@ -147,7 +147,7 @@ def absent(monkeypatch, *names, **versions):
 
 
 def test_absent_and_old_packages(run, monkeypatch):
-    there = {"transformer_lens": "4.3", "accelerate": "1.0"}  # whether or not this environment has them
+    there = {"transformer_lens": "4.3", "accelerate": "1.0", "peft": "1.0"}  # whether or not this environment has them
     absent(monkeypatch, "optax", "torch", "lm-eval", jax="0.4.1", transformers="4.9", **there)
     found = commands.report(run)
     jax_needs = next(line for line in commands.PROJECT["dependencies"] if line.startswith("jax"))
