@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -52,7 +53,7 @@ def batches(rows: np.ndarray, seed: int) -> list[np.ndarray]:
 # ---- ours
 
 
-def start_ours(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
+def start_ours(config: Any, dropout: float) -> tuple[Step, Loss]:
     """Return a training step and the loss of a batch."""
     import jax
 
@@ -71,7 +72,7 @@ def start_ours(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
     )
     plan = make_plan(config, recipe)
     train_step, eval_step = make_train_step(plan), make_eval_step(plan)
-    state = init_state(plan, params)
+    state = init_state(plan, book_params(config))
 
     def batch_of(ids: np.ndarray) -> Batch:
         return Batch(ids[:, :-1], ids[:, 1:], np.ones((len(ids), N_TOKENS), np.float32))
@@ -92,32 +93,43 @@ def start_ours(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
 
 
 def book_model(config: Any, dropout: float) -> Any:
-    """Return a model with the book's layers. Torch draws its weights in the book's order, with seed 123."""
+    """Return a model with the book's layers and names. Torch draws its weights in the book's order, with seed 123."""
     import torch
     from torch import nn
     from torch.nn import functional
 
     d, n_heads = config.n_embd, config.n_head
 
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d))
+
+        def forward(self, x):
+            return functional.layer_norm(x, (d,), self.scale, self.shift)
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-            self.query, self.key, self.value = (nn.Linear(d, d, bias=False) for _ in range(3))
-            self.out, self.fc, self.proj = nn.Linear(d, d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+            att = {name: nn.Linear(d, d, bias=False) for name in ("W_query", "W_key", "W_value")}
+            self.att = nn.ModuleDict(att | {"out_proj": nn.Linear(d, d)})
+            layers = nn.ModuleDict({"0": nn.Linear(d, 4 * d), "2": nn.Linear(4 * d, d)})
+            self.ff = nn.ModuleDict({"layers": layers})
+            self.norm1, self.norm2 = Norm(), Norm()
 
         def forward(self, x):
             n_rows, n_tokens, _ = x.shape
             h = self.norm1(x)
             q, k, v = (
-                layer(h).view(n_rows, n_tokens, n_heads, -1).transpose(1, 2)
-                for layer in (self.query, self.key, self.value)
+                self.att[name](h).view(n_rows, n_tokens, n_heads, -1).transpose(1, 2)
+                for name in ("W_query", "W_key", "W_value")
             )
             scores = q @ k.transpose(2, 3) / (d // n_heads) ** 0.5
             later = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
             weights = self.drop(torch.softmax(scores.masked_fill(later, -torch.inf), dim=-1))
-            x = x + self.drop(self.out((weights @ v).transpose(1, 2).reshape(x.shape)))
-            return x + self.drop(self.proj(functional.gelu(self.fc(self.norm2(x)), approximate="tanh")))
+            x = x + self.drop(self.att["out_proj"]((weights @ v).transpose(1, 2).reshape(x.shape)))
+            first, last = self.ff["layers"].values()
+            return x + self.drop(last(functional.gelu(first(self.norm2(x)), approximate="tanh")))
 
         def drop(self, x):
             return functional.dropout(x, dropout, self.training)
@@ -125,56 +137,41 @@ def book_model(config: Any, dropout: float) -> Any:
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.tokens, self.places = nn.Embedding(config.n_vocab, d), nn.Embedding(config.n_ctx, d)
-            self.blocks = nn.ModuleList(Block() for _ in range(config.n_layer))
-            self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, config.n_vocab, bias=False)
+            self.tok_emb, self.pos_emb = nn.Embedding(config.n_vocab, d), nn.Embedding(config.n_ctx, d)
+            self.trf_blocks = nn.ModuleList(Block() for _ in range(config.n_layer))
+            self.final_norm, self.out_head = Norm(), nn.Linear(d, config.n_vocab, bias=False)
 
         def forward(self, ids):
-            x = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+            x = self.tok_emb(ids) + self.pos_emb(torch.arange(ids.shape[1]))
             x = functional.dropout(x, dropout, self.training)
-            for block in self.blocks:
+            for block in self.trf_blocks:
                 x = block(x)
-            return self.head(self.norm(x))
+            return self.out_head(self.final_norm(x))
 
     torch.manual_seed(123)
     return Model()
 
 
 def book_params(config: Any) -> Any:
-    """Return the weights that the book's run starts from, as params. The biases of c_attn are 0."""
-    model = book_model(config, 0.0)
+    """Return the weights that the book's run starts from, as `load` reads them from the book's model."""
+    from safetensors.torch import save_file
 
-    def array(parameter: Any, transposed: bool = False) -> np.ndarray:
-        found = parameter.detach().numpy()
-        return np.ascontiguousarray(found.T if transposed else found)
+    import gpt2_jax
 
-    def dense(layer: Any) -> dict[str, np.ndarray]:
-        return {"w": array(layer.weight, transposed=True), "b": array(layer.bias)}
-
-    def norm(layer: Any) -> dict[str, np.ndarray]:
-        return {"g": array(layer.weight), "b": array(layer.bias)}
-
-    params: dict[str, Any] = {"wte": array(model.tokens.weight), "wpe": array(model.places.weight)}
-    params |= {"lm_head": array(model.head.weight), "ln_f": norm(model.norm)}
-    for i, block in enumerate(model.blocks):
-        w = np.concatenate([array(part.weight, True) for part in (block.query, block.key, block.value)], axis=1)
-        c_attn = {"w": w, "b": np.zeros(w.shape[1], np.float32)}
-        params[f"h{i}"] = {
-            "ln_1": norm(block.norm1),
-            "attn": {"c_attn": c_attn, "c_proj": dense(block.out)},
-            "ln_2": norm(block.norm2),
-            "mlp": {"c_fc": dense(block.fc), "c_proj": dense(block.proj)},
-        }
-    return params
+    settings = {"vocab_size": config.n_vocab, "context_length": config.n_ctx, "emb_dim": config.n_embd}
+    settings |= {"n_heads": config.n_head, "n_layers": config.n_layer, "drop_rate": 0.0, "qkv_bias": False}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        save_file(book_model(config, 0.0).state_dict(), Path(folder, "model.safetensors"))
+        return gpt2_jax.load(folder)[1]
 
 
-def start_torch(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
-    """Return a training step and the loss of a batch of a model with the book's layers, in torch."""
+def start_torch(config: Any, dropout: float) -> tuple[Step, Loss]:
+    """Return a training step and the loss of a batch of the book's model."""
     import torch
     from torch.nn import functional
 
     model = book_model(config, dropout)
-    _copy_weights(torch, model, params)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
 
     def of(ids: np.ndarray):
@@ -195,27 +192,6 @@ def start_torch(config: Any, params: Any, dropout: float) -> tuple[Step, Loss]:
             return of(ids).item()
 
     return step, loss
-
-
-def _copy_weights(torch: Any, model: Any, params: Any) -> None:
-    """Give the torch model our params. Its matrices are transposed, and query, key and value are separate."""
-    pairs = [(model.tokens.weight, params["wte"]), (model.places.weight, params["wpe"])]
-    pairs += [(model.head.weight, params["lm_head"])]
-    pairs += [(model.norm.weight, params["ln_f"]["g"]), (model.norm.bias, params["ln_f"]["b"])]
-    for i, block in enumerate(model.blocks):
-        ours = params[f"h{i}"]
-        parts = np.split(np.asarray(ours["attn"]["c_attn"]["w"]), 3, axis=1)
-        layers = zip((block.query, block.key, block.value), parts, strict=True)
-        pairs += [(layer.weight, part.T) for layer, part in layers]
-        dense = (ours["attn"]["c_proj"], ours["mlp"]["c_fc"], ours["mlp"]["c_proj"])
-        for layer, weights in zip((block.out, block.fc, block.proj), dense, strict=True):
-            pairs += [(layer.weight, np.asarray(weights["w"]).T), (layer.bias, weights["b"])]
-        for norm, weights in ((block.norm1, ours["ln_1"]), (block.norm2, ours["ln_2"])):
-            pairs += [(norm.weight, weights["g"]), (norm.bias, weights["b"])]
-    with torch.no_grad():
-        for theirs, array in pairs:
-            theirs.copy_(torch.tensor(np.array(array)))
-    assert len(pairs) == len(list(model.parameters()))
 
 
 # ---- the run
@@ -311,10 +287,9 @@ def main() -> None:
     cut = int(0.9 * len(text))  # characters, as in the book
     train, val = (windows(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
     config = GPT2Config(tokenizer.n_vocab, N_TOKENS, 768, 12, args.layers, tie_word_embeddings=False, qkv_bias=False)
-    params = book_params(config)
     todo, runs = batches(train, seed=123), {}
     for name, start in (("gpt2-jax", start_ours), ("torch", start_torch)):
-        runs[name] = run(*start(config, params, args.dropout), train, val, todo, name)
+        runs[name] = run(*start(config, args.dropout), train, val, todo, name)
     table = report(args, config, runs)
     print(table)
     if args.output:
